@@ -1,0 +1,140 @@
+"""What a continual-learning method is: a handful of functions over one pytree of state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import optax
+from jaxtyping import Array, Float
+from pydantic import Field
+
+from jaxcl.models.batch import Batch
+from jaxcl.models.network import Network
+from jaxcl.schema import Schema
+
+Params = Any
+State = Any
+
+
+class Term(NamedTuple):
+    """One addend of a loss, `weight * sum / count`, kept apart so that accumulation over uneven batches is exact."""
+
+    sum: Float[Array, ""]
+    count: Float[Array, ""]
+    weight: float = 1.0
+
+
+Terms = Mapping[str, Term]
+
+
+class OptimizerParts(NamedTuple):
+    """The optimizer in the pieces a method may stand between, in order of application."""
+
+    clip: optax.GradientTransformation
+    precondition: optax.GradientTransformation
+    weight_decay: optax.GradientTransformation
+    learning_rate: optax.GradientTransformation
+
+    def chain(self) -> optax.GradientTransformationExtraArgs:
+        """The plain optimizer."""
+        return optax.with_extra_args_support(optax.chain(*self))
+
+
+class Replay(Schema):
+    """How examples of earlier tasks are kept and fed back."""
+
+    fraction: float = Field(0.01, ge=0, le=1, description="share of each task's training examples that is kept")
+    minimum: int = Field(1, ge=0, description="smallest number of examples kept from a task")
+    mode: str = Field(
+        "interleave",
+        pattern="^(interleave|mix)$",
+        description="interleave: a whole memory batch every so many steps; mix: memory batch after every task batch",
+    )
+    every: int = Field(
+        0, ge=0, description="steps between memory batches; 0: so that each epoch of the task sees the memory once"
+    )
+
+
+class Task(Protocol):
+    """What a method may ask of the task at hand, before or after training on it."""
+
+    index: int
+    name: str
+    count: int
+    key: Array
+
+    def examples(self, limit: int | None = None) -> Iterator[Batch]:
+        """One pass over (the first `limit` of a seeded shuffle of) the task's training examples."""
+        ...
+
+    def memory(self) -> Iterator[Batch]:
+        """One pass over the examples of this task that go into the memory."""
+        ...
+
+    def params_before(self) -> Params:
+        """The params as they were before this task."""
+        ...
+
+    def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`jax.jit`, with the run's shardings; use it for every function of params that a method runs."""
+        ...
+
+
+class Method:
+    """Plain fine-tuning, one task after another. A method overrides what it changes.
+
+    All functions but `prepare` and `consolidate` are pure and traced. Those two run on the host between tasks,
+    call compiled functions and return the new state.
+
+    Attributes:
+      Config: the method's own section of the configuration.
+      replay: how earlier examples are kept and fed back; `None` keeps none.
+      joint: train on all tasks at once instead of one after another.
+    """
+
+    Config: ClassVar[type[Schema]] = Schema
+    replay: Replay | None = None
+    joint: bool = False
+
+    def __init__(self, config: Any, network: Network, num_tasks: int) -> None:
+        self.config = config
+        self.network = network
+        self.num_tasks = num_tasks
+
+    def init(self, params: Params) -> State:
+        """State before the first task; its shapes never change."""
+        return {}
+
+    def prepare(self, params: Params, state: State, task: Task) -> State:
+        """Before training on `task`."""
+        return state
+
+    def loss(self, params: Params, state: State, batch: Batch, key: Array) -> Terms:
+        """The terms whose weighted sum is minimised; pure. `key` is new at every step."""
+        from jaxcl.methods.losses import language_model_terms
+
+        return language_model_terms(self.network, params, batch, key)
+
+    def transform(self, parts: OptimizerParts) -> optax.GradientTransformationExtraArgs:
+        """The optimizer, with the method's own transformations at their places in it."""
+        return parts.chain()
+
+    def update_args(self, params: Params, state: State) -> dict[str, Any]:
+        """Keyword arguments for the optimizer's update (the soft masks, for example)."""
+        return {}
+
+    def consolidate(self, params: Params, state: State, task: Task) -> State:
+        """After training on `task`."""
+        return state
+
+    def signals(self, params: Params, state: State, batch: Batch, key: Array) -> dict[str, Array] | None:
+        """What is stored beside each remembered row, leading axis `batch`; pure. `None` stores nothing.
+
+        Called after `consolidate`. Rows of remembered batches carry it as `batch.teacher`.
+        """
+        return None
+
+    def tables(self, state: State) -> dict[str, Array]:
+        """Arrays worth a picture in the report: importance, masks, selected heads."""
+        return {}

@@ -1,0 +1,1 @@
+"""What a network computes: decoder, encoder, gates, attention and its probe, generation."""

@@ -1,0 +1,54 @@
+"""What one step sees: a batch of token rows and where the loss applies."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+from jaxtyping import Array, Float, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Rows of tokens, the positions that are predicted, and what should stand there.
+
+    The same type serves packed pre-training text, masked language modelling and instruction pairs; they differ
+    only in `predict`, `targets` and `weights`. A row that exists only to fill the batch has all weights and all
+    segments 0 and changes nothing.
+
+    Attributes:
+      tokens: token ids, int32.
+      segments: 1-based document number within the row, 0 for padding, int32. A token attends only to tokens of its
+        own segment.
+      positions: position of each token within its segment, from 0, int32.
+      predict: indices along `length` of the positions whose output is scored, int32; `None` scores all of them,
+        and `targets` and `weights` then have shape `[batch, length]`.
+      targets: token id expected at each scored position (for a causal model: the *next* token), int32.
+      weights: 1 where the score counts, 0 for padding, float32.
+      task: index of the task each row comes from, int32.
+      example: index of the row's example within its task's training set, int32 (-1 for filler and packed rows).
+      labels: class of each row, int32; only for end tasks.
+      teacher: what a method stored beside remembered rows (`Method.signals`), leading axis `batch`; `None` for
+        rows of the current task.
+      kind: `"task"` for rows of the current task, `"memory"` for remembered rows. Static: each kind compiles its
+        own step.
+    """
+
+    tokens: Int[Array, "batch length"]
+    segments: Int[Array, "batch length"]
+    positions: Int[Array, "batch length"]
+    predict: Int[Array, "batch predict"] | None
+    targets: Int[Array, "batch predict"]
+    weights: Float[Array, "batch predict"]
+    task: Int[Array, " batch"]
+    example: Int[Array, " batch"]
+    labels: Int[Array, " batch"] | None = None
+    teacher: dict[str, Any] | None = None
+    kind: str = dataclasses.field(default="task", metadata={"static": True})
+
+    @property
+    def size(self) -> int:
+        """Number of rows, fillers included."""
+        return self.tokens.shape[0]

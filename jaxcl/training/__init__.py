@@ -1,0 +1,1 @@
+"""Train state, step, optimizer, loop, checkpoints, metrics."""
