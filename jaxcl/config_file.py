@@ -1,0 +1,194 @@
+"""YAML with dotted overrides to a validated section; every mistake becomes one line."""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from jaxcl.errors import UserError
+
+Section = TypeVar("Section", bound=BaseModel)
+
+
+class ConfigError(UserError):
+    """A configuration that cannot be used; exit code 2."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, exit_code=2)
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Refuses a key that stands twice: plain YAML silently keeps the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, str) and key in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key {key!r} stands twice", problem_mark=key_node.start_mark)
+            seen.add(key if isinstance(key, str) else repr(key))
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Reads a YAML mapping.
+
+    Raises:
+      ConfigError: the file is missing, unreadable or no mapping; malformed YAML names its line.
+    """
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)  # a SafeLoader  # noqa: S506
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not a UTF-8 text file") from None
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(f"{path}{line}: not valid YAML: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected a mapping of sections, got {type(content).__name__}")
+    return content
+
+
+def apply_overrides(content: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """Sets dotted keys; list items by index, `*` for all of them.
+
+    >>> apply_overrides({"tasks": [{"train": 5}, {"train": 6}]}, ["tasks.*.train=2", "seed=1"])
+    {'tasks': [{'train': 2}, {'train': 2}], 'seed': 1}
+
+    Args:
+      content: nested mappings and lists; changed in place.
+      overrides: `KEY=VALUE`, the value in YAML.
+
+    Returns:
+      `content`.
+
+    Raises:
+      ConfigError: no `=`, a value that is not YAML, or a list index out of range.
+    """
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"override {override!r}: expected KEY=VALUE, such as training.batch_size=8")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ConfigError(f"override {override!r}: the value is not valid YAML") from None
+        _assign(content, key.split("."), value, override)
+    return content
+
+
+def _assign(node: Any, path: Sequence[str], value: Any, override: str) -> None:
+    head, rest = path[0], path[1:]
+    if isinstance(node, list):
+        if head != "*" and not (head.isdecimal() and int(head) < len(node)):
+            raise ConfigError(f"override {override!r}: {head!r} is no item of a list of {len(node)}; use 0.. or *")
+        items: Iterable[int] = range(len(node)) if head == "*" else [int(head)]
+        for index in items:
+            if rest:
+                _assign(node[index], rest, value, override)
+            else:
+                node[index] = value
+    elif isinstance(node, dict):
+        if not rest:
+            node[head] = value
+        else:
+            if not isinstance(node.get(head), dict | list):
+                node[head] = {}
+            _assign(node[head], rest, value, override)
+    else:
+        raise ConfigError(f"override {override!r}: {head!r} lies inside a plain value")
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """`; did you mean X?`, when some valid name is close to `name`, else nothing.
+
+    >>> nearest("seker", ["seekr", "das"])
+    '; did you mean seekr?'
+    """
+    close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def validate(section: type[Section], content: Mapping[str, Any], origin: str) -> Section:
+    """Validates `content`, or raises a one-line `ConfigError` that names the key, the value and what is allowed."""
+    try:
+        return section.model_validate(content)
+    except ValidationError as error:
+        _raise_first(error, section, origin)
+
+
+def _raise_first(error: ValidationError, section: type[BaseModel], origin: str) -> NoReturn:
+    # An unknown key is usually the cause of a missing one: report it first.
+    errors = sorted(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
+    first = errors[0]
+    path, owner = _resolve(section, first["loc"])
+    message, value = first["msg"], first.get("input")
+    if first["type"] == "extra_forbidden":
+        names = sorted(owner.model_fields) if owner else []
+        message = f"unknown key{nearest(str(first['loc'][-1]), names)} allowed here: {', '.join(names)}"
+    elif first["type"] == "missing":
+        message = "missing; it has no default"
+    elif first["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        tag = first["ctx"]["discriminator"].strip("'")
+        given = value.get(tag) if isinstance(value, Mapping) else None
+        allowed = first["ctx"].get("expected_tags", "")
+        names = [name.strip(" '") for name in allowed.split(",")]
+        path = f"{path}.{tag}" if path else tag
+        message = f"got {given!r}{nearest(str(given), names)} allowed: {', '.join(names)}" if given else "missing"
+    else:
+        message = message.removeprefix("Value error, ")
+        if not isinstance(value, Mapping | BaseModel):
+            message += f", got {value!r}"
+    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    raise ConfigError(f"{origin}: {path + ': ' if path else ''}{message}{more}")
+
+
+def _resolve(section: type[BaseModel], location: Sequence[int | str]) -> tuple[str, type[BaseModel] | None]:
+    """The dotted key at a pydantic location (which also names union members), and the section that owns its end."""
+    parts: list[str] = []
+    owner: type[BaseModel] | None = section
+    candidates: list[type[BaseModel]] = [section]
+    for step in location:
+        if isinstance(step, int):
+            parts.append(str(step))
+            continue
+        tagged = [model for model in candidates if _tag(model) == step]
+        field = next((model.model_fields[step] for model in candidates if step in model.model_fields), None)
+        if len(candidates) > 1 and tagged:
+            candidates = tagged
+            owner = tagged[0]
+        elif field is not None:
+            owner = next(model for model in candidates if step in model.model_fields)
+            parts.append(step)
+            candidates = list(_models_in(field.annotation))
+        else:
+            owner = candidates[0] if candidates else owner
+            parts.append(step)
+    return ".".join(parts), owner
+
+
+def _tag(model: type[BaseModel]) -> str | None:
+    for name in ("architecture", "name"):
+        field = model.model_fields.get(name)
+        if field is not None and typing.get_origin(field.annotation) is typing.Literal:
+            return str(typing.get_args(field.annotation)[0])
+    return None
+
+
+def _models_in(annotation: Any) -> Iterable[type[BaseModel]]:
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
+        if issubclass(annotation, BaseModel):
+            yield annotation
+        return
+    for argument in typing.get_args(annotation):
+        yield from _models_in(argument)

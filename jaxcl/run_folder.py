@@ -1,0 +1,99 @@
+"""The folder of a run: what lies where, and whether it belongs to the configuration at hand."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+from jaxcl.errors import UserError
+
+# May differ between the first start and a resumed one: none of them changes a number.
+_FREE_KEYS = ("output", "training.log_every", "training.checkpoint_every", "training.keep", "training.prefetch")
+
+
+class RunFolder:
+    """Paths of a run folder, and the lock that keeps a second process group out of it.
+
+    Attributes:
+      path: the folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: IO[str] | None = None
+
+    config = property(lambda self: self.path / "config.yaml")
+    results = property(lambda self: self.path / "results.json")
+    metrics = property(lambda self: self.path / "metrics.jsonl")
+    predictions = property(lambda self: self.path / "predictions")
+    importance = property(lambda self: self.path / "importance")
+    checkpoints = property(lambda self: self.path / "checkpoints")
+    tokenizer = property(lambda self: self.path / "tokenizer")
+    memory = property(lambda self: self.path / "memory.json")
+    teacher = property(lambda self: self.path / "teacher")
+
+    def claim(self, resolved: Mapping[str, Any]) -> None:
+        """Creates the folder for a configuration, or checks that it already belongs to it.
+
+        Args:
+          resolved: the whole configuration as plain values; written to `config.yaml` in a new folder.
+
+        Raises:
+          UserError: the folder holds something else, a run of another configuration, or a run in progress.
+        """
+        if self.path.is_file():
+            raise UserError(f"output {self.path}: is a file; name a folder")
+        if self.path.is_dir() and not self.config.is_file() and {p.name for p in self.path.iterdir()} - {".lock"}:
+            raise UserError(f"output {self.path}: holds files but no run (no config.yaml); name an empty or new folder")
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._take_lock()
+        if self.config.is_file():
+            self._check_same(resolved)
+            return
+        for folder in (self.predictions, self.importance):
+            folder.mkdir(exist_ok=True)
+        partial = self.config.with_suffix(".partial")
+        partial.write_text(yaml.safe_dump(dict(resolved), sort_keys=False, allow_unicode=True), encoding="utf-8")
+        os.replace(partial, self.config)
+
+    def release(self) -> None:
+        """Lets another process use the folder."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _take_lock(self) -> None:
+        self._lock = open(self.path / ".lock", "w", encoding="utf-8")  # held for the life of the run  # noqa: SIM115
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.release()
+            raise UserError(f"output {self.path}: another process is running here; name another folder") from None
+
+    def _check_same(self, resolved: Mapping[str, Any]) -> None:
+        stored = dict(_flatten(yaml.safe_load(self.config.read_text(encoding="utf-8"))))
+        wanted = dict(_flatten(resolved))
+        for key in sorted(stored.keys() | wanted.keys()):
+            before, now = stored.get(key), wanted.get(key)
+            if before != now and key not in _FREE_KEYS:
+                raise UserError(
+                    f"output {self.path}: holds a run with {key}={before!r}, this one has {now!r}; "
+                    "name another output, or remove the folder to start again",
+                    exit_code=2,
+                )
+
+
+def _flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from _flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(tree, list | tuple):
+        for index, value in enumerate(tree):
+            yield from _flatten(value, f"{prefix}.{index}")
+    else:
+        yield prefix, tree
