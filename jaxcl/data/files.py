@@ -1,0 +1,93 @@
+"""Files of the data layer: written whole or not at all, read with errors a user can act on."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from jaxcl.errors import UserError
+
+
+def reason(error: OSError) -> str:
+    """The operating system's own words for `error`, without the path."""
+    return (error.strerror or type(error).__name__).lower()
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Gives a temporary path beside `path` and renames it to `path` at the end.
+
+    If the block fails, `path` keeps what it held and the temporary file is removed.
+
+    Raises:
+      UserError: the folder cannot be made, is read-only, or the disk is full.
+    """
+    path = Path(path)
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # A name of its own for every writer: two processes that write the same file must not meet in one.
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {reason(error)}; what was there before is intact") from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Writes `value` as JSON, whole or not at all.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a UTF-8 file, plain or gzip (told by its first bytes).
+
+    Raises:
+      UserError: the file is missing, unreadable, damaged or not UTF-8.
+    """
+    path = Path(path)
+    try:
+        content = path.read_bytes()
+        if content[:2] == b"\x1f\x8b":
+            content = gzip.decompress(content)
+        return content.decode("utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise UserError(f"{path} is a damaged gzip file: {error}") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {reason(error)}") from error
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise UserError(f"{path} line {line} is not UTF-8 text") from error
+
+
+def parse_json(text: str, path: str | Path, first_line: int = 1) -> Any:
+    """Parses JSON; an error names `path` and the line, counted from `first_line`.
+
+    Raises:
+      UserError: the text is not JSON.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = first_line + error.lineno - 1
+        raise UserError(f"{path} line {line} column {error.colno} is not valid JSON: {error.msg}") from error
+    except RecursionError as error:
+        raise UserError(f"{path} line {first_line} is not usable JSON: nested too deeply") from error

@@ -1,0 +1,119 @@
+"""Builds the byte-level BPE tokenizer that a GGUF file describes in its metadata."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+
+from jaxcl.data.files import reason
+from jaxcl.errors import UserError
+
+# GGUF stores the name of the pre-tokenizer, not its rules; the rules below are those the named models were trained
+# with. Three families: GPT-2's pattern, the same after splitting off every single digit, and a pattern of their own.
+_GPT2 = ("gpt-2", "gpt2", "default", "mpt", "olmo", "phi-2", "roberta-bpe")
+_GPT2_SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
+_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}"
+    r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_PATTERNS = {
+    "llama-bpe": _PATTERN.format(digits="{1,3}"),
+    "llama3": _PATTERN.format(digits="{1,3}"),
+    "llama-v3": _PATTERN.format(digits="{1,3}"),
+    "qwen2": _PATTERN.format(digits=""),
+}
+# Values of tokenizer.ggml.token_type.
+_CONTROL, _USER_DEFINED = 3, 4
+
+
+class GgufTokenizer(NamedTuple):
+    """What a GGUF file says about its tokenizer; ids are `None` where the file gives none."""
+
+    backend: tokenizers.Tokenizer
+    ids: dict[str, int | None]
+    add_bos: bool
+    chat_template: str | None
+
+
+def read_gguf_tokenizer(path: str | Path) -> GgufTokenizer:
+    """Reads the tokenizer out of a GGUF file.
+
+    Args:
+      path: the file; only byte-level BPE vocabularies (`tokenizer.ggml.model` = `gpt2`) are read.
+
+    Raises:
+      UserError: the file is missing or not GGUF, or its tokenizer is of another kind.
+    """
+    fields = _metadata(Path(path))
+    kind = fields.get("tokenizer.ggml.model")
+    if kind != "gpt2":
+        raise UserError(
+            f"{path}: tokenizer kind {kind!r} cannot be built from GGUF metadata, only 'gpt2' (byte-level BPE); "
+            "set tokenizer.path to the model's Hugging Face tokenizer.json"
+        )
+    missing = [name for name in ("tokens", "merges") if f"tokenizer.ggml.{name}" not in fields]
+    if missing:
+        raise UserError(f"{path}: tokenizer.ggml.{missing[0]} is missing from the GGUF metadata")
+    tokens: list[str] = fields["tokenizer.ggml.tokens"]
+    pre = str(fields.get("tokenizer.ggml.pre", "default"))
+    pre_tokenizer = _pre_tokenizer(pre, path)
+    backend = tokenizers.Tokenizer(
+        models.BPE(
+            vocab={token: index for index, token in enumerate(tokens)},
+            merges=[tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]],
+            # Llama 3's vocabulary holds whole words that its merges never reach.
+            ignore_merges=pre in _PATTERNS and pre != "qwen2",
+        )
+    )
+    if pre == "qwen2":
+        backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizer
+    backend.decoder = decoders.ByteLevel()
+    types = fields.get("tokenizer.ggml.token_type", [1] * len(tokens))
+    for token, token_type in zip(tokens, types, strict=True):
+        if token_type == _CONTROL:
+            backend.add_special_tokens([AddedToken(token, special=True, normalized=False)])
+        elif token_type == _USER_DEFINED:
+            backend.add_tokens([AddedToken(token, normalized=False)])
+    names = {"pad": "padding", "bos": "bos", "eos": "eos", "mask": "mask", "cls": "cls", "sep": "seperator"}
+    ids = {name: fields.get(f"tokenizer.ggml.{key}_token_id") for name, key in names.items()}
+    add_bos = bool(fields.get("tokenizer.ggml.add_bos_token", pre in _PATTERNS and pre != "qwen2"))
+    return GgufTokenizer(backend, ids, add_bos, fields.get("tokenizer.chat_template"))
+
+
+def _metadata(path: Path) -> dict[str, Any]:
+    import gguf
+
+    if not path.is_file():
+        raise UserError(f"{path} does not exist")
+    try:
+        reader = gguf.GGUFReader(path)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {reason(error)}") from error
+    except Exception as error:  # the reader has no error type of its own for damaged files
+        raise UserError(f"{path} is not a usable GGUF file: {error}") from error
+    return {name: field.contents() for name, field in reader.fields.items() if name.startswith("tokenizer.")}
+
+
+def _pre_tokenizer(name: str, path: str | Path) -> pre_tokenizers.PreTokenizer:
+    if name in _GPT2:
+        return pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if name in _GPT2_SINGLE_DIGITS:
+        return pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+    if name in _PATTERNS:
+        return pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(_PATTERNS[name]), behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+    known = ", ".join(sorted((*_GPT2, *_GPT2_SINGLE_DIGITS, *_PATTERNS)))
+    raise UserError(
+        f"{path}: pre-tokenizer {name!r} is not known (known: {known}); "
+        "set tokenizer.path to the model's Hugging Face tokenizer.json"
+    )

@@ -1,0 +1,206 @@
+"""Prompt-answer pairs as token rows with a boundary that is the same in training and in generation.
+
+A prompt's trailing spaces are dropped and the answer starts with one space of its own, or with none after a line
+break. Prompt and answer are tokenised apart, so the answer's first token never depends on the prompt: a prompt that
+ends in `Output: ` followed by `POS` gives `Output` `:` and ` POS`, whether the answer is known or still to be generated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from jaxcl.data.plan import Shape, choose_lengths
+from jaxcl.data.rows import Noise, Ragged, Row, blank, place
+from jaxcl.data.spec import TEMPLATES, DataConfig
+from jaxcl.data.tokenizer import Tokenizer
+from jaxcl.errors import UserError
+
+
+class EncodedPrompts(NamedTuple):
+    """Prompts as token ids, and how many of them lost their left part."""
+
+    ids: list[list[int]]
+    cut: int
+
+
+def encode_prompts(prompts: Sequence[str], tokenizer: Tokenizer, config: DataConfig) -> EncodedPrompts:
+    """Token ids of prompts up to where the answer begins; training and generation both use this.
+
+    The template is put around each prompt. A prompt that is too long loses its left part; the template and the
+    opening token stay.
+
+    Args:
+      prompts: the prompts, without the template.
+      tokenizer: the model's tokenizer.
+      config: `prompt_length` and `template` are used.
+
+    Raises:
+      UserError: the template alone fills `prompt_length`.
+    """
+    head_text, tail_text = _template(config)
+    opening = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
+    head = opening + (tokenizer.encode(head_text, specials=True) if head_text else [])
+    tail = tokenizer.encode(tail_text.rstrip(" \t"), continued=True, specials=True) if tail_text else []
+    room = config.prompt_length - len(head) - len(tail)
+    if room < 1:
+        raise UserError(
+            f"data.template takes {len(head) + len(tail)} tokens and leaves no room for the prompt; "
+            f"data.prompt_length is {config.prompt_length}"
+        )
+    bodies = tokenizer.encode_batch([_body(prompt) for prompt in prompts], continued=bool(head_text))
+    cut = sum(len(body) > room for body in bodies)
+    ids = [head + body[-room:] + tail for body in bodies]
+    # The first answer token needs a position that predicts it, so even an empty prompt has one token.
+    start = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
+    return EncodedPrompts([row or [tokenizer.pad_id if start is None else start] for row in ids], cut)
+
+
+def encode_answers(
+    answers: Sequence[str], prompts: Sequence[str], tokenizer: Tokenizer, config: DataConfig
+) -> list[list[int]]:
+    """Token ids of answers, each as it stands after its prompt, without the end token.
+
+    Args:
+      answers: the answers; white space around them is dropped.
+      prompts: the prompt of each answer.
+      tokenizer: the model's tokenizer.
+      config: `template` is used.
+    """
+    _, tail = _template(config)
+    texts = []
+    for answer, prompt in zip(answers, prompts, strict=True):
+        before = (_body(prompt) + tail).rstrip(" \t")
+        texts.append(("" if before.endswith("\n") else " ") + answer.strip())
+    return tokenizer.encode_batch([text if text.strip() else "" for text in texts], continued=True)
+
+
+def _template(config: DataConfig) -> tuple[str, str]:
+    head, _, tail = TEMPLATES.get(config.template, config.template).partition("{prompt}")
+    return head, tail
+
+
+def _body(prompt: str) -> str:
+    return prompt.rstrip(" \t")
+
+
+class PairRows:
+    """Prompt-answer pairs, encoded; the loss counts on the answer and its end token only.
+
+    A row is prompt, answer, end token and padding on the right. `predict` points at the positions that predict
+    the answer's tokens, `targets` holds these tokens.
+
+    Attributes:
+      texts: the pairs as given.
+      prompts: prompt tokens of each example.
+      answers: answer tokens of each example, end token included.
+      cut_prompts: prompts that lost their left part.
+      cut_answers: answers that lost their end (only with `on_long_answer: cut`).
+    """
+
+    group: ClassVar[str] = "pairs"
+
+    def __init__(
+        self, texts: Sequence[Mapping[str, str]], tokenizer: Tokenizer, config: DataConfig, *, task: int, name: str
+    ) -> None:
+        """Encodes all pairs.
+
+        Args:
+          texts: rows with `prompt` and `answer`.
+          tokenizer: the model's tokenizer; must have an end token.
+          config: windows, template, buckets.
+          task: index of the task.
+          name: its name, with the split, for messages.
+
+        Raises:
+          UserError: an answer is longer than `answer_length`, or the tokenizer has no end token.
+        """
+        if tokenizer.eos_id is None:
+            raise UserError("the tokenizer names no end token (eos), which prompt-answer tasks need")
+        self.texts = texts
+        self.task = task
+        self.name = name
+        self.config = config
+        self.pad_id = tokenizer.pad_id
+        prompts = [row["prompt"] for row in texts]
+        encoded = encode_prompts(prompts, tokenizer, config)
+        answers = encode_answers([row["answer"] for row in texts], prompts, tokenizer, config)
+        closed = [answer + [tokenizer.eos_id] for answer in answers]
+        over = [index for index, answer in enumerate(closed) if len(answer) > config.answer_length]
+        if over and config.on_long_answer == "error":
+            raise UserError(
+                f"{name} row {over[0] + 1}: the answer has {len(closed[over[0]])} tokens with its end token, "
+                f"data.answer_length is {config.answer_length} ({len(over)} of {len(texts)} answers are longer); "
+                "raise it, or set data.on_long_answer to cut"
+            )
+        self.cut_prompts = encoded.cut
+        self.cut_answers = len(over)
+        self.prompts = Ragged(encoded.ids)
+        self.answers = Ragged(answer[: config.answer_length] for answer in closed)
+        self.sizes: Int[np.ndarray, "examples 2"] = np.stack(
+            [self.prompts.lengths + self.answers.lengths, self.answers.lengths], axis=1
+        )
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def shapes(self, others: Sequence[PairRows]) -> list[Shape]:
+        """See `pair_shapes`."""
+        return pair_shapes([self, *others], self.config)
+
+    def row(self, index: int, shape: Shape, noise: Noise) -> Row:
+        """One row, see the class; `noise` is not used."""
+        row = blank(shape, self.pad_id)
+        if index < 0:
+            return row
+        prompt, answer = self.prompts[index], self.answers[index]
+        place(row, [np.concatenate([prompt, answer])])
+        count = len(answer)
+        row["predict"][:count] = np.arange(len(prompt) - 1, len(prompt) + count - 1)
+        row["targets"][:count] = answer
+        row["weights"][:count] = 1
+        return row
+
+    def describe(self) -> dict[str, Any]:
+        """Examples, tokens, scored tokens and cut examples."""
+        return {
+            "examples": len(self),
+            "tokens": int(self.sizes[:, 0].sum()),
+            "scored_tokens": int(self.sizes[:, 1].sum()),
+            "cut_prompts": self.cut_prompts,
+            "cut_answers": self.cut_answers,
+        }
+
+
+def pair_shapes(rows: Sequence[PairRows], config: DataConfig) -> list[Shape]:
+    """The few shapes that hold all examples of `rows`; give the rows of all tasks to compile once for all.
+
+    Args:
+      rows: encoded pairs, of as many tasks and splits as shall share the shapes.
+      config: `buckets`, `bucket_lengths` and `length_multiple` are used.
+
+    Returns:
+      Shapes rising in both numbers, so that what fits one fits the next.
+
+    Raises:
+      UserError: the given `bucket_lengths` do not hold the longest example.
+    """
+    sizes = np.concatenate([one.sizes for one in rows])
+    if config.bucket_lengths == "auto":
+        lengths = choose_lengths(sizes[:, 0], config.buckets, config.length_multiple)
+    else:
+        lengths = config.bucket_lengths
+        longest = int(sizes[:, 0].max())
+        if longest > lengths[-1]:
+            raise UserError(
+                f"data.bucket_lengths ends at {lengths[-1]}, the longest example has {longest} tokens "
+                f"(prompt_length + answer_length allows {config.prompt_length + config.answer_length})"
+            )
+    shapes = []
+    for length in lengths:
+        scored = sizes[sizes[:, 0] <= length, 1].max(initial=1)
+        shapes.append(Shape(int(length), min(int(scored), config.answer_length)))
+    return shapes

@@ -1,0 +1,291 @@
+"""Text to token ids and back."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+from jaxcl.data.files import parse_json, read_text, replacing, write_json
+from jaxcl.data.gguf_tokenizer import read_gguf_tokenizer
+from jaxcl.data.spec import TokenizerConfig
+from jaxcl.errors import UserError
+
+ROLES = ("pad", "bos", "eos", "mask", "cls", "sep")
+#: Special tokens of a tokenizer trained here, ids 0 to 5 in this order.
+TRAINED_SPECIALS = tuple(f"<{role}>" for role in ROLES)
+# Text that may stand before a piece to see how the piece is tokenised in mid-text; see `Tokenizer.encode`.
+_ANCHORS = ("\n", ":", "a", "0", "_")
+
+
+class Tokenizer:
+    """A tokenizer and its special tokens.
+
+    Attributes:
+      backend: the `tokenizers.Tokenizer`.
+      pad_id: id that fills rows; where the tokenizer names none, its end token's.
+      bos_id: token that opens a text, or `None`.
+      eos_id: token that closes a text or an answer, or `None`.
+      mask_id: token that hides another in masked language modelling, or `None`.
+      cls_id: token that opens a row of an encoder, or `None`.
+      sep_id: token that closes a row of an encoder, or `None`.
+      add_bos: whether the model expects `bos_id` before every text.
+      chat_template: the model's own (Jinja) chat template, kept as text.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        ids: dict[str, int | None],
+        *,
+        add_bos: bool,
+        chat_template: str | None = None,
+    ) -> None:
+        backend.no_padding()
+        backend.no_truncation()
+        self.backend = backend
+        self.bos_id = ids.get("bos")
+        self.eos_id = ids.get("eos")
+        self.mask_id = ids.get("mask")
+        self.cls_id = ids.get("cls")
+        self.sep_id = ids.get("sep")
+        pad = ids.get("pad")
+        self.pad_id: int = next((i for i in (pad, self.eos_id, self.bos_id) if i is not None), 0)
+        self.add_bos = add_bos and self.bos_id is not None
+        self.chat_template = chat_template
+
+    @classmethod
+    def load(cls, path: str | Path) -> Tokenizer:
+        """Reads a tokenizer.
+
+        Args:
+          path: a folder with `tokenizer.json` (Hugging Face's layout, or one written by `save`), the
+            `tokenizer.json` itself, or a GGUF file with a byte-level BPE vocabulary.
+
+        Raises:
+          UserError: there is no such file, or it holds no usable tokenizer.
+        """
+        path = Path(path)
+        if path.suffix == ".gguf":
+            found = read_gguf_tokenizer(path)
+            return cls(found.backend, found.ids, add_bos=found.add_bos, chat_template=found.chat_template)
+        folder, file = (path, path / "tokenizer.json") if path.is_dir() else (path.parent, path)
+        if path.is_dir() and not file.exists():
+            raise UserError(f"{path} holds no tokenizer.json; give a folder with one, a tokenizer.json or a .gguf file")
+        text = read_text(file)
+        try:
+            backend = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # the library raises bare Exception
+            raise UserError(f"{file} is not a usable tokenizer: {error}") from error
+        settings: dict[str, Any] = {}
+        for name in ("special_tokens_map.json", "tokenizer_config.json"):
+            if (folder / name).exists():
+                found_settings = parse_json(read_text(folder / name), folder / name)
+                settings |= found_settings if isinstance(found_settings, dict) else {}
+        ids = {role: _special_id(backend, settings, role) for role in ROLES}
+        opening = backend.encode("a", add_special_tokens=True).ids[:1]
+        add_bos = bool(settings.get("add_bos_token")) or (ids["bos"] is not None and opening == [ids["bos"]])
+        template = settings.get("chat_template")
+        if template is None and (folder / "chat_template.jinja").exists():
+            template = read_text(folder / "chat_template.jinja")
+        return cls(backend, ids, add_bos=add_bos, chat_template=template if isinstance(template, str) else None)
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+        """Trains a byte-level BPE tokenizer; the same texts give the same tokenizer.
+
+        Args:
+          texts: what it is trained on.
+          vocab_size: number of ids: 6 special tokens, 256 bytes and the merges learned.
+
+        Raises:
+          UserError: `vocab_size` has no room for bytes and special tokens.
+        """
+        smallest = 256 + len(TRAINED_SPECIALS)
+        if vocab_size < smallest:
+            raise UserError(f"tokenizer.vocab_size is {vocab_size}; a byte-level tokenizer needs at least {smallest}")
+        backend = tokenizers.Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+        backend.decoder = decoders.ByteLevel()
+        backend.train_from_iterator(
+            texts,
+            trainers.BpeTrainer(
+                vocab_size=vocab_size,
+                special_tokens=list(TRAINED_SPECIALS),
+                initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+                show_progress=False,
+            ),
+        )
+        ids = {role: backend.token_to_id(token) for role, token in zip(ROLES, TRAINED_SPECIALS, strict=True)}
+        backend.post_processor = processors.TemplateProcessing(
+            single="<cls> $A <sep>",
+            pair="<cls> $A <sep> $B <sep>",
+            special_tokens=[("<cls>", ids["cls"]), ("<sep>", ids["sep"])],
+        )
+        return cls(backend, ids, add_bos=True)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes `tokenizer.json` and `tokenizer_config.json`, which `load` and `transformers` read.
+
+        Raises:
+          UserError: the folder cannot be written.
+        """
+        folder = Path(folder)
+        settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": self.add_bos}
+        for role in ROLES:
+            index = getattr(self, f"{role}_id")
+            if index is not None:
+                settings[f"{role}_token"] = self.backend.id_to_token(index)
+        if self.chat_template is not None:
+            settings["chat_template"] = self.chat_template
+        with replacing(folder / "tokenizer.json") as temporary:
+            temporary.write_text(self.backend.to_str(pretty=False), encoding="utf-8")
+        write_json(folder / "tokenizer_config.json", settings)
+
+    @functools.cached_property
+    def vocab_size(self) -> int:
+        """One more than the largest id: the rows a model's embedding needs."""
+        return max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    @functools.cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids that stand for no text: never masked, never drawn as a random token."""
+        added = self.backend.get_added_tokens_decoder()
+        named = (getattr(self, f"{role}_id") for role in ROLES)
+        return frozenset(i for i in named if i is not None) | {i for i, token in added.items() if token.special}
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Hash of vocabulary, rules and special tokens; equal for tokenizers that encode alike."""
+        specials = {role: getattr(self, f"{role}_id") for role in ROLES} | {"add_bos": self.add_bos}
+        content = self.backend.to_str(pretty=False) + json.dumps(specials, sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    def check_vocab(self, vocab_size: int) -> None:
+        """Checks that a model with `vocab_size` embeddings knows every id.
+
+        Raises:
+          UserError: some id of the tokenizer lies beyond the model's embedding.
+        """
+        if self.vocab_size > vocab_size:
+            raise UserError(
+                f"the tokenizer does not match the model: its largest id is {self.vocab_size - 1} "
+                f"({self.backend.id_to_token(self.vocab_size - 1)!r}), the model's vocab_size is {vocab_size}"
+            )
+
+    def frame(self, masked: bool) -> tuple[list[int], list[int]]:
+        """The special tokens before and after a text.
+
+        Args:
+          masked: for a masked (encoder) model: `cls` and `sep`; for a causal one: `bos` if the model expects it,
+            and `eos`.
+        """
+        if masked:
+            before = self.cls_id if self.cls_id is not None else self.bos_id
+            after = self.sep_id if self.sep_id is not None else self.eos_id
+        else:
+            before, after = (self.bos_id if self.add_bos else None), self.eos_id
+        return [i for i in (before,) if i is not None], [i for i in (after,) if i is not None]
+
+    @functools.cached_property
+    def pair_separator(self) -> list[int]:
+        """The special tokens an encoder expects between two texts (RoBERTa: two `</s>`, BERT: one `[SEP]`)."""
+        single = self.backend.encode("a", add_special_tokens=False).ids
+        framed = self.backend.encode("a", "a", add_special_tokens=True)
+        if [m for m in framed.special_tokens_mask if m]:
+            start = framed.ids.index(single[0]) + len(single)
+            between = framed.ids[start:]
+            stop = next((k for k, mask in enumerate(framed.special_tokens_mask[start:]) if not mask), 0)
+            if stop:
+                return between[:stop]
+        return self.frame(masked=True)[1]
+
+    def encode(self, text: str, *, continued: bool = False, specials: bool = False) -> list[int]:
+        """Token ids of a text, without special tokens around it; see `encode_batch`."""
+        return self.encode_batch([text], continued=continued, specials=specials)[0]
+
+    def encode_batch(
+        self, texts: Sequence[str], *, continued: bool = False, specials: bool = False
+    ) -> list[list[int]]:
+        """Token ids of texts, without special tokens around them.
+
+        Args:
+          texts: the texts.
+          continued: tokenise each as it would be in the middle of a longer text. Tokenizers of the sentencepiece
+            kind put a space before every text, which must not happen to a piece that follows another.
+          specials: the text of a special token becomes its id. Off for text from outside, which could otherwise
+            forge the end of a prompt.
+        """
+        if not continued or self._position_free:
+            return self._encode(texts, specials)
+        return [self._encode_continued(text, specials) for text in texts]
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+        """The text of token ids; bytes that are not UTF-8 become the replacement character."""
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+
+    def _encode(self, texts: Sequence[str], specials: bool) -> list[list[int]]:
+        self.backend.encode_special_tokens = not specials
+        return [found.ids for found in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    @functools.cached_property
+    def _position_free(self) -> bool:
+        """Whether a text's tokens do not depend on standing first."""
+        alone, anchor, both = self._encode(["a", "\n", "\na"], specials=False)
+        return both == anchor + alone
+
+    def _encode_continued(self, text: str, specials: bool) -> list[int]:
+        for anchor in _ANCHORS:
+            before, both = self._encode([anchor, anchor + text], specials)
+            if both[: len(before)] == before:
+                return both[len(before) :]
+        return self._encode([text], specials)[0]
+
+
+def prepare_tokenizer(
+    config: TokenizerConfig, texts: Callable[[], Iterable[str]], folder: str | Path
+) -> Tokenizer:
+    """The run's tokenizer: the one named by the configuration, the one the run already has, or a new one.
+
+    Args:
+      config: the configuration's section.
+      texts: gives the texts to train on; called only if a tokenizer must be trained.
+      folder: where a trained tokenizer is kept, and found again when the run goes on.
+
+    Raises:
+      UserError: a tokenizer cannot be read, trained or written.
+    """
+    if config.path is not None:
+        return Tokenizer.load(config.path)
+    if (Path(folder) / "tokenizer.json").exists():
+        return Tokenizer.load(folder)
+    tokenizer = Tokenizer.train(texts(), config.vocab_size)
+    tokenizer.save(folder)
+    return tokenizer
+
+
+_COMMON = {
+    "pad": ("<pad>", "[PAD]", "<|padding|>", "<|pad|>"),
+    "bos": ("<bos>", "<s>", "<|begin_of_text|>", "<|startoftext|>"),
+    "eos": ("<eos>", "</s>", "<|end_of_text|>", "<|endoftext|>"),
+    "mask": ("<mask>", "[MASK]"),
+    "cls": ("<cls>", "[CLS]"),
+    "sep": ("<sep>", "[SEP]"),
+}
+
+
+def _special_id(backend: tokenizers.Tokenizer, settings: dict[str, Any], role: str) -> int | None:
+    """Id of the token with `role`: as the settings say; with no settings at all, by its usual name."""
+    if settings:
+        token = settings.get(f"{role}_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        return backend.token_to_id(token) if isinstance(token, str) else None
+    return next((i for name in _COMMON[role] if (i := backend.token_to_id(name)) is not None), None)
