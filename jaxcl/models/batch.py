@@ -32,6 +32,9 @@ class Batch:
       labels: class of each row, int32; only for end tasks.
       teacher: what a method stored beside remembered rows (`Method.signals`), leading axis `batch`; `None` for
         rows of the current task.
+      types: token type of each position, int32, for encoders that have them; `None` means 0 everywhere.
+      packed: `False` promises that every row is at most one document followed by padding, which makes attention
+        masks cheaper. Static.
       kind: `"task"` for rows of the current task, `"memory"` for remembered rows. Static: each kind compiles its
         own step.
     """
@@ -46,6 +49,8 @@ class Batch:
     example: Int[Array, " batch"]
     labels: Int[Array, " batch"] | None = None
     teacher: dict[str, Any] | None = None
+    types: Int[Array, "batch length"] | None = None
+    packed: bool = dataclasses.field(default=True, metadata={"static": True})
     kind: str = dataclasses.field(default="task", metadata={"static": True})
 
     @property

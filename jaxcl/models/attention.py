@@ -1,0 +1,188 @@
+"""Attention, and which kernel computes it.
+
+Axis letters: b batch, q query position, s key position, k key/value heads, g query heads per key/value head,
+d head_dim.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxcl.models.compute import Kernel
+
+Probabilities = Float[Array, "batch heads query length"]
+
+# Large and finite, so that a row without a visible key gives a uniform distribution and no NaN.
+_HIDDEN = -0.7 * float(jnp.finfo(jnp.float32).max)
+
+
+def attention(
+    query: Float[Array, "batch length heads head_dim"],
+    key: Float[Array, "batch length kv_heads head_dim"],
+    value: Float[Array, "batch length kv_heads head_dim"],
+    *,
+    segments: Int[Array, "batch length"],
+    causal: bool,
+    scale: float,
+    kernel: Kernel,
+    packed: bool = True,
+) -> Float[Array, "batch length heads head_dim"]:
+    """Softmax attention within segments.
+
+    Position q attends to k if both are of the same non-zero segment, and `k <= q` if causal. What comes out at
+    padding (segment 0) is finite and otherwise unspecified.
+
+    Args:
+      query: queries; `heads` is a multiple of `kv_heads`, head h reads key/value head `h // (heads / kv_heads)`.
+      key: keys.
+      value: values.
+      segments: 1-based document numbers, 0 for padding, int32.
+      causal: whether later positions are hidden.
+      scale: factor on the products of queries and keys.
+      kernel: which implementation; `auto` takes the fastest of the platform that is traced for.
+      packed: `False` promises that each row is one segment followed by padding, which saves most of the masking.
+
+    Returns:
+      Attended values, dtype of `query`. Softmax is computed in float32.
+    """
+    chosen = choose_kernel(kernel)
+    if chosen == "splash":
+        from jaxcl.models.splash import splash_attention
+
+        return splash_attention(query, key, value, segments=segments, causal=causal, scale=scale, packed=packed)
+    if chosen == "cudnn":
+        reason = _cudnn_refusal(query)
+        if reason is None:
+            return _cudnn_attention(query, key, value, segments, causal, scale, packed)
+        warn_once(f"attention: cudnn cannot take this call, using xla instead: {reason}")
+    return explicit_attention(query, key, value, segments=segments, causal=causal, scale=scale, packed=packed)
+
+
+def choose_kernel(kernel: Kernel, platform: str | None = None) -> Kernel:
+    """The kernel that `auto` stands for on `platform` (default: where jax runs now); others stay.
+
+    Examples:
+      >>> choose_kernel("auto", "tpu"), choose_kernel("auto", "cpu"), choose_kernel("splash", "cpu")
+      ('splash', 'xla', 'splash')
+    """
+    if kernel != "auto":
+        return kernel
+    by_platform: dict[str, Kernel] = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}
+    return by_platform.get(platform or jax.default_backend(), "xla")
+
+
+def visible(segments: Int[Array, "batch length"], causal: bool) -> Bool[Array, "batch 1 length length"]:
+    """Which (query, key) pairs are real: same non-zero segment, key not later if causal."""
+    pairs = (segments[:, :, None] == segments[:, None, :]) & (segments != 0)[:, None, :]
+    if causal:
+        pairs &= _causal_pairs(segments.shape[1])
+    return pairs[:, None]
+
+
+def explicit_attention(
+    query: Float[Array, "batch length heads head_dim"],
+    key: Float[Array, "batch length kv_heads head_dim"],
+    value: Float[Array, "batch length kv_heads head_dim"],
+    *,
+    segments: Int[Array, "batch length"],
+    causal: bool,
+    scale: float,
+    packed: bool = True,
+    transform: Callable[[Probabilities], Probabilities] | None = None,
+) -> Float[Array, "batch length heads head_dim"]:
+    """`attention` with the probabilities as an array, which `transform` may look at and change.
+
+    Args:
+      query: as in `attention`.
+      key: as in `attention`.
+      value: as in `attention`.
+      segments: as in `attention`.
+      causal: as in `attention`.
+      scale: as in `attention`.
+      packed: as in `attention`.
+      transform: from probabilities `[batch, heads, length, length]` float32 to the same; rows of padding hold
+        something finite.
+
+    Returns:
+      Attended values, dtype of `query`.
+    """
+    batch, length, heads, head_dim = query.shape
+    kv_heads = key.shape[2]
+    grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
+    scores = jnp.einsum("bqkgd,bskd->bkgqs", grouped, key, preferred_element_type=jnp.float32) * scale
+    scores = jnp.where(_compared(segments, causal, packed), scores, _HIDDEN)
+    probs = jax.nn.softmax(scores, axis=-1)
+    if transform is not None:
+        probs = transform(probs.reshape(batch, heads, length, length)).reshape(probs.shape)
+    out = jnp.einsum("bkgqs,bskd->bqkgd", probs.astype(value.dtype), value)
+    return out.reshape(query.shape).astype(query.dtype)
+
+
+def _compared(segments: Int[Array, "batch length"], causal: bool, packed: bool) -> Bool[Array, "#batch 1 1 #q s"]:
+    """Pairs that a kernel compares. Agrees with `visible` wherever the query is real, and costs less.
+
+    Padding sees padding, so that no row is empty. Where padding stands last, a causal mask hides it by itself.
+    """
+    if causal and not packed:
+        return _causal_pairs(segments.shape[1])[None, None, None]
+    if not packed:
+        return (segments != 0)[:, None, None, None, :]
+    pairs = segments[:, :, None] == segments[:, None, :]
+    if causal:
+        pairs &= _causal_pairs(segments.shape[1])
+    return pairs[:, None, None]
+
+
+def _causal_pairs(length: int) -> Bool[Array, "length length"]:
+    index = jnp.arange(length)
+    return index[:, None] >= index[None, :]
+
+
+def _cudnn_refusal(query: Array) -> str | None:
+    """Why cuDNN cannot take these queries, or `None`."""
+    head_dim, length = query.shape[-1], query.shape[1]
+    if query.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"it computes in bfloat16 or float16, not {query.dtype}; set compute.dtype to bfloat16"
+    if head_dim % 8 or head_dim > 128:
+        return f"head_dim must be a multiple of 8 up to 128, not {head_dim}"
+    if length % 2:
+        return f"length must be even, not {length}"
+    return None
+
+
+def _cudnn_attention(
+    query: Array, key: Array, value: Array, segments: Array, causal: bool, scale: float, packed: bool
+) -> Array:
+    if packed:
+        # With several documents in a row the mask has to be spelled out; it broadcasts over heads.
+        return jax.nn.dot_product_attention(
+            query, key, value, mask=visible_or_self(segments, causal), scale=scale, implementation="cudnn"
+        )
+    lengths = jnp.sum(segments != 0, axis=1, dtype=jnp.int32)
+    return jax.nn.dot_product_attention(
+        query,
+        key,
+        value,
+        scale=scale,
+        is_causal=causal,
+        query_seq_lengths=lengths,
+        key_value_seq_lengths=lengths,
+        implementation="cudnn",
+    )
+
+
+def visible_or_self(segments: Int[Array, "batch length"], causal: bool) -> Bool[Array, "batch 1 length length"]:
+    """`visible`, but padding sees padding, so that every query has a key."""
+    return _compared(segments, causal, packed=True)[:, 0]
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Warns the first time it is called with `message`."""
+    warnings.warn(message, stacklevel=2)

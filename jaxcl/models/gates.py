@@ -1,0 +1,65 @@
+"""Virtual gates on the units of each layer: never trained, only differentiated or set."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+if TYPE_CHECKING:
+    from jaxcl.models.llama import LlamaConfig
+    from jaxcl.models.roberta import RobertaConfig
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Gates:
+    """Factors on head outputs, feed-forward intermediate activations and feed-forward outputs.
+
+    Each array may have a batch axis after the layer axis: every example then has its own copy, and the gradient of
+    a summed loss with respect to it is the per-example gradient (DAS, section 3.1: one backward pass, no loop).
+
+    Attributes:
+      heads: factor on each head's output, before the output projection.
+      intermediate: factor on each intermediate unit, after the activation (SwiGLU: after gate times up).
+      output: factor on each unit of the feed-forward output, before the residual sum.
+    """
+
+    heads: Float[Array, "layers *batch heads"]
+    intermediate: Float[Array, "layers *batch mlp"]
+    output: Float[Array, "layers *batch embed"]
+
+    @classmethod
+    def ones(cls, config: LlamaConfig | RobertaConfig, batch: int | None = None) -> Gates:
+        """Gates that change nothing, float32.
+
+        Args:
+          config: the network's configuration.
+          batch: number of examples, for a copy of the gates each; `None` for one copy shared by all.
+
+        Examples:
+          >>> from jaxcl.models.llama import LlamaConfig
+          >>> config = LlamaConfig(vocab_size=8, hidden_size=4, intermediate_size=6, num_layers=3, num_heads=2)
+          >>> Gates.ones(config, batch=5).heads.shape
+          (3, 5, 2)
+        """
+        lead = (config.num_layers,) if batch is None else (config.num_layers, batch)
+        return cls(
+            heads=jnp.ones((*lead, config.num_heads)),
+            intermediate=jnp.ones((*lead, config.intermediate_size)),
+            output=jnp.ones((*lead, config.hidden_size)),
+        )
+
+
+def gate(x: Float[Array, "batch length ..."], factor: Float[Array, "*batch units"] | None, axis: int) -> Array:
+    """`x` times `factor` along dimension `axis` (and along the batch, if `factor` has one); `x` if it is `None`."""
+    if factor is None:
+        return x
+    shape = [1] * x.ndim
+    shape[axis] = factor.shape[-1]
+    if factor.ndim == 2:
+        shape[0] = factor.shape[0]
+    return x * factor.reshape(shape).astype(x.dtype)

@@ -1,0 +1,132 @@
+"""What every layer does around its attention, whatever the architecture: gates, noise, probe and tap."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple, Protocol
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from jaxcl.models.attention import attention, explicit_attention, visible
+from jaxcl.models.axes import constrain
+from jaxcl.models.compute import Kernel
+from jaxcl.models.gates import Gates, gate
+from jaxcl.models.layers import dropout
+from jaxcl.models.probe import AttentionView, Probe, Tap
+from jaxcl.models.rotary import Rotary
+
+
+class Context(NamedTuple):
+    """What all layers need to know of the batch, computed once.
+
+    Attributes:
+      segments: document number of each position, 0 for padding.
+      rotary: tables of the rotary embedding, `None` for learned positions.
+      causal: whether later positions are hidden.
+      packed: whether a row may hold several documents.
+      scale: factor on the products of queries and keys.
+      kernel: which attention kernel.
+    """
+
+    segments: Int[Array, "batch length"]
+    rotary: Rotary | None
+    causal: bool
+    packed: bool
+    scale: float
+    kernel: Kernel
+
+
+@dataclasses.dataclass(frozen=True)
+class Noise:
+    """Dropout: its rates and the key it draws from. A place in the layer has a number of its own."""
+
+    key: Array
+    hidden: float
+    attention: float
+
+    def drop(self, x: Array, place: int) -> Array:
+        """Drops from hidden states."""
+        return dropout(x, self.hidden, jax.random.fold_in(self.key, place)) if self.hidden > 0 else x
+
+    def drop_attention(self, probs: Array) -> Array:
+        """Drops from attention probabilities."""
+        return dropout(probs, self.attention, jax.random.fold_in(self.key, 0)) if self.attention > 0 else probs
+
+
+class Block(Protocol):
+    """The two halves of a layer, before and after attention. Generation puts its cache between them."""
+
+    def project(self, x: Float[Array, "batch length embed"], rotary: Rotary | None) -> tuple[Array, Array, Array]:
+        """Queries `[batch, length, heads, head_dim]`, keys and values `[batch, length, kv_heads, head_dim]`."""
+        ...
+
+    def complete(
+        self,
+        x: Float[Array, "batch length embed"],
+        attended: Float[Array, "batch length heads head_dim"],
+        gates: Gates | None,
+        noise: Noise | None,
+    ) -> Float[Array, "batch length embed"]:
+        """The layer's output from its input and what attention gave."""
+        ...
+
+
+def apply_block(
+    block: Block,
+    x: Float[Array, "batch length embed"],
+    context: Context,
+    *,
+    gates: Gates | None = None,
+    tap: Tap | None = None,
+    probe: Probe | None = None,
+    noise: Noise | None = None,
+) -> tuple[Float[Array, "batch length embed"], Any]:
+    """One layer. `gates`, `tap.inputs` and `probe.inputs` are those of this layer, without the layer axis.
+
+    Returns:
+      The layer's output, and the probe's (`None` without one).
+    """
+    query, key, value = block.project(x, context.rotary)
+    query = constrain(query, "batch", "length", "heads", "head_dim")
+    key = constrain(key, "batch", "length", "kv_heads", "head_dim")
+    value = constrain(value, "batch", "length", "kv_heads", "head_dim")
+    attended = constrain(_attend(query, key, value, context, tap, noise), "batch", "length", "heads", "head_dim")
+    if gates is not None:
+        attended = gate(attended, gates.heads, axis=2)
+    x = constrain(block.complete(x, attended, gates, noise), "batch", "length", "embed")
+    if probe is None:
+        return x, None
+    view = AttentionView(query, key, context.segments, context.causal, context.scale)
+    return x, probe.function(view, probe.inputs)
+
+
+def _attend(query: Array, key: Array, value: Array, context: Context, tap: Tap | None, noise: Noise | None) -> Array:
+    drops = noise is not None and noise.attention > 0
+    if tap is None and not drops:
+        return attention(
+            query,
+            key,
+            value,
+            segments=context.segments,
+            causal=context.causal,
+            scale=context.scale,
+            kernel=context.kernel,
+            packed=context.packed,
+        )
+
+    def transform(probs: Array) -> Array:
+        if tap is not None:
+            probs = tap.function(probs, visible(context.segments, context.causal), tap.inputs)
+        return probs if noise is None else noise.drop_attention(probs)
+
+    return explicit_attention(
+        query,
+        key,
+        value,
+        segments=context.segments,
+        causal=context.causal,
+        scale=context.scale,
+        packed=context.packed,
+        transform=transform,
+    )

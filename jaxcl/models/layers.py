@@ -1,0 +1,136 @@
+"""The small modules both architectures are made of. Inside a scan they hold one layer, outside all of them.
+
+Every parameter is an `nnx.Param` whose `axes` metadata names its logical axes. A module that is repeated in every
+layer is built with `layers=n`: its parameters then have a leading `layers` axis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxcl.models.compute import Compute
+
+Sizes = dict[str, int]
+
+
+def parameter(
+    rngs: nnx.Rngs, shape: Sequence[int], axes: Sequence[str | None], std: float, compute: Compute, layers: int | None
+) -> nnx.Param[Array]:
+    """A parameter drawn from a normal distribution with named axes, repeated along `layers` if given."""
+    lead, lead_axes = ((), ()) if layers is None else ((layers,), ("layers",))
+    shape, axes = (*lead, *shape), (*lead_axes, *axes)
+    return nnx.Param(std * jax.random.normal(rngs.params(), shape, compute.parameter_dtype), axes=axes)
+
+
+def constant(
+    value: float, shape: Sequence[int], axes: Sequence[str | None], compute: Compute, layers: int | None
+) -> nnx.Param[Array]:
+    """A parameter that starts at one value everywhere."""
+    lead, lead_axes = ((), ()) if layers is None else ((layers,), ("layers",))
+    return nnx.Param(jnp.full((*lead, *shape), value, compute.parameter_dtype), axes=(*lead_axes, *axes))
+
+
+class Linear(nnx.Module):
+    """A matrix product over the leading `inputs` axes of its kernel, and an optional bias.
+
+    Args:
+      inputs: sizes by axis name that are summed over, the last dimensions of the argument.
+      outputs: sizes by axis name that take their place.
+      bias: whether to add a bias of the shape of `outputs`.
+      std: standard deviation of the initial kernel.
+      kernel_axes: logical axes of the kernel where they differ from the names in `inputs` and `outputs`.
+    """
+
+    def __init__(
+        self,
+        rngs: nnx.Rngs,
+        inputs: Sizes,
+        outputs: Sizes,
+        *,
+        bias: bool,
+        std: float,
+        compute: Compute,
+        layers: int | None = None,
+        kernel_axes: Sequence[str | None] | None = None,
+    ) -> None:
+        axes = (*inputs, *outputs) if kernel_axes is None else tuple(kernel_axes)
+        shape = (*inputs.values(), *outputs.values())
+        self.kernel = parameter(rngs, shape, axes, std, compute, layers)
+        self.bias = constant(0.0, tuple(outputs.values()), axes[len(inputs) :], compute, layers) if bias else None
+        self.contracted = len(inputs)
+        self.dtype = compute.dtype
+
+    def __call__(self, x: Array) -> Array:
+        """`[..., *inputs]` to `[..., *outputs]`, in the compute dtype."""
+        dtype = jnp.dtype(self.dtype)
+        y = jnp.tensordot(x.astype(dtype), self.kernel[...].astype(dtype), axes=self.contracted)
+        return y if self.bias is None else y + self.bias[...].astype(dtype)
+
+    def wide(self, x: Array) -> Array:
+        """As a call, but factors in the dtype of `x`, sums and result in float32: for scores."""
+        kernel = self.kernel[...].astype(x.dtype)
+        y = jnp.tensordot(x, kernel, axes=self.contracted, preferred_element_type=jnp.float32)
+        return y if self.bias is None else y + self.bias[...].astype(jnp.float32)
+
+
+class Embedding(nnx.Module):
+    """A table of vectors."""
+
+    def __init__(
+        self, rngs: nnx.Rngs, rows: int, embed: int, *, axes: Sequence[str | None], std: float, compute: Compute
+    ) -> None:
+        self.embedding = parameter(rngs, (rows, embed), axes, std, compute, None)
+        self.dtype = compute.dtype
+
+    def __call__(self, indices: Int[Array, "..."]) -> Float[Array, "... embed"]:
+        """The rows at `indices`, in the compute dtype."""
+        return self.embedding[...][indices].astype(self.dtype)
+
+    def logits(self, x: Float[Array, "... embed"]) -> Float[Array, "... vocab"]:
+        """Products with every row, summed in float32: the tied output head."""
+        table = self.embedding[...].astype(x.dtype)
+        return jnp.einsum("...e,ve->...v", x, table, preferred_element_type=jnp.float32)
+
+
+class RMSNorm(nnx.Module):
+    """`x / sqrt(mean(x^2) + eps) * scale`, computed in float32 (arXiv 1910.07467, equation 4)."""
+
+    def __init__(self, embed: int, *, eps: float, compute: Compute, layers: int | None = None) -> None:
+        self.scale = constant(1.0, (embed,), ("embed",), compute, layers)
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "... embed"]) -> Float[Array, "... embed"]:
+        """Normalises the last axis; dtype of `x`."""
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        return (wide * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """`(x - mean) / sqrt(var + eps) * scale + bias`, computed in float32 (arXiv 1607.06450)."""
+
+    def __init__(self, embed: int, *, eps: float, compute: Compute, layers: int | None = None) -> None:
+        self.scale = constant(1.0, (embed,), ("embed",), compute, layers)
+        self.bias = constant(0.0, (embed,), ("embed",), compute, layers)
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "... embed"]) -> Float[Array, "... embed"]:
+        """Normalises the last axis; dtype of `x`."""
+        wide = x.astype(jnp.float32)
+        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        return (wide * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+
+
+def dropout(x: Array, rate: float, key: Array) -> Array:
+    """Zeroes each element with probability `rate` and scales the rest by `1 / (1 - rate)`.
+
+    Elements, hence the rows of a batch, draw independently.
+    """
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))

@@ -1,0 +1,304 @@
+"""A model split once into what is static and what is a pytree: pure functions of params."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Annotated, Any, NamedTuple
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float
+from pydantic import Field
+
+from jaxcl.models.axes import constrain
+from jaxcl.models.batch import Batch
+from jaxcl.models.gates import Gates
+from jaxcl.models.layer import Context, Noise, apply_block
+from jaxcl.models.llama import Llama, LlamaConfig
+from jaxcl.models.probe import Probe, Tap
+from jaxcl.models.roberta import Roberta, RobertaConfig
+
+ModelConfig = Annotated[LlamaConfig | RobertaConfig, Field(discriminator="architecture")]
+Params = dict[str, Any]
+
+
+class Hidden(NamedTuple):
+    """What the layers give.
+
+    Attributes:
+      states: output of the last layer (and the final norm), compute dtype.
+      probed: the probe's results, leaves `[layers, ...]`; `None` without a probe.
+    """
+
+    states: Float[Array, "batch length embed"]
+    probed: Any
+
+
+class _PerLayer(NamedTuple):
+    """What is scanned along with the layers; `None` where absent."""
+
+    params: Params
+    gates: Gates | None
+    tap: Any
+    probe: Any
+    key: Array | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A network of a given configuration, without its params. Hashable; close over it in jitted functions.
+
+    Params are plain nested dicts of arrays. Those of the layers carry a leading `layers` axis, and the forward pass
+    is a scan over it.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> config = LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=12, num_layers=2, num_heads=2)
+      >>> network = Network.create(config)
+      >>> params = network.init(jax.random.key(0))
+      >>> params["blocks"]["mlp"]["up"]["kernel"].shape, network.axes()["blocks"]["mlp"]["up"]["kernel"]
+      ((2, 8, 12), ('layers', 'embed', 'mlp'))
+
+    Attributes:
+      config: shape and runtime options.
+    """
+
+    config: LlamaConfig | RobertaConfig
+
+    @classmethod
+    def create(cls, config: LlamaConfig | RobertaConfig) -> Network:
+        """The network that `config` describes."""
+        return cls(config)
+
+    @property
+    def causal(self) -> bool:
+        """Whether a position sees only earlier ones."""
+        return isinstance(self.config, LlamaConfig)
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers."""
+        return self.config.num_layers
+
+    @property
+    def num_heads(self) -> int:
+        """Attention (query) heads per layer."""
+        return self.config.num_heads
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Key/value heads per layer."""
+        return self.config.num_kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a head."""
+        return self.config.head_dim
+
+    @property
+    def intermediate_size(self) -> int:
+        """Feed-forward intermediate units per layer."""
+        return self.config.intermediate_size
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the residual stream."""
+        return self.config.hidden_size
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+        return self.config.vocab_size
+
+    def init(self, key: Array) -> Params:
+        """Fresh params; can be jitted."""
+        return nnx.to_pure_dict(nnx.state(_build(self.config, nnx.Rngs(key)), nnx.Param))
+
+    def shapes(self) -> Params:
+        """The params' tree with `jax.ShapeDtypeStruct`s as leaves; computes nothing."""
+        return nnx.to_pure_dict(_abstract(self.config).state)
+
+    def axes(self) -> Params:
+        """The params' tree with tuples of logical axis names as leaves, `None` for an axis never to be split."""
+        flat = {
+            path: variable.get_metadata()["axes"] for path, variable in nnx.to_flat_state(_abstract(self.config).state)
+        }
+        return _nest(flat)
+
+    def hidden(
+        self,
+        params: Params,
+        batch: Batch,
+        *,
+        gates: Gates | None = None,
+        tap: Tap | None = None,
+        probe: Probe | None = None,
+        dropout_key: Array | None = None,
+        dropout_rate: float | None = None,
+    ) -> Hidden:
+        """The forward pass up to the states that the heads read.
+
+        An argument that is `None` leaves no trace in the compiled program.
+
+        Args:
+          params: as from `init`.
+          batch: token rows.
+          gates: factors on units, see `Gates`.
+          tap: stands in every layer's attention, on the explicit path.
+          probe: computes something beside every layer's attention, which stays on the fast kernel.
+          dropout_key: key to draw dropout from; without one nothing is dropped.
+          dropout_rate: overrides all of the configuration's rates. Static.
+
+        Returns:
+          Final states and what the probe computed.
+        """
+        keys = None if dropout_key is None else jax.random.split(dropout_key, self.num_layers + 1)
+        context = self.context(batch)
+        x = self.embed(params, batch, dropout_key=None if keys is None else keys[0], dropout_rate=dropout_rate)
+
+        def body(x: Array, layer: _PerLayer) -> tuple[Array, Any]:
+            return self.block(
+                layer.params,
+                x,
+                batch,
+                context=context,
+                gates=layer.gates,
+                tap=None if tap is None else dataclasses.replace(tap, inputs=layer.tap),
+                probe=None if probe is None else dataclasses.replace(probe, inputs=layer.probe),
+                dropout_key=layer.key,
+                dropout_rate=dropout_rate,
+            )
+
+        layers = _PerLayer(
+            params=self.blocks(params),
+            gates=gates,
+            tap=None if tap is None else tap.inputs,
+            probe=None if probe is None else probe.inputs,
+            key=None if keys is None else keys[1:],
+        )
+        x, probed = jax.lax.scan(self.remat(body), x, layers)
+        return Hidden(self._merge(params).finish(x), probed)
+
+    def remat(self, body: Any) -> Any:
+        """`body` of a scan over layers, recomputed in the backward pass as the configuration says."""
+        if self.config.compute.remat == "none":
+            return body
+        policies = {
+            "full": jax.checkpoint_policies.nothing_saveable,
+            "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        }
+        # Within a scan the compiler cannot merge the two computations anyway.
+        return jax.checkpoint(body, policy=policies[self.config.compute.remat], prevent_cse=False)
+
+    def logits(self, params: Params, states: Float[Array, "... embed"]) -> Float[Array, "... vocab"]:
+        """Token scores, float32: of the next token for decoders, of the token itself for encoders."""
+        return self._merge(params).logits(states)
+
+    def classify(
+        self, params: Params, states: Float[Array, "batch length embed"], batch: Batch, dropout_key: Array | None = None
+    ) -> Float[Array, "batch labels"]:
+        """Class scores of each row, float32. Encoders read the first token, decoders the last real one.
+
+        Raises:
+          ValueError: the configuration has no classes.
+        """
+        return self._merge(params).classify(states, batch, self._noise(dropout_key, None))
+
+    def context(self, batch: Batch) -> Context:
+        """What all layers need to know of the batch: mask inputs and rotary tables."""
+        return _abstract(self.config).model.context(batch)
+
+    def embed(
+        self, params: Params, batch: Batch, *, dropout_key: Array | None = None, dropout_rate: float | None = None
+    ) -> Float[Array, "batch length embed"]:
+        """The input of the first layer, compute dtype."""
+        x = self._merge(params).start(batch, self._noise(dropout_key, dropout_rate))
+        return constrain(x, "batch", "length", "embed")
+
+    def blocks(self, params: Params) -> Params:
+        """The params of all layers, leaves `[layers, ...]`: what a scan over layers runs along."""
+        return params["blocks"]
+
+    def block(
+        self,
+        layer_params: Params,
+        x: Float[Array, "batch length embed"],
+        batch: Batch,
+        *,
+        context: Context | None = None,
+        gates: Gates | None = None,
+        tap: Tap | None = None,
+        probe: Probe | None = None,
+        dropout_key: Array | None = None,
+        dropout_rate: float | None = None,
+    ) -> tuple[Float[Array, "batch length embed"], Any]:
+        """One layer, for callers that walk the layers themselves.
+
+        Args:
+          layer_params: `blocks(params)` at one layer, without the layer axis.
+          x: the layer's input.
+          batch: token rows.
+          context: `context(batch)`, to compute it once for all layers.
+          gates: this layer's gates, without the layer axis.
+          tap: with this layer's inputs.
+          probe: with this layer's inputs.
+          dropout_key: as in `hidden`, a new one for each layer.
+          dropout_rate: as in `hidden`.
+
+        Returns:
+          The layer's output, and the probe's.
+        """
+        block = self.layer(layer_params)
+        noise = self._noise(dropout_key, dropout_rate)
+        context = self.context(batch) if context is None else context
+        return apply_block(block, x, context, gates=gates, tap=tap, probe=probe, noise=noise)
+
+    def layer(self, layer_params: Params) -> Any:
+        """The `Block` of one layer's params, whose `project` and `complete` stand around attention."""
+        return nnx.merge(_abstract(self.config).block, nnx.State(layer_params))
+
+    def finish(self, params: Params, x: Float[Array, "batch length embed"]) -> Float[Array, "batch length embed"]:
+        """From the last layer's output to `Hidden.states`: the final norm of decoders."""
+        return self._merge(params).finish(x)
+
+    def _merge(self, params: Params) -> Llama | Roberta:
+        return nnx.merge(_abstract(self.config).graph, nnx.State(params))
+
+    def _noise(self, key: Array | None, rate: float | None) -> Noise | None:
+        if key is None:
+            return None
+        hidden, attention = (
+            (self.config.hidden_dropout, self.config.attention_dropout) if rate is None else (rate, rate)
+        )
+        return Noise(key, hidden, attention) if hidden > 0 or attention > 0 else None
+
+
+class _Abstract(NamedTuple):
+    """A module without arrays, and its parts."""
+
+    model: Any
+    graph: Any
+    state: Any
+    block: Any
+
+
+def _build(config: LlamaConfig | RobertaConfig, rngs: nnx.Rngs) -> Llama | Roberta:
+    return Llama(config, rngs) if isinstance(config, LlamaConfig) else Roberta(config, rngs)
+
+
+@functools.cache
+def _abstract(config: LlamaConfig | RobertaConfig) -> _Abstract:
+    model = nnx.eval_shape(lambda: _build(config, nnx.Rngs(0)))
+    graph, state = nnx.split(model)
+    return _Abstract(model, graph, state, nnx.split(model.blocks)[0])
+
+
+def _nest(flat: dict[tuple[Any, ...], Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        node = tree
+        for name in path[:-1]:
+            node = node.setdefault(name, {})
+        node[path[-1]] = leaf
+    return tree
