@@ -1,0 +1,244 @@
+"""From logical axis names to shardings: one table, one function."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxcl.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+PyTree = Any
+Names = Sequence[str | None]
+Rules = Mapping[str, tuple[str, ...]]
+
+PARAM_RULES: Rules = {
+    "layers": (),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_dim": (),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+    "length": (),
+    "labels": (),
+}
+"""Mesh axes that split each logical axis of params, optimizer state and method state."""
+
+ACTIVATION_RULES: Rules = {
+    "batch": ("data", "fsdp"),
+    "length": (),
+    "embed": (),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_dim": (),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+    "labels": (),
+}
+"""The same for what flows between layers: `fsdp` splits the batch there, so `embed` stays whole."""
+
+WHOLE_IF_UNEVEN = frozenset({"heads", "kv_heads", "vocab", "labels"})
+"""Axes that are replicated where their size is not a multiple of the mesh's (9 heads over tensor=2)."""
+
+BATCH_AXES = ACTIVATION_RULES["batch"]
+
+
+def partition(names: Names, shape: Sequence[int], mesh: Mesh, rules: Rules, where: str = "array") -> PartitionSpec:
+    """The partition of one array.
+
+    Args:
+      names: logical name of each axis, `None` for an axis that is never split.
+      shape: size of each axis.
+      mesh: the mesh.
+      rules: mesh axes of each logical name.
+      where: what to call the array in messages.
+
+    Returns:
+      One entry an axis. Mesh axes of size 1 are left out.
+
+    Raises:
+      ValueError: the number of names differs from the number of axes, a name has no rule, or two axes of the array
+        would be split over the same mesh axis.
+      UserError: a size is not a multiple of the mesh axes that split it, unless the axis is in `WHOLE_IF_UNEVEN`.
+
+    Examples:
+      >>> mesh = jax.sharding.AbstractMesh((2, 2), ("fsdp", "tensor"))
+      >>> partition(("layers", "embed", "heads", None), (3, 8, 4, 2), mesh, PARAM_RULES)
+      PartitionSpec(None, 'fsdp', 'tensor', None)
+    """
+    if len(names) != len(shape):
+        raise ValueError(f"{where}: expected an axis name for each of the {len(shape)} axes of {shape}, got {names}")
+    entries: list[str | tuple[str, ...] | None] = []
+    owner: dict[str, str] = {}
+    for name, size in zip(names, shape, strict=True):
+        if name is None:
+            entries.append(None)
+            continue
+        if name not in rules:
+            raise ValueError(f"{where}: no rule for axis {name!r}; known axes: {', '.join(rules)}")
+        for axis in rules[name]:
+            if axis in owner:
+                raise ValueError(f"{where}: axes {owner[axis]!r} and {name!r} are both split over mesh axis {axis!r}")
+            owner[axis] = name
+        axes = tuple(axis for axis in rules[name] if mesh.shape.get(axis, 1) > 1)
+        ways = math.prod(mesh.shape[axis] for axis in axes)
+        if size % ways:
+            if name not in WHOLE_IF_UNEVEN:
+                raise UserError(
+                    f"{where}: axis {name} of size {size} cannot be split over mesh {_label(axes, mesh)}; "
+                    f"the size must be a multiple of {ways}",
+                    exit_code=2,
+                )
+            _note(f"axis {name} of size {size} is kept whole on mesh {_label(axes, mesh)}")
+            axes = ()
+        entries.append(axes if len(axes) > 1 else (axes[0] if axes else None))
+    return PartitionSpec(*entries)
+
+
+def shardings(axes: PyTree, shapes: PyTree, mesh: Mesh, rules: Rules = PARAM_RULES) -> PyTree:
+    """The sharding of every array of a tree.
+
+    Args:
+      axes: tree whose leaves are tuples of logical axis names (or `None` for an array that is replicated).
+      shapes: the same tree with leaves that have a `shape`.
+      mesh: the mesh.
+      rules: mesh axes of each logical name.
+
+    Returns:
+      The same tree with `NamedSharding` leaves.
+
+    Raises:
+      ValueError: the trees differ, or a leaf collides (see `partition`); the message names the leaf's path.
+      UserError: a size does not divide (see `partition`).
+    """
+
+    def leaf(path: Any, names: Names | None, shape: Any) -> NamedSharding:
+        if names is None:
+            return replicated(mesh)
+        where = jax.tree_util.keystr(path, simple=True, separator="/")
+        return NamedSharding(mesh, partition(tuple(names), shape.shape, mesh, rules, where))
+
+    return jax.tree_util.tree_map_with_path(leaf, axes, shapes, is_leaf=lambda node: node is None or _is_names(node))
+
+
+def mirror(tree: PyTree, params: PyTree, params_shardings: PyTree, mesh: Mesh) -> PyTree:
+    """Shardings for a tree that may carry copies of the params (optimizer moments, a method's snapshots).
+
+    A subtree with the structure of the params is sharded leaf by leaf like them where the shapes agree; all else is
+    replicated.
+
+    Args:
+      tree: any tree of arrays or of shapes.
+      params: tree of arrays or shapes of the params.
+      params_shardings: the sharding of each param.
+      mesh: the mesh.
+
+    Returns:
+      The structure of `tree` with `NamedSharding` leaves.
+    """
+    structure = jax.tree.structure(params)
+    whole = replicated(mesh)
+
+    def same(node: PyTree) -> bool:
+        return jax.tree.structure(node) == structure
+
+    def place(node: PyTree) -> PyTree:
+        if not same(node):
+            return whole
+        return jax.tree.map(
+            lambda leaf, param, sharding: sharding if leaf.shape == param.shape else whole,
+            node,
+            params,
+            params_shardings,
+        )
+
+    return jax.tree.map(place, tree, is_leaf=same)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A whole copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Leading axis split over `data` and `fsdp`, the others whole; serves every array of a batch."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def batch_ways(mesh: Mesh) -> int:
+    """Number of parts that `batch_sharding` splits a batch into."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+class Activations:
+    """The meaning of logical axis names for what flows between layers, on one mesh.
+
+    Serves as `jaxcl.models.axes.Constraints`: give it to `constraints(...)` around whatever is traced.
+    """
+
+    def __init__(self, mesh: Mesh, rules: Rules = ACTIVATION_RULES) -> None:
+        self.mesh = mesh
+        self.rules = rules
+
+    def constrain(self, x: jax.Array, names: Names) -> jax.Array:
+        """Pins the layout of `x`; an axis whose size does not divide is left whole."""
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, self._spec(names, x.shape)))
+
+    def shards(self, name: str) -> int:
+        """Number of parts the logical axis `name` is split into where its size divides."""
+        return math.prod(self.mesh.shape[axis] for axis in self.rules.get(name, ()))
+
+    def per_shard(self, function: Callable[..., Any], inputs: Sequence[Names], output: Names) -> Callable[..., Any]:
+        """`function` run on every device's own part of its arguments.
+
+        Args:
+          function: takes as many arrays as `inputs` has entries and returns one array; sees local sizes.
+          inputs: axis names of each argument.
+          output: axis names of the result.
+        """
+
+        def sharded(*arrays: jax.Array) -> Any:
+            sizes: dict[str, int] = {}
+            for names, array in zip(inputs, arrays, strict=True):
+                sizes.update({name: size for name, size in zip(names, array.shape, strict=True) if name is not None})
+            specs = [self._spec(names, array.shape) for names, array in zip(inputs, arrays, strict=True)]
+            # The result's sizes are those of the arguments; an axis it alone has cannot be split.
+            shape = [sizes.get(name or "", 1) for name in output]
+            result = self._spec(tuple(name if name in sizes else None for name in output), shape)
+            return jax.shard_map(function, mesh=self.mesh, in_specs=tuple(specs), out_specs=result, check_vma=False)(
+                *arrays
+            )
+
+        return sharded
+
+    def _spec(self, names: Names, shape: Sequence[int]) -> PartitionSpec:
+        whole = tuple(
+            None if name is None or name not in self.rules or size % self.shards(name) else name
+            for name, size in zip(names, shape, strict=True)
+        )
+        return partition(whole, shape, self.mesh, self.rules, "activation")
+
+
+def _is_names(node: Any) -> bool:
+    return isinstance(node, tuple) and all(name is None or isinstance(name, str) for name in node)
+
+
+def _label(axes: Sequence[str], mesh: Mesh) -> str:
+    return ", ".join(f"{axis}={mesh.shape[axis]}" for axis in axes)
+
+
+_noted: set[str] = set()
+
+
+def _note(message: str) -> None:
+    """Each message once: the same axis occurs in many arrays."""
+    if message not in _noted:
+        _noted.add(message)
+        logger.info(message)

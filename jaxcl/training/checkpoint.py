@@ -1,0 +1,292 @@
+"""Checkpoints of a run: written in the background, complete or absent, and found again."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from jaxcl.errors import UserError
+from jaxcl.training.state import TrainState
+
+PyTree = Any
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FULL_WORDS = ("no space left", "quota exceeded", "file too large", "resource_exhausted")
+
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """A checkpoint that lies on disk.
+
+    Attributes:
+      number: its number, rising with every save of the run.
+      progress: what the caller noted at the save.
+      mark: name given to a checkpoint that outlives the latest ones; `None` for the others.
+    """
+
+    number: int
+    progress: dict[str, Any]
+    mark: str | None = None
+
+
+class ProcessJsonHandler(ocp.CheckpointHandler):
+    """A JSON value of each process, for what differs between processes: the position in their data."""
+
+    def save(self, directory: Any, args: ProcessJsonSave) -> None:
+        """Writes this process's file."""
+        (directory / self._name()).write_text(json.dumps(args.item))
+
+    def restore(self, directory: Any, args: ProcessJsonRestore | None = None) -> Any:
+        """Reads this process's file.
+
+        Raises:
+          UserError: the checkpoint was written by another number of processes.
+        """
+        path = directory / self._name()
+        if not path.exists():
+            found = len(list(directory.glob("process_*.json")))
+            raise UserError(
+                f"checkpoint {directory.parent}: was written by {found} processes and cannot go on within a task "
+                f"with {jax.process_count()}; start {found} processes"
+            )
+        return json.loads(path.read_text())
+
+    def _name(self) -> str:
+        return f"process_{jax.process_index()}_of_{jax.process_count()}.json"
+
+
+@ocp.args.register_with_handler(ProcessJsonHandler, for_save=True)
+@dataclasses.dataclass
+class ProcessJsonSave(ocp.args.CheckpointArgs):
+    """What `ProcessJsonHandler` saves."""
+
+    item: Any
+
+
+@ocp.args.register_with_handler(ProcessJsonHandler, for_restore=True)
+@dataclasses.dataclass
+class ProcessJsonRestore(ocp.args.CheckpointArgs):
+    """Asks `ProcessJsonHandler` for this process's value."""
+
+
+class _Kept:
+    """Keeps the latest checkpoints and the latest marked ones; an Orbax preservation policy."""
+
+    def __init__(self, latest: int, marked: int | None) -> None:
+        self.latest = latest
+        self.marked = marked
+        self.marks: dict[int, str] = {}
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """One answer a checkpoint, oldest first."""
+        numbers = [checkpoint.step for checkpoint in checkpoints]
+        marked = [number for number in numbers if number in self.marks]
+        kept = set(numbers[-self.latest :]) | set(marked if self.marked is None else marked[-self.marked :])
+        return [number in kept for number in numbers]
+
+
+class Checkpoints:
+    """The checkpoints of one run, numbered in the order they are saved.
+
+    Each holds params, optimizer and method state, the position in the data of every process, and a JSON note of the
+    run's progress. Saving copies the arrays to the host and returns; writing goes on beside the training. A checkpoint
+    appears under its number only when it is complete. Use it as a context manager, or call `close`.
+
+    All processes of a run call all methods alike.
+    """
+
+    def __init__(self, folder: str | Path, *, keep: int = 1, keep_marked: int | None = None) -> None:
+        """Opens the folder, which is created if absent; remains of interrupted saves are removed.
+
+        Args:
+          folder: where the checkpoints lie.
+          keep: how many of the latest are kept.
+          keep_marked: how many of the latest marked ones are kept beside them; `None` for all.
+
+        Raises:
+          UserError: the folder cannot be created or read.
+        """
+        self.folder = Path(folder).absolute()
+        self._kept = _Kept(keep, keep_marked)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=self._kept, cleanup_tmp_directories=True, enable_async_checkpointing=True
+        )
+        handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
+        for item in ("params", "state"):
+            handlers.add(item, ocp.args.StandardSave, ocp.handlers.StandardCheckpointHandler())
+            handlers.add(item, ocp.args.StandardRestore, ocp.handlers.StandardCheckpointHandler())
+        handlers.add("progress", ocp.args.JsonSave, ocp.handlers.JsonCheckpointHandler())
+        handlers.add("progress", ocp.args.JsonRestore, ocp.handlers.JsonCheckpointHandler())
+        handlers.add("data", ProcessJsonSave, ProcessJsonHandler())
+        handlers.add("data", ProcessJsonRestore, ProcessJsonHandler())
+        with self._reading():
+            self._manager = ocp.CheckpointManager(self.folder, options=options, handler_registry=handlers)
+        for number in self._manager.all_steps():
+            if (mark := self._read(number).mark) is not None:
+                self._kept.marks[number] = mark
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except UserError:
+            if value is None:  # a failed save must not hide why the run ended
+                raise
+
+    def latest(self) -> Saved | None:
+        """The newest complete checkpoint, `None` if there is none."""
+        self.wait()
+        number = self._manager.latest_step()
+        return None if number is None else self._read(number)
+
+    def find(self, mark: str) -> Saved | None:
+        """The newest checkpoint of that mark, `None` if there is none."""
+        self.wait()
+        numbers = [number for number, name in self._kept.marks.items() if name == mark]
+        return self._read(max(numbers)) if numbers else None
+
+    def save(self, state: TrainState, *, progress: dict[str, Any], data: Any = None, mark: str | None = None) -> None:
+        """Saves a state between two steps; waits only for the save before it.
+
+        Args:
+          state: the state; may be donated to a step as soon as this returns.
+          progress: what the caller needs to go on, JSON-able.
+          data: this process's position in its data (`Feed.get_state`), JSON-able.
+          mark: keeps this checkpoint beyond the latest ones, and finds it again (`find`).
+
+        Raises:
+          UserError: the disk is full, or this or the previous checkpoint could not be written; those before it are
+            intact.
+        """
+        self.wait()
+        number = (self._manager.latest_step() if self._manager.all_steps() else -1) + 1
+        if mark is not None:
+            self._kept.marks[number] = mark
+        rest = {field: getattr(state, field) for field in ("step", "clock", "opt_state", "method_state")}
+        with self._writing():
+            self._manager.save(
+                number,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(state.params),
+                    state=ocp.args.StandardSave(rest),
+                    progress=ocp.args.JsonSave({"progress": progress, "mark": mark}),
+                    data=ProcessJsonSave(data),
+                ),
+                force=True,
+            )
+
+    def restore(self, target: TrainState, saved: Saved) -> tuple[TrainState, Any]:
+        """Reads a whole checkpoint.
+
+        Args:
+          target: shapes, dtypes and shardings (`Trainer.target`).
+          saved: which one.
+
+        Returns:
+          The state, sharded as the target says, and this process's position in its data.
+
+        Raises:
+          UserError: it cannot be read, or does not fit the target.
+        """
+        rest = {field: getattr(target, field) for field in ("step", "clock", "opt_state", "method_state")}
+        with self._reading():
+            restored = self._manager.restore(
+                saved.number,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardRestore(target.params),
+                    state=ocp.args.StandardRestore(rest),
+                    data=ProcessJsonRestore(),
+                ),
+            )
+        return TrainState(params=restored["params"], **restored["state"]), restored["data"]
+
+    def params(self, target: PyTree, saved: Saved) -> PyTree:
+        """Reads the params of a checkpoint and nothing else.
+
+        Args:
+          target: their shapes, dtypes and shardings (`Trainer.target.params`).
+          saved: which one.
+
+        Raises:
+          UserError: they cannot be read, or do not fit the target.
+        """
+        with self._reading():
+            restored = self._manager.restore(
+                saved.number, args=ocp.args.Composite(params=ocp.args.StandardRestore(target))
+            )
+        return restored["params"]
+
+    def wait(self) -> None:
+        """Waits until all that was saved is on disk.
+
+        Raises:
+          UserError: it could not be written.
+        """
+        with self._writing():
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+
+    def close(self) -> None:
+        """Waits, then frees threads and files.
+
+        Raises:
+          UserError: the last checkpoint could not be written.
+        """
+        try:
+            self.wait()
+        finally:
+            with contextlib.suppress(Exception):
+                self._manager.close()
+
+    def _read(self, number: int) -> Saved:
+        with self._reading():
+            note = self._manager.restore(number, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))["progress"]
+        return Saved(number, note["progress"], note["mark"])
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            reason = "the disk is full" if _is_full(error) else _first_line(error)
+            raise UserError(
+                f"checkpoints {self.folder}: could not be written: {reason}; earlier checkpoints are intact"
+            ) from error
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"checkpoints {self.folder}: cannot be read: {_first_line(error)}") from error
+
+
+def _is_full(error: BaseException | None) -> bool:
+    while error is not None:
+        words = str(error).lower()
+        if getattr(error, "errno", None) in _FULL or any(word in words for word in _FULL_WORDS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

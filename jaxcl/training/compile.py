@@ -1,0 +1,96 @@
+"""Compilation with the run's shardings, and the cache of compiled programs on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxcl.errors import UserError
+from jaxcl.models.axes import constraints
+from jaxcl.sharding.layout import Layout
+from jaxcl.sharding.rules import Activations
+
+PyTree = Any
+
+
+class Compiler:
+    """`jax.jit` for functions of a run's params; the same function is compiled once, however often it is asked for."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self._compiled: dict[Any, Callable[..., Any]] = {}
+
+    def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Compiles a pure function; serves as `Task.compile`.
+
+        Args:
+          function: takes and returns pytrees of arrays. Give the same function object (a bound method counts as
+            such) at every task: a new lambda compiles anew.
+
+        Returns:
+          The compiled function. Results that mirror the params are sharded like them, all else is whole on every
+          device, so that every process may read it.
+        """
+
+        def build() -> Callable[..., Any]:
+            def constrained(*args: Any, **kwargs: Any) -> Any:
+                out = function(*args, **kwargs)
+                return jax.lax.with_sharding_constraint(out, self.layout.like_params(out))
+
+            return jax.jit(self.trace(constrained, function))
+
+        return self._once(("function", function), build)
+
+    def per_row(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Compiles a pure function whose results all have a leading batch axis, split like a batch."""
+        return self._once(("per_row", function), lambda: jax.jit(self.trace(function), out_shardings=self.layout.batch))
+
+    def trace(self, function: Callable[..., Any], name_of: Callable[..., Any] | None = None) -> Callable[..., Any]:
+        """`function`, with logical axis names meaning this run's mesh while it is traced; not compiled."""
+
+        @functools.wraps(name_of or function)
+        def traced(*args: Any, **kwargs: Any) -> Any:
+            with self.meaning():
+                return function(*args, **kwargs)
+
+        return traced
+
+    def meaning(self) -> contextlib.AbstractContextManager[None]:
+        """The context in which activations are constrained; empty on one device."""
+        mesh = self.layout.mesh
+        return constraints(Activations(mesh)) if mesh.size > 1 else contextlib.nullcontext()
+
+    def _once(self, key: Any, build: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
+        try:
+            if key not in self._compiled:
+                self._compiled[key] = build()
+            return self._compiled[key]
+        except TypeError:  # not hashable: nothing to recognise it by
+            return build()
+
+
+def enable_compilation_cache(folder: str | os.PathLike[str] | None) -> None:
+    """Keeps compiled programs on disk, so that a second start of the same run compiles nothing.
+
+    Args:
+      folder: where; created if absent. `None` leaves jax as it is (it reads `JAX_COMPILATION_CACHE_DIR` by itself).
+
+    Raises:
+      UserError: the folder cannot be created.
+    """
+    if folder is None:
+        return
+    path = Path(folder).expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"compilation cache {path}: cannot be created: {error.strerror}") from error
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    # The default keeps only what took a second: the many small programs between tasks add up to more.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

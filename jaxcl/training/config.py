@@ -1,0 +1,112 @@
+"""Configuration of how long, in what portions and with what safety a task is trained."""
+
+from __future__ import annotations
+
+import math
+
+from pydantic import Field, model_validator
+
+from jaxcl.errors import UserError
+from jaxcl.schema import Schema
+
+
+class TrainingConfig(Schema):
+    """How long each task is trained, in what batches, and how often things are written down."""
+
+    batch_size: int = Field(32, ge=1, description="rows of a batch over all processes and micro-batches")
+    accumulate: int = Field(
+        1, ge=1, description="micro-batches a batch is worked through in: saves memory, same numbers"
+    )
+    epochs: float | tuple[float, ...] | None = Field(
+        None, description="passes over a task's training examples: one number, or one a task; this or steps, default 1"
+    )
+    steps: int | tuple[int, ...] | None = Field(
+        None, description="optimizer steps a task, memory batches included: one number, or one a task; this or epochs"
+    )
+    log_every: int = Field(10, ge=1, description="steps between rows of metrics.jsonl")
+    checkpoint_every: int = Field(
+        500, ge=0, description="steps between checkpoints within a task; 0: only at the ends of tasks"
+    )
+    keep: int = Field(1, ge=1, description="how many of the latest checkpoints are kept")
+    keep_tasks: int | None = Field(
+        1, ge=1, description="how many checkpoints of ends of tasks are kept beside the latest ones; null: all"
+    )
+    prefetch: int = Field(2, ge=0, description="batches sent to the devices ahead of the step that needs them")
+
+    @model_validator(mode="after")
+    def _length(self) -> TrainingConfig:
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("give epochs or steps, not both")
+        for name in ("epochs", "steps"):
+            value = getattr(self, name)
+            values = value if isinstance(value, tuple) else () if value is None else (value,)
+            if value == () or any(not (math.isfinite(number) and number > 0) for number in values):
+                raise ValueError(f"{name} must be positive, got {value}")
+        return self
+
+
+def task_steps(config: TrainingConfig, index: int, num_tasks: int, steps_per_epoch: int) -> int:
+    """Number of optimizer steps of one task.
+
+    Args:
+      config: the training section.
+      index: index of the task in the sequence.
+      num_tasks: length of the sequence.
+      steps_per_epoch: batches in one pass over the task, memory batches included.
+
+    Returns:
+      At least 1; a part of an epoch is rounded up.
+
+    Raises:
+      UserError: a list of epochs or steps does not have one entry a task.
+
+    Examples:
+      >>> task_steps(TrainingConfig(epochs=(5, 3)), 1, 2, steps_per_epoch=10)
+      30
+    """
+    name = "steps" if config.steps is not None else "epochs"
+    value = getattr(config, name)
+    if isinstance(value, tuple):
+        if len(value) != num_tasks:
+            raise UserError(
+                f"training.{name}: {list(value)} has {len(value)} entries for {num_tasks} tasks; "
+                "give one number or one a task",
+                exit_code=2,
+            )
+        value = value[index]
+    if name == "steps":
+        return int(value)
+    return max(1, math.ceil((1.0 if value is None else value) * steps_per_epoch))
+
+
+def check_batch_size(
+    size: int, accumulate: int, ways: int, processes: int = 1, key: str = "training.batch_size"
+) -> None:
+    """Whether every device gets the same number of rows in every micro-batch.
+
+    Args:
+      size: rows of the whole batch.
+      accumulate: micro-batches of a batch.
+      ways: parts the mesh splits a batch into (`Layout.batch_ways`).
+      processes: number of processes, each of which reads an equal share.
+      key: how the configuration calls the size.
+
+    Raises:
+      UserError: they would not; names the key, the value and the nearest allowed ones.
+
+    Examples:
+      >>> check_batch_size(10, accumulate=1, ways=4)
+      Traceback (most recent call last):
+      jaxcl.errors.UserError: training.batch_size: 10 must be a multiple of 4 (mesh data * fsdp = 4); nearest: 8 or 12
+    """
+    unit = math.lcm(accumulate * ways, processes)
+    if size % unit == 0:
+        return
+    below, above = size // unit * unit, (size // unit + 1) * unit
+    parts = [f"mesh data * fsdp = {ways}"]
+    if accumulate > 1:
+        parts.append(f"training.accumulate = {accumulate}")
+    if processes > 1:
+        parts.append(f"{processes} processes")
+    nearest = f"{below} or {above}" if below else str(above)
+    raise UserError(f"{key}: {size} must be a multiple of {unit} ({', '.join(parts)}); nearest: {nearest}", exit_code=2)

@@ -1,0 +1,71 @@
+"""Stopping cleanly: signals become a flag that is looked at between two steps."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Int
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupts:
+    """While active, the first SIGINT or SIGTERM only sets `requested`; a second one raises `KeyboardInterrupt` at once.
+
+    A step donates its input, so an exception in the middle of a step would leave no state to save.
+
+    Attributes:
+      requested: the signal that came, or `None`.
+    """
+
+    def __init__(self) -> None:
+        self.requested: signal.Signals | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Interrupts:
+        # Python allows handlers in the main thread only; elsewhere signals are the caller's business.
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested is not None:
+            raise KeyboardInterrupt
+        self.requested = signal.Signals(number)
+
+
+class Agreement:
+    """Whether any process wants to stop, agreed by all: otherwise one would stop and the others wait for it forever.
+
+    The answer is one step old, as metrics are, and costs no synchronisation of its own.
+    """
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._alone = jax.process_count() == 1
+        self._sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        self._local = len(mesh.local_devices)
+        self._maximum = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+    def ask(self, stop: bool) -> Int[Array, ""] | bool:
+        """Starts the vote of one step."""
+        if self._alone:
+            return stop
+        votes = np.full(self._local, int(stop), np.int32)
+        return self._maximum(jax.make_array_from_process_local_data(self._sharding, votes))
+
+    def answer(self, vote: Int[Array, ""] | bool) -> bool:
+        """Result of a vote."""
+        return bool(vote)

@@ -1,0 +1,161 @@
+"""The loop over the steps of one task. It knows no method by name."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxcl.errors import UserError
+from jaxcl.training.feed import Feed
+from jaxcl.training.interrupt import Agreement, Interrupts
+from jaxcl.training.sinks import Progress, Sink
+from jaxcl.training.state import TrainState
+from jaxcl.training.step import Metrics
+from jaxcl.training.trainer import Trainer
+
+Save = Callable[[TrainState, Any], None]
+"""`save(state, data_state)`: writes a checkpoint of a state between two steps and of the data's position."""
+
+
+class _Pending(NamedTuple):
+    """A step that was dispatched and not yet read."""
+
+    task_step: int
+    kind: str
+    metrics: Metrics
+    vote: Any
+
+
+def train_task(
+    trainer: Trainer,
+    state: TrainState,
+    feed: Feed,
+    *,
+    total: int,
+    task: int,
+    name: str,
+    log_every: int,
+    sinks: Sequence[Sink] = (),
+    save: Save | None = None,
+    save_every: int = 0,
+    progress: bool = True,
+) -> TrainState:
+    """Trains to the end of a task, from wherever in it the state stands.
+
+    Metrics of a step are read after the next one has been dispatched, so the devices never wait for the host.
+
+    Args:
+      trainer: the run's trainer.
+      state: a state within the task (`Trainer.start_task`, or a restored one); donated.
+      feed: the task's batches, at the position that belongs to the state.
+      total: optimizer steps of the task.
+      task: index of the task, for the rows.
+      name: name of the task, for messages.
+      log_every: steps between rows given to the sinks. A row holds the means over these steps, one row a kind of
+        batch that occurred, and `step`, `task`, `task_step`, `kind`, `steps`, `seconds`, `tokens_per_second`.
+      sinks: where rows go; leave it empty on all processes but the first.
+      save: writes a checkpoint; `None` saves nothing.
+      save_every: steps between checkpoints within the task, 0 for none. Nothing is saved at the end: that is the
+        caller's.
+      progress: whether to show progress.
+
+    Returns:
+      The state after step `total` of the task.
+
+    Raises:
+      UserError: a loss or gradient is not finite, or the feed ends early. Names the task and the steps.
+      KeyboardInterrupt: SIGINT or SIGTERM came; the state after the last finished step has been saved.
+    """
+    first = int(state.clock.step)
+    log = _Log(name, task, sinks, log_every, total, offset=int(state.step) - first, first=first)
+    bar = Progress(name, done=first, total=total, enabled=progress)
+    agreement = Agreement(trainer.layout.mesh)
+    pending: _Pending | None = None
+
+    def read(last: _Pending | None) -> bool:
+        """Waits for a step, notes its metrics; whether to stop."""
+        if last is None:
+            return False
+        metrics = {key: float(value) for key, value in jax.device_get(last.metrics).items()}
+        log.add(last.task_step, last.kind, metrics)
+        bar.advance(metrics["loss"], metrics["tokens"])
+        return agreement.answer(last.vote)
+
+    with Interrupts() as interrupts:
+        try:
+            for step in range(first + 1, total + 1):
+                batch = _next(feed, name, step, total)
+                vote = agreement.ask(interrupts.requested is not None)
+                state, metrics = trainer.step(state, batch)
+                previous, pending = pending, _Pending(step, batch.kind, metrics, vote)
+                stop = read(previous)
+                due = save_every > 0 and step % save_every == 0 and step < total
+                if stop or due:
+                    # What is saved must be finite, so this step is read too before it is.
+                    stop, pending = read(pending) or stop, None
+                    if save is not None:
+                        save(state, feed.get_state())
+                if stop:
+                    raise KeyboardInterrupt
+            read(pending)
+        finally:
+            log.flush()
+            bar.close()
+    return state
+
+
+class _Log:
+    """Means over `every` steps, a row for each kind of batch; stops a run that has become infinite."""
+
+    def __init__(
+        self, name: str, task: int, sinks: Sequence[Sink], every: int, total: int, offset: int, first: int
+    ) -> None:
+        self._name, self._task, self._sinks, self._every = name, task, sinks, every
+        self._total, self._offset = total, offset
+        self._rows: dict[str, list[Metrics]] = {}
+        self._last, self._opened, self._since = first, first, time.monotonic()
+
+    def add(self, task_step: int, kind: str, metrics: dict[str, float]) -> None:
+        bad = [key for key, value in metrics.items() if not math.isfinite(value)]
+        if bad:
+            raise UserError(
+                f"task {self._name}: {bad[0]} is {metrics[bad[0]]} at step {task_step} of {self._total}, after finite "
+                f"values up to step {task_step - 1} (checked steps {self._opened + 1} to {task_step}); "
+                "lower optimizer.learning_rate or lengthen optimizer.warmup"
+            )
+        self._rows.setdefault(kind, []).append(metrics)  # type: ignore[arg-type]
+        self._last = task_step
+        if task_step % self._every == 0 or task_step == self._total:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what has come since the last row."""
+        now = time.monotonic()
+        seconds = now - self._since
+        tokens = sum(float(row["tokens"]) for rows in self._rows.values() for row in rows)
+        for kind, rows in self._rows.items():
+            means = {key: sum(float(row[key]) for row in rows) / len(rows) for key in rows[0]}
+            row = {
+                "step": self._offset + self._last,
+                "task": self._task,
+                "task_step": self._last,
+                "kind": kind,
+                "steps": len(rows),
+                "seconds": seconds,
+                "tokens_per_second": tokens / seconds if seconds > 0 else 0.0,
+                **means,
+            }
+            for sink in self._sinks:
+                sink.write(row)
+        self._rows, self._opened, self._since = {}, self._last, now
+
+
+def _next(feed: Feed, name: str, step: int, total: int) -> Any:
+    try:
+        return next(feed)
+    except StopIteration:
+        raise UserError(f"task {name}: the data ended before step {step} of {total}") from None

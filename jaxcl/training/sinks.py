@@ -1,0 +1,178 @@
+"""Where metrics go: a JSON line each, TensorBoard, a progress bar."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import jax
+
+from jaxcl.errors import UserError
+
+Row = Mapping[str, Any]
+
+
+class Sink(Protocol):
+    """Takes a row of metrics at every logged step."""
+
+    def write(self, row: Row) -> None:
+        """One row: `step`, `task`, `kind` and numbers by name."""
+        ...
+
+    def close(self) -> None:
+        """Nothing follows."""
+        ...
+
+
+class JsonLines:
+    """One JSON object a line."""
+
+    def __init__(self, path: str | os.PathLike[str], *, after: int | None = None) -> None:
+        """Opens the file for appending.
+
+        Args:
+          path: the file.
+          after: the step a run goes on from: rows of later steps, which the interrupted run had already written, are
+            removed. `None` keeps everything.
+
+        Raises:
+          UserError: the file cannot be written.
+        """
+        self.path = Path(path)
+        try:
+            if after is not None and self.path.exists():
+                self._truncate(after)
+            self._file: IO[str] = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written: {error.strerror}") from error
+
+    def write(self, row: Row) -> None:
+        """Appends a row and flushes it.
+
+        Raises:
+          UserError: the disk is full, or the file cannot be written for another reason.
+        """
+        try:
+            self._file.write(json.dumps(dict(row), allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written: {error.strerror}") from error
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+    def _truncate(self, after: int) -> None:
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:  # the last line of a run that was killed while it wrote
+                continue
+            if row.get("step", 0) <= after:
+                kept.append(line + "\n")
+        partial = self.path.with_suffix(".partial")
+        partial.write_text("".join(kept), encoding="utf-8")
+        os.replace(partial, self.path)
+
+
+class TensorBoard:
+    """TensorBoard events, a curve `kind/name` a metric."""
+
+    def __init__(self, folder: str | os.PathLike[str], *, after: int | None = None) -> None:
+        """Opens the folder; events after step `after` are hidden (see `JsonLines`)."""
+        from tensorboardX import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=None if after is None else after + 1)
+
+    def write(self, row: Row) -> None:
+        """Adds every number of a row."""
+        for name, value in row.items():
+            if name not in ("step", "task") and isinstance(value, int | float):
+                self._writer.add_scalar(f"{row.get('kind', 'task')}/{name}", value, row["step"])
+
+    def close(self) -> None:
+        """Writes out and closes."""
+        self._writer.close()
+
+
+def open_sinks(folder: str | os.PathLike[str], *, after: int | None = None) -> list[Sink]:
+    """The sinks of a run folder on process 0, none on the others.
+
+    Args:
+      folder: the run folder; gets `metrics.jsonl` and `tensorboard/`.
+      after: the step a run goes on from, `None` for a new one.
+
+    Raises:
+      UserError: the folder cannot be written.
+    """
+    if jax.process_index() != 0:
+        return []
+    root = Path(folder)
+    return [JsonLines(root / "metrics.jsonl", after=after), TensorBoard(root / "tensorboard", after=after)]
+
+
+class Progress:
+    """Steps, loss, tokens a second and remaining time of one task, on process 0.
+
+    A bar on a terminal; elsewhere a line every half minute, so that log files stay short.
+    """
+
+    interval = 30.0
+
+    def __init__(self, name: str, *, done: int, total: int, enabled: bool = True) -> None:
+        self.enabled = enabled and jax.process_index() == 0
+        self._name, self._done, self._first, self._total = name, done, done, total
+        self._start = self._shown = time.monotonic()
+        self._tokens = 0.0
+        self._rate_start: float | None = None
+        self._bar: Any = None
+        if self.enabled and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, initial=done, desc=name, unit="step", dynamic_ncols=True, leave=True)
+
+    def advance(self, loss: float, tokens: float) -> None:
+        """One step is done.
+
+        Args:
+          loss: its loss.
+          tokens: its number of tokens.
+        """
+        now = time.monotonic()
+        self._done += 1
+        if self._rate_start is None:  # the first step compiles and says nothing about the rate
+            self._rate_start = now
+        else:
+            self._tokens += tokens
+        if not self.enabled:
+            return
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {loss:.3f}, {self.rate(now):,.0f} tokens/s", refresh=False)
+            self._bar.update()
+        elif now - self._shown >= self.interval or self._done == self._total:
+            self._shown = now
+            remaining = (now - self._start) / max(self._done - self._first, 1) * (self._total - self._done)
+            print(
+                f"{self._name}: step {self._done}/{self._total}, loss {loss:.3f}, {self.rate(now):,.0f} tokens/s, "
+                f"{remaining:.0f} s left",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def rate(self, now: float | None = None) -> float:
+        """Tokens a second since the first step was done; 0 before."""
+        if self._rate_start is None:
+            return 0.0
+        seconds = (time.monotonic() if now is None else now) - self._rate_start
+        return self._tokens / seconds if seconds > 0 else 0.0
+
+    def close(self) -> None:
+        """Leaves the bar as it stands."""
+        if self._bar is not None:
+            self._bar.close()

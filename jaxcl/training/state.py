@@ -1,0 +1,92 @@
+"""Everything a run carries from step to step."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+from jaxtyping import Array, Int
+
+from jaxcl.sharding.layout import Layout
+from jaxcl.training.optimizer import Clock
+
+PyTree = Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What a step takes and gives back, and what a checkpoint holds.
+
+    A step donates it: after `new, metrics = step(old, batch)` the arrays of `old` are gone.
+
+    Attributes:
+      step: optimizer steps done in the whole run, int32.
+      clock: position within the task.
+      params: the model's params.
+      opt_state: state of the method's optimizer.
+      method_state: state of the method.
+    """
+
+    step: Int[Array, ""]
+    clock: Clock
+    params: PyTree
+    opt_state: PyTree
+    method_state: PyTree
+
+    def replace(self, **changes: Any) -> TrainState:
+        """A copy with other values in the named fields."""
+        return dataclasses.replace(self, **changes)
+
+
+def state_shardings(state: TrainState, layout: Layout) -> TrainState:
+    """The sharding of every array of a state.
+
+    Args:
+      state: a state of arrays or of shapes.
+      layout: the run's layout.
+
+    Returns:
+      The same tree with `NamedSharding` leaves: params as the layout says, copies of them in the optimizer's and the
+      method's state likewise, all else replicated.
+    """
+    return TrainState(
+        step=layout.replicated,
+        clock=Clock(*[layout.replicated] * 3),
+        params=layout.params,
+        opt_state=layout.like_params(state.opt_state),
+        method_state=layout.like_params(state.method_state),
+    )
+
+
+def abstract(tree: PyTree, shardings: PyTree) -> PyTree:
+    """Shapes and dtypes of a tree, with shardings: the target of a restore."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree, shardings
+    )
+
+
+def replace_method_state(state: TrainState, new: PyTree, layout: Layout) -> TrainState:
+    """A state with what `Method.prepare` or `Method.consolidate` returned, put where it lives.
+
+    Raises:
+      ValueError: structure, a shape or a dtype differs from before; the message names the leaf.
+    """
+    old = state.method_state
+    if jax.tree.structure(old) != jax.tree.structure(new):
+        raise ValueError(
+            f"method state: expected structure {jax.tree.structure(old)}, got {jax.tree.structure(new)}; "
+            "Method.init decides it"
+        )
+
+    def check(path: Any, before: Array, after: Array) -> Array:
+        if before.shape != after.shape or before.dtype != after.dtype:
+            where = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise ValueError(
+                f"method state {where}: expected {before.dtype}{list(before.shape)}, "
+                f"got {after.dtype}{list(after.shape)}; Method.init decides shapes and dtypes"
+            )
+        return after
+
+    return state.replace(method_state=layout.place(jax.tree_util.tree_map_with_path(check, old, new)))

@@ -1,0 +1,153 @@
+"""One optimizer step as a pure function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from jaxcl.methods.base import Method, Terms
+from jaxcl.models.batch import Batch
+from jaxcl.sharding.layout import Layout
+from jaxcl.training.optimizer import OptimizerConfig, learning_rate
+from jaxcl.training.state import TrainState
+
+PyTree = Any
+Metrics = dict[str, Float[Array, ""]]
+Step = Callable[[TrainState, Batch, Array], tuple[TrainState, Metrics]]
+Sums = Mapping[str, Float[Array, ""]]
+
+
+def make_train_step(
+    method: Method,
+    transform: optax.GradientTransformationExtraArgs,
+    optimizer: OptimizerConfig,
+    *,
+    accumulate: int,
+    layout: Layout,
+) -> Step:
+    r"""The training step of a method; pure, not compiled.
+
+    It minimises $\sum_i w_i S_i / C_i$ over the method's terms, where $S_i$ and $C_i$ are sum and count over the
+    *whole* batch. With `accumulate > 1` the batch is worked through in micro-batches: counts first (they do not
+    depend on the model, so the compiler drops the forward pass), then gradients of $\sum_i w_i s_i / C_i$ of one
+    micro-batch after the other, added in float32. Clipping, masks and moments see the sum, once.
+
+    Args:
+      method: the method.
+      transform: what `method.transform` returned.
+      optimizer: the optimizer section, for the schedule.
+      accumulate: micro-batches of a batch; the batch size must be a multiple of it.
+      layout: the run's layout.
+
+    Returns:
+      `step(state, batch, key) -> (state, metrics)`. `key` is the run's: it is folded with the step's number. Metrics
+      are float32 scalars: `loss`; `term/<name>`, the mean of each term; `grad_norm` (before clipping),
+      `param_norm`, `update_norm`; `learning_rate`; `tokens`, the number of tokens that are no padding.
+    """
+    gradient = _whole if accumulate == 1 else _accumulated(accumulate, layout)
+
+    def step(state: TrainState, batch: Batch, key: Array) -> tuple[TrainState, Metrics]:
+        params, memory = state.params, state.method_state
+
+        def loss(params: PyTree, batch: Batch, key: Array) -> Terms:
+            with jax.named_scope("loss"):
+                return method.loss(params, memory, batch, key)
+
+        (total, means), grads = gradient(loss, params, batch, jax.random.fold_in(key, state.step))
+        rate = learning_rate(optimizer, state.clock)
+        with jax.named_scope("optimizer"):
+            # The optimizer works in float32 whatever the params are kept in; see `Trainer.init`.
+            grads = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), grads)
+            updates, opt_state = transform.update(
+                grads, state.opt_state, params, learning_rate=rate, **method.update_args(params, memory)
+            )
+            params = optax.apply_updates(params, updates)
+        with jax.named_scope("metrics"):
+            metrics = {
+                "loss": total,
+                **{f"term/{name}": mean for name, mean in means.items()},
+                "grad_norm": global_norm(grads),
+                "param_norm": global_norm(params),
+                "update_norm": global_norm(updates),
+                "learning_rate": rate,
+                "tokens": jnp.sum(batch.segments > 0),
+            }
+            metrics = {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
+        clock = state.clock._replace(step=state.clock.step + 1)
+        return TrainState(state.step + 1, clock, params, opt_state, memory), metrics
+
+    return step
+
+
+def global_norm(tree: PyTree) -> Float[Array, ""]:
+    """Euclidean norm over all leaves, summed in float32."""
+    squares = [jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)]
+    return jnp.sqrt(sum(squares, jnp.float32(0)))
+
+
+def micro_batches(batch: Batch, accumulate: int) -> Batch:
+    """Splits rows into micro-batches: leaves `[batch, ...]` to `[accumulate, batch / accumulate, ...]`.
+
+    Micro-batch i takes rows i, i + accumulate, ..., so that the rows of a micro-batch lie on all devices and nothing
+    moves between them.
+
+    Raises:
+      ValueError: the number of rows is no multiple of `accumulate`.
+    """
+    if batch.size % accumulate:
+        raise ValueError(f"batch: expected a multiple of accumulate={accumulate} rows, got {batch.size}")
+    return jax.tree.map(
+        lambda leaf: leaf.reshape(leaf.shape[0] // accumulate, accumulate, *leaf.shape[1:]).swapaxes(0, 1), batch
+    )
+
+
+def weighted_loss(terms: Terms, counts: Sums) -> Float[Array, ""]:
+    """`sum of weight * sum / count` over the terms; a term with count 0 adds 0."""
+    return sum((term.weight * _mean(term.sum, counts[name]) for name, term in terms.items()), jnp.float32(0))
+
+
+def _mean(total: Array, count: Array) -> Array:
+    return total / jnp.where(count == 0, 1.0, count)
+
+
+def _whole(loss: Callable[..., Terms], params: PyTree, batch: Batch, key: Array) -> tuple[tuple[Array, Sums], PyTree]:
+    def objective(params: PyTree) -> tuple[Array, Sums]:
+        terms = loss(params, batch, key)
+        counts = {name: jax.lax.stop_gradient(term.count) for name, term in terms.items()}
+        return weighted_loss(terms, counts), {name: _mean(term.sum, counts[name]) for name, term in terms.items()}
+
+    return jax.value_and_grad(objective, has_aux=True)(params)
+
+
+def _accumulated(accumulate: int, layout: Layout) -> Callable[..., tuple[tuple[Array, Sums], PyTree]]:
+    def gradient(
+        loss: Callable[..., Terms], params: PyTree, batch: Batch, key: Array
+    ) -> tuple[tuple[Array, Sums], PyTree]:
+        parts = micro_batches(batch, accumulate)
+        keys = jax.random.split(key, accumulate)
+
+        def count(_: None, part: tuple[Batch, Array]) -> tuple[None, Sums]:
+            return None, {name: jnp.asarray(term.count) for name, term in loss(params, *part).items()}
+
+        with jax.named_scope("counts"):
+            counts = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), jax.lax.scan(count, None, (parts, keys))[1])
+
+        def objective(params: PyTree, part: Batch, key: Array) -> tuple[Array, Sums]:
+            terms = loss(params, part, key)
+            return weighted_loss(terms, counts), {name: _mean(term.sum, counts[name]) for name, term in terms.items()}
+
+        def add(carry: PyTree, part: tuple[Batch, Array]) -> tuple[PyTree, tuple[Array, Sums]]:
+            result, grads = jax.value_and_grad(objective, has_aux=True)(params, *part)
+            carry = jax.tree.map(lambda total, leaf: total + leaf.astype(jnp.float32), carry, grads)
+            return jax.lax.with_sharding_constraint(carry, layout.params), result
+
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
+        grads, results = jax.lax.scan(add, zeros, (parts, keys))
+        return jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), results), grads
+
+    return gradient

@@ -1,0 +1,144 @@
+"""The task at hand, as methods see it, and the records they keep of its memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jaxtyping import Array
+
+from jaxcl.models.batch import Batch
+from jaxcl.sharding.layout import Layout
+from jaxcl.training.compile import Compiler
+from jaxcl.training.feed import Rows, place_batch
+from jaxcl.training.state import TrainState
+from jaxcl.training.trainer import Trainer
+
+PyTree = Any
+Writer = Callable[[np.ndarray, dict[str, np.ndarray]], None]
+"""`writer(examples, records)`: index of each row's example, and its records, leading axis the same rows."""
+
+
+class Pipeline(Protocol):
+    """One pass over examples, this process's rows of each batch, the last batch filled up."""
+
+    def once(self, limit: int | None, seed: int) -> Iterator[Rows]:
+        """Rows of (the first `limit` of a shuffle by `seed` of) the examples."""
+        ...
+
+
+class RunningTask:
+    """What a method may ask of the task at hand; implements `jaxcl.methods.base.Task`.
+
+    Attributes:
+      index: position of the task in the sequence.
+      name: its name.
+      count: number of tasks in the sequence.
+      key: a random key of this task and moment.
+      compile: `jax.jit` with the run's shardings.
+    """
+
+    def __init__(
+        self,
+        *,
+        index: int,
+        name: str,
+        count: int,
+        key: Array,
+        seed: int,
+        pipeline: Pipeline,
+        memory: Pipeline | None,
+        params_before: Callable[[], PyTree],
+        compiler: Compiler,
+    ) -> None:
+        """Describes a task; nothing is read yet.
+
+        Args:
+          index: position of the task in the sequence.
+          name: its name.
+          count: number of tasks in the sequence.
+          key: a random key; give another one to `prepare` than to `consolidate`.
+          seed: seed of the shuffle of `examples`.
+          pipeline: its training examples.
+          memory: its examples that go into the memory, `None` where none do.
+          params_before: reads the params as they were before the task.
+          compiler: the run's compiler.
+        """
+        self.index = index
+        self.name = name
+        self.count = count
+        self.key = key
+        self.compile = compiler
+        self._seed = seed
+        self._pipeline = pipeline
+        self._memory = memory
+        self._params_before = params_before
+
+    @property
+    def layout(self) -> Layout:
+        """Where arrays live."""
+        return self.compile.layout
+
+    def examples(self, limit: int | None = None) -> Iterator[Batch]:
+        """One pass over (the first `limit` of a seeded shuffle of) the task's training examples."""
+        return self._place(self._pipeline, limit)
+
+    def memory(self) -> Iterator[Batch]:
+        """One pass over the examples of this task that go into the memory; none without a memory."""
+        return iter(()) if self._memory is None else self._place(self._memory, None)
+
+    def params_before(self) -> PyTree:
+        """The params as they were before this task, read anew at every call."""
+        return self._params_before()
+
+    def _place(self, pipeline: Pipeline, limit: int | None) -> Iterator[Batch]:
+        for rows in pipeline.once(limit, self._seed):
+            yield place_batch(rows, self.layout.batch)
+
+
+def collect_signals(trainer: Trainer, state: TrainState, task: RunningTask, writer: Writer) -> int:
+    """Runs `Method.signals` over the task's memory and hands the records on.
+
+    Each process hands on the rows that its own devices hold; the rows of a batch are read while the next batch is
+    computed. Rows that only fill a batch (`example` < 0) are left out.
+
+    Args:
+      trainer: the run's trainer.
+      state: the state after `Method.consolidate`.
+      task: the task just learned.
+      writer: takes examples and records; see `Writer`.
+
+    Returns:
+      Number of rows this process handed on; 0 if the method stores nothing.
+    """
+    signals = trainer.compile.per_row(trainer.method.signals)
+    pending: tuple[Array, dict[str, Array]] | None = None
+    written = 0
+    for index, batch in enumerate(task.memory()):
+        records = signals(state.params, state.method_state, batch, jax.random.fold_in(task.key, index))
+        if records is None:
+            return 0
+        previous, pending = pending, (batch.example, records)
+        written += _hand_on(previous, writer)
+    return written + _hand_on(pending, writer)
+
+
+def _hand_on(pending: tuple[Array, dict[str, Array]] | None, writer: Writer) -> int:
+    if pending is None:
+        return 0
+    examples = _local_rows(pending[0])
+    records = {name: _local_rows(value) for name, value in pending[1].items()}
+    real = examples >= 0
+    if real.any():
+        writer(examples[real], {name: value[real] for name, value in records.items()})
+    return int(real.sum())
+
+
+def _local_rows(array: Array) -> np.ndarray:
+    """The rows on this process's devices, in order, each once (an array may be replicated over `tensor`)."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    parts = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
+    return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
