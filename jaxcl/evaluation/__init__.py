@@ -1,1 +1,1 @@
-"""Task metrics and the continual-learning matrix."""
+"""Task metrics, the continual-learning matrix, and what is measured with them after each task."""

@@ -1,0 +1,244 @@
+"""What a domain taught the model: a copy is fine-tuned on the domain's labelled task and scored there."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int
+
+from jaxcl.evaluation.config import EndTaskConfig
+from jaxcl.evaluation.metrics import f1
+from jaxcl.evaluation.scoring import Compile, Place, as_batch
+from jaxcl.models.batch import Batch
+from jaxcl.models.network import Network, Params
+
+
+class LabelledBatches(Protocol):
+    """What is asked of a pipeline of labelled rows (`jaxcl.data` has one); filler rows have weight 0."""
+
+    steps_per_epoch: int
+
+    def batch_at(self, step: int, *, seed: int) -> Mapping[str, Any]:
+        """The batch of a training step; shuffled anew every epoch."""
+        ...
+
+    def once(self) -> Iterator[Mapping[str, Any]]:
+        """One pass, the last batch filled up."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class EndTaskScore:
+    """Scores of a fine-tuned copy on the test rows, in percent; means over the repetitions.
+
+    Attributes:
+      macro_f1: F1 averaged over the classes.
+      micro_f1: F1 over all decisions.
+      accuracy: share of rows classified right.
+      runs: the same numbers, and `dev_macro_f1` and `epochs`, of each repetition.
+      predictions: class of each test row in the first repetition, int32 `[rows]`.
+      labels: expected class of each test row.
+      seconds: wall-clock time of all repetitions.
+    """
+
+    macro_f1: float
+    micro_f1: float
+    accuracy: float
+    runs: list[dict[str, float]]
+    predictions: Int[np.ndarray, " rows"]
+    labels: Int[np.ndarray, " rows"]
+    seconds: float
+
+    def metric(self, name: str) -> float:
+        """`macro_f1`, `micro_f1` or `accuracy`."""
+        return {"macro_f1": self.macro_f1, "micro_f1": self.micro_f1, "accuracy": self.accuracy}[name]
+
+
+class _State(NamedTuple):
+    params: Params
+    moments: optax.OptState
+    step: Int[Array, ""]
+
+
+class _Programs(NamedTuple):
+    start: Callable[[Params, Array], _State]
+    train: Callable[[_State, Batch, Array], _State]
+    classify: Callable[[Params, Batch], Int[Array, " batch"]]
+
+
+def score_end_task(
+    network: Network,
+    params: Params,
+    train: LabelledBatches,
+    test: LabelledBatches,
+    *,
+    dev: LabelledBatches | None,
+    num_labels: int,
+    config: EndTaskConfig,
+    seed: int,
+    compile: Compile = jax.jit,
+    place: Place = as_batch,
+) -> EndTaskScore:
+    """Fine-tunes copies of a model on a labelled task and scores them. `params` is left as it is.
+
+    Every repetition draws its own classification head, order of examples and dropout. After each epoch the dev rows
+    are classified; the params with the best macro-F1 there are the ones tested, and training stops when `patience`
+    epochs brought nothing better. Without dev rows it runs all epochs and tests the last params.
+
+    Args:
+      network: the model that was pre-trained; its own classification head, if any, is not used.
+      params: its params.
+      train: training rows.
+      test: rows to score.
+      dev: rows to stop by.
+      num_labels: number of classes.
+      config: how to fine-tune.
+      seed: seed of the first repetition; the others count on from there.
+      compile: what compiles the steps; called with the same functions for every task of a number of classes.
+      place: what makes a batch on the devices of a pipeline's rows.
+
+    Returns:
+      Test scores, means over `config.seeds` repetitions.
+    """
+    started = time.monotonic()
+    classifier = with_labels(network, num_labels)
+    programs = _programs(classifier, config, config.epochs * train.steps_per_epoch, compile)
+    runs: list[dict[str, float]] = []
+    first: tuple[np.ndarray, np.ndarray] | None = None
+    for repetition in range(config.seeds):
+        tuned, epochs, dev_score = _fine_tune(programs, params, train, dev, config, seed + repetition, place)
+        predictions, labels = _classify_all(programs, tuned, test, place)
+        first = first or (predictions, labels)
+        runs.append({**class_scores(predictions, labels), "dev_macro_f1": dev_score, "epochs": float(epochs)})
+    assert first is not None  # the configuration asks for at least one repetition
+    means = {name: float(np.mean([run[name] for run in runs])) for name in ("macro_f1", "micro_f1", "accuracy")}
+    return EndTaskScore(**means, runs=runs, predictions=first[0], labels=first[1], seconds=time.monotonic() - started)
+
+
+def class_scores(predictions: Int[np.ndarray, " rows"], labels: Int[np.ndarray, " rows"]) -> dict[str, float]:
+    """Macro-F1, micro-F1 and accuracy of class numbers, in percent.
+
+    >>> class_scores(np.array([0, 1, 1, 1]), np.array([0, 0, 1, 1]))["accuracy"]
+    75.0
+    """
+    given, expected = predictions.tolist(), labels.tolist()
+    return {
+        "macro_f1": f1("macro", given, expected),
+        "micro_f1": f1("micro", given, expected),
+        "accuracy": 100.0 * float(np.mean(predictions == labels)),
+    }
+
+
+def with_labels(network: Network, num_labels: int) -> Network:
+    """The same network with a classification head for so many classes."""
+    return Network.create(network.config.model_copy(update={"num_labels": num_labels}))
+
+
+def with_body(fresh: Params, pretrained: Params) -> Params:
+    """Fresh params of a classifier with everything but its classification head taken from a pre-trained model.
+
+    Raises:
+      ValueError: the two are not of the same network, head aside.
+    """
+    body = {name: fresh[name] if name == "classifier" else pretrained.get(name) for name in fresh}
+    if jax.tree.map(jnp.shape, body) != jax.tree.map(jnp.shape, fresh):
+        raise ValueError("pretrained: expected the params of the classifier's own network, got others")
+    return body
+
+
+def _fine_tune(
+    programs: _Programs,
+    params: Params,
+    train: LabelledBatches,
+    dev: LabelledBatches | None,
+    config: EndTaskConfig,
+    seed: int,
+    place: Place,
+) -> tuple[Params, int, float]:
+    """The best params, the number of epochs run, and their dev macro-F1 (NaN without dev rows)."""
+    head_key, dropout_key = jax.random.split(jax.random.key(seed))
+    state = programs.start(params, head_key)
+    best, best_score, best_epoch = state.params, -1.0, 0
+    for epoch in range(1, config.epochs + 1):
+        for step in range((epoch - 1) * train.steps_per_epoch, epoch * train.steps_per_epoch):
+            state = programs.train(state, place(train.batch_at(step, seed=seed)), dropout_key)
+        if dev is None:
+            continue
+        score = class_scores(*_classify_all(programs, state.params, dev, place))["macro_f1"]
+        if score > best_score:
+            best, best_score, best_epoch = state.params, score, epoch
+        elif epoch - best_epoch >= config.patience:
+            break
+    if dev is None:
+        return state.params, config.epochs, float("nan")
+    return best, epoch, best_score
+
+
+def _classify_all(
+    programs: _Programs, params: Params, rows: LabelledBatches, place: Place
+) -> tuple[np.ndarray, np.ndarray]:
+    """Class predicted and class expected of every row, fillers left out."""
+    predictions, labels = [], []
+    for fields in rows.once():
+        batch = place(fields)
+        real = np.asarray(jax.device_get(batch.weights))[:, 0] > 0
+        predictions.append(np.asarray(jax.device_get(programs.classify(params, batch)))[real])
+        labels.append(np.asarray(jax.device_get(batch.labels))[real])
+    return np.concatenate(predictions), np.concatenate(labels)
+
+
+@functools.lru_cache(maxsize=8)
+def _programs(network: Network, config: EndTaskConfig, total_steps: int, compile: Compile) -> _Programs:
+    """The compiled functions for a classifier; the same ones are found again after the next task."""
+    optimizer = _optimizer(config, total_steps)
+
+    def start(pretrained: Params, key: Array) -> _State:
+        params = with_body(network.init(key), pretrained)
+        return _State(params, optimizer.init(params), jnp.int32(0))
+
+    def loss(params: Params, batch: Batch, key: Array) -> Float[Array, ""]:
+        hidden_key, head_key = jax.random.split(key)
+        states = network.hidden(params, batch, dropout_key=hidden_key).states
+        scores = network.classify(params, states, batch, dropout_key=head_key)
+        each = optax.softmax_cross_entropy_with_integer_labels(scores, batch.labels)
+        weights = batch.weights[:, 0]
+        return (each * weights).sum() / jnp.maximum(weights.sum(), 1.0)
+
+    def train(state: _State, batch: Batch, key: Array) -> _State:
+        grads = jax.grad(loss)(state.params, batch, jax.random.fold_in(key, state.step))
+        updates, moments = optimizer.update(grads, state.moments, state.params)
+        return _State(optax.apply_updates(state.params, updates), moments, state.step + 1)
+
+    def classify(params: Params, batch: Batch) -> Int[Array, " batch"]:
+        return jnp.argmax(network.classify(params, network.hidden(params, batch).states, batch), axis=-1)
+
+    return _Programs(compile(start), compile(train), compile(classify))
+
+
+def _optimizer(config: EndTaskConfig, total_steps: int) -> optax.GradientTransformation:
+    """AdamW with clipping; the learning rate rises over the first share of the steps, then falls to 0 in a line."""
+    rise = round(config.warmup * total_steps)
+    schedule = optax.join_schedules(
+        [
+            # From the first step on the rate is not 0: short fine-tuning has no steps to waste.
+            lambda step: config.learning_rate * (step + 1) / (rise + 1),
+            optax.linear_schedule(config.learning_rate, 0.0, max(total_steps - rise, 1)),
+        ],
+        [rise],
+    )
+
+    def decayed(params: Params) -> Any:
+        return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), params)
+
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip),
+        optax.adamw(schedule, weight_decay=config.weight_decay, mask=decayed),
+    )

@@ -1,0 +1,205 @@
+"""Scores of predictions by name, in percent; perplexity and token accuracy of text are named here too."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import re
+import string
+import unicodedata
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from jaxcl.errors import UserError
+from jaxcl.evaluation.sari import sari_score
+
+Kind = Literal["pairs", "text", "labelled"]
+ExampleScore = Callable[[str, str, str], float]
+CorpusScore = Callable[[Sequence[str], Sequence[str]], float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """One way to score a task.
+
+    Attributes:
+      name: as in the configuration.
+      meaning: one line for the report.
+      kinds: the kinds of task it can score.
+      higher_is_better: whether a larger score is a better one.
+      unit: `"%"`, or empty.
+      example: score of one `(prediction, answer, source)` in percent, where the metric is a mean over examples.
+      corpus: score of all predictions, where it is not.
+      needs_source: whether `source` (the text that the prediction rewrites) matters.
+    """
+
+    name: str
+    meaning: str
+    kinds: frozenset[Kind]
+    higher_is_better: bool = True
+    unit: str = "%"
+    example: ExampleScore | None = None
+    corpus: CorpusScore | None = None
+    needs_source: bool = False
+
+    def __call__(
+        self, predictions: Sequence[str], answers: Sequence[str], sources: Sequence[str] | None = None
+    ) -> float:
+        """Scores texts against the expected ones.
+
+        Args:
+          predictions: what the model wrote.
+          answers: what was expected, in the same order.
+          sources: what the model was given; only metrics with `needs_source` read it.
+
+        Returns:
+          The score in percent, 0 to 100.
+
+        Raises:
+          ValueError: no examples, lengths that differ, missing sources, or a metric that does not score texts.
+        """
+        if self.example is None and self.corpus is None:
+            raise ValueError(f"metric {self.name}: expected one that scores written answers, got one of token rows")
+        if len(predictions) != len(answers) or not answers:
+            raise ValueError(
+                f"metric {self.name}: expected as many predictions as answers, at least one, "
+                f"got {len(predictions)} and {len(answers)}"
+            )
+        if self.corpus is not None:
+            return float(self.corpus(predictions, answers))
+        return float(np.mean(self.each(predictions, answers, sources)))
+
+    def each(
+        self, predictions: Sequence[str], answers: Sequence[str], sources: Sequence[str] | None = None
+    ) -> list[float]:
+        """Score of every example in percent; for a metric that is no mean over examples, 100 where the texts agree."""
+        if self.needs_source and sources is None:
+            raise ValueError(f"metric {self.name}: expected sources, got None")
+        given = sources if sources is not None else [""] * len(answers)
+        score = self.example or _exact_match
+        return [float(score(*row)) for row in zip(predictions, answers, given, strict=True)]
+
+
+def normalise(text: str) -> str:
+    """Text without case, punctuation, accents of compatibility and surplus space, for comparing short answers.
+
+    An answer that is nothing but punctuation (`"-"`, `")"`) is kept as it is.
+
+    >>> normalise("  The Answer:  42. ")
+    'the answer 42'
+    >>> normalise(" ! ")
+    '!'
+    """
+    folded = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    bare = "".join(" " if character in string.punctuation else character for character in folded)
+    return " ".join(bare.split()) or folded
+
+
+def _accuracy(prediction: str, answer: str, source: str) -> float:
+    return 100.0 * (prediction.strip() == answer.strip())
+
+
+def _exact_match(prediction: str, answer: str, source: str) -> float:
+    return 100.0 * (normalise(prediction) == normalise(answer))
+
+
+def f1(average: Literal["macro", "micro"], predictions: Sequence[str | int], answers: Sequence[str | int]) -> float:
+    """F1 in percent over the classes that occur among the answers.
+
+    An invented class is a miss of the right one, not one more class to average over; under `micro` it costs recall,
+    not precision.
+    """
+    from sklearn.metrics import f1_score
+
+    score = f1_score(list(answers), list(predictions), labels=sorted(set(answers)), average=average, zero_division=0.0)
+    return 100.0 * float(score)
+
+
+def _text_f1(average: Literal["macro", "micro"], predictions: Sequence[str], answers: Sequence[str]) -> float:
+    return f1(average, [normalise(text) for text in predictions], [normalise(text) for text in answers])
+
+
+class _Words:
+    """Words of any script. rouge-score's own tokenizer, used for words of a-z and 0-9, drops all others."""
+
+    # A run of letters and digits; characters of scripts that put no space between words stand alone.
+    _word = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9fff]+")
+
+    def __init__(self) -> None:
+        from rouge_score.tokenizers import DefaultTokenizer
+
+        self._latin = DefaultTokenizer(use_stemmer=True)
+
+    def tokenize(self, text: str) -> list[str]:
+        words: list[str] = []
+        for word in self._word.findall(text.lower()):
+            words += self._latin.tokenize(word) if word.isascii() else [word]
+        return words
+
+
+@functools.cache
+def _rouge_scorer() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rougeL"], tokenizer=_Words())
+
+
+def _rouge_l(prediction: str, answer: str, source: str) -> float:
+    return 100.0 * float(_rouge_scorer().score(answer, prediction)["rougeL"].fmeasure)
+
+
+def _fuzzy(prediction: str, answer: str, source: str) -> float:
+    from rapidfuzz import fuzz
+
+    return float(fuzz.ratio(prediction.strip(), answer.strip()))
+
+
+_PAIRS: frozenset[Kind] = frozenset({"pairs"})
+_BOTH: frozenset[Kind] = frozenset({"pairs", "labelled"})
+_TEXT: frozenset[Kind] = frozenset({"text"})
+
+METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric("accuracy", "share of equal answers, outer space aside", _BOTH, example=_accuracy),
+        Metric("exact_match", "share of equal answers, case and punctuation aside", _PAIRS, example=_exact_match),
+        Metric("macro_f1", "F1 averaged over classes", _BOTH, corpus=functools.partial(_text_f1, "macro")),
+        Metric("micro_f1", "F1 over all decisions together", _BOTH, corpus=functools.partial(_text_f1, "micro")),
+        Metric("rouge_l", "longest common subsequence of words (ROUGE-L, F-measure)", _PAIRS, example=_rouge_l),
+        Metric("fuzzy", "similarity of characters (normalised indel similarity)", _PAIRS, example=_fuzzy),
+        Metric(
+            "sari",
+            "words rightly added, kept and deleted in a simplification (SARI)",
+            _PAIRS,
+            example=lambda prediction, answer, source: sari_score(source, prediction, [answer]),
+            needs_source=True,
+        ),
+        Metric("perplexity", "exp of the mean loss a token; 1 is perfect", _TEXT, higher_is_better=False, unit=""),
+        Metric("token_accuracy", "share of tokens predicted right", _TEXT),
+    )
+}
+
+
+def find_metric(name: str, kind: Kind | None = None) -> Metric:
+    """The metric of that name.
+
+    >>> find_metric("rouge_l").higher_is_better
+    True
+
+    Args:
+      name: as in the configuration.
+      kind: if given, the kind of task it must be able to score.
+
+    Raises:
+      UserError: no such metric, or one that cannot score tasks of that kind; exit code 2.
+    """
+    valid = [metric.name for metric in METRICS.values() if kind is None or kind in metric.kinds]
+    if name in valid:
+        return METRICS[name]
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    guess = f"; did you mean {close[0]}?" if close else ""
+    problem = f"does not score {kind} tasks" if name in METRICS else "is no metric"
+    raise UserError(f"metric {name!r} {problem}{guess} allowed: {', '.join(valid)}", exit_code=2)

@@ -1,0 +1,157 @@
+"""`results.json`: what a run achieved, typed, and written so that it is never half there."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import Field, ValidationError
+
+from jaxcl.errors import UserError
+from jaxcl.evaluation.matrix import ContinualMatrix
+from jaxcl.schema import Schema
+
+Row = list[float | None]
+
+
+class Measure(Schema):
+    """A matrix of scores and the numbers derived from it; `None` is a number that was not or cannot be measured."""
+
+    metric: list[str] = Field(description="name of each task's metric")
+    higher_is_better: list[bool] = Field(description="direction of each task's metric")
+    matrix: list[Row] = Field(description="matrix[t][i] is the score on task i after task t")
+    initial: Row | None = Field(None, description="scores before any training")
+    op: float | None = Field(None, description="overall performance: mean of the last row over the learned tasks")
+    bwt: float | None = Field(None, description="backward transfer: mean change of earlier tasks since learned")
+    fwt: float | None = Field(None, description="forward transfer: gain on a task before it was trained on")
+    forgetting: float | None = Field(None, description="mean fall of earlier tasks from their best score")
+    forgetting_rate: float | None = Field(None, description="mean fall of earlier tasks since they were learned")
+    intransigence: float | None = Field(None, description="mean gap to a joint model right after learning")
+
+
+class Results(Measure):
+    """Everything `results.json` holds."""
+
+    method: str = Field(description="name of the method")
+    seed: int = Field(description="seed of the run")
+    tasks: list[str] = Field(description="names of the tasks, in the order learned")
+    joint: bool = Field(False, description="all tasks were learned at once: the matrix has one row")
+    finished: bool = Field(False, description="whether the last task was learned and evaluated")
+    further: dict[str, Measure] = Field({}, description="more measures of the same tasks, by name")
+    seconds: float = Field(description="wall-clock seconds of the whole run, pauses between restarts left out")
+    timing: dict[str, float] = Field({}, description="seconds by part: training, evaluation, method, ...")
+    task_seconds: list[float] = Field([], description="wall-clock seconds of each task")
+    steps: list[int] = Field([], description="optimizer steps of each task")
+    parameters: int | None = Field(None, description="number of parameters of the model")
+    stored_bytes: int | None = Field(None, description="bytes kept of earlier tasks: memory and teacher store")
+    peak_memory_bytes: int | None = Field(None, description="highest device memory in use, where the device tells")
+    device: str | None = Field(None, description="what it ran on")
+    data: dict[str, dict[str, Any]] = Field({}, description="by task: examples, tokens, cut examples, fill rate")
+    versions: dict[str, str] = Field(description="versions of Python and the packages that matter")
+    extra: dict[str, Any] = Field({}, description="whatever else a method or experiment reports")
+
+    def continual_matrix(self) -> ContinualMatrix:
+        """The matrix to go on with in a resumed run."""
+        return ContinualMatrix.from_lists(self.matrix, self.initial, self.higher_is_better, joint=self.joint)
+
+    def write(self, path: Path) -> None:
+        """Writes JSON; a reader sees the old file or the new one, never a part."""
+        write_json(path, self.model_dump(mode="json"))
+
+    @classmethod
+    def read(cls, path: Path) -> Results:
+        """Reads what `write` wrote.
+
+        Raises:
+          UserError: the file is missing, not JSON, or not a jaxcl result; names file and field.
+        """
+        try:
+            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror or error}") from None
+        except UnicodeDecodeError:
+            raise UserError(f"{path}: not a UTF-8 text file") from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise UserError(f"{path}: not a jaxcl result: {where + ': ' if where else ''}{first['msg']}") from None
+
+
+def measure(matrix: ContinualMatrix, metric: list[str], reference: list[float] | None = None) -> dict[str, Any]:
+    """The fields of a `Measure` from its matrix, to pass on as `Measure(**...)` or `Results(..., **...)`.
+
+    Args:
+      matrix: the scores.
+      metric: name of each task's metric.
+      reference: scores of a joint model, for intransigence.
+    """
+    return {
+        "metric": metric,
+        "higher_is_better": list(matrix.higher_is_better),
+        "matrix": matrix.rows(),
+        "initial": matrix.initial_row(),
+        "op": _number(matrix.overall_performance()),
+        "bwt": _number(matrix.backward_transfer()),
+        "fwt": _number(matrix.forward_transfer()),
+        "forgetting": _number(matrix.forgetting()),
+        "forgetting_rate": _number(matrix.forgetting_rate()),
+        "intransigence": None if reference is None else _number(matrix.intransigence(reference)),
+    }
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of Python, jaxcl and the packages that decide numbers, as installed."""
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers", "tokenizers")
+    versions = {"python": platform.python_version()}
+    for name in ("jaxcl", *names):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    if "jaxcl" not in versions:  # run from a checkout that is not installed
+        from jaxcl import __version__
+
+        versions["jaxcl"] = __version__
+    return versions
+
+
+def write_predictions(folder: Path, after: int, task_index: int, task: str, rows: list[dict[str, Any]]) -> Path:
+    """Writes one task's predictions as JSON lines, each with `after` and `task` beside its own fields.
+
+    Args:
+      folder: `predictions/` of the run folder.
+      after: index of the task learned last, -1 before any training.
+      task_index: index of the task scored.
+      task: its name.
+      rows: one an example, as `Scored.rows`.
+
+    Returns:
+      The file written; its name holds the indices only, since a task may have any name.
+    """
+    stage = "before" if after < 0 else f"after{after:02d}"
+    path = folder / f"{stage}_task{task_index:02d}.jsonl"
+    lines = (json.dumps({"after": after, "task": task, **row}, ensure_ascii=False) for row in rows)
+    _replace(path, "".join(f"{line}\n" for line in lines))
+    return path
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes strict JSON (no NaN) by way of a file beside it that then takes its place."""
+    _replace(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    # A lone surrogate (half of a pair that a byte-level tokenizer cut) has no UTF-8 form.
+    partial.write_text(text, encoding="utf-8", errors="replace")
+    os.replace(partial, path)
+
+
+def _number(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None

@@ -1,0 +1,199 @@
+"""Scores of a model: written answers against expected ones, and the loss of text."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxcl.evaluation.metrics import find_metric
+from jaxcl.models.batch import Batch
+from jaxcl.models.network import Network, Params
+
+Generate = Callable[[list[str]], list[str]]
+Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
+Place = Callable[[Mapping[str, Any]], Batch]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """A task's score and the examples behind it.
+
+    Attributes:
+      metric: name of the metric.
+      score: the score, in the metric's unit.
+      rows: one an example: `prompt, prediction, answer, score, correct` (`correct`: the full score was reached).
+    """
+
+    metric: str
+    score: float
+    rows: list[dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class TextLoss:
+    """Loss of a text, summed over the tokens that are predicted.
+
+    Attributes:
+      nats: sum of the negative log likelihoods.
+      correct: number of tokens whose most likely prediction was right.
+      tokens: number of tokens predicted (weighted, if weights are not 0 or 1).
+    """
+
+    nats: float
+    correct: float
+    tokens: float
+
+    @property
+    def loss(self) -> float:
+        """Nats a token."""
+        return self.nats / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        """`exp` of the loss a token; infinite where that overflows."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    @property
+    def token_accuracy(self) -> float:
+        """Share of tokens predicted right, in percent."""
+        return 100.0 * self.correct / self.tokens
+
+    def metric(self, name: str) -> float:
+        """`perplexity` or `token_accuracy`."""
+        return {"perplexity": self.perplexity, "token_accuracy": self.token_accuracy}[find_metric(name, "text").name]
+
+
+def as_batch(batch: Batch | Mapping[str, Any]) -> Batch:
+    """A batch as it is, or from the fields a pipeline yields."""
+    return batch if isinstance(batch, Batch) else Batch(**batch)
+
+
+def drawn(count: int, limit: int | None) -> list[int]:
+    """Which of `count` examples a limit keeps: a fixed drawing, so that every method and seed sees the same ones.
+
+    >>> drawn(3, None), len(drawn(1000, 10)), drawn(1000, 10) == drawn(1000, 10)
+    ([0, 1, 2], 10, True)
+    """
+    if limit is None or limit >= count:
+        return list(range(count))
+    # Not the first ones: many published files are sorted by class or source.
+    return sorted(np.random.default_rng(count).choice(count, size=limit, replace=False).tolist())
+
+
+def score_pairs(
+    rows: Sequence[Mapping[str, str]],
+    generate: Generate,
+    metric: str,
+    *,
+    batch_size: int,
+    limit: int | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> Scored:
+    """Lets a model answer prompts and scores the answers.
+
+    Args:
+      rows: `{"prompt", "answer"}`, and `"source"` for metrics of rewriting where that is not the whole prompt.
+      generate: prompts to answers, in order; called with at most `batch_size` prompts of similar length.
+      metric: name of the metric.
+      batch_size: prompts at once.
+      limit: score at most so many rows, drawn as by `drawn`.
+      progress: called with the number of rows answered after each batch.
+
+    Returns:
+      The score and one row an example, in the order of `rows`.
+
+    Raises:
+      UserError: unknown metric.
+      ValueError: no rows, or `generate` returned another number of answers.
+    """
+    measure = find_metric(metric, "pairs")
+    chosen = [rows[index] for index in drawn(len(rows), limit)]
+    if not chosen:
+        raise ValueError("rows: expected at least one example, got none")
+    predictions = [""] * len(chosen)
+    # Similar lengths together: a batch is padded to its longest prompt.
+    order = sorted(range(len(chosen)), key=lambda index: len(chosen[index]["prompt"]))
+    for start in range(0, len(order), batch_size):
+        part = order[start : start + batch_size]
+        written = generate([chosen[index]["prompt"] for index in part])
+        if len(written) != len(part):
+            raise ValueError(f"generate: expected {len(part)} answers, got {len(written)}")
+        for index, text in zip(part, written, strict=True):
+            predictions[index] = text
+        if progress is not None:
+            progress(len(part))
+    answers = [row["answer"] for row in chosen]
+    sources = [row.get("source", row["prompt"]) for row in chosen]
+    values = measure.each(predictions, answers, sources)
+    scored = [
+        {"prompt": row["prompt"], "prediction": text, "answer": row["answer"], "score": value, "correct": value > 99.99}
+        for row, text, value in zip(chosen, predictions, values, strict=True)
+    ]
+    return Scored(metric, measure(predictions, answers, sources), scored)
+
+
+def text_loss(
+    network: Network,
+    params: Params,
+    batches: Iterable[Batch | Mapping[str, Any]],
+    *,
+    compile: Compile = jax.jit,
+    place: Place = as_batch,
+) -> TextLoss:
+    """Loss of the positions that each batch asks for, exact over batches of uneven size.
+
+    Masked models are scored at the masked positions: give batches whose masking seed is fixed, or two calls
+    measure different things. Dropout is off.
+
+    Args:
+      network: any network with a language-model head.
+      params: its params.
+      batches: one pass over the text, as from `pipeline.once(...)`; filler rows (weights 0) do not count.
+      compile: what compiles the step, `jax.jit` or the run's own with shardings; called once a network.
+      place: what makes a batch on the devices of a pipeline's rows.
+
+    Returns:
+      Sums over all batches, accumulated in double precision.
+
+    Raises:
+      ValueError: no token is to be predicted.
+    """
+    step = _text_step(network, compile)
+    # Device scalars are gathered and read at the end, so that the device never waits for the host.
+    sums = [step(params, batch if isinstance(batch, Batch) else place(batch)) for batch in batches]
+    nats, correct, tokens = (np.asarray(jax.device_get(sums), dtype=np.float64).reshape(-1, 3)).sum(axis=0).tolist()
+    if tokens <= 0:
+        raise ValueError("batches: expected at least one predicted token, got none")
+    return TextLoss(nats, correct, tokens)
+
+
+@functools.lru_cache(maxsize=8)
+def _text_step(network: Network, compile: Compile) -> Callable[[Params, Batch], tuple[Array, Array, Array]]:
+    def step(params: Params, batch: Batch) -> tuple[Array, Array, Array]:
+        states = network.hidden(params, batch).states
+        if batch.predict is not None:
+            states = jnp.take_along_axis(states, batch.predict[:, :, None], axis=1)
+
+        def row(
+            inputs: tuple[Float[Array, "predict embed"], Array, Float[Array, " predict"]],
+        ) -> tuple[Array, Array, Array]:
+            states, targets, weights = inputs
+            logits = network.logits(params, states).astype(jnp.float32)
+            chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+            nats = jax.nn.logsumexp(logits, axis=-1) - chosen
+            right = jnp.argmax(logits, axis=-1) == targets
+            return (nats * weights).sum(), (right * weights).sum(), weights.sum()
+
+        # A row at a time: the logits of a whole batch would be the largest array of the program by far.
+        nats, right, count = jax.lax.map(row, (states, batch.targets, batch.weights))
+        return nats.sum(), right.sum(), count.sum()
+
+    return compile(step)
