@@ -1,0 +1,59 @@
+"""The same sequence under several methods and seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxcl.config import ExperimentConfig, find_method, parse_config
+from jaxcl.config_file import ConfigError, apply_overrides, read_yaml
+from jaxcl.experiment import run
+from jaxcl.reporting.comparison import write_comparison
+
+
+def compare(
+    config: str, overrides: Sequence[str], methods: Sequence[str], seeds: Sequence[int] | None, out: Path
+) -> Path:
+    """Runs every method with every seed, each in its own run folder, and sets the results side by side.
+
+    The method of the configuration keeps its options. The others take their defaults, except for options of the same
+    name (such as `replay`), which they share: methods are compared on the same memory.
+
+    Args:
+      config: a YAML file.
+      overrides: `KEY=VALUE` for all runs.
+      methods: names of methods.
+      seeds: seeds; `None` for the configuration's own.
+      out: gets a folder `METHOD-seedN` a run, `comparison.json` and an HTML page.
+
+    Returns:
+      The page.
+
+    Raises:
+      UserError: the configuration is wrong for one of the methods (before anything runs), or a run fails.
+    """
+    content = apply_overrides(read_yaml(Path(config)), overrides)
+    seeds = [int(content.get("seed", 0))] if seeds is None else seeds
+    runs = [
+        (name, seed, _variant(content, config, name, seed, out / f"{name.replace(':', '.')}-seed{seed}"))
+        for name in dict.fromkeys(methods)
+        for seed in dict.fromkeys(seeds)
+    ]
+    for name, seed, variant in runs:
+        print(f"{name}, seed {seed}: {variant.output}", flush=True)
+        run(variant)
+    return write_comparison(out, [Path(variant.output) for _, _, variant in runs])
+
+
+def _variant(content: dict[str, Any], origin: str, method: str, seed: int, output: Path) -> ExperimentConfig:
+    own = content.get("method") or {}
+    own = {"name": own} if isinstance(own, str) else dict(own)
+    try:
+        known = find_method(method).Config.model_fields
+    except ValueError as error:
+        raise ConfigError(f"--methods: {error}") from None
+    shared = own if own.get("name") == method else {key: value for key, value in own.items() if key in known}
+    return parse_config(
+        {**content, "seed": seed, "output": str(output), "method": {**shared, "name": method}}, f"{origin} with {method}"
+    )

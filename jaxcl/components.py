@@ -1,0 +1,157 @@
+"""From a configuration to the parts of a run: data, tokenizer, network, method, trainer."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxcl.config import ExperimentConfig, find_method
+from jaxcl.data.pairs import PairRows
+from jaxcl.data.pipeline import Pipeline
+from jaxcl.data.rows import Rows
+from jaxcl.data.sources import TaskData, load_task
+from jaxcl.data.spec import TokenizerConfig
+from jaxcl.data.text import TextRows
+from jaxcl.data.tokenizer import Tokenizer, prepare_tokenizer
+from jaxcl.errors import UserError
+from jaxcl.methods.base import Method
+from jaxcl.models.network import Network
+from jaxcl.run_folder import RunFolder
+from jaxcl.sharding.layout import Layout
+from jaxcl.sharding.mesh import make_mesh
+from jaxcl.training.config import check_batch_size
+from jaxcl.training.trainer import Trainer
+
+Params = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Components:
+    """The parts of a run, fixed over all its tasks.
+
+    Attributes:
+      config: the configuration.
+      tasks: rows of every task, in the order learned.
+      tokenizer: text to ids and back.
+      network: the network.
+      method: the continual-learning method.
+      layout: where arrays live.
+      trainer: the compiled step.
+    """
+
+    config: ExperimentConfig
+    tasks: tuple[TaskData, ...]
+    tokenizer: Tokenizer
+    network: Network
+    method: Method
+    layout: Layout
+    trainer: Trainer
+
+    @functools.cached_property
+    def train_rows(self) -> tuple[Rows, ...]:
+        """The encoded training examples of every task."""
+        return tuple(self.encode(index, "train") for index in range(len(self.tasks)))
+
+    def encode(self, index: int, split: str) -> Rows:
+        """The encoded examples of a task.
+
+        Args:
+          index: which task.
+          split: `train`, `dev` or `test`.
+
+        Raises:
+          UserError: the split is empty, or of a kind that cannot be trained on.
+        """
+        task = self.tasks[index]
+        rows = getattr(task, split)
+        if not rows:
+            raise UserError(f"task {task.name}: no {split} examples")
+        if task.kind == "pairs":
+            if not self.network.causal:
+                raise UserError(f"task {task.name}: prompts and answers need a decoder; model.architecture is an encoder")
+            return PairRows(rows, self.tokenizer, self.config.data, task=index, name=task.name)
+        if task.kind == "text":
+            objective = "causal" if self.network.causal else "masked"
+            return TextRows(
+                rows, self.tokenizer, self.config.data, objective=objective, task=index, name=task.name  # type: ignore[arg-type]
+            )
+        raise UserError(f"task {task.name}: labelled examples can only be an end_task of a text domain")
+
+    def pipeline(self, sources: list[Rows], **options: Any) -> Pipeline:
+        """Training batches of encoded examples; see `Pipeline`."""
+        return Pipeline(sources, self.config.training.batch_size, self.config.data, **options)
+
+
+class ProcessShare:
+    """A pipeline's single pass, this process's rows only; what `RunningTask` reads."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self._pipeline = pipeline
+
+    def once(self, limit: int | None, seed: int) -> Iterator[dict[str, Any]]:
+        """See `Pipeline.once`."""
+        return self._pipeline.once(limit, seed, jax.process_index(), jax.process_count())
+
+
+def build(config: ExperimentConfig, folder: RunFolder) -> Components:
+    """Builds everything but the params.
+
+    Args:
+      config: the configuration.
+      folder: keeps the tokenizer.
+
+    Raises:
+      UserError: data cannot be read, a batch does not fit the mesh, or the tokenizer does not fit the model.
+    """
+    network = Network.create(config.model)
+    layout = Layout.create(make_mesh(config.mesh), network.axes(), network.shapes())
+    processes = jax.process_count()
+    check_batch_size(config.training.batch_size, config.training.accumulate, layout.batch_ways, processes)
+    check_batch_size(config.evaluation.batch_size, 1, layout.batch_ways, processes, key="evaluation.batch_size")
+    tasks = tuple(load_task(spec, config.data_root) for spec in config.tasks)
+    tokenizer = load_tokenizer(config, tasks, folder.tokenizer)
+    tokenizer.check_vocab(network.vocab_size)
+    method = find_method(config.method.name)(config.method.options, network, len(tasks))
+    trainer = Trainer(method, config.optimizer, layout, accumulate=config.training.accumulate, seed=config.seed)
+    return Components(config, tasks, tokenizer, network, method, layout, trainer)
+
+
+def load_tokenizer(config: ExperimentConfig, tasks: tuple[TaskData, ...], folder: Path) -> Tokenizer:
+    """The run's tokenizer, kept in `folder`: the configured one, that of the weights, or one trained on the tasks."""
+    settings = config.tokenizer
+    if settings.path is None and config.weights is not None:
+        from jaxcl.weights import resolve
+
+        settings = TokenizerConfig(path=str(resolve(config.weights)))
+    tokenizer = prepare_tokenizer(settings, lambda: _texts(tasks, settings.train_rows), folder)
+    if settings.path is not None and not (folder / "tokenizer.json").exists():
+        tokenizer.save(folder)
+    return tokenizer
+
+
+def _texts(tasks: tuple[TaskData, ...], limit: int | None) -> Iterator[str]:
+    for task in tasks:
+        for row in task.train[:limit]:
+            yield from (value for key, value in row.items() if key in ("prompt", "answer", "text"))
+
+
+def initial_params(components: Components) -> Params:
+    """The params a run starts from: read from `weights`, or drawn by the seed; sharded.
+
+    Raises:
+      UserError: the weights cannot be read or do not fit the configured model.
+    """
+    config, network, layout = components.config, components.network, components.layout
+    if config.weights is not None:
+        from jaxcl.weights import load_params
+
+        return load_params(config.weights, network, shardings=layout.params)
+    key = jax.random.key(config.seed)
+    return jax.jit(network.init, out_shardings=layout.params)(key)
+
+

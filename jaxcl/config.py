@@ -1,0 +1,169 @@
+"""The configuration of a run: one typed tree, from YAML and overrides, with the model read from its weights."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
+
+from jaxcl.config_file import ConfigError, apply_overrides, nearest, read_yaml, validate
+from jaxcl.data.spec import DataConfig, TaskSpec, TokenizerConfig
+from jaxcl.errors import UserError
+from jaxcl.evaluation.config import EvaluationConfig
+from jaxcl.methods import METHODS
+from jaxcl.methods.base import Method
+from jaxcl.models.network import ModelConfig
+from jaxcl.schema import Schema
+from jaxcl.sharding.mesh import MeshConfig
+from jaxcl.training.config import TrainingConfig
+from jaxcl.training.optimizer import OptimizerConfig
+
+
+def find_method(name: str) -> type[Method]:
+    """The method of a registered name, or of `module:Class` for one that lives outside jaxcl.
+
+    >>> find_method("sequential").__name__
+    'Sequential'
+
+    Raises:
+      ValueError: no such name; the message gives the nearest one.
+    """
+    if ":" in name:
+        module, _, attribute = name.partition(":")
+        try:
+            found = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"cannot load {name!r}: {error}") from None
+        if not (isinstance(found, type) and issubclass(found, Method)):
+            raise ValueError(f"{name!r} is no jaxcl.methods.base.Method")
+        return found
+    if name not in METHODS:
+        raise ValueError(f"no method {name!r}{nearest(name, METHODS)} allowed: {', '.join(METHODS)}, or module:Class")
+    return METHODS[name]
+
+
+class MethodSection(Schema):
+    """A method by name, and its own options beside the name."""
+
+    name: str = Field(description="registered name, or `module:Class` for a method outside jaxcl")
+    options: SerializeAsAny[Schema] = Field(description="the method's own options")
+
+
+def _split_method(value: Any) -> Any:
+    """Turns `{name: das, mask_on: update}` into a `MethodSection`, validated by the method's own type."""
+    if isinstance(value, str):
+        value = {"name": value}
+    if not isinstance(value, dict) or "name" not in value:
+        raise ValueError(f"needs a name; allowed: {', '.join(METHODS)}, or module:Class")
+    options = {key: item for key, item in value.items() if key != "name"}
+    section = find_method(str(value["name"])).Config
+    return {"name": value["name"], "options": validate(section, options, "method")}
+
+
+class ExperimentConfig(Schema):
+    """Everything a run is determined by."""
+
+    seed: int = Field(0, ge=0, description="seed of everything random: params, order of examples, dropout, memory")
+    output: str = Field(min_length=1, description="the run folder")
+    data_root: str = Field(
+        ".", description="folder that relative task files start from; the environment's JAXCL_DATA replaces it"
+    )
+    weights: str | None = Field(
+        None, description="pre-trained model: Hugging Face folder, .gguf file, Orbax folder or package:NAME; none: random"
+    )
+    model: ModelConfig = Field(
+        description="the network; with `weights`, only the keys that differ from what the weights say"
+    )
+    tokenizer: TokenizerConfig = Field(
+        default_factory=TokenizerConfig, description="with `weights`, none of it is needed: theirs is used"
+    )
+    data: DataConfig = Field(default_factory=DataConfig, description="windows, packing, masking and buckets")
+    tasks: tuple[TaskSpec, ...] = Field(min_length=1, description="the sequence of tasks or domains, in order")
+    method: Annotated[MethodSection, BeforeValidator(_split_method)] = Field(
+        description="the continual-learning method: its name and, beside the name, its own options"
+    )
+    training: TrainingConfig = Field(default_factory=TrainingConfig, description="steps, batches, checkpoints")
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="optimizer and schedule")
+    mesh: MeshConfig = Field(default_factory=MeshConfig, description="how devices are arranged")
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="what is measured, and how")
+
+    @model_validator(mode="after")
+    def _task_names_differ(self) -> ExperimentConfig:
+        names = [task.name for task in self.tasks]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ValueError(f"tasks: the name {repeated[0]!r} stands twice; every task needs its own")
+        return self
+
+    def plain(self) -> dict[str, Any]:
+        """Nested plain values, as `config.yaml` holds them; `ExperimentConfig` reads them back."""
+        content = self.model_dump(mode="json")
+        content["method"] = {"name": self.method.name, **content["method"]["options"]}
+        return content
+
+
+def load_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> ExperimentConfig:
+    """Reads a configuration file.
+
+    Args:
+      path: a YAML file.
+      overrides: `KEY=VALUE` with dotted keys; `tasks.*.train=100` sets a key of every task.
+
+    Returns:
+      The configuration, complete with defaults, and with the model's sizes read from `weights` where given.
+
+    Raises:
+      ConfigError: one line that names the key, the value, what is allowed and the nearest valid name.
+    """
+    return parse_config(apply_overrides(read_yaml(Path(path)), overrides), str(path))
+
+
+def parse_config(content: dict[str, Any], origin: str = "config") -> ExperimentConfig:
+    """Validates nested plain values; `origin` opens the error messages. See `load_config`."""
+    content = dict(content)
+    if root := os.environ.get("JAXCL_DATA"):
+        content["data_root"] = root
+    weights, model = content.get("weights"), content.get("model") or {}
+    # A model that says its architecture stands for itself; one that does not takes its sizes from the weights.
+    if isinstance(weights, str) and isinstance(model, dict) and "architecture" not in model:
+        from jaxcl.weights import read_config
+
+        try:
+            base = read_config(weights).model_dump(mode="json")
+        except UserError as error:
+            raise ConfigError(f"{origin}: weights: {error}") from None
+        content["model"] = _merge(base, model)
+    config = validate(ExperimentConfig, content, origin)
+    _check_model(config, origin)
+    return config
+
+
+def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in changes.items():
+        merged[key] = _merge(merged[key], value) if isinstance(value, dict) and isinstance(merged.get(key), dict) else value
+    return merged
+
+
+def _check_model(config: ExperimentConfig, origin: str) -> None:
+    """What only shows when sections are held against each other."""
+    longest = max(config.data.length, config.data.prompt_length + config.data.answer_length)
+    if longest > config.model.max_length:
+        key = "length" if longest == config.data.length else "prompt_length + answer_length"
+        raise ConfigError(
+            f"{origin}: data.{key}: {longest} tokens exceed the model's window, model.max_length={config.model.max_length}"
+        )
+    try:
+        find_method(config.method.name).check(config.method.options, config.model)
+    except (ValueError, ValidationError) as error:
+        raise ConfigError(f"{origin}: method.{error}") from None
+
+
+if __name__ == "__main__":
+    from jaxcl.config_reference import reference
+
+    print(reference(ExperimentConfig), end="")
