@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
 from jaxcl.data.plan import Shape
-from jaxcl.data.rows import Noise, Ragged, Row, blank, place
+from jaxcl.data.rows import Noise, Ragged, Row, Rows, blank, place
 from jaxcl.data.spec import DataConfig
 from jaxcl.data.tokenizer import Tokenizer
 from jaxcl.errors import UserError
 
 
-class LabelledRows:
+class LabelledRows(Rows):
     """Texts, or pairs of texts, with a class each.
 
     The text comes first, then the model's separator and the second text, in one segment. Where both are too long,
@@ -27,7 +27,7 @@ class LabelledRows:
       cut: examples that lost some text.
     """
 
-    group: ClassVar[str] = "labelled"
+    group = "labelled"
 
     def __init__(
         self,
@@ -85,14 +85,13 @@ class LabelledRows:
             rows.append(before + first[:keep_first] + between + second[:keep_second] + after)
         return rows
 
-    def __len__(self) -> int:
-        return len(self.tokens)
-
     def shapes(self, others: Sequence[LabelledRows]) -> list[Shape]:
         """One shape: `length` tokens and one scored position."""
         for other in others:
             if (other.config.length, other.labels) != (self.config.length, self.labels):
-                raise ValueError(f"rows that share batches: expected length and labels of {self.name}, got {other.name}")
+                raise ValueError(
+                    f"rows that share batches: expected length and labels of {self.name}, got {other.name}"
+                )
         return [Shape(self.config.length, 1)]
 
     def row(self, index: int, shape: Shape, noise: Noise) -> Row:

@@ -2,19 +2,19 @@
 
 A prompt's trailing spaces are dropped and the answer starts with one space of its own, or with none after a line
 break. Prompt and answer are tokenised apart, so the answer's first token never depends on the prompt: a prompt that
-ends in `Output: ` followed by `POS` gives `Output` `:` and ` POS`, whether the answer is known or still to be generated.
+ends in `Output: `, followed by `POS`, gives `Output` `:` and ` POS`, whether the answer is known or generated.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 
 from jaxcl.data.plan import Shape, choose_lengths
-from jaxcl.data.rows import Noise, Ragged, Row, blank, place
+from jaxcl.data.rows import Noise, Ragged, Row, Rows, blank, place
 from jaxcl.data.spec import TEMPLATES, DataConfig
 from jaxcl.data.tokenizer import Tokenizer
 from jaxcl.errors import UserError
@@ -87,7 +87,7 @@ def _body(prompt: str) -> str:
     return prompt.rstrip(" \t")
 
 
-class PairRows:
+class PairRows(Rows):
     """Prompt-answer pairs, encoded; the loss counts on the answer and its end token only.
 
     A row is prompt, answer, end token and padding on the right. `predict` points at the positions that predict
@@ -101,7 +101,7 @@ class PairRows:
       cut_answers: answers that lost their end (only with `on_long_answer: cut`).
     """
 
-    group: ClassVar[str] = "pairs"
+    group = "pairs"
 
     def __init__(
         self, texts: Sequence[Mapping[str, str]], tokenizer: Tokenizer, config: DataConfig, *, task: int, name: str
@@ -128,7 +128,7 @@ class PairRows:
         prompts = [row["prompt"] for row in texts]
         encoded = encode_prompts(prompts, tokenizer, config)
         answers = encode_answers([row["answer"] for row in texts], prompts, tokenizer, config)
-        closed = [answer + [tokenizer.eos_id] for answer in answers]
+        closed = [[*answer, tokenizer.eos_id] for answer in answers]
         over = [index for index, answer in enumerate(closed) if len(answer) > config.answer_length]
         if over and config.on_long_answer == "error":
             raise UserError(
@@ -143,9 +143,6 @@ class PairRows:
         self.sizes: Int[np.ndarray, "examples 2"] = np.stack(
             [self.prompts.lengths + self.answers.lengths, self.answers.lengths], axis=1
         )
-
-    def __len__(self) -> int:
-        return len(self.prompts)
 
     def shapes(self, others: Sequence[PairRows]) -> list[Shape]:
         """See `pair_shapes`."""

@@ -22,8 +22,9 @@ from jaxcl.data.tokenizer import Tokenizer
 from jaxcl.errors import UserError
 
 FIELDS = ("tokens", "segments", "positions", "predict", "targets", "weights", "labels")
-#: Puts the stored records of a batch's rows (`None` for filler rows) into arrays of fixed shape.
-Collate = Callable[[Sequence[Mapping[str, np.ndarray] | None], Shape], dict[str, np.ndarray]]
+#: Puts the stored records of a batch's rows into arrays whose shapes follow from the batch's shape alone. The record
+#: of a filler row is all zeros.
+Collate = Callable[[Sequence[Mapping[str, np.ndarray]], Shape], dict[str, np.ndarray]]
 #: The stored record of an example of a task.
 Lookup = Callable[[int, int], Mapping[str, np.ndarray]]
 
@@ -157,9 +158,11 @@ class Pipeline:
         limits = np.array([(shape.length, shape.predict or 0) for shape in chosen])
         for index in members:
             # Shapes rise in both numbers: the first one that holds both is the smallest.
-            fits = (self.sources[index].sizes[:, None, :] <= limits[None]).all(axis=2)
+            fits: np.ndarray = np.all(self.sources[index].sizes[:, None, :] <= limits[None], axis=2)
             if not fits.any(axis=1).all():
-                raise ValueError(f"shapes {chosen}: expected room for every example, {self.sources[index].name} has none")
+                raise ValueError(
+                    f"shapes {chosen}: expected room for every example, {self.sources[index].name} has none"
+                )
             self._buckets[self._offsets[index] : self._offsets[index + 1]] = start + fits.argmax(axis=1)
         self.shapes += chosen
         self._groups += [number] * len(chosen)
@@ -219,36 +222,48 @@ class Pipeline:
             number = int(np.searchsorted(self._offsets, index, side="right") - 1) if index >= 0 else self._first(group)
             source = self.sources[number]
             local = int(index - self._offsets[number]) if index >= 0 else -1
-            rows.append(source.row(local, shape, (*noise, source.task, max(local, 0))))
+            examples.append(source.number(local) if index >= 0 else -1)
+            rows.append(source.row(local, shape, (*noise, source.task, max(examples[-1], 0))))
             tasks.append(source.task)
-            examples.append(example_id(source, local))
-        return self._stack(rows, tasks, examples, shape)
+        batch = self._stack(rows, tasks, examples)
+        if self._lookup is not None:
+            batch["teacher"] = self._collate(
+                self._records(self._lookup, tasks, examples, int(plan.rows[place, 0])), shape
+            )
+        return batch
+
+    def _records(
+        self, lookup: Lookup, tasks: list[int], examples: list[int], first: int
+    ) -> list[Mapping[str, np.ndarray]]:
+        records = [
+            lookup(task, example) if example >= 0 else None for task, example in zip(tasks, examples, strict=True)
+        ]
+        if None not in records:
+            return [record for record in records if record is not None]
+        # All rows of this process may be fillers; the first row of the whole batch never is one.
+        number = int(np.searchsorted(self._offsets, first, side="right") - 1)
+        source = self.sources[number]
+        model = lookup(source.task, source.number(first - int(self._offsets[number])))
+        zeros = {name: np.zeros_like(value) for name, value in model.items()}
+        return [zeros if record is None else record for record in records]
 
     def _first(self, group: int) -> int:
         names = list(dict.fromkeys(rows.group for rows in self.sources))
         return next(index for index, rows in enumerate(self.sources) if rows.group == names[group])
 
-    def _stack(self, rows: list[Row], tasks: list[int], examples: list[int], shape: Shape) -> dict[str, Any]:
+    def _stack(self, rows: list[Row], tasks: list[int], examples: list[int]) -> dict[str, Any]:
         batch: dict[str, Any] = {
             field: np.stack([row[field] for row in rows]) if field in rows[0] else None for field in FIELDS
         }
         batch["task"] = np.array(tasks, np.int32)
         batch["example"] = np.array(examples, np.int32)
         batch["teacher"] = None
-        if self._lookup is not None:
-            records = [
-                self._lookup(task, example) if example >= 0 else None
-                for task, example in zip(tasks, examples, strict=True)
-            ]
-            batch["teacher"] = self._collate(records, shape)
         batch["kind"] = self.kind
         return batch
 
     def describe(self) -> dict[str, Any]:
         """Counts for the log and the report: steps, shapes, share of real tokens, and each source's own counts."""
-        padded = sum(
-            int((self._buckets == index).sum()) * shape.length for index, shape in enumerate(self.shapes)
-        )
+        padded = sum(int((self._buckets == index).sum()) * shape.length for index, shape in enumerate(self.shapes))
         tokens = sum(int(rows.sizes[:, 0].sum()) for rows in self.sources)
         return {
             "examples": self.examples,
@@ -260,20 +275,9 @@ class Pipeline:
         }
 
 
-def example_id(rows: Rows, index: int) -> int:
-    """Number of a row's example in its task's training set, also where `rows` are a part of it; -1 for a filler."""
-    return index if index < 0 else int(getattr(rows, "indices", range(index + 1))[index])
-
-
-def stack_records(records: Sequence[Mapping[str, np.ndarray] | None], shape: Shape) -> dict[str, np.ndarray]:
-    """Stacks records of equal shapes; filler rows get zeros."""
-    first = next((record for record in records if record is not None), None)
-    if first is None:
-        raise ValueError("stack_records: expected at least one record, got only filler rows")
-    return {
-        name: np.stack([np.zeros_like(value) if record is None else record[name] for record in records])
-        for name, value in first.items()
-    }
+def stack_records(records: Sequence[Mapping[str, np.ndarray]], shape: Shape) -> dict[str, np.ndarray]:
+    """Stacks records whose arrays have equal shapes."""
+    return {name: np.stack([record[name] for record in records]) for name in records[0]}
 
 
 class PairPipeline(Pipeline):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -40,7 +41,7 @@ class Ragged:
         return np.diff(self.offsets)
 
 
-class Rows(Protocol):
+class Rows(abc.ABC):
     """Examples of one split of one task, encoded.
 
     Attributes:
@@ -50,24 +51,29 @@ class Rows(Protocol):
       sizes: tokens and scored positions of each example, int `[examples, 2]`.
     """
 
-    group: ClassVar[str]
+    group: str
     name: str
     task: int
     sizes: Int[np.ndarray, "examples 2"]
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        return len(self.sizes)
 
+    def number(self, index: int) -> int:
+        """Number, within the task's training set, of the example at `index`."""
+        return index
+
+    @abc.abstractmethod
     def shapes(self, others: Sequence[Any]) -> list[Shape]:
-        """Shapes for batches of these rows together with `others` of the same group, from small to large."""
-        ...
+        """Shapes for batches of these rows together with `others` of the same group, rising in both numbers."""
 
+    @abc.abstractmethod
     def row(self, index: int, shape: Shape, noise: Noise) -> Row:
         """Fields of one row, without the batch axis; `index` -1 gives a filler row."""
-        ...
 
+    @abc.abstractmethod
     def describe(self) -> dict[str, Any]:
         """Counts for the log and the report."""
-        ...
 
 
 def blank(shape: Shape, pad_id: int) -> Row:

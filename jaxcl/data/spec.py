@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -63,6 +64,18 @@ class TaskSpec(SourceSpec):
         description="builds the prompt from the row's fields, for example `{text} Sentiment:`; none: the prompt field",
     )
     end_task: EndTaskSpec | None = Field(None, description="labelled task that measures what this domain taught")
+
+    @field_validator("prompt_template")
+    @classmethod
+    def _template_names_fields(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                named = [field for _, field, _, _ in string.Formatter().parse(value) if field]
+            except ValueError as error:
+                raise ValueError(f"is not a template: {error}") from error
+            if not named:
+                raise ValueError("must name at least one field of the row, for example {text}")
+        return value
 
 
 class DataConfig(Schema):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 from jaxtyping import Int
 
 from jaxcl.data.plan import Shape
-from jaxcl.data.rows import Noise, Ragged, Row, blank, place
+from jaxcl.data.rows import Noise, Ragged, Row, Rows, blank, place
 from jaxcl.data.spec import DataConfig
 from jaxcl.data.tokenizer import Tokenizer
 from jaxcl.errors import UserError
@@ -56,7 +56,7 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return rows
 
 
-class TextRows:
+class TextRows(Rows):
     """Passages as rows of `length` tokens.
 
     Causal: every token but the last of its segment is scored on the next one; `predict` is absent. Masked: exactly
@@ -73,7 +73,7 @@ class TextRows:
       fill: share of the rows' tokens that are not padding.
     """
 
-    group: ClassVar[str] = "text"
+    group = "text"
 
     def __init__(
         self,
@@ -141,9 +141,6 @@ class TextRows:
                 pieces.extend(whole[start : start + length] for start in range(0, len(whole), length))
         # A causal piece of one token has nothing to predict.
         return pieces if masked else [piece for piece in pieces if len(piece) > 1]
-
-    def __len__(self) -> int:
-        return len(self.rows)
 
     def shapes(self, others: Sequence[TextRows]) -> list[Shape]:
         """One shape: `length` tokens; scored: all of them, or as many as a full row has masked tokens."""

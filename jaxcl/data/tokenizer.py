@@ -212,9 +212,7 @@ class Tokenizer:
         """Token ids of a text, without special tokens around it; see `encode_batch`."""
         return self.encode_batch([text], continued=continued, specials=specials)[0]
 
-    def encode_batch(
-        self, texts: Sequence[str], *, continued: bool = False, specials: bool = False
-    ) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str], *, continued: bool = False, specials: bool = False) -> list[list[int]]:
         """Token ids of texts, without special tokens around them.
 
         Args:
@@ -250,9 +248,7 @@ class Tokenizer:
         return self._encode([text], specials)[0]
 
 
-def prepare_tokenizer(
-    config: TokenizerConfig, texts: Callable[[], Iterable[str]], folder: str | Path
-) -> Tokenizer:
+def prepare_tokenizer(config: TokenizerConfig, texts: Callable[[], Iterable[str]], folder: str | Path) -> Tokenizer:
     """The run's tokenizer: the one named by the configuration, the one the run already has, or a new one.
 
     Args:

@@ -1,0 +1,108 @@
+"""Sources kept by other libraries: TensorFlow Datasets (without TensorFlow) and Hugging Face datasets."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxcl.errors import UserError
+
+Splits = dict[str, Sequence[Mapping[str, Any]]]
+
+
+def read_tfds(rest: str, data_dir: str | None, label_field: str) -> tuple[Splits, tuple[str, ...]]:
+    """Reads all splits of a TensorFlow data set as ArrayRecord files, preparing them at first use.
+
+    Args:
+      rest: name of the data set as TFDS knows it, perhaps `name/config`. A name with dots is a builder of one's own:
+        the package that holds `NAME_dataset_builder.py`, by its import path.
+      data_dir: where prepared data is kept; none: TFDS's own folder.
+      label_field: the field whose class numbers become class names.
+
+    Returns:
+      Records by split, and the class names if the field has any.
+
+    Raises:
+      UserError: the library or the data set is missing, or cannot be prepared.
+    """
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise UserError(f"source tfds:{rest} needs the package tensorflow-datasets: {error}") from error
+    name, _, config = rest.partition("/")
+    options: dict[str, Any] = {"data_dir": data_dir, "file_format": "array_record"}
+    try:
+        if "." in name:
+            module = importlib.import_module(f"{name}.{name.rpartition('.')[2]}_dataset_builder")
+            builder = module.Builder(config=config or None, **options)
+        else:
+            builder = tfds.builder(rest, **options)
+        with contextlib.redirect_stdout(io.StringIO()):  # its progress belongs to no one here
+            builder.download_and_prepare()
+        splits = {split: builder.as_data_source(split) for split in builder.info.splits}
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] == "tensorflow":
+            raise UserError(f"source tfds:{rest}: this data set's builder needs TensorFlow itself") from error
+        raise UserError(f"source tfds:{rest}: {error}") from error
+    except Exception as error:  # downloads and builders fail in many ways; all of them end here
+        raise UserError(f"source tfds:{rest}: {_first_line(error)}") from error
+    feature = builder.info.features.get(label_field) if hasattr(builder.info.features, "get") else None
+    return _named(splits, label_field, tuple(getattr(feature, "names", None) or ()))
+
+
+def read_hf(rest: str, data_dir: str | None, label_field: str) -> tuple[Splits, tuple[str, ...]]:
+    """Reads all splits of a Hugging Face data set.
+
+    Args:
+      rest: `owner/name`, `name`, or either with `:config` behind it; a local folder works as well.
+      data_dir: where downloads are kept; none: the library's own folder.
+      label_field: see `read_tfds`.
+
+    Returns:
+      See `read_tfds`.
+
+    Raises:
+      UserError: the library or the data set is missing.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(f"source hf:{rest} needs the package datasets: pip install 'jaxcl[hf]'") from error
+    name, _, config = rest.partition(":")
+    try:
+        found = datasets.load_dataset(name, config or None, cache_dir=data_dir)
+    except Exception as error:  # downloads and loaders fail in many ways; all of them end here
+        raise UserError(f"source hf:{rest}: {_first_line(error)}") from error
+    splits: Splits = {str(split): rows for split, rows in found.items()}
+    features = next(iter(found.values())).features if splits else {}
+    return _named(splits, label_field, tuple(getattr(features.get(label_field), "names", None) or ()))
+
+
+class _Named:
+    """Rows whose class numbers are shown as class names; a negative number (no label) as itself."""
+
+    def __init__(self, rows: Sequence[Mapping[str, Any]], field: str, labels: tuple[str, ...]) -> None:
+        self._rows, self._field, self._labels = rows, field, labels
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: Any) -> Mapping[str, Any]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        row = dict(self._rows[index])
+        number = int(row[self._field])
+        return row | {self._field: self._labels[number] if 0 <= number < len(self._labels) else str(number)}
+
+
+def _named(splits: Splits, field: str, labels: tuple[str, ...]) -> tuple[Splits, tuple[str, ...]]:
+    if not labels:
+        return splits, ()
+    return {split: _Named(rows, field, labels) for split, rows in splits.items()}, labels  # type: ignore[misc]
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"

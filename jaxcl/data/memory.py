@@ -1,0 +1,180 @@
+"""Replay memory: which examples of earlier tasks are kept, and batches of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+from pydantic import Field, ValidationError
+
+from jaxcl.data.files import parse_json, read_text, write_json
+from jaxcl.data.pipeline import Collate, Pipeline
+from jaxcl.data.plan import Shape
+from jaxcl.data.rows import Noise, Row, Rows
+from jaxcl.data.spec import DataConfig
+from jaxcl.data.teacher_store import TeacherStore
+from jaxcl.errors import UserError
+from jaxcl.schema import Schema
+
+VERSION = 1
+
+
+def draw_examples(count: int, fraction: float, minimum: int, *, seed: int, task: int) -> list[int]:
+    """The examples of a task that are kept: drawn at random, without repetition, by seed and task.
+
+    Args:
+      count: examples the task has.
+      fraction: share that is kept.
+      minimum: fewest examples kept, as far as there are so many.
+      seed: seed of the draw.
+      task: index of the task.
+
+    Returns:
+      Rising example numbers.
+
+    >>> len(draw_examples(250, 0.01, 1, seed=0, task=0)), len(draw_examples(250, 0.0, 1, seed=0, task=0))
+    (2, 1)
+    """
+    kept = min(count, max(minimum, round(fraction * count)))
+    return sorted(np.random.default_rng((seed, task)).choice(count, kept, replace=False).tolist())
+
+
+class TaskMemory(Schema):
+    """The kept examples of one task."""
+
+    task: int = Field(ge=0, description="index of the task")
+    name: str = Field(description="name of the task")
+    count: int = Field(ge=0, description="examples the task has")
+    examples: tuple[int, ...] = Field(description="numbers of the kept examples, rising")
+
+
+class Memory(Schema):
+    """The kept examples of all tasks so far; a new task gives a new object.
+
+    >>> memory = Memory(seed=3).with_task(0, "first", count=300, fraction=0.01, minimum=1)
+    >>> len(memory.tasks[0].examples)
+    3
+    """
+
+    version: int = Field(VERSION, description="version of the file's layout")
+    seed: int = Field(ge=0, description="seed of the draws")
+    tasks: tuple[TaskMemory, ...] = Field((), description="kept examples by task")
+
+    def with_task(self, task: int, name: str, *, count: int, fraction: float, minimum: int) -> Memory:
+        """This memory and the examples drawn from one more task; a task already there is drawn anew."""
+        examples = draw_examples(count, fraction, minimum, seed=self.seed, task=task)
+        new = TaskMemory(task=task, name=name, count=count, examples=tuple(examples))
+        kept = tuple(one for one in self.tasks if one.task != task)
+        return self.model_copy(update={"tasks": tuple(sorted((*kept, new), key=lambda one: one.task))})
+
+    def save(self, path: str | Path) -> None:
+        """Writes the memory as JSON, whole or not at all.
+
+        Raises:
+          UserError: the file cannot be written.
+        """
+        write_json(path, self.model_dump())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Memory:
+        """Reads a memory.
+
+        Raises:
+          UserError: the file is missing, is no memory, or has another version.
+        """
+        content = parse_json(read_text(path), path)
+        try:
+            memory = cls.model_validate(content)
+        except ValidationError as error:
+            raise UserError(f"{path} is not a memory file: {error.errors()[0]['msg']}") from error
+        if memory.version != VERSION:
+            raise UserError(f"{path} has version {memory.version}; this program reads version {VERSION}")
+        return memory
+
+
+class SubsetRows(Rows):
+    """Some of a task's encoded examples.
+
+    Attributes:
+      rows: all of them.
+      indices: the numbers of those that count.
+    """
+
+    def __init__(self, rows: Rows, indices: Sequence[int]) -> None:
+        outside = [index for index in indices if not 0 <= index < len(rows)]
+        if outside:
+            raise ValueError(f"indices: expected examples of {rows.name}, 0 to {len(rows) - 1}, got {outside[0]}")
+        self.rows = rows
+        self.indices: Int[np.ndarray, " examples"] = np.asarray(indices, np.int64)
+        self.group = rows.group
+        self.name = rows.name
+        self.task = rows.task
+        self.sizes: Int[np.ndarray, "examples 2"] = rows.sizes[self.indices]
+
+    def number(self, index: int) -> int:
+        """Number of the example in the whole set."""
+        return int(self.indices[index])
+
+    def shapes(self, others: Sequence[SubsetRows]) -> list[Shape]:
+        """Shapes that hold all examples of the whole sets, so that a memory compiles no shape of its own."""
+        return self.rows.shapes([other.rows for other in others])
+
+    def row(self, index: int, shape: Shape, noise: Noise) -> Row:
+        """The row of a kept example; -1 gives a filler row."""
+        return self.rows.row(self.number(index) if index >= 0 else -1, shape, noise)
+
+    def describe(self) -> dict[str, Any]:
+        """Kept examples, their tokens, and how many there are to choose from."""
+        return {"examples": len(self), "of": len(self.rows), "tokens": int(self.sizes[:, 0].sum())}
+
+
+class MemoryPipeline(Pipeline):
+    """Batches of remembered examples of all earlier tasks, with what was stored beside them."""
+
+    def __init__(
+        self,
+        memory: Memory,
+        rows: Mapping[int, Rows],
+        config: DataConfig,
+        *,
+        batch_size: int,
+        shapes: Sequence[Shape] | None = None,
+        stores: Mapping[int, TeacherStore] | None = None,
+        collate: Collate | None = None,
+        tasks: Sequence[int] | None = None,
+    ) -> None:
+        """Gathers the kept examples.
+
+        Args:
+          memory: which examples are kept.
+          rows: encoded training examples by task; those of every task of the memory (of `tasks`, if given).
+          config: `prefetch` and `threads` are used.
+          batch_size: rows of a batch over all processes.
+          shapes: shapes for prompt-answer batches; give the run's, so that nothing compiles anew.
+          stores: what was stored beside the kept examples, by task; none: batches carry no teacher.
+          collate: puts the records of a batch's rows into arrays whose shapes follow from the batch's shape.
+          tasks: only these tasks; none: all.
+
+        Raises:
+          UserError: the memory is empty, or was drawn from other data than `rows`.
+        """
+        kept = [one for one in memory.tasks if (tasks is None or one.task in tasks) and one.examples]
+        for one in kept:
+            if one.count != len(rows[one.task]):
+                raise UserError(
+                    f"the memory of task {one.name} was drawn from {one.count} examples, the task now has "
+                    f"{len(rows[one.task])}: the data has changed since"
+                )
+        super().__init__(
+            [SubsetRows(rows[one.task], one.examples) for one in kept],
+            batch_size,
+            config,
+            shapes=shapes,
+            kind="memory",
+            fixed_noise=memory.seed,
+            lookup=None if stores is None else lambda task, example: stores[task].get(example),
+            collate=collate,
+        )

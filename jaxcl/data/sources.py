@@ -1,0 +1,359 @@
+"""Task sources: from `scheme:rest` to rows of text, whatever they are stored in."""
+
+from __future__ import annotations
+
+import difflib
+import string
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxcl.data.files import parse_json, read_text
+from jaxcl.data.hubs import read_hf, read_tfds
+from jaxcl.data.spec import EndTaskSpec, Kind, SourceSpec, TaskSpec
+from jaxcl.errors import UserError
+
+Record = Mapping[str, Any]
+Rows = dict[str, list[dict[str, str]]]
+SPLITS = ("train", "dev", "test")
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """The rows of a task.
+
+    Attributes:
+      name: name of the task.
+      kind: `pairs`: rows have `prompt` and `answer`; `text`: rows have `text`; `labelled`: rows have `text`,
+        `label` and perhaps `pair`.
+      train: rows to learn from, never empty.
+      dev: rows to choose settings by; may be empty.
+      test: rows to judge by, never empty.
+      labels: class names of a labelled task, sorted unless the source orders them.
+    """
+
+    name: str
+    kind: Kind
+    train: Sequence[dict[str, str]]
+    dev: Sequence[dict[str, str]]
+    test: Sequence[dict[str, str]]
+    labels: tuple[str, ...] = ()
+
+
+class Raw(NamedTuple):
+    """What a scheme reads: records by split, where each split came from, and what the source knows about itself."""
+
+    splits: dict[str, Sequence[Record]]
+    where: dict[str, str]
+    labels: tuple[str, ...] = ()
+    kind: Kind | None = None
+
+
+def load_task(spec: TaskSpec, seed: int = 0) -> TaskData:
+    """Reads a task of the sequence.
+
+    Args:
+      spec: the task's section of the configuration.
+      seed: seed of held-out splits and of the choice of rows under `train`, `dev` and `test` limits.
+
+    Raises:
+      UserError: the source is unknown, cannot be read, is empty, or lacks a field.
+    """
+    return _load(spec, spec.name, spec.kind, spec.prompt_template, seed)
+
+
+def load_end_task(spec: EndTaskSpec, name: str, seed: int = 0) -> TaskData:
+    """Reads the labelled task that belongs to the text domain `name`; see `load_task`."""
+    return _load(spec, spec.name or name, "labelled", None, seed)
+
+
+def load_source(source: str, *, seed: int = 0, **options: Any) -> TaskData:
+    """Reads a task by its source alone.
+
+    Args:
+      source: `scheme:rest`.
+      seed: see `load_task`.
+      **options: further fields of `TaskSpec`.
+
+    Raises:
+      UserError: see `load_task`.
+
+    >>> task = load_source("stdlib:unicode_bidi", train=100)
+    >>> task.kind, len(task.train)
+    ('pairs', 100)
+    """
+    name = options.pop("name", None) or source.rpartition(":")[2].replace("/", "_").replace("\\", "_") or source
+    return load_task(TaskSpec(name=name, source=source, **options), seed)
+
+
+def _load(spec: SourceSpec, name: str, kind: Kind | None, template: str | None, seed: int) -> TaskData:
+    raw = _read(spec)
+    first = next((rows for rows in raw.splits.values() if len(rows)), None)
+    if first is None:
+        raise UserError(f"task {name}: {spec.source} is empty")
+    fields = _needed(spec, name, kind or raw.kind, template, first[0], raw.where)
+    found = {
+        split: _convert(records, fields, template, raw.where.get(split, spec.source))
+        for split, records in raw.splits.items()
+    }
+    if fields.kind == "text":
+        found = {split: [row for row in rows if row["text"].strip()] for split, rows in found.items()}
+    labels = _labels(raw, found, spec.source) if fields.kind == "labelled" else ()
+    rows = _split(found, spec.heldout, seed)
+    for split in ("train", "test"):
+        if not rows[split]:
+            raise UserError(f"task {name}: {raw.where.get(split, spec.source)} has no {split} rows")
+    limits = {"train": spec.train, "dev": spec.dev, "test": spec.test}
+    chosen = {split: _limit(rows[split], limits[split], seed) for split in SPLITS}
+    return TaskData(name, fields.kind, chosen["train"], chosen["dev"], chosen["test"], labels)
+
+
+def _labels(raw: Raw, found: Rows, source: str) -> tuple[str, ...]:
+    """Class names: the source's own, else all that occur; also those of evaluation rows, which count as wrong."""
+    labels = raw.labels or tuple(sorted({row["label"] for rows in found.values() for row in rows}))
+    for split, rows in found.items():
+        for number, row in enumerate(rows, 1):
+            if row["label"] not in labels:
+                where = raw.where.get(split, source)
+                raise UserError(f"{where} row {number}: label {row['label']!r} is not one of {', '.join(labels)}")
+    return labels
+
+
+def _read(spec: SourceSpec) -> Raw:
+    scheme, colon, rest = spec.source.partition(":")
+    reader = _SCHEMES.get(scheme) if colon else None
+    if reader is None or not rest:
+        near = difflib.get_close_matches(scheme, _SCHEMES, n=1, cutoff=0.0)[0]
+        raise UserError(
+            f"source {spec.source!r}: expected `scheme:rest` with scheme one of {', '.join(_SCHEMES)}; "
+            f"nearest is {near}:{rest or '...'}"
+        )
+    return reader(rest, spec)
+
+
+# ---------------------------------------------------------------- schemes
+
+
+def _read_json(rest: str, spec: SourceSpec) -> Raw:
+    folder = _existing(rest)
+    if not folder.is_dir():
+        raise UserError(f"source json:{rest}: {folder} is not a folder; expected train.json, test.json in a folder")
+    names = {"train": "train.json", "dev": "eval.json", "test": "test.json"}
+    if not (folder / "eval.json").exists() and (folder / "dev.json").exists():
+        names["dev"] = "dev.json"
+    if not (folder / "train.json").exists():
+        raise UserError(f"source json:{rest}: {folder / 'train.json'} does not exist")
+    splits: dict[str, Sequence[Record]] = {}
+    where = {}
+    for split, name in names.items():
+        if not (folder / name).exists():
+            continue
+        where[split] = str(folder / name)
+        rows = parse_json(read_text(folder / name), folder / name)
+        if not isinstance(rows, list):
+            raise UserError(f"{folder / name}: expected a JSON list of objects, got {_json_kind(rows)}")
+        splits[split] = _objects(rows, folder / name)
+    return Raw(splits, where, _labels_file(folder))
+
+
+def _read_jsonl(rest: str, spec: SourceSpec) -> Raw:
+    path = _existing(rest)
+    if not path.is_dir():
+        return Raw({"all": _json_lines(path)}, {"all": str(path), **dict.fromkeys(SPLITS, str(path))})
+    files = {split: file for split in SPLITS if (file := _first_file(path, split)) is not None}
+    if "train" not in files:
+        raise UserError(f"source jsonl:{rest}: {path / 'train.jsonl'} does not exist")
+    return Raw(
+        {split: _json_lines(file) for split, file in files.items()},
+        {split: str(file) for split, file in files.items()},
+        _labels_file(path),
+    )
+
+
+def _first_file(folder: Path, split: str) -> Path | None:
+    names = [f"{split}.jsonl", f"{split}.jsonl.gz"] + (["eval.jsonl", "validation.jsonl"] if split == "dev" else [])
+    return next((folder / name for name in names if (folder / name).exists()), None)
+
+
+def _json_lines(path: Path) -> Sequence[Record]:
+    rows = [
+        (number, parse_json(line, path, number))
+        for number, line in enumerate(read_text(path).split("\n"), 1)
+        if line.strip()
+    ]
+    for number, row in rows:
+        if not isinstance(row, dict):
+            raise UserError(f"{path} line {number}: expected a JSON object, got {_json_kind(row)}")
+    return [row for _, row in rows]
+
+
+def _read_lines(rest: str, spec: SourceSpec) -> Raw:
+    path = _existing(rest)
+    if path.is_dir():
+        raise UserError(f"source text:{rest}: {path} is a folder; expected a text file, plain or gzip")
+    lines = [line.strip() for line in read_text(path).splitlines()]
+    rows: list[Record] = [{spec.text_field: line} for line in lines if line]
+    return Raw({"all": rows}, {"all": str(path), **dict.fromkeys(SPLITS, str(path))}, kind="text")
+
+
+def _read_stdlib(rest: str, spec: SourceSpec) -> Raw:
+    from jaxcl.data.stdlib import read_stdlib
+
+    found = read_stdlib(rest)
+    # The embedded sources have field names of their own; those the user gave must not hide them.
+    rename = {
+        "prompt": spec.prompt_field,
+        "answer": spec.answer_field,
+        "text": spec.text_field,
+        "label": spec.label_field,
+    }
+    splits: dict[str, Sequence[Record]] = {
+        split: [{rename.get(name, name): value for name, value in row.items()} for row in rows]
+        for split, rows in found.splits.items()
+    }
+    return Raw(splits, dict.fromkeys((*SPLITS, "all"), f"stdlib:{rest}"), found.labels, found.kind)
+
+
+def _read_hub(read: Callable[..., Any], scheme: str) -> Callable[[str, SourceSpec], Raw]:
+    def reader(rest: str, spec: SourceSpec) -> Raw:
+        splits, labels = read(rest, spec.data_dir, spec.label_field)
+        names = {"train": "train", "dev": "validation", "test": "test"}
+        kept = {split: splits[name] for split, name in names.items() if name in splits}
+        if "dev" not in kept and "dev" in splits:
+            kept["dev"] = splits["dev"]
+        if "train" not in kept:
+            raise UserError(f"source {scheme}:{rest}: no split called train; splits: {', '.join(splits) or 'none'}")
+        return Raw(kept, {split: f"{scheme}:{rest} {names[split]}" for split in SPLITS}, labels)
+
+    return reader
+
+
+_SCHEMES: dict[str, Callable[[str, SourceSpec], Raw]] = {
+    "json": _read_json,
+    "jsonl": _read_jsonl,
+    "text": _read_lines,
+    "tfds": _read_hub(read_tfds, "tfds"),
+    "hf": _read_hub(read_hf, "hf"),
+    "stdlib": _read_stdlib,
+}
+
+
+# ---------------------------------------------------------------- records to rows
+
+
+class _Fields(NamedTuple):
+    kind: Kind
+    names: dict[str, str]  # name in the row -> name in the record
+
+
+def _needed(
+    spec: SourceSpec, name: str, kind: Kind | None, template: str | None, sample: Record, where: dict[str, str]
+) -> _Fields:
+    """Which fields a row needs, told from the kind, or the kind from the fields of the first record."""
+    pairs = {"answer": spec.answer_field} | ({} if template else {"prompt": spec.prompt_field})
+    labelled = {"text": spec.text_field, "label": spec.label_field}
+    labelled |= {"pair": spec.pair_field} if spec.pair_field else {}
+    needs: dict[Kind, dict[str, str]] = {"pairs": pairs, "labelled": labelled, "text": {"text": spec.text_field}}
+    if kind is None and template:
+        kind = "pairs"
+    if kind is None:
+        kind = next((one for one, fields in needs.items() if all(f in sample for f in fields.values())), None)
+    if kind is None:
+        raise UserError(
+            f"task {name}: {next(iter(where.values()), spec.source)} row 1 has the fields {_listed(sample)}; expected "
+            f"{spec.prompt_field} and {spec.answer_field}, or {spec.text_field} (and {spec.label_field}); "
+            "name others by prompt_field, answer_field, text_field or label_field"
+        )
+    return _Fields(kind, needs[kind])
+
+
+def _convert(records: Iterable[Record], fields: _Fields, template: str | None, where: str) -> list[dict[str, str]]:
+    wanted = [f for _, f, _, _ in string.Formatter().parse(template) if f] if template else []
+    rows = []
+    for number, record in enumerate(records, 1):
+        for field in (*fields.names.values(), *wanted):
+            if field not in record:
+                raise UserError(f"{where} row {number}: no field {field!r}; its fields are {_listed(record)}")
+        row = {name: _text(record[field], field, where, number) for name, field in fields.names.items()}
+        if template:
+            values = {field: _text(record[field], field, where, number) for field in wanted}
+            row["prompt"] = string.Formatter().vformat(template, (), values)
+        rows.append(row)
+    return rows
+
+
+def _text(value: Any, field: str, where: str, number: int) -> str:
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", errors="replace")
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool | int | float | np.integer | np.floating):
+        return str(value)
+    raise UserError(f"{where} row {number}: field {field!r} is {_json_kind(value)}; expected text")
+
+
+def _objects(rows: Sequence[Any], path: Path) -> Sequence[Record]:
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise UserError(f"{path} row {number}: expected a JSON object, got {_json_kind(row)}")
+    return rows
+
+
+def _split(found: Rows, heldout: float, seed: int) -> Rows:
+    """Completes the splits: a test split that the source lacks is held out of its training rows.
+
+    A source of one file gets a development split in the same way; one that has splits of its own but no development
+    split goes without, because nothing depends on it.
+    """
+    train = found.get("all", found.get("train", []))
+    dev, test = found.get("dev", []), found.get("test")
+    if test is not None:
+        return {"train": train, "dev": dev, "test": test}
+    order = np.random.default_rng(seed).permutation(len(train))
+    count = max(1, round(heldout * len(train))) if len(train) > 1 else 0
+    spare = min(count, len(train) - count - 1) if "all" in found else 0
+    parts = {"test": order[:count], "dev": order[count : count + spare], "train": order[count + spare :]}
+    rows = {split: [train[index] for index in sorted(part)] for split, part in parts.items()}
+    return rows if "all" in found else {**rows, "dev": dev}
+
+
+def _limit(rows: list[dict[str, str]], limit: int | None, seed: int) -> list[dict[str, str]]:
+    if limit is None or limit >= len(rows):
+        return rows
+    chosen = np.random.default_rng((seed, len(rows))).permutation(len(rows))[:limit]
+    return [rows[index] for index in sorted(chosen)]
+
+
+# ---------------------------------------------------------------- small things
+
+
+def _existing(rest: str) -> Path:
+    path = Path(rest).expanduser()
+    if not path.exists():
+        raise UserError(f"{path} does not exist")
+    return path
+
+
+def _labels_file(folder: Path) -> tuple[str, ...]:
+    path = folder / "labels.json"
+    if not path.exists():
+        return ()
+    labels = parse_json(read_text(path), path)
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise UserError(f"{path}: expected a JSON list of label names")
+    return tuple(labels)
+
+
+def _listed(record: Record) -> str:
+    return ", ".join(map(str, record)) or "none"
+
+
+def _json_kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "text", bool: "a truth value", type(None): "null"}
+    return names.get(type(value), type(value).__name__)
+
+
+__all__ = ["SPLITS", "Raw", "TaskData", "load_end_task", "load_source", "load_task"]

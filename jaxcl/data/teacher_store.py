@@ -1,0 +1,189 @@
+"""What a method stored beside remembered rows: records of named arrays on disk, read one by one.
+
+A store is one ArrayRecord file. Its last record describes it: magic, version, fields, number of records and the key
+of each. Arrays of a field share dtype and rank; their shapes may differ from record to record, so that padding is
+never stored. Each process writes a file for its own rows, and `TeacherStore.open` reads several as one.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from jaxcl.data.files import replacing
+from jaxcl.errors import UserError
+
+_MAGIC = b"jaxcl-teacher\x00"
+VERSION = 1
+# Many small groups: one read fetches one record. ArrayRecord compresses each group as a whole.
+_OPTIONS = "group_size:1"
+
+Record = Mapping[str, np.ndarray]
+
+
+def write_records(path: str | Path, records: Iterable[tuple[int, Record]]) -> int:
+    """Writes a store, whole or not at all; records are taken one at a time.
+
+    Args:
+      path: the file.
+      records: key (the example's number in its task) and arrays of each record. All have the same field names,
+        dtypes and ranks.
+
+    Returns:
+      Number of records written.
+
+    Raises:
+      UserError: the file cannot be written.
+      ValueError: a record's fields differ from the first one's, or a key appears twice.
+    """
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    fields: dict[str, dict[str, Any]] | None = None
+    keys: list[int] = []
+    with replacing(path) as temporary:
+        try:
+            writer = ArrayRecordWriter(str(temporary), _OPTIONS)
+            try:
+                for key, record in records:
+                    found = {name: {"dtype": value.dtype.name, "rank": value.ndim} for name, value in record.items()}
+                    if fields is None:
+                        fields = found
+                    if found != fields:
+                        raise ValueError(f"record {key}: expected fields {fields}, got {found}")
+                    keys.append(int(key))
+                    writer.write(_pack(record, fields))
+                if len(set(keys)) != len(keys):
+                    raise ValueError("write_records: expected every key once")
+                description = {"version": VERSION, "fields": fields or {}, "count": len(keys), "keys": keys}
+                writer.write(_MAGIC + json.dumps(description).encode())
+            finally:
+                writer.close()
+        except RuntimeError as error:  # how the library reports a failed write
+            raise UserError(f"cannot write {path}: {error}; what was there before is intact") from error
+    return len(keys)
+
+
+class TeacherStore:
+    """Random access to the records of one or several store files.
+
+    Attributes:
+      keys: key of each record, in the order of position.
+      fields: dtype and rank of each field.
+    """
+
+    def __init__(self, files: Sequence[_File]) -> None:
+        self._files = list(files)
+        self.fields = next((file.fields for file in self._files if file.keys), {})
+        self.keys = [key for file in self._files for key in file.keys]
+        self._places = [(number, at) for number, file in enumerate(self._files) for at in range(len(file.keys))]
+        self._by_key = {key: position for position, key in enumerate(self.keys)}
+
+    @classmethod
+    def open(cls, paths: str | Path | Sequence[str | Path]) -> TeacherStore:
+        """Opens one file, or the files that the processes of a run wrote.
+
+        Raises:
+          UserError: a file is missing, truncated or not a store, its version is another, or the files do not
+            belong together.
+        """
+        files = [_File(Path(path)) for path in ([paths] if isinstance(paths, str | Path) else paths)]
+        described = [file for file in files if file.keys]
+        for file in described[1:]:
+            if file.fields != described[0].fields:
+                raise UserError(f"{file.path} holds other fields than {described[0].path}: the stores are of two runs")
+        store = cls(files)
+        if len(store._by_key) != len(store.keys):
+            raise UserError(f"{files[0].path} and its companions hold an example twice: the stores are of two runs")
+        return store
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __contains__(self, key: int) -> bool:
+        return key in self._by_key
+
+    def __getitem__(self, position: int) -> dict[str, np.ndarray]:
+        """The record at a position, in the order written."""
+        number, at = self._places[position]
+        return self._files[number].read(at)
+
+    def get(self, key: int) -> dict[str, np.ndarray]:
+        """The record of an example.
+
+        Raises:
+          UserError: the store has no record of it.
+        """
+        if key not in self._by_key:
+            names = ", ".join(str(file.path) for file in self._files)
+            raise UserError(f"{names}: no record of example {key}; the memory and the store do not belong together")
+        return self[self._by_key[key]]
+
+
+class _File:
+    """One store file, opened and checked."""
+
+    def __init__(self, path: Path) -> None:
+        from array_record.python.array_record_module import ArrayRecordReader
+
+        self.path = path
+        if not path.is_file():
+            raise UserError(f"{path} does not exist")
+        try:
+            self._reader = ArrayRecordReader(str(path))
+            count = self._reader.num_records()
+            last = self._reader.read([count - 1])[0] if count else b""
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise UserError(f"{path} is truncated, damaged or not a teacher store: {_first_line(error)}") from error
+        if not last.startswith(_MAGIC):
+            raise UserError(f"{path} is not a teacher store, or was not written to its end")
+        description = json.loads(last[len(_MAGIC) :])
+        if description.get("version") != VERSION:
+            raise UserError(f"{path} has version {description.get('version')}; this program reads version {VERSION}")
+        self.fields: dict[str, dict[str, Any]] = description["fields"]
+        self.keys: list[int] = description["keys"]
+        if count != len(self.keys) + 1:
+            raise UserError(f"{path} says it holds {len(self.keys)} records and holds {count - 1}")
+
+    def read(self, position: int) -> dict[str, np.ndarray]:
+        try:
+            content = self._reader.read([position])[0]
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise UserError(f"{self.path} record {position} cannot be read: {_first_line(error)}") from error
+        return _unpack(content, self.fields)
+
+
+def _pack(record: Record, fields: Mapping[str, Mapping[str, Any]]) -> bytes:
+    """Shape and bytes of each field, in the order of `fields`, little-endian."""
+    parts = []
+    for name in fields:
+        value = np.ascontiguousarray(record[name])
+        parts.append(struct.pack(f"<{record[name].ndim}q", *record[name].shape))
+        parts.append(value.tobytes())
+    return b"".join(parts)
+
+
+def _unpack(content: bytes, fields: Mapping[str, Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    record = {}
+    start = 0
+    for name, field in fields.items():
+        shape = struct.unpack_from(f"<{field['rank']}q", content, start)
+        start += 8 * len(shape)
+        dtype = _dtype(field["dtype"])
+        count = int(np.prod(shape, dtype=np.int64))
+        record[name] = np.frombuffer(content, dtype, count, start).reshape(shape)
+        start += count * dtype.itemsize
+    return record
+
+
+def _dtype(name: str) -> np.dtype:
+    return np.dtype(getattr(ml_dtypes, name, name))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
