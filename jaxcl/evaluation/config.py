@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from jaxcl.errors import UserError
-from jaxcl.evaluation.metrics import METRICS, Kind, find_metric
+from jaxcl.evaluation.metrics import Kind, find_metric
 from jaxcl.schema import Schema
 
 
@@ -23,6 +23,9 @@ class EndTaskConfig(Schema):
     patience: int = Field(3, ge=1, description="passes without a better dev score after which to stop")
     seeds: int = Field(1, ge=1, description="repetitions whose scores are averaged")
     length: int = Field(128, ge=8, description="tokens of an example; longer ones are cut")
+
+
+_KIND_OF: dict[str, Kind] = {"pairs_metric": "pairs", "text_metric": "text", "labelled_metric": "labelled"}
 
 
 class EvaluationConfig(Schema):
@@ -43,8 +46,8 @@ class EvaluationConfig(Schema):
 
     @field_validator("pairs_metric", "text_metric", "labelled_metric")
     @classmethod
-    def _known(cls, name: str) -> str:
-        return check_metric(name)
+    def _known(cls, name: str, info: ValidationInfo) -> str:
+        return check_metric(name, _KIND_OF[info.field_name or ""])
 
     def metric_for(self, kind: Kind, name: str | None = None) -> str:
         """The metric of a task of that kind: the one it names, else this section's.
@@ -63,11 +66,9 @@ class EvaluationConfig(Schema):
         return range(min(end, num_tasks))
 
 
-def check_metric(name: str) -> str:
+def check_metric(name: str, kind: Kind | None = None) -> str:
     """For configuration fields: the name, or a `ValueError` (which pydantic reports) that lists the valid ones."""
-    if name not in METRICS:
-        try:
-            find_metric(name)
-        except UserError as error:
-            raise ValueError(str(error)) from None
-    return name
+    try:
+        return find_metric(name, kind).name
+    except UserError as error:
+        raise ValueError(str(error)) from None

@@ -66,10 +66,11 @@ class _State(NamedTuple):
     params: Params
     moments: optax.OptState
     step: Int[Array, ""]
+    total: Int[Array, ""]
 
 
 class _Programs(NamedTuple):
-    start: Callable[[Params, Array], _State]
+    start: Callable[[Params, Array, Array], _State]
     train: Callable[[_State, Batch, Array], _State]
     classify: Callable[[Params, Batch], Int[Array, " batch"]]
 
@@ -110,7 +111,7 @@ def score_end_task(
     """
     started = time.monotonic()
     classifier = with_labels(network, num_labels)
-    programs = _programs(classifier, config, config.epochs * train.steps_per_epoch, compile)
+    programs = _programs(classifier, config, compile)
     runs: list[dict[str, float]] = []
     first: tuple[np.ndarray, np.ndarray] | None = None
     for repetition in range(config.seeds):
@@ -165,7 +166,7 @@ def _fine_tune(
 ) -> tuple[Params, int, float]:
     """The best params, the number of epochs run, and their dev macro-F1 (NaN without dev rows)."""
     head_key, dropout_key = jax.random.split(jax.random.key(seed))
-    state = programs.start(params, head_key)
+    state = programs.start(params, head_key, jnp.int32(config.epochs * train.steps_per_epoch))
     best, best_score, best_epoch = state.params, -1.0, 0
     for epoch in range(1, config.epochs + 1):
         for step in range((epoch - 1) * train.steps_per_epoch, epoch * train.steps_per_epoch):
@@ -196,13 +197,13 @@ def _classify_all(
 
 
 @functools.lru_cache(maxsize=8)
-def _programs(network: Network, config: EndTaskConfig, total_steps: int, compile: Compile) -> _Programs:
+def _programs(network: Network, config: EndTaskConfig, compile: Compile) -> _Programs:
     """The compiled functions for a classifier; the same ones are found again after the next task."""
-    optimizer = _optimizer(config, total_steps)
+    optimizer = _optimizer(config)
 
-    def start(pretrained: Params, key: Array) -> _State:
+    def start(pretrained: Params, key: Array, total: Int[Array, ""]) -> _State:
         params = with_body(network.init(key), pretrained)
-        return _State(params, optimizer.init(params), jnp.int32(0))
+        return _State(params, optimizer.init(params), jnp.int32(0), total)
 
     def loss(params: Params, batch: Batch, key: Array) -> Float[Array, ""]:
         hidden_key, head_key = jax.random.split(key)
@@ -210,12 +211,14 @@ def _programs(network: Network, config: EndTaskConfig, total_steps: int, compile
         scores = network.classify(params, states, batch, dropout_key=head_key)
         each = optax.softmax_cross_entropy_with_integer_labels(scores, batch.labels)
         weights = batch.weights[:, 0]
-        return (each * weights).sum() / jnp.maximum(weights.sum(), 1.0)
+        return jnp.where(weights > 0, each * weights, 0.0).sum() / jnp.maximum(weights.sum(), 1.0)
 
     def train(state: _State, batch: Batch, key: Array) -> _State:
         grads = jax.grad(loss)(state.params, batch, jax.random.fold_in(key, state.step))
-        updates, moments = optimizer.update(grads, state.moments, state.params)
-        return _State(optax.apply_updates(state.params, updates), moments, state.step + 1)
+        direction, moments = optimizer.update(grads, state.moments, state.params)
+        rate = learning_rate(config, state.step, state.total)
+        params = jax.tree.map(lambda leaf, by: (leaf - rate * by).astype(leaf.dtype), state.params, direction)
+        return _State(params, moments, state.step + 1, state.total)
 
     def classify(params: Params, batch: Batch) -> Int[Array, " batch"]:
         return jnp.argmax(network.classify(params, network.hidden(params, batch).states, batch), axis=-1)
@@ -223,22 +226,28 @@ def _programs(network: Network, config: EndTaskConfig, total_steps: int, compile
     return _Programs(compile(start), compile(train), compile(classify))
 
 
-def _optimizer(config: EndTaskConfig, total_steps: int) -> optax.GradientTransformation:
-    """AdamW with clipping; the learning rate rises over the first share of the steps, then falls to 0 in a line."""
-    rise = round(config.warmup * total_steps)
-    schedule = optax.join_schedules(
-        [
-            # From the first step on the rate is not 0: short fine-tuning has no steps to waste.
-            lambda step: config.learning_rate * (step + 1) / (rise + 1),
-            optax.linear_schedule(config.learning_rate, 0.0, max(total_steps - rise, 1)),
-        ],
-        [rise],
-    )
+def learning_rate(config: EndTaskConfig, step: Int[Array, ""], total: Int[Array, ""]) -> Float[Array, ""]:
+    """Rises over the first share of the steps, then falls in a line to 0 behind the last.
+
+    It starts above 0: short fine-tuning has no steps to waste.
+
+    Args:
+      config: `learning_rate` is the peak, `warmup` the share.
+      step: number of steps done.
+      total: number of steps in all.
+    """
+    rise = jnp.round(config.warmup * total)
+    return config.learning_rate * jnp.minimum((step + 1) / (rise + 1), (total - step) / jnp.maximum(total - rise, 1))
+
+
+def _optimizer(config: EndTaskConfig) -> optax.GradientTransformation:
+    """AdamW with clipping, up to the learning rate."""
 
     def decayed(params: Params) -> Any:
         return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), params)
 
     return optax.chain(
         optax.clip_by_global_norm(config.clip),
-        optax.adamw(schedule, weight_decay=config.weight_decay, mask=decayed),
+        optax.scale_by_adam(),
+        optax.add_decayed_weights(config.weight_decay, mask=decayed),
     )

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ class Results(Measure):
 
     def write(self, path: Path) -> None:
         """Writes JSON; a reader sees the old file or the new one, never a part."""
-        write_json(path, self.model_dump(mode="json"))
+        write_json(path, self.model_dump())
 
     @classmethod
     def read(cls, path: Path) -> Results:
@@ -133,16 +134,51 @@ def write_predictions(folder: Path, after: int, task_index: int, task: str, rows
     Returns:
       The file written; its name holds the indices only, since a task may have any name.
     """
-    stage = "before" if after < 0 else f"after{after:02d}"
-    path = folder / f"{stage}_task{task_index:02d}.jsonl"
+    path = folder / f"{_stage(after)}_task{task_index:02d}.jsonl"
     lines = (json.dumps({"after": after, "task": task, **row}, ensure_ascii=False) for row in rows)
     _replace(path, "".join(f"{line}\n" for line in lines))
     return path
 
 
+def write_tables(folder: Path, after: int, tables: Mapping[str, Any]) -> Path:
+    """Writes a method's arrays (`Method.tables`) after a task as `.npz`.
+
+    Args:
+      folder: `importance/` of the run folder.
+      after: index of the task learned last, -1 before any training.
+      tables: arrays by name.
+
+    Returns:
+      The file written.
+    """
+    path = folder / f"{_stage(after)}.npz"
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as file:
+        np.savez_compressed(file, allow_pickle=False, **{name: np.asarray(table) for name, table in tables.items()})
+    os.replace(partial, path)
+    return path
+
+
 def write_json(path: Path, content: Any) -> None:
-    """Writes strict JSON (no NaN) by way of a file beside it that then takes its place."""
-    _replace(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    """Writes strict JSON by way of a file beside it that then takes its place.
+
+    Args:
+      path: the file.
+      content: mappings, sequences, texts, numbers, numpy scalars and arrays; a number that is not finite, which JSON
+        cannot hold, becomes null.
+    """
+    _replace(path, json.dumps(_plain(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray | np.generic):
+        return _plain(value.tolist())
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def _replace(path: Path, text: str) -> None:
@@ -151,6 +187,10 @@ def _replace(path: Path, text: str) -> None:
     # A lone surrogate (half of a pair that a byte-level tokenizer cut) has no UTF-8 form.
     partial.write_text(text, encoding="utf-8", errors="replace")
     os.replace(partial, path)
+
+
+def _stage(after: int) -> str:
+    return "before" if after < 0 else f"after{after:02d}"
 
 
 def _number(value: float) -> float | None:

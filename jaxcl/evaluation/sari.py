@@ -19,13 +19,14 @@ def sari_score(source: str, prediction: str, references: Sequence[str]) -> float
 
         add:    O minus I, judged by R minus I;   keep: min(I, O), judged by min(I, R);
         delete: I minus O, judged by I minus R
-        P = sum of min(done, wanted) / sum of done,  R = the same / sum of wanted, each averaged over n = 1..4
-        SARI = (F1 of add + F1 of keep + P of delete) / 3
+        P = sum of min(done, wanted) / sum of done,  R = the same / sum of wanted
+        SARI = (F1 of add + F1 of keep + P of delete) / 3, averaged over n = 1..4
 
-    For additions, a reference counts whole (section 3.1 there: an n-gram in any reference is wanted). Where nothing
-    was done or nothing wanted the ratio is 1, as in the implementations that followed the paper, so that a
-    prediction equal to the reference scores 100. An `n` longer than all the texts is left out (those
-    implementations count it as 1, which gives three wrong words up to 75).
+    For additions an n-gram in any reference is wanted whole. Two things follow the published implementations, so
+    that scores compare with published ones: F1 is taken for each n and then averaged (the paper's text averages P
+    and R first), and a ratio of which nothing was done or wanted is 1, so that a prediction equal to the reference
+    scores 100. An `n` longer than all the texts is left out (there it counts 1, which gives three wrong words up to
+    75 percent).
 
     >>> sari_score("about 95 species", "about 95 species", ["about 95 species"])
     100.0
@@ -45,21 +46,16 @@ def sari_score(source: str, prediction: str, references: Sequence[str]) -> float
         raise ValueError("references: expected at least one, got none")
     texts = [_words(text) for text in (source, prediction, *references)]
     longest = max(1, min(_LONGEST, max(map(len, texts))))
-    totals = [Fraction(0)] * 5
+    total = Fraction(0)
     for n in range(1, longest + 1):
         given, written, *wanted = (_count(words, n) for words in texts)
-        any_wanted: Counts = {
-            gram: Fraction(max(count[gram] for count in wanted)) for count in wanted for gram in count
-        }
-        mean_wanted: Counts = {gram: Fraction(sum(count[gram] for count in wanted), len(wanted)) for gram in any_wanted}
-        parts = (
-            *_precision_recall(_minus(written, given), _minus(any_wanted, given)),
-            *_precision_recall(_common(given, written), _common(given, mean_wanted)),
-            _precision_recall(_minus(given, written), _minus(given, mean_wanted))[0],
-        )
-        totals = [total + part for total, part in zip(totals, parts, strict=True)]
-    add_p, add_r, keep_p, keep_r, delete_p = (total / longest for total in totals)
-    return float(100 * (_harmonic(add_p, add_r) + _harmonic(keep_p, keep_r) + delete_p) / 3)
+        grams = {gram for count in wanted for gram in count}
+        any_wanted: Counts = {gram: Fraction(max(count[gram] for count in wanted)) for gram in grams}
+        mean_wanted: Counts = {gram: Fraction(sum(count[gram] for count in wanted), len(wanted)) for gram in grams}
+        total += _harmonic(*_precision_recall(_minus(written, given), _minus(any_wanted, given)))
+        total += _harmonic(*_precision_recall(_common(given, written), _common(given, mean_wanted)))
+        total += _precision_recall(_minus(given, written), _minus(given, mean_wanted))[0]
+    return float(100 * total / (3 * longest))
 
 
 def _words(text: str) -> list[str]:
