@@ -1,1 +1,9 @@
-"""Checkpoints of other libraries to params and back."""
+"""Checkpoints of other libraries to params and back: Hugging Face safetensors, GGUF, Orbax."""
+
+from jaxcl.weights.convert import convert
+from jaxcl.weights.load import load_params, load_weights, read_config, read_token_ids
+from jaxcl.weights.locate import locate
+from jaxcl.weights.orbax import save_orbax
+from jaxcl.weights.save import save_hf
+
+__all__ = ["convert", "load_params", "load_weights", "locate", "read_config", "read_token_ids", "save_hf", "save_orbax"]

@@ -1,0 +1,73 @@
+"""From any checkpoint that can be read to one that is written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from jaxcl.errors import UserError
+from jaxcl.models.network import Network
+from jaxcl.weights.folder import TOKENIZER_FILES
+from jaxcl.weights.load import load_params, read_config, read_token_ids
+from jaxcl.weights.locate import locate
+from jaxcl.weights.orbax import save_orbax
+from jaxcl.weights.save import DTYPES, save_hf
+
+Format = Literal["hf", "orbax"]
+
+
+def convert(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    *,
+    format: Format = "hf",
+    dtype: str = "float32",
+    write_tokenizer: Callable[[Path], None] | None = None,
+) -> Path:
+    """Reads a checkpoint and writes it anew.
+
+    Tokenizer files beside the source are carried along.
+
+    Args:
+      source: see `locate`.
+      destination: a folder that does not exist yet or is empty.
+      format: `hf`: config.json and safetensors; `orbax`: a folder that loads shard by shard.
+      dtype: `float32`, `bfloat16`, or for `hf` also `float16`.
+      write_tokenizer: called with the finished folder where no tokenizer files lie beside the source (a GGUF file
+        holds its tokenizer inside).
+
+    Returns:
+      The folder.
+
+    Raises:
+      UserError: the source cannot be read or the destination not be written.
+    """
+    allowed = DTYPES if format == "hf" else ("float32", "bfloat16")
+    if dtype not in allowed:
+        raise UserError(f"dtype={dtype} cannot be written as {format}; allowed are {', '.join(allowed)}", exit_code=2)
+    _, place = locate(source)
+    folder = place if place.is_dir() else place.parent
+    has_tokenizer = any((folder / name).is_file() for name in TOKENIZER_FILES)
+    config = read_config(source)
+    # Held in float32 on the way to float16, whose range is checked tensor by tensor.
+    held = "float32" if dtype == "float16" else dtype
+    config = config.model_copy(update={"compute": config.compute.model_copy(update={"param_dtype": held})})
+    network = Network.create(config)
+    params = load_params(source, network)
+    tokenizer_folder = folder if has_tokenizer else None
+    if format == "orbax":
+        target = save_orbax(destination, network, params, tokenizer_folder=tokenizer_folder)
+    else:
+        target = save_hf(
+            destination,
+            network,
+            params,
+            dtype=dtype,
+            tokenizer_folder=tokenizer_folder,
+            token_ids=read_token_ids(source),
+        )
+    if not has_tokenizer and write_tokenizer is not None:
+        write_tokenizer(target)
+    return target

@@ -1,0 +1,89 @@
+"""Tensors of a checkpoint into params on their devices, without a second copy of the model on the host."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jaxtyping import Array
+
+from jaxcl.weights.axes import Index, whole
+from jaxcl.weights.match import Match
+from jaxcl.weights.source import Source
+
+
+def read_param(source: Source, found: Match, leaf: jax.ShapeDtypeStruct, sharding: Sharding | None) -> Array:
+    """One parameter where it belongs.
+
+    A stacked parameter is allocated on its devices and filled there layer by layer, so that the host holds one layer
+    of it at a time; of a layer that is cut for several devices, only the parts needed here are read.
+
+    Args:
+      source: the checkpoint.
+      found: the tensors.
+      leaf: shape and dtype of the parameter.
+      sharding: where it lives; `None`: the default device, not committed to it.
+
+    Returns:
+      The parameter, complete.
+    """
+    layout = found.row.layout
+
+    def read(name: str, shape: tuple[int, ...], bounds: Index) -> np.ndarray:
+        return layout.read(functools.partial(source.read, name), shape, bounds).astype(leaf.dtype)
+
+    if not found.row.stacked:
+        return _place(leaf.shape, sharding, functools.partial(read, found.names[0], leaf.shape))
+    inner = leaf.shape[1:]
+    if sharding is not None and _without_layers(sharding) is None:
+        # The layers themselves are divided among devices: each part is put together on the host.
+        def stack(bounds: Index) -> np.ndarray:
+            return np.stack([read(name, inner, bounds[1:]) for name in found.names[bounds[0]]])
+
+        return _place(leaf.shape, sharding, stack)
+    array = jax.jit(lambda: jnp.zeros(leaf.shape, leaf.dtype), out_shardings=sharding)()
+    for layer, name in enumerate(found.names):
+        place = None if sharding is None else _without_layers(sharding)
+        array = _set_layer(sharding)(array, _place(inner, place, functools.partial(read, name, inner)), layer)
+    return jax.block_until_ready(array)
+
+
+def _place(shape: tuple[int, ...], sharding: Sharding | None, read: Callable[[Index], np.ndarray]) -> Array:
+    """An array of the parts that `read` returns; devices that hold the same part share it."""
+    parts: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
+
+    def part(index: Index | None) -> np.ndarray:
+        cuts = whole(shape) if index is None else index
+        bounds = tuple(slice(*cut.indices(size)[:2]) for cut, size in zip(cuts, shape, strict=True))
+        name = tuple((cut.start, cut.stop) for cut in bounds)
+        if name not in parts:
+            parts[name] = read(bounds)
+        return parts[name]
+
+    if sharding is None:
+        array = jax.device_put(part(None), may_alias=False)
+    else:
+        array = jax.make_array_from_callback(shape, sharding, part)
+    # The host's memory may be used again only when the devices have their own.
+    return jax.block_until_ready(array)
+
+
+def _without_layers(sharding: Sharding) -> Sharding | None:
+    """The sharding of one layer of a stacked parameter; `None` where it divides the layers or is of another kind."""
+    if isinstance(sharding, SingleDeviceSharding):
+        return sharding
+    if isinstance(sharding, NamedSharding) and not (sharding.spec and sharding.spec[0]):
+        return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]), memory_kind=sharding.memory_kind)
+    return None
+
+
+@functools.cache
+def _set_layer(sharding: Sharding | None) -> Callable[[Array, Array, int], Array]:
+    def set_layer(stacked: Array, value: Array, layer: Array) -> Array:
+        return jax.lax.dynamic_update_index_in_dim(stacked, value, layer, 0)
+
+    return jax.jit(set_layer, donate_argnums=0, out_shardings=sharding)

@@ -1,0 +1,80 @@
+"""A folder that appears only when everything in it has been written."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+from jax.experimental import multihost_utils
+
+from jaxcl.errors import UserError
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
+)
+
+
+@contextlib.contextmanager
+def new_folder(target: Path, tokenizer_folder: str | os.PathLike[str] | None = None) -> Iterator[Path]:
+    """Makes a folder to write into, and gives it its name at the end; after an error nothing is left of it.
+
+    Every process enters; process 0 makes and names the folder.
+
+    Args:
+      target: the name; nothing or an empty folder may be there.
+      tokenizer_folder: where tokenizer files are copied from.
+
+    Yields:
+      The folder to write into, beside `target`.
+
+    Raises:
+      UserError: `target` is in use or cannot be written, or there is no such `tokenizer_folder`.
+    """
+    if tokenizer_folder is not None and not Path(tokenizer_folder).is_dir():
+        raise UserError(f"{tokenizer_folder}: no such folder to copy the tokenizer from")
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise UserError(f"{target} exists already; name a folder that does not")
+    partial = target.with_name(f".{target.name}.partial")
+    first = jax.process_index() == 0
+    try:
+        if first:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        _together("jaxcl: folder made")
+        yield partial
+        _together("jaxcl: folder written")
+        if first:
+            if tokenizer_folder is not None:
+                copy_tokenizer(Path(tokenizer_folder), partial)
+            partial.replace(target)
+        _together("jaxcl: folder named")
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {error.strerror or error}") from error
+    finally:
+        if first:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def copy_tokenizer(source: Path, target: Path) -> list[str]:
+    """Copies the tokenizer files that are there; their names are returned."""
+    copied = [name for name in TOKENIZER_FILES if (source / name).is_file()]
+    for name in copied:
+        shutil.copyfile(source / name, target / name)
+    return copied
+
+
+def _together(moment: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(moment)

@@ -1,0 +1,100 @@
+"""The metadata of a GGUF file, to a model configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from jaxcl.errors import UserError
+from jaxcl.models.rotary import RopeScaling, frequencies
+from jaxcl.weights.axes import whole
+from jaxcl.weights.gguf_source import Gguf
+
+_FREQUENCIES = "rope_freqs.weight"
+_TOKEN_IDS = {
+    "bos_token_id": "tokenizer.ggml.bos_token_id",
+    "eos_token_id": "tokenizer.ggml.eos_token_id",
+    "pad_token_id": "tokenizer.ggml.padding_token_id",
+}
+
+
+def from_gguf(file: Gguf) -> dict[str, Any]:
+    """Fields of the model configuration that a GGUF file describes.
+
+    Raises:
+      UserError: an architecture or a switch that jaxcl has no network for, or missing metadata.
+    """
+
+    def need(key: str) -> Any:
+        if (value := file.get(key)) is None:
+            raise UserError(f"{file.where}: the metadata key {key} is missing")
+        return value
+
+    kind = need("general.architecture")
+    if kind != "llama":
+        raise UserError(f"{file.where}: general.architecture={kind} is not supported; allowed is llama")
+    if experts := file.get("llama.expert_count", 0):
+        raise UserError(f"{file.where}: a mixture of {experts} experts is not supported; allowed is none")
+    heads, hidden = need("llama.attention.head_count"), need("llama.embedding_length")
+    kv_heads = file.get("llama.attention.head_count_kv", heads)
+    if isinstance(heads, list) or isinstance(kv_heads, list):
+        raise UserError(f"{file.where}: heads that differ from layer to layer are not supported")
+    head_dim = file.get("llama.attention.key_length", hidden // heads)
+    for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
+        if (value := file.get(key, head_dim)) != head_dim:
+            raise UserError(f"{file.where}: {key}={value} is not supported; allowed is the width of a head, {head_dim}")
+    if "token_embd.weight" not in file.shapes:
+        raise UserError(f"{file.where}: the tensor token_embd.weight is missing")
+    theta = file.get("llama.rope.freq_base", 10000.0)
+    return {
+        "architecture": "llama",
+        "vocab_size": file.shapes["token_embd.weight"][0],
+        "hidden_size": hidden,
+        "intermediate_size": need("llama.feed_forward_length"),
+        "num_layers": need("llama.block_count"),
+        "num_heads": heads,
+        "num_kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "max_length": need("llama.context_length"),
+        "rope_theta": theta,
+        "rope_scaling": _rope_scaling(file, head_dim, theta),
+        "norm_eps": need("llama.attention.layer_norm_rms_epsilon"),
+        "tie_embeddings": "output.weight" not in file.shapes,
+        "attention_bias": "blk.0.attn_q.bias" in file.shapes,
+        "mlp_bias": "blk.0.ffn_up.bias" in file.shapes,
+    }
+
+
+def sliding_window(file: Gguf) -> int | None:
+    """The number of tokens each token sees, where the metadata limits it."""
+    return file.get("llama.attention.sliding_window")
+
+
+def token_ids(file: Gguf) -> dict[str, int]:
+    """Special token ids under the names they have in `config.json`."""
+    found = {ours: file.get(theirs) for ours, theirs in _TOKEN_IDS.items()}
+    return {name: int(value) for name, value in found.items() if value is not None}
+
+
+def _rope_scaling(file: Gguf, head_dim: int, theta: float) -> dict[str, Any] | None:
+    """The rule of the rotary frequencies; the llama3 rule is in the file only as the factors that follow from it."""
+    if _FREQUENCIES in file.shapes:
+        factors = file.read(_FREQUENCIES, whole(file.shapes[_FREQUENCIES]))
+        scaling = RopeScaling(type="llama3", factor=float(factors.max()))
+        plain = frequencies(head_dim, theta, None)
+        if factors.shape != plain.shape or not np.allclose(
+            plain / factors, frequencies(head_dim, theta, scaling), rtol=1e-4
+        ):
+            raise UserError(
+                f"{file.where}: the factors in {_FREQUENCIES} do not follow from the llama3 rule with its usual values "
+                "(low_freq_factor 1, high_freq_factor 4, original length 8192)"
+            )
+        return scaling.model_dump()
+    kind = file.get("llama.rope.scaling.type", "none")
+    factor = file.get("llama.rope.scaling.factor", file.get("llama.rope.scale_linear", 1.0))
+    if kind == "none" and factor == 1.0:
+        return None
+    if kind in ("linear", "none"):
+        return {"type": "linear", "factor": factor}
+    raise UserError(f"{file.where}: llama.rope.scaling.type={kind} is not supported; allowed are none, linear")

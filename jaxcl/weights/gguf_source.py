@@ -1,0 +1,74 @@
+"""The tensors and metadata of a GGUF file, dequantised in parts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import gguf
+import numpy as np
+
+from jaxcl.errors import UserError
+from jaxcl.weights.axes import Index
+
+
+class Gguf:
+    """A GGUF file.
+
+    Attributes:
+      where: the file, for messages.
+      shapes: shape of every tensor, slowest axis first (GGUF itself counts the other way round).
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.where = str(path)
+        try:
+            self._reader = gguf.GGUFReader(path)
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+        # A file cut short shows as an index or a shape that does not fit, somewhere inside the reader.
+        except (ValueError, IndexError, KeyError, OverflowError) as error:
+            raise UserError(f"{path} is not a complete GGUF file: {error}") from None
+        self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
+        self.shapes = {name: tuple(int(n) for n in reversed(t.shape)) for name, t in self._tensors.items()}
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """A value of the metadata; float32 values as the shortest decimal that stands for them."""
+        field = self._reader.get_field(key)
+        if field is None:
+            return default
+        value = field.contents()
+        if field.types[-1] == gguf.GGUFValueType.FLOAT32:
+            return [_shortest(v) for v in value] if isinstance(value, list) else _shortest(value)
+        return value
+
+    def read(self, name: str, index: Index) -> np.ndarray:
+        """Part of a tensor, float32.
+
+        Raises:
+          UserError: the quantisation is one that the gguf package cannot undo.
+        """
+        tensor = self._tensors[name]
+        # Only the last axis is quantised in blocks; the others can be cut before dequantising.
+        rows = tensor.data[index[:-1]] if len(index) > 1 else tensor.data
+        try:
+            values = gguf.quants.dequantize(rows, tensor.tensor_type)
+        except NotImplementedError:
+            raise UserError(
+                f"{self.where}: {name} is stored as {tensor.tensor_type.name}, which cannot be read"
+            ) from None
+        return values[..., index[-1]]
+
+    def __enter__(self) -> Gguf:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._tensors.clear()
+        del self._reader
+
+
+def _shortest(value: float) -> float:
+    return float(str(np.float32(value)))

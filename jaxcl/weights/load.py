@@ -1,0 +1,160 @@
+"""Checkpoints into the stacked, sharded params of a network."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Sharding
+from jaxtyping import Array
+from pydantic import TypeAdapter, ValidationError
+
+from jaxcl.errors import UserError
+from jaxcl.models.network import ModelConfig, Network, Params
+from jaxcl.models.roberta import RobertaConfig
+from jaxcl.weights import gguf_config, hf_config
+from jaxcl.weights.fill import read_param
+from jaxcl.weights.gguf_source import Gguf
+from jaxcl.weights.locate import ORBAX_CONFIG, Kind, locate
+from jaxcl.weights.match import match
+from jaxcl.weights.orbax import Orbax
+from jaxcl.weights.source import Safetensors, Source, read_json
+from jaxcl.weights.tables import BERT, LLAMA, LLAMA_GGUF, ROBERTA, Table
+from jaxcl.weights.tree import flatten, unflatten
+
+_CONFIG: TypeAdapter[Any] = TypeAdapter(ModelConfig)
+
+
+def read_config(path: str | os.PathLike[str], **changes: Any) -> ModelConfig:
+    """The configuration of the network that a checkpoint was made for.
+
+    Args:
+      path: see `locate`: a Hugging Face, GGUF or Orbax checkpoint, or `package:NAME`.
+      **changes: fields that shall differ from what the checkpoint says, such as `max_length` or `num_labels`.
+
+    Returns:
+      A `LlamaConfig` or `RobertaConfig`.
+
+    Raises:
+      UserError: no readable checkpoint, or a network that jaxcl does not have.
+    """
+    kind, place = locate(path)
+    window = None
+    if kind == "orbax":
+        where, fields = str(place / ORBAX_CONFIG), read_json(place / ORBAX_CONFIG)
+    elif kind == "gguf":
+        with Gguf(place) as file:
+            where, fields, window = file.where, gguf_config.from_gguf(file), gguf_config.sliding_window(file)
+    else:
+        config_file = (place if place.is_dir() else place.parent) / "config.json"
+        where, content = str(config_file), read_json(config_file)
+        fields, window = hf_config.from_hf(content, where), hf_config.sliding_window(content)
+    try:
+        config = _CONFIG.validate_python(fields | changes)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"][1:])
+        raise UserError(f"{where}: {key + ': ' if key else ''}{first['msg']}") from None
+    if window and window < config.max_length:
+        raise UserError(
+            f"{where}: attention over a sliding window of {window} tokens is not supported; with max_length at most "
+            f"{window} (now {config.max_length}) the window changes nothing"
+        )
+    return config
+
+
+def read_token_ids(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Special token ids that a checkpoint's configuration names, by transformers' names (`bos_token_id`, ...)."""
+    kind, place = locate(path)
+    if kind == "gguf":
+        with Gguf(place) as file:
+            return gguf_config.token_ids(file)
+    file_path = (place if place.is_dir() else place.parent) / "config.json"
+    content = read_json(file_path) if file_path.is_file() else {}
+    return {key: content[key] for key in hf_config.TOKEN_IDS if content.get(key) is not None}
+
+
+def load_params(
+    path: str | os.PathLike[str],
+    network: Network,
+    *,
+    dtype: str | None = None,
+    shardings: Any = None,
+    key: Array | None = None,
+) -> Params:
+    """Reads the params of a network.
+
+    Params are filled on their devices layer by layer: beside them, the host holds one layer of one parameter, or the
+    embedding, at a time. Of tensors that are cut for several devices, only the parts needed here are read.
+
+    Args:
+      path: see `locate`: a Hugging Face, GGUF or Orbax checkpoint, or `package:NAME`.
+      network: the network; `Network.create(read_config(path))` for the checkpoint's own.
+      dtype: precision of the params; that of the network's configuration if not given.
+      shardings: where each param lives, a tree like `network.shapes()` or one `Sharding` for all; the default device
+        if not given.
+      key: from which heads are drawn that the network has and the checkpoint has not; without it they are an error.
+        A head of the checkpoint that the network does not have is left out.
+
+    Returns:
+      The params.
+
+    Raises:
+      UserError: no readable checkpoint; a tensor that is missing, left over or of a wrong shape; pickle files.
+    """
+    kind, place = locate(path)
+    shapes = {
+        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype if dtype is None else dtype)
+        for path, leaf in flatten(network.shapes()).items()
+    }
+    single = shardings is None or isinstance(shardings, Sharding)
+    places = dict.fromkeys(shapes, shardings) if single else flatten(shardings)
+    draw = key is not None
+    if kind == "orbax":
+        with Orbax(place) as saved:
+            plan = match(saved, saved.table(shapes), shapes, draw_heads=draw)
+            flat = saved.restore({path: shapes[path] for path in plan.matches}, places)
+    else:
+        with _open(kind, place) as source:
+            plan = match(source, _table(kind, network), shapes, draw_heads=draw)
+            # Those without layers pass through the host whole, so they come first, while little else is there.
+            order = sorted(plan.matches, key=lambda path: plan.matches[path].row.stacked)
+            flat = {path: read_param(source, plan.matches[path], shapes[path], places[path]) for path in order}
+    if plan.fresh and key is not None:
+        flat |= _draw(network, key, {path: shapes[path] for path in plan.fresh}, places)
+    return unflatten({path: flat[path] for path in shapes})
+
+
+def load_weights(
+    path: str | os.PathLike[str], *, dtype: str | None = None, key: Array | None = None, **changes: Any
+) -> tuple[Network, Params]:
+    """A checkpoint's network and params, on the default device; see `read_config` and `load_params`."""
+    network = Network.create(read_config(path, **changes))
+    return network, load_params(path, network, dtype=dtype, key=key)
+
+
+def _open(kind: Kind, place: Path) -> Source:
+    return Gguf(place) if kind == "gguf" else Safetensors(place)
+
+
+def _table(kind: Kind, network: Network) -> Table:
+    config = network.config
+    if isinstance(config, RobertaConfig):
+        if kind == "gguf":
+            raise UserError("encoders are read from safetensors only, not from GGUF")
+        return BERT if hf_config.is_bert(config) else ROBERTA
+    return LLAMA_GGUF if kind == "gguf" else LLAMA
+
+
+def _draw(
+    network: Network, key: Array, shapes: dict[str, jax.ShapeDtypeStruct], places: dict[str, Sharding | None]
+) -> dict[str, Array]:
+    """Fresh values for some params; the rest of the network is never computed."""
+
+    def draw(key: Array) -> dict[str, Array]:
+        flat = flatten(network.init(key))
+        return {path: flat[path].astype(leaf.dtype) for path, leaf in shapes.items()}
+
+    return jax.jit(draw, out_shardings={path: places[path] for path in shapes})(key)

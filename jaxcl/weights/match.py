@@ -1,0 +1,130 @@
+"""Which tensor of a checkpoint fills which parameter; what is missing, left over or of a wrong shape."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+from jaxcl.errors import UserError
+from jaxcl.weights.tables import Row, Table
+
+_HEADS = ("head/", "classifier/")
+_log = logging.getLogger(__name__)
+
+
+class Names(Protocol):
+    """What a checkpoint holds, before anything is read."""
+
+    @property
+    def where(self) -> str:
+        """The file or folder, for messages."""
+        ...
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shape of every tensor."""
+        ...
+
+
+class Match(NamedTuple):
+    """A parameter and the tensors that fill it.
+
+    Attributes:
+      row: how the axes lie.
+      names: one tensor, or one for each layer.
+    """
+
+    row: Row
+    names: tuple[str, ...]
+
+
+class Plan(NamedTuple):
+    """What to read and what to draw.
+
+    Attributes:
+      matches: by path of the parameter.
+      fresh: paths of head params that the checkpoint does not have.
+    """
+
+    matches: dict[str, Match]
+    fresh: tuple[str, ...]
+
+
+def match(source: Names, table: Table, shapes: Mapping[str, Any], *, draw_heads: bool) -> Plan:
+    """Assigns every tensor of a checkpoint to a parameter.
+
+    Args:
+      source: the checkpoint.
+      table: its names.
+      shapes: objects with a `shape` by path of the parameter.
+      draw_heads: whether params of heads may be absent from the checkpoint.
+
+    Raises:
+      UserError: a tensor is missing, left over or of a wrong shape; the message names it.
+    """
+    present = {table.modern(name): name for name in source.shapes}
+    prefixed = any(name.startswith(table.prefix) for name in present)
+    used: set[str] = set()
+    matches: dict[str, Match] = {}
+    missing: dict[str, str] = {}
+    for path, leaf in shapes.items():
+        row = table.row(path)
+        names = _names(row, table, prefixed, leaf.shape[0] if row.stacked else 0)
+        used.update(names)
+        if lost := [name for name in names if name not in present]:
+            missing[path] = lost[0]
+        else:
+            matches[path] = Match(row, tuple(present[name] for name in names))
+    fresh = tuple(path for path in missing if path.startswith(_HEADS))
+    _check_missing(source, missing, fresh, draw_heads)
+    _check_extra(source, table, [name for name in present if name not in used], prefixed)
+    _check_shapes(source, matches, shapes)
+    if fresh:
+        _log.info("%s has no %s: drawn anew", source.where, ", ".join(fresh))
+    return Plan(matches, fresh)
+
+
+def _names(row: Row, table: Table, prefixed: bool, layers: int) -> list[str]:
+    name = row.name if prefixed else row.name.removeprefix(table.prefix)
+    return [name.format(layer=layer) for layer in range(layers)] if row.stacked else [name]
+
+
+def _check_missing(source: Names, missing: dict[str, str], fresh: Iterable[str], draw_heads: bool) -> None:
+    body = [name for path, name in missing.items() if path not in fresh]
+    if body:
+        raise UserError(f"{source.where}: the tensor {body[0]} is missing{_more(body)}")
+    heads = list(missing.values())
+    if heads and not draw_heads:
+        raise UserError(
+            f"{source.where}: the tensor {heads[0]} is missing{_more(heads)}: the checkpoint lacks a head that the "
+            "model has (load_params draws one if it is given a key)"
+        )
+
+
+def _check_extra(source: Names, table: Table, extra: list[str], prefixed: bool) -> None:
+    unknown = []
+    heads = {name for row in table.rows if row.path.startswith(_HEADS) for name in _names(row, table, prefixed, 0)}
+    for name in sorted(extra):
+        if name in heads:
+            _log.info("%s: %s belongs to a head that the model does not have: left out", source.where, name)
+        elif not table.ignores(name):
+            unknown.append(name)
+    if unknown:
+        raise UserError(f"{source.where}: the model has no place for the tensor {unknown[0]}{_more(unknown)}")
+
+
+def _check_shapes(source: Names, matches: Mapping[str, Match], shapes: Mapping[str, Any]) -> None:
+    for path, (row, names) in matches.items():
+        shape = shapes[path].shape[1:] if row.stacked else shapes[path].shape
+        expected = row.layout.source_shape(shape)
+        for name in names:
+            if source.shapes[name] != expected:
+                raise UserError(
+                    f"{source.where}: the tensor {name} has shape {list(source.shapes[name])}; the model's {path} "
+                    f"needs {list(expected)}"
+                )
+
+
+def _more(names: list[str]) -> str:
+    return f", and {len(names) - 1} more" if len(names) > 1 else ""

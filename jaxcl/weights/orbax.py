@@ -1,0 +1,110 @@
+"""Params and configuration in a folder that Orbax writes and reads shard by shard."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.sharding import Sharding
+from jaxtyping import Array
+
+from jaxcl.errors import UserError
+from jaxcl.models.network import Network, Params
+from jaxcl.weights.folder import new_folder
+from jaxcl.weights.locate import ORBAX_CONFIG
+from jaxcl.weights.tables import Row, Table
+from jaxcl.weights.tree import flatten, unflatten
+
+_PARAMS = "params"
+
+
+def save_orbax(
+    folder: str | os.PathLike[str],
+    network: Network,
+    params: Params,
+    *,
+    tokenizer_folder: str | os.PathLike[str] | None = None,
+) -> Path:
+    """Writes params as they are, every process its own shards, with the network's configuration beside them.
+
+    Args:
+      folder: a folder that does not exist yet or is empty.
+      network: the network.
+      params: its params, sharded in any way.
+      tokenizer_folder: where tokenizer files are copied from.
+
+    Returns:
+      The folder.
+
+    Raises:
+      UserError: the folder is in use, or cannot be written.
+    """
+    target = Path(folder).expanduser().absolute()
+    with new_folder(target, tokenizer_folder) as partial:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            checkpointer.save(partial / _PARAMS, params)
+        if jax.process_index() == 0:
+            config = network.config.model_dump(mode="json")
+            (partial / ORBAX_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return target
+
+
+class Orbax:
+    """The params in an Orbax folder.
+
+    Attributes:
+      where: the folder, for messages.
+      shapes: shape of every param, by path.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.where = str(folder)
+        self._params = (folder / _PARAMS).absolute()
+        self._checkpointer = ocp.PyTreeCheckpointer()
+        try:
+            tree = self._checkpointer.metadata(self._params).item_metadata.tree
+        except (OSError, ValueError, AttributeError) as error:
+            self._checkpointer.close()
+            raise UserError(f"{self._params} is not a complete Orbax checkpoint: {error}") from None
+        self.shapes = {path: tuple(leaf.shape) for path, leaf in flatten(tree).items()}
+
+    def table(self, paths: Iterable[str]) -> Table:
+        """Every param under its own path; `paths` are those that a network has."""
+        rows = []
+        for path in sorted({*paths, *self.shapes}):
+            axes = " ".join(f"axis{number}" for number in range(len(self.shapes.get(path, ()))))
+            rows.append(Row(path, path, f"{axes} -> {axes}"))
+        return Table(prefix="", rows=tuple(rows))
+
+    def restore(
+        self, shapes: Mapping[str, jax.ShapeDtypeStruct], places: Mapping[str, Sharding | None]
+    ) -> dict[str, Array]:
+        """Reads params by path, in the dtype of `shapes`, each to its place."""
+        flat = {}
+        # One at a time: a param without a sharding passes through the host's memory.
+        for path, leaf in shapes.items():
+            sharding = places[path]
+            if sharding is None:
+                args = ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)
+            else:
+                args = ocp.ArrayRestoreArgs(dtype=leaf.dtype, sharding=sharding, global_shape=leaf.shape)
+            request = ocp.args.PyTreeRestore(
+                item=unflatten({path: 0}), restore_args=unflatten({path: args}), partial_restore=True
+            )
+            value = flatten(self._checkpointer.restore(self._params, args=request))[path]
+            flat[path] = jax.device_put(value, may_alias=False) if sharding is None else value
+        return flat
+
+    def __enter__(self) -> Orbax:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._checkpointer.close()

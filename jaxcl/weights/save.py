@@ -1,0 +1,190 @@
+"""Params to a Hugging Face checkpoint that transformers loads."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jaxtyping import Array
+
+from jaxcl.errors import UserError
+from jaxcl.models.network import Network, Params
+from jaxcl.models.roberta import RobertaConfig
+from jaxcl.weights.folder import new_folder
+from jaxcl.weights.hf_config import is_bert, to_hf
+from jaxcl.weights.source import INDEX_FILE, SINGLE_FILE
+from jaxcl.weights.tables import BERT, LLAMA, ROBERTA, Row, Table
+from jaxcl.weights.tree import flatten
+
+DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+FILE_BYTES = 5 * 10**9
+
+
+class _Tensor(NamedTuple):
+    """A tensor of the file to be, and the part of the params it is made of."""
+
+    name: str
+    shape: tuple[int, ...]
+    row: Row
+    layer: int | None
+
+    def bytes(self, itemsize: int) -> int:
+        """Its size in the file."""
+        return int(np.prod(self.shape, dtype=np.int64)) * itemsize
+
+
+def save_hf(
+    folder: str | os.PathLike[str],
+    network: Network,
+    params: Params,
+    *,
+    dtype: str | None = None,
+    tokenizer_folder: str | os.PathLike[str] | None = None,
+    token_ids: Mapping[str, Any] | None = None,
+    file_bytes: int = FILE_BYTES,
+) -> Path:
+    """Writes `config.json` and safetensors; transformers computes the same logits from them.
+
+    Tensors are written one after another, so that beside the params no more than one layer's tensor is held. With
+    several processes all of them call, and process 0 writes.
+
+    Args:
+      folder: a folder that does not exist yet or is empty.
+      network: the network.
+      params: its params, sharded in any way.
+      dtype: precision in the file, `float32`, `bfloat16` or `float16`; that of the params if not given.
+      tokenizer_folder: where tokenizer files are copied from.
+      token_ids: special token ids for `config.json`, by transformers' names (`bos_token_id`, ...).
+      file_bytes: size above which the tensors are divided into several files.
+
+    Returns:
+      The folder.
+
+    Raises:
+      UserError: the folder is in use or cannot be written; transformers has no such network; a value that float16
+        cannot hold.
+      ValueError: params that are not those of the network, or an unknown dtype.
+    """
+    target = Path(folder).expanduser().absolute()
+    flat = flatten(params)
+    shapes = flatten(network.shapes())
+    found = {path: tuple(leaf.shape) for path, leaf in flat.items()}
+    if found != (expected := {path: tuple(leaf.shape) for path, leaf in shapes.items()}):
+        path = min(path for path in {*found, *expected} if found.get(path) != expected.get(path))
+        raise ValueError(f"params: expected shape {expected.get(path)} at {path}, got {found.get(path)}")
+    dtype = str(next(iter(flat.values())).dtype) if dtype is None else dtype
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype}")
+    config = to_hf(network.config, token_ids or {}, dtype)
+    tensors = list(_tensors(_table(network), found))
+    with new_folder(target, tokenizer_folder) as partial:
+        _write_files(partial, _divide(tensors, dtype, file_bytes), flat, dtype)
+        if jax.process_index() == 0:
+            _write_json(partial / "config.json", config)
+    return target
+
+
+def _table(network: Network) -> Table:
+    if isinstance(network.config, RobertaConfig):
+        return BERT if is_bert(network.config) else ROBERTA
+    return LLAMA
+
+
+def _tensors(table: Table, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[_Tensor]:
+    for path, shape in shapes.items():
+        row = table.row(path)
+        if not row.stacked:
+            yield _Tensor(row.name, row.layout.source_shape(shape), row, None)
+            continue
+        inner = row.layout.source_shape(shape[1:])
+        for layer in range(shape[0]):
+            yield _Tensor(row.name.format(layer=layer), inner, row, layer)
+
+
+def _divide(tensors: list[_Tensor], dtype: str, limit: int) -> list[list[_Tensor]]:
+    """Consecutive tensors, in parts of at most `limit` bytes (or a single tensor)."""
+    itemsize = jnp.dtype(dtype).itemsize
+    parts: list[list[_Tensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if parts[-1] and size + tensor.bytes(itemsize) > limit:
+            parts.append([])
+            size = 0
+        parts[-1].append(tensor)
+        size += tensor.bytes(itemsize)
+    return parts
+
+
+def _write_files(folder: Path, parts: list[list[_Tensor]], flat: Mapping[str, Array], dtype: str) -> None:
+    if len(parts) == 1:
+        _write_file(folder / SINGLE_FILE, parts[0], flat, dtype)
+        return
+    weight_map: dict[str, str] = {}
+    total = 0
+    for number, part in enumerate(parts, start=1):
+        name = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        total += _write_file(folder / name, part, flat, dtype)
+        weight_map |= {tensor.name: name for tensor in part}
+    if jax.process_index() == 0:
+        _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _write_file(path: Path, tensors: list[_Tensor], flat: Mapping[str, Array], dtype: str) -> int:
+    """Writes one safetensors file tensor by tensor, which the safetensors package does only for a whole file at once.
+
+    The format: length of the header (8 bytes, little endian), the header (JSON, padded with spaces to a multiple of
+    8 bytes), the tensors.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    itemsize = jnp.dtype(dtype).itemsize
+    end = 0
+    for tensor in tensors:
+        start, end = end, end + tensor.bytes(itemsize)
+        header[tensor.name] = {"dtype": DTYPES[dtype], "shape": tensor.shape, "data_offsets": (start, end)}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    # Every process takes part in gathering, one writes.
+    values = (_gather(flat[tensor.row.path], tensor, dtype) for tensor in tensors)
+    if jax.process_index() != 0:
+        for _ in values:
+            pass
+        return end
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for value in values:
+            file.write(value.reshape(-1).view(np.uint8).data)
+    return end
+
+
+def _gather(array: Array, tensor: _Tensor, dtype: str) -> np.ndarray:
+    """One tensor on the host, as the file has it."""
+    part = array if tensor.layer is None else _layer(array, tensor.layer)
+    if isinstance(part, jax.Array) and not part.is_fully_addressable:
+        host = multihost_utils.process_allgather(part, tiled=True)
+    else:
+        host = np.asarray(part)
+    with np.errstate(over="ignore"):
+        value = tensor.row.layout.write(host.astype(dtype))
+    if dtype == "float16" and np.isinf(value).any() and not np.isinf(host).any():
+        raise UserError(
+            f"the tensor {tensor.name} holds values beyond float16's largest, 65504; use bfloat16 or float32"
+        )
+    return value
+
+
+@jax.jit
+def _layer(array: Array, layer: int) -> Array:
+    """One layer's part; compiled once for all layers."""
+    return jax.lax.dynamic_index_in_dim(array, layer, keepdims=False)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,201 @@
+"""What every parameter is called in a checkpoint, and how its axes lie there. One table serves reading and writing.
+
+A row is (path of the parameter, name in the file, layout). `{layer}` in a name stands for the layer; the parameter
+then has a leading `layers` axis that the layout leaves out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import NamedTuple
+
+from jaxcl.weights.axes import Layout
+
+_VECTOR = "embed -> embed"
+_TABLE = "rows embed -> rows embed"
+_UP = "mlp embed -> embed mlp"
+_DOWN = "embed mlp -> mlp embed"
+_SPLIT = "(heads head_dim) embed -> embed heads head_dim"
+_SPLIT_BIAS = "(heads head_dim) -> heads head_dim"
+_JOIN = "embed (heads head_dim) -> heads head_dim embed"
+_SQUARE = "output input -> input output"
+# llama.cpp stores the two rotated halves of each query and key head interleaved.
+_SPLIT_PAIRS = "(heads half pair) embed -> embed heads (pair half)"
+_SPLIT_PAIRS_BIAS = "(heads half pair) -> heads (pair half)"
+
+
+class Row(NamedTuple):
+    """One parameter in a checkpoint."""
+
+    path: str
+    name: str
+    text: str
+
+    @property
+    def layout(self) -> Layout:
+        """How the axes of the two correspond."""
+        return Layout.parse(self.text)
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the file holds a tensor for each layer."""
+        return "{layer}" in self.name
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """The names of one architecture in one kind of file.
+
+    Attributes:
+      prefix: what names of the body start with; checkpoints of a model without a head leave it out.
+      rows: a row a parameter.
+      ignored: regular expressions of tensors that hold nothing the model needs, whatever their prefix.
+      renamed: older names (regular expressions) and what they stand for.
+    """
+
+    prefix: str
+    rows: tuple[Row, ...]
+    ignored: tuple[str, ...] = ()
+    renamed: tuple[tuple[str, str], ...] = ()
+
+    def row(self, path: str) -> Row:
+        """The row of a parameter.
+
+        Raises:
+          ValueError: the table has none.
+        """
+        for row in self.rows:
+            if row.path == path:
+                return row
+        raise ValueError(f"path: no checkpoint name is known for the parameter {path!r}")
+
+    def ignores(self, name: str) -> bool:
+        """Whether a tensor that the model has no place for is harmless."""
+        return any(re.fullmatch(pattern, name) for pattern in self.ignored)
+
+    def modern(self, name: str) -> str:
+        """The name as transformers writes it today."""
+        for old, new in self.renamed:
+            name = re.sub(old, new, name)
+        return name
+
+
+def _linear(path: str, name: str, kernel: str, bias: str | None = None) -> tuple[Row, ...]:
+    weight = Row(f"{path}/kernel", f"{name}.weight", kernel)
+    return (weight,) if bias is None else (weight, Row(f"{path}/bias", f"{name}.bias", bias))
+
+
+def _norm(path: str, name: str) -> tuple[Row, ...]:
+    return (Row(f"{path}/scale", f"{name}.weight", _VECTOR), Row(f"{path}/bias", f"{name}.bias", _VECTOR))
+
+
+def _llama_rows(block: str, names: dict[str, str], split: str, split_bias: str) -> tuple[Row, ...]:
+    return (
+        Row("embed/embedding", names["embed"] + ".weight", _TABLE),
+        Row("blocks/attention_norm/scale", block + names["attention_norm"] + ".weight", _VECTOR),
+        *_linear("blocks/attention/query", block + names["query"], split, split_bias),
+        *_linear("blocks/attention/key", block + names["key"], split, split_bias),
+        *_linear("blocks/attention/value", block + names["value"], _SPLIT, _SPLIT_BIAS),
+        *_linear("blocks/attention/out", block + names["out"], _JOIN, _VECTOR),
+        Row("blocks/mlp_norm/scale", block + names["mlp_norm"] + ".weight", _VECTOR),
+        *_linear("blocks/mlp/gate", block + names["gate"], _UP, "mlp -> mlp"),
+        *_linear("blocks/mlp/up", block + names["up"], _UP, "mlp -> mlp"),
+        *_linear("blocks/mlp/down", block + names["down"], _DOWN, _VECTOR),
+        Row("final_norm/scale", names["final_norm"] + ".weight", _VECTOR),
+        Row("head/kernel", names["head"] + ".weight", _SQUARE),
+        Row("classifier/out/kernel", "score.weight", _SQUARE),
+    )
+
+
+_LLAMA = {
+    "embed": "model.embed_tokens",
+    "attention_norm": "input_layernorm",
+    "query": "self_attn.q_proj",
+    "key": "self_attn.k_proj",
+    "value": "self_attn.v_proj",
+    "out": "self_attn.o_proj",
+    "mlp_norm": "post_attention_layernorm",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+    "final_norm": "model.norm",
+    "head": "lm_head",
+}
+_LLAMA_GGUF = {
+    "embed": "token_embd",
+    "attention_norm": "attn_norm",
+    "query": "attn_q",
+    "key": "attn_k",
+    "value": "attn_v",
+    "out": "attn_output",
+    "mlp_norm": "ffn_norm",
+    "gate": "ffn_gate",
+    "up": "ffn_up",
+    "down": "ffn_down",
+    "final_norm": "output_norm",
+    "head": "output",
+}
+
+
+def _encoder_rows(prefix: str, head: str, bias: str, norm: str, classifier: tuple[str, str]) -> tuple[Row, ...]:
+    block = prefix + "encoder.layer.{layer}."
+    return (
+        *(
+            Row(f"embed/{kind}/embedding", f"{prefix}embeddings.{name}_embeddings.weight", _TABLE)
+            for kind, name in (("word", "word"), ("position", "position"), ("type", "token_type"))
+        ),
+        *_norm("embed/norm", prefix + "embeddings.LayerNorm"),
+        *_linear("blocks/attention/query", block + "attention.self.query", _SPLIT, _SPLIT_BIAS),
+        *_linear("blocks/attention/key", block + "attention.self.key", _SPLIT, _SPLIT_BIAS),
+        *_linear("blocks/attention/value", block + "attention.self.value", _SPLIT, _SPLIT_BIAS),
+        *_linear("blocks/attention/out", block + "attention.output.dense", _JOIN, _VECTOR),
+        *_norm("blocks/attention_norm", block + "attention.output.LayerNorm"),
+        *_linear("blocks/mlp/up", block + "intermediate.dense", _UP, "mlp -> mlp"),
+        *_linear("blocks/mlp/down", block + "output.dense", _DOWN, _VECTOR),
+        *_norm("blocks/mlp_norm", block + "output.LayerNorm"),
+        *_linear("head/dense", f"{head}dense", _SQUARE, _VECTOR),
+        *_norm("head/norm", f"{head}{norm}"),
+        Row("head/bias", bias, "vocab -> vocab"),
+        *_linear("classifier/dense", classifier[0], _SQUARE, _VECTOR),
+        *_linear("classifier/out", classifier[1], _SQUARE, _VECTOR),
+    )
+
+
+_OLD_LAYER_NORM = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
+# Buffers that follow from the configuration.
+_BUFFERS = (r".*rotary_emb\.inv_freq", r".*embeddings\.(position_ids|token_type_ids)")
+
+LLAMA = Table(
+    prefix="model.",
+    rows=_llama_rows("model.layers.{layer}.", _LLAMA, _SPLIT, _SPLIT_BIAS),
+    ignored=_BUFFERS,
+)
+ROBERTA = Table(
+    prefix="roberta.",
+    rows=_encoder_rows(
+        "roberta.", "lm_head.", "lm_head.bias", "layer_norm", ("classifier.dense", "classifier.out_proj")
+    ),
+    # The decoder is the word embedding and its bias is lm_head.bias; the pooler is used by no head jaxcl has.
+    ignored=(*_BUFFERS, r"lm_head\.decoder\.(weight|bias)", r"(roberta\.)?pooler\.dense\.(weight|bias)"),
+    renamed=_OLD_LAYER_NORM,
+)
+BERT = Table(
+    prefix="bert.",
+    rows=_encoder_rows(
+        "bert.",
+        "cls.predictions.transform.",
+        "cls.predictions.bias",
+        "LayerNorm",
+        ("bert.pooler.dense", "classifier"),
+    ),
+    # The decoder is the word embedding; next-sentence prediction has no counterpart.
+    ignored=(*_BUFFERS, r"cls\.predictions\.decoder\.(weight|bias)", r"cls\.seq_relationship\.(weight|bias)"),
+    renamed=_OLD_LAYER_NORM,
+)
+LLAMA_GGUF = Table(
+    prefix="",
+    rows=_llama_rows("blk.{layer}.", _LLAMA_GGUF, _SPLIT_PAIRS, _SPLIT_PAIRS_BIAS),
+    # The stretched rotary frequencies are read with the configuration.
+    ignored=(r"rope_freqs\.weight",),
+)
