@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import string
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -76,7 +77,7 @@ def load_source(source: str, *, seed: int = 0, **options: Any) -> TaskData:
     Args:
       source: `scheme:rest`.
       seed: see `load_task`.
-      **options: further fields of `TaskSpec`.
+      **options: further fields of `TaskSpec`; without `name`, the task is called as the source ends.
 
     Raises:
       UserError: see `load_task`.
@@ -85,7 +86,7 @@ def load_source(source: str, *, seed: int = 0, **options: Any) -> TaskData:
     >>> task.kind, len(task.train)
     ('pairs', 100)
     """
-    name = options.pop("name", None) or source.rpartition(":")[2].replace("/", "_").replace("\\", "_") or source
+    name = options.pop("name", None) or re.split(r"[:/\\]", source.rstrip(":/\\"))[-1] or "task"
     return load_task(TaskSpec(name=name, source=source, **options), seed)
 
 

@@ -65,7 +65,8 @@ def write_records(path: str | Path, records: Iterable[tuple[int, Record]]) -> in
             finally:
                 writer.close()
         except RuntimeError as error:  # how the library reports a failed write
-            raise UserError(f"cannot write {path}: {error}; what was there before is intact") from error
+            words = str(error).split(";")[0]
+            raise UserError(f"cannot write {path}: {words}; what was there before is intact") from error
     return len(keys)
 
 

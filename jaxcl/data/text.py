@@ -174,12 +174,12 @@ class TextRows(Rows):
         if not len(candidates):
             return
         count = max(1, round(self.config.mask_rate * len(candidates)))
-        chosen = np.sort(random.choice(candidates, count, replace=False))
+        chosen = np.sort(random.permutation(candidates)[:count])
         row["predict"][:count] = chosen
         row["targets"][:count] = tokens[chosen]
         row["weights"][:count] = 1
         draw = random.random(count)
-        other = random.choice(self._ordinary, count)
+        other = self._ordinary[random.integers(len(self._ordinary), size=count)]
         shown = np.where(draw < self.config.mask_replace, cast(int, self.mask_id), tokens[chosen])
         replaced = (draw >= self.config.mask_replace) & (draw < self.config.mask_replace + self.config.mask_random)
         tokens[chosen] = np.where(replaced, other, shown)

@@ -1,0 +1,95 @@
+import json
+
+import numpy as np
+import pytest
+from data_helpers import assert_same_batch, small_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxcl.data.memory import Memory, MemoryPipeline
+from jaxcl.data.mix import Mixture
+from jaxcl.data.pipeline import PairPipeline
+from jaxcl.data.spec import DataConfig
+
+CONFIG = DataConfig(buckets=1)
+
+
+def pairs(count):
+    return [{"prompt": f"number {i}", "answer": "plan"} for i in range(count)]
+
+
+def mixture(tasks=20, memories=6, batch=2, **options):
+    new = PairPipeline(pairs(tasks), small_tokenizer(), CONFIG, batch_size=batch, task=1)
+    old = PairPipeline(pairs(memories), small_tokenizer(), CONFIG, batch_size=batch, task=0)
+    memory = Memory(seed=0).with_task(0, "old", count=memories, fraction=1.0, minimum=1)
+    remembered = MemoryPipeline(memory, {0: old.sources[0]}, CONFIG, batch_size=batch, shapes=new.shapes)
+    return Mixture(new, remembered, **options)
+
+
+def kinds(mixed, count):
+    iterator = mixed.train(0)
+    found = [next(iterator)["kind"][0] for _ in range(count)]
+    iterator.close()
+    return "".join(found)
+
+
+def test_the_order_is_as_asked():
+    assert kinds(mixture(every=3), 12) == "tttmtttmtttm"
+    assert kinds(mixture(mode="mix"), 6) == "tmtmtm"
+    assert kinds(mixture(mode="mix", every=5), 6) == "tmtmtm"
+    # 10 task batches and 3 memory batches: after batch ceil(10/3), ceil(20/3), 10.
+    assert kinds(mixture(), 26) == "ttttmtttmtttm" * 2
+
+
+@given(tasks=st.integers(1, 30), memories=st.integers(1, 30), every=st.integers(0, 5))
+@settings(deadline=None, max_examples=40)
+def test_replay_is_never_off_and_by_default_passes_once_an_epoch(tasks, memories, every):
+    mixed = mixture(tasks, memories, every=every)
+    epoch = [mixed.batch_at(step, seed=0) for step in range(mixed.steps_per_epoch)]
+    by_kind = {kind: [b for b in epoch if b["kind"] == kind] for kind in ("task", "memory")}
+    assert epoch[0]["kind"] == "task"
+    assert len(by_kind["task"]) == mixed.task.steps_per_epoch
+    seen = [i for b in by_kind["task"] for i in b["example"] if i >= 0]
+    assert sorted(seen) == list(range(tasks))
+    if every:
+        assert len(by_kind["memory"]) == mixed.task.steps_per_epoch // every
+    else:
+        seen = [i for b in by_kind["memory"] for i in b["example"] if i >= 0]
+        assert sorted(seen) == list(range(memories))
+
+
+@pytest.mark.parametrize("options", [{}, {"every": 3}, {"mode": "mix"}])
+def test_steps_for_counts_what_comes_before_the_next_task_batch(options):
+    mixed = mixture(**options)
+    order = kinds(mixed, 60)
+    for task_steps in range(25):
+        length = mixed.steps_for(task_steps)
+        assert order[:length].count("t") == task_steps
+        assert order[length] == "t"
+
+
+def test_a_saved_position_gives_the_identical_continuation():
+    iterator = mixture().train(seed=3)
+    for _ in range(11):
+        next(iterator)
+    state = json.loads(json.dumps(iterator.get_state()))
+    fresh = mixture().train(seed=3)
+    fresh.set_state(state)
+    for _ in range(40):
+        assert_same_batch(next(iterator), next(fresh))
+
+
+def test_processes_share_each_batch():
+    whole = mixture().train(3)
+    parts = [mixture().train(3, index, 2) for index in range(2)]
+    for _ in range(30):
+        expected, left, right = next(whole), next(parts[0]), next(parts[1])
+        assert expected["kind"] == left["kind"] == right["kind"]
+        np.testing.assert_array_equal(expected["tokens"], np.concatenate([left["tokens"], right["tokens"]]))
+
+
+def test_wrong_arguments_are_programming_errors():
+    with pytest.raises(ValueError, match="interleave or mix, got 'both'"):
+        mixture(mode="both")
+    with pytest.raises(ValueError, match="0 or more, got -1"):
+        mixture(every=-1)

@@ -1,0 +1,1 @@
+"""Data sets for the tests of the tfds: source."""

@@ -1,0 +1,1 @@
+"""A data set of a few made-up reviews."""
