@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 
@@ -55,7 +56,7 @@ def initialize(
     return True
 
 
-def _arguments(settings: Mapping[str, str | None]) -> dict[str, str | int] | None:
+def _arguments(settings: Mapping[str, str | None]) -> dict[str, Any] | None:
     present = [key for key in _KEYS if settings[key]]
     if not present:
         return None

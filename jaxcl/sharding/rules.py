@@ -143,11 +143,11 @@ def mirror(tree: PyTree, params: PyTree, params_shardings: PyTree, mesh: Mesh) -
     Returns:
       The structure of `tree` with `NamedSharding` leaves.
     """
-    structure = jax.tree.structure(params)
+    structure: Any = jax.tree.structure(params)
     whole = replicated(mesh)
 
     def same(node: PyTree) -> bool:
-        return jax.tree.structure(node) == structure
+        return bool(jax.tree.structure(node) == structure)
 
     def place(node: PyTree) -> PyTree:
         if not same(node):

@@ -6,6 +6,8 @@ import contextlib
 import dataclasses
 import errno
 import json
+import logging
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -76,6 +78,17 @@ class ProcessJsonSave(ocp.args.CheckpointArgs):
 @dataclasses.dataclass
 class ProcessJsonRestore(ocp.args.CheckpointArgs):
     """Asks `ProcessJsonHandler` for this process's value."""
+
+
+class _NoTracebacks(logging.Filter):
+    """Hides the tracebacks Orbax logs: the same failure is raised as one line."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether to show a record."""
+        return not (record.levelno >= logging.ERROR and f"{os.sep}orbax{os.sep}" in record.pathname)
+
+
+logging.getLogger("absl").addFilter(_NoTracebacks())
 
 
 class _Kept:
@@ -155,7 +168,7 @@ class Checkpoints:
     def find(self, mark: str) -> Saved | None:
         """The newest checkpoint of that mark, `None` if there is none."""
         self.wait()
-        numbers = [number for number, name in self._kept.marks.items() if name == mark]
+        numbers = [number for number in self._manager.all_steps() if self._kept.marks.get(number) == mark]
         return self._read(max(numbers)) if numbers else None
 
     def save(self, state: TrainState, *, progress: dict[str, Any], data: Any = None, mark: str | None = None) -> None:
@@ -173,6 +186,7 @@ class Checkpoints:
         """
         self.wait()
         number = (self._manager.latest_step() if self._manager.all_steps() else -1) + 1
+        self._kept.marks.pop(number, None)  # a save that failed may have left it
         if mark is not None:
             self._kept.marks[number] = mark
         rest = {field: getattr(state, field) for field in ("step", "clock", "opt_state", "method_state")}
@@ -263,6 +277,8 @@ class Checkpoints:
         except UserError:
             raise
         except Exception as error:
+            with contextlib.suppress(Exception):
+                self._manager.reload()  # it has already forgotten those the failed one was to replace
             reason = "the disk is full" if _is_full(error) else _first_line(error)
             raise UserError(
                 f"checkpoints {self.folder}: could not be written: {reason}; earlier checkpoints are intact"

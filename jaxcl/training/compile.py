@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -30,8 +31,8 @@ class Compiler:
         """Compiles a pure function; serves as `Task.compile`.
 
         Args:
-          function: takes and returns pytrees of arrays. Give the same function object (a bound method counts as
-            such) at every task: a new lambda compiles anew.
+          function: takes and returns pytrees of arrays. A bound method or a function of a module is compiled once
+            for all tasks; a lambda or local function anew each time.
 
         Returns:
           The compiled function. Results that mirror the params are sharded like them, all else is whole on every
@@ -67,12 +68,13 @@ class Compiler:
         return constraints(Activations(mesh)) if mesh.size > 1 else contextlib.nullcontext()
 
     def _once(self, key: Any, build: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
-        try:
-            if key not in self._compiled:
-                self._compiled[key] = build()
-            return self._compiled[key]
-        except TypeError:  # not hashable: nothing to recognise it by
+        function = key[1]
+        # A local function may hold arrays in its closure, which remembering it would keep alive.
+        if not (inspect.ismethod(function) or "<locals>" not in getattr(function, "__qualname__", "<locals>")):
             return build()
+        if key not in self._compiled:
+            self._compiled[key] = build()
+        return self._compiled[key]
 
 
 def enable_compilation_cache(folder: str | os.PathLike[str] | None) -> None:

@@ -47,19 +47,19 @@ class JsonLines:
         try:
             if after is not None and self.path.exists():
                 self._truncate(after)
-            self._file: IO[str] = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
+            # Unbuffered: a row is in the file when `write` returns, and none is left to fail at the end.
+            self._file: IO[bytes] = open(self.path, "ab", buffering=0)  # noqa: SIM115
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written: {error.strerror}") from error
 
     def write(self, row: Row) -> None:
-        """Appends a row and flushes it.
+        """Appends a row.
 
         Raises:
           UserError: the disk is full, or the file cannot be written for another reason.
         """
         try:
-            self._file.write(json.dumps(dict(row), allow_nan=False) + "\n")
-            self._file.flush()
+            self._file.write((json.dumps(dict(row), allow_nan=False) + "\n").encode())
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written: {error.strerror}") from error
 

@@ -51,9 +51,10 @@ def state_shardings(state: TrainState, layout: Layout) -> TrainState:
       The same tree with `NamedSharding` leaves: params as the layout says, copies of them in the optimizer's and the
       method's state likewise, all else replicated.
     """
+    whole: Any = layout.replicated
     return TrainState(
-        step=layout.replicated,
-        clock=Clock(*[layout.replicated] * 3),
+        step=whole,
+        clock=Clock(whole, whole, whole),
         params=layout.params,
         opt_state=layout.like_params(state.opt_state),
         method_state=layout.like_params(state.method_state),
@@ -74,11 +75,10 @@ def replace_method_state(state: TrainState, new: PyTree, layout: Layout) -> Trai
       ValueError: structure, a shape or a dtype differs from before; the message names the leaf.
     """
     old = state.method_state
-    if jax.tree.structure(old) != jax.tree.structure(new):
-        raise ValueError(
-            f"method state: expected structure {jax.tree.structure(old)}, got {jax.tree.structure(new)}; "
-            "Method.init decides it"
-        )
+    expected: Any = jax.tree.structure(old)
+    got: Any = jax.tree.structure(new)
+    if expected != got:
+        raise ValueError(f"method state: expected structure {expected}, got {got}; Method.init decides it")
 
     def check(path: Any, before: Array, after: Array) -> Array:
         if before.shape != after.shape or before.dtype != after.dtype:

@@ -73,8 +73,8 @@ class Trainer:
         """
         params = jax.device_put(params, self.layout.params)
         method_state = jax.jit(_fresh(self.method.init), out_shardings=self.shardings.method_state)(params)
-        start = jax.device_put((jnp.int32(0), Clock.start(self.optimizer, 0)), self.layout.replicated)
-        return TrainState(*start, params, self._reset(params), method_state)
+        step, clock = jax.device_put((jnp.int32(0), Clock.start(self.optimizer, 0)), self.layout.replicated)
+        return TrainState(step, clock, params, self._reset(params), method_state)
 
     def start_task(self, state: TrainState, total: int) -> TrainState:
         """The state at the start of a task: schedule at 0 of `total` steps, moments forgotten if so configured.

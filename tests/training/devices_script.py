@@ -1,0 +1,90 @@
+"""Trains a tiny decoder on several meshes of eight host devices; prints what came out as JSON. Run as a program."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcl.methods.base import Method, Term, Terms
+from jaxcl.models.batch import Batch
+from jaxcl.models.llama import LlamaConfig
+from jaxcl.models.network import Network
+from jaxcl.sharding.layout import Layout
+from jaxcl.sharding.mesh import MeshConfig, make_mesh
+from jaxcl.training.feed import place_batch
+from jaxcl.training.optimizer import OptimizerConfig
+from jaxcl.training.trainer import Trainer
+
+NETWORK = Network.create(
+    LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4, num_kv_heads=2)
+)
+MESHES = {"one": None, "data": {"data": 8}, "all": {"data": 2, "fsdp": 2, "tensor": 2}}
+STEPS = 4
+
+
+class Plain(Method):
+    def init(self, params: Any) -> Any:
+        return {"before": params, "heads": jnp.zeros((2, 4))}
+
+    def loss(self, params: Any, state: Any, batch: Batch, key: Any) -> Terms:
+        states = self.network.hidden(params, batch).states
+        scores = jax.nn.log_softmax(self.network.logits(params, states))
+        picked = -jnp.take_along_axis(scores, batch.targets[..., None], -1)[..., 0]
+        return {"lm": Term(jnp.sum(picked * batch.weights), jnp.sum(batch.weights))}
+
+
+def make_rows(seed: int) -> dict[str, Any]:
+    random = np.random.default_rng(seed)
+    tokens = random.integers(0, 32, (16, 12))
+    return {
+        "tokens": tokens,
+        "segments": np.ones_like(tokens),
+        "positions": np.tile(np.arange(12), (16, 1)),
+        "targets": np.roll(tokens, -1, 1),
+        "weights": (random.random((16, 12)) < 0.6).astype(np.float32),
+        "task": np.zeros(16, int),
+        "example": np.arange(16),
+    }
+
+
+def train(mesh: dict[str, int] | None) -> dict[str, Any]:
+    devices = None if mesh else jax.devices()[:1]
+    layout = Layout.create(make_mesh(MeshConfig(**(mesh or {})), devices), NETWORK.axes(), NETWORK.shapes())
+    optimizer = OptimizerConfig(learning_rate=0.01, warmup=2, weight_decay=0.1)
+    trainer = Trainer(Plain(None, NETWORK, 1), optimizer, layout, accumulate=2, seed=0)
+    state = trainer.start_task(trainer.init(NETWORK.init(jax.random.key(1))), STEPS)
+    losses = []
+    for step in range(STEPS):
+        state, metrics = trainer.step(state, place_batch(make_rows(step), layout.batch))
+        losses.append(float(metrics["loss"]))
+    batch = place_batch(make_rows(0), layout.batch)
+    program = trainer.jitted_step.lower(trainer.target, batch, trainer.key).compile().as_text()
+    query = state.params["blocks"]["attention"]["query"]["kernel"]
+    moments = jax.tree.leaves(state.opt_state, is_leaf=lambda leaf: leaf.shape == query.shape)
+    return {
+        "losses": losses,
+        "grad_norm": float(metrics["grad_norm"]),
+        "params": {
+            jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf).ravel().tolist()
+            for path, leaf in jax.tree_util.tree_flatten_with_path(state.params)[0]
+        },
+        "specs": [
+            str(leaf.sharding.spec)
+            for leaf in (query, state.method_state["before"]["blocks"]["attention"]["query"]["kernel"], *moments)
+            if leaf.shape == query.shape
+        ],
+        "compilations": trainer.jitted_step._cache_size(),
+        "collectives": sorted(
+            set(re.findall(r" (all-[a-z]+|collective-permute|reduce-scatter)(?:-start)?\(", program))
+        ),
+    }
+
+
+if __name__ == "__main__":
+    json.dump({name: train(mesh) for name, mesh in MESHES.items()}, sys.stdout)

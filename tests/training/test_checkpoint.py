@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+import errno
+import resource
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from training_standins import Rows, assert_same, host, make_params, make_rows, make_trainer
+
+from jaxcl.errors import UserError
+from jaxcl.training.checkpoint import Checkpoints
+from jaxcl.training.feed import place_batch
+from jaxcl.training.trainer import Trainer
+
+
+def trained(trainer: Trainer, steps: int = 2) -> Any:
+    state = trainer.start_task(trainer.init(make_params()), 50)
+    for index in range(steps):
+        state, _ = trainer.step(state, place_batch(make_rows(index), trainer.layout.batch))
+    return state
+
+
+def save_and_wait(checkpoints: Checkpoints, state: Any) -> None:
+    checkpoints.save(state, progress={"index": 1})
+    checkpoints.wait()
+
+
+def numbers(folder: Path) -> list[int]:
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+
+
+def test_what_is_saved_is_what_comes_back(tmp_path: Path) -> None:
+    trainer = make_trainer()
+    state = trained(trainer)
+    before = host(state)
+    progress = {"task": 1, "phase": "train", "matrix": [[0.5, None], [0.25, 1.0]]}
+    with Checkpoints(tmp_path / "deep" / "folder") as checkpoints:
+        assert checkpoints.latest() is None
+        checkpoints.save(state, progress=progress, data={"position": 2})
+        # Training goes on at once, in the very buffers that are being written.
+        for index in range(20):
+            state, _ = trainer.step(state, place_batch(make_rows(index), trainer.layout.batch))
+    with Checkpoints(tmp_path / "deep" / "folder") as checkpoints:
+        saved = checkpoints.latest()
+        assert saved is not None
+        assert saved.progress == progress
+        restored, data = checkpoints.restore(trainer.target, saved)
+        assert data == {"position": 2}
+        assert_same(before, restored)
+        assert jax.tree.all(jax.tree.map(lambda leaf, goal: leaf.sharding == goal.sharding, restored, trainer.target))
+        assert_same(before.params, checkpoints.params(trainer.target.params, saved))
+
+
+def test_large_arrays_are_copied_before_the_next_step_reuses_them(tmp_path: Path) -> None:
+    """Donation on the CPU writes into the same memory; a checkpoint written later must not see it."""
+    trainer = make_trainer()
+    state = trained(trainer)
+    big = {"snapshot": state.method_state["snapshot"], "seen": jnp.arange(4_000_000, dtype=jnp.float32)}
+    state = state.replace(method_state=big)
+    target = trainer.target.replace(
+        method_state={**trainer.target.method_state, "seen": jax.ShapeDtypeStruct((4_000_000,), jnp.float32)}
+    )
+    add = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + 1, state), donate_argnums=0)
+    state = add(state)
+    expected = np.array(state.method_state["seen"], copy=True)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state, progress={})
+        for _ in range(5):
+            state = add(state)
+        saved = checkpoints.latest()
+        assert saved is not None
+        whole = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=trainer.layout.replicated), target
+        )
+        np.testing.assert_array_equal(checkpoints.restore(whole, saved)[0].method_state["seen"], expected)
+
+
+def test_the_latest_and_the_marked_are_kept_also_after_a_restart(tmp_path: Path) -> None:
+    trainer = make_trainer()
+    state = trained(trainer, 1)
+    with Checkpoints(tmp_path, keep=2, keep_marked=2) as checkpoints:
+        for index in range(4):
+            checkpoints.save(state, progress={"index": index}, mark=f"task-{index}" if index < 2 else None)
+    assert numbers(tmp_path) == [0, 1, 2, 3]
+    with Checkpoints(tmp_path, keep=2, keep_marked=2) as checkpoints:
+        for index in range(4, 8):
+            checkpoints.save(state, progress={"index": index}, mark="task-4" if index == 4 else None)
+        found = checkpoints.find("task-4")
+        assert found is not None
+        assert (found.number, found.progress, found.mark) == (4, {"index": 4}, "task-4")
+        assert checkpoints.find("task-7") is None
+        assert checkpoints.find("task-0") is None, "more marked ones than are kept"
+        assert checkpoints.find("task-1") is not None
+        latest = checkpoints.latest()
+        assert latest is not None
+        assert latest.progress == {"index": 7}
+    assert numbers(tmp_path) == [1, 4, 6, 7]
+
+
+def test_remains_of_an_interrupted_save_are_ignored_and_removed(tmp_path: Path) -> None:
+    trainer = make_trainer()
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(trained(trainer, 1), progress={"index": 0})
+    remains = tmp_path / "1.orbax-checkpoint-tmp"
+    remains.mkdir()
+    (remains / "params").mkdir()
+    with Checkpoints(tmp_path) as checkpoints:
+        latest = checkpoints.latest()
+        assert latest is not None
+        assert latest.number == 0
+        checkpoints.save(trained(trainer, 1), progress={"index": 1})
+    assert numbers(tmp_path) == [1]
+    assert not remains.exists()
+
+
+def test_a_full_disk_is_said_clearly_and_spares_earlier_checkpoints(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A limit on the size of files stands in for the end of the disk; the write fails in the background."""
+    trainer = make_trainer()
+    state = trained(trainer, 1)
+    before = host(state)
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(state, progress={"index": 0}, data=1)
+    checkpoints.wait()
+    big = state.replace(params={**state.params, "big": jax.random.normal(jax.random.key(0), (500_000,))})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, hard))
+    try:
+        with pytest.raises(UserError, match=f"{tmp_path}.*disk is full.*earlier checkpoints are intact"):
+            save_and_wait(checkpoints, big)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    still = checkpoints.latest()
+    assert still is not None
+    assert still.progress == {"index": 0}
+    checkpoints.close()
+    assert "Traceback" not in caplog.text
+    with Checkpoints(tmp_path) as again:
+        latest = again.latest()
+        assert latest is not None
+        assert latest.progress == {"index": 0}
+        assert_same(before, again.restore(trainer.target, latest)[0])
+
+
+def test_any_failure_to_write_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_trainer()
+    with Checkpoints(tmp_path) as checkpoints:
+        for number, words in ((errno.ENOSPC, "the disk is full"), (errno.EIO, "Input/output error")):
+
+            def fail(*_: Any, number: int = number, **__: Any) -> None:
+                raise OSError(number, "Input/output error")
+
+            with monkeypatch.context() as patch:
+                patch.setattr(checkpoints._manager, "save", fail)
+                with pytest.raises(UserError, match=words):
+                    checkpoints.save(trained(trainer, 1), progress={})
+
+
+def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path) -> None:
+    trainer = make_trainer()
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(trained(trainer, 1), progress={})
+        saved = checkpoints.latest()
+        assert saved is not None
+        wrong = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct((*leaf.shape, 2), leaf.dtype, sharding=trainer.layout.replicated),
+            trainer.target.params,
+        )
+        with pytest.raises(UserError, match="cannot be read"):
+            checkpoints.params(wrong, saved)
+
+
+def test_a_damaged_checkpoint_is_one_line(tmp_path: Path) -> None:
+    trainer = make_trainer()
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(trained(trainer, 1), progress={})
+    for path in (tmp_path / "0" / "params").rglob("*"):
+        if path.is_file() and path.parent.name == "d":
+            path.write_bytes(b"")
+    with Checkpoints(tmp_path) as checkpoints:
+        saved = checkpoints.latest()
+        assert saved is not None
+        with pytest.raises(UserError, match="cannot be read"):
+            checkpoints.restore(trainer.target, saved)
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file"):
+        Checkpoints(tmp_path / "file" / "checkpoints")
+
+
+def test_another_number_of_processes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_trainer()
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(trained(trainer, 1), progress={}, data=Rows().get_state())
+        saved = checkpoints.latest()
+        assert saved is not None
+        folder = tmp_path / str(saved.number) / "data"
+        next(folder.glob("process_*.json")).rename(folder / "process_0_of_2.json")
+        (folder / "process_1_of_2.json").write_text("0")
+        with pytest.raises(UserError, match="written by 2 processes"):
+            checkpoints.restore(trainer.target, saved)

@@ -1,0 +1,48 @@
+"""The same numbers on one device and on meshes of eight."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, Any]:
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    script = Path(__file__).with_name("devices_script.py")
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("mesh", ["data", "all"])
+def test_loss_gradient_and_params_agree(results: dict[str, Any], mesh: str) -> None:
+    one, many = results["one"], results[mesh]
+    assert len(set(one["losses"])) > 1
+    np.testing.assert_allclose(many["losses"], one["losses"], rtol=1e-5)
+    assert many["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
+    for name, values in one["params"].items():
+        np.testing.assert_allclose(many["params"][name], values, rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+def test_copies_of_params_in_the_state_are_split_like_them(results: dict[str, Any]) -> None:
+    specs = results["all"]["specs"]
+    assert len(specs) == 4, "param, the method's copy, two moments"
+    assert set(specs) == {"PartitionSpec(None, 'fsdp', 'tensor', None)"}
+
+
+def test_the_step_is_compiled_once(results: dict[str, Any]) -> None:
+    assert {result["compilations"] for result in results.values()} == {1}
+
+
+def test_data_parallel_steps_only_add_up(results: dict[str, Any]) -> None:
+    """Micro-batches are cut on every device: no row moves between devices, only gradients are summed."""
+    assert results["one"]["collectives"] == []
+    assert results["data"]["collectives"] == ["all-reduce"]

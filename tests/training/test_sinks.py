@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboardX.proto import event_pb2
+
+from jaxcl.errors import UserError
+from jaxcl.training.sinks import JsonLines, Progress, TensorBoard, open_sinks
+
+
+def row(step: int, kind: str = "task") -> dict[str, Any]:
+    return {"step": step, "task": 0, "kind": kind, "loss": 1.0 / step}
+
+
+def events(folder: Path) -> list[tuple[str, int, float]]:
+    """Scalars of the event files: records of length, checksum, message, checksum."""
+    found = []
+    for path in folder.glob("events*"):
+        content, place = path.read_bytes(), 0
+        while place < len(content):
+            (size,) = struct.unpack_from("<Q", content, place)
+            event = event_pb2.Event.FromString(content[place + 12 : place + 12 + size])
+            found += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
+            place += 16 + size
+    return found
+
+
+def test_a_line_a_row(tmp_path: Path) -> None:
+    sink = JsonLines(tmp_path / "metrics.jsonl")
+    sink.write(row(1))
+    sink.write(row(2))
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [row(1), row(2)], "rows must be there before the file is closed"
+    sink.close()
+
+
+def test_rows_after_the_checkpoint_are_dropped_and_a_torn_line_too(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(row(step)) + "\n" for step in range(1, 8)) + '{"step": 8, "lo')
+    sink = JsonLines(path, after=5)
+    sink.write(row(6, "memory"))
+    sink.close()
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [entry["step"] for entry in rows] == [1, 2, 3, 4, 5, 6]
+    assert rows[-1]["kind"] == "memory"
+
+
+def test_a_file_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"metrics.jsonl: cannot be written: Is a directory"):
+        JsonLines(tmp_path / "metrics.jsonl")
+
+
+def test_a_full_disk_is_one_line() -> None:
+    sink = JsonLines("/dev/full")
+    with pytest.raises(UserError, match="/dev/full: cannot be written: No space left on device"):
+        sink.write(row(1))
+    sink.close()
+
+
+def test_tensorboard_has_a_curve_a_metric_and_kind(tmp_path: Path) -> None:
+    sink = TensorBoard(tmp_path)
+    sink.write(row(2))
+    sink.write(row(4, "memory"))
+    sink.close()
+    assert events(tmp_path) == [("task/loss", 2, 0.5), ("memory/loss", 4, 0.25)]
+
+
+def test_the_sinks_of_a_run_folder(tmp_path: Path) -> None:
+    for sink in open_sinks(tmp_path):
+        sink.write(row(1))
+        sink.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss"] == 1.0
+    assert events(tmp_path / "tensorboard")
+
+
+def test_progress_says_rate_and_remaining_time(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("jaxcl.training.sinks.time.monotonic", lambda: clock[0])
+    progress = Progress("numbers", done=2, total=6)
+    for _ in range(3):
+        clock[0] += 20.0
+        progress.advance(loss=1.5, tokens=500)
+    # A line at 40 s: two steps done, the second of them, 500 tokens, in the last 20 s; three more at 20 s each.
+    assert capsys.readouterr().err == "numbers: step 4/6, loss 1.500, 25 tokens/s, 40 s left\n"
+    clock[0] += 1.0
+    progress.advance(loss=1.25, tokens=500)
+    progress.close()
+    assert "step 6/6, loss 1.250" in capsys.readouterr().err
+
+
+def test_progress_can_be_silent(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress("numbers", done=0, total=1, enabled=False)
+    progress.advance(1.0, 1.0)
+    progress.close()
+    assert capsys.readouterr().err == ""
