@@ -37,14 +37,14 @@ def read_param(source: Source, found: Match, leaf: jax.ShapeDtypeStruct, shardin
         return layout.read(functools.partial(source.read, name), shape, bounds).astype(leaf.dtype)
 
     if not found.row.stacked:
-        return _place(leaf.shape, sharding, functools.partial(read, found.names[0], leaf.shape))
+        return _own(_place(leaf.shape, sharding, functools.partial(read, found.names[0], leaf.shape)))
     inner = leaf.shape[1:]
     if sharding is not None and _without_layers(sharding) is None:
         # The layers themselves are divided among devices: each part is put together on the host.
         def stack(bounds: Index) -> np.ndarray:
             return np.stack([read(name, inner, bounds[1:]) for name in found.names[bounds[0]]])
 
-        return _place(leaf.shape, sharding, stack)
+        return _own(_place(leaf.shape, sharding, stack))
     array = jax.jit(lambda: jnp.zeros(leaf.shape, leaf.dtype), out_shardings=sharding)()
     for layer, name in enumerate(found.names):
         place = None if sharding is None else _without_layers(sharding)
@@ -65,11 +65,16 @@ def _place(shape: tuple[int, ...], sharding: Sharding | None, read: Callable[[In
         return parts[name]
 
     if sharding is None:
-        array = jax.device_put(part(None), may_alias=False)
+        array = jax.device_put(part(None))
     else:
         array = jax.make_array_from_callback(shape, sharding, part)
     # The host's memory may be used again only when the devices have their own.
     return jax.block_until_ready(array)
+
+
+def _own(array: Array) -> Array:
+    """The array in memory of jax's own: on the CPU it may share numpy's, which cannot be donated to a step."""
+    return jnp.copy(array) if array.platform() == "cpu" else array
 
 
 def _without_layers(sharding: Sharding) -> Sharding | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Sharding
@@ -98,7 +99,7 @@ class Orbax:
                 item=unflatten({path: 0}), restore_args=unflatten({path: args}), partial_restore=True
             )
             value = flatten(self._checkpointer.restore(self._params, args=request))[path]
-            flat[path] = jax.device_put(value, may_alias=False) if sharding is None else value
+            flat[path] = jnp.array(value, copy=True) if sharding is None else value
         return flat
 
     def __enter__(self) -> Orbax:
