@@ -49,7 +49,8 @@ def read_tfds(rest: str, data_dir: str | None, label_field: str) -> tuple[Splits
         raise UserError(f"source tfds:{rest}: {error}") from error
     except Exception as error:  # downloads and builders fail in many ways; all of them end here
         raise UserError(f"source tfds:{rest}: {_first_line(error)}") from error
-    feature = builder.info.features.get(label_field) if hasattr(builder.info.features, "get") else None
+    features = builder.info.features
+    feature = features[label_field] if label_field in getattr(features, "keys", list)() else None
     return _named(splits, label_field, tuple(getattr(feature, "names", None) or ()))
 
 

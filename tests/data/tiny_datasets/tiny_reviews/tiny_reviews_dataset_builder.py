@@ -1,5 +1,6 @@
 """TFDS builder of a few made-up reviews."""
 
+import numpy as np
 import tensorflow_datasets as tfds
 
 
@@ -12,7 +13,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         features = {
             "text": tfds.features.Text(),
             "label": tfds.features.ClassLabel(names=["bad", "good"]),
-            "score": tfds.features.Scalar(dtype="float32"),
+            "score": tfds.features.Scalar(dtype=np.float32),
         }
         return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features))
 
