@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
+import numpy as np
 import optax
 from jaxtyping import Array, Float
 from pydantic import Field
 
 from jaxcl.models.batch import Batch
-from jaxcl.models.network import Network
+from jaxcl.models.network import ModelConfig, Network
 from jaxcl.schema import Schema
 
 Params = Any
 State = Any
+Record = dict[str, np.ndarray]
 
 
 class Term(NamedTuple):
     """One addend of a loss, `weight * sum / count`, kept apart so that accumulation over uneven batches is exact."""
 
     sum: Float[Array, ""]
-    count: Float[Array, ""]
+    count: Float[Array, ""]  # type: ignore[assignment]  # nobody counts occurrences in a term
     weight: float = 1.0
 
 
@@ -54,6 +56,40 @@ class Replay(Schema):
     every: int = Field(
         0, ge=0, description="steps between memory batches; 0: so that each epoch of the task sees the memory once"
     )
+
+    def check(self) -> None:
+        """For methods that are nothing without a memory.
+
+        Raises:
+          ValueError: nothing is kept.
+        """
+        if self.fraction == 0 and self.minimum == 0:
+            raise ValueError("replay.fraction: 0 with replay.minimum 0 keeps nothing; allowed: either above 0")
+
+
+class MethodConfig(Schema):
+    """Options that all methods have."""
+
+    loss_chunk: int = Field(
+        512,
+        ge=0,
+        description="scored positions of a row whose token scores exist at the same time; more are worked through "
+        "one part after the other and computed again in the backward pass; 0: no limit",
+    )
+
+
+class RowShape(Protocol):
+    """Static shape of the rows of a batch."""
+
+    @property
+    def length(self) -> int:
+        """Tokens."""
+        ...
+
+    @property
+    def predict(self) -> int | None:
+        """Scored positions; `None`: every position is scored."""
+        ...
 
 
 class Task(Protocol):
@@ -93,9 +129,17 @@ class Method:
       joint: train on all tasks at once instead of one after another.
     """
 
-    Config: ClassVar[type[Schema]] = Schema
+    Config: ClassVar[type[Schema]] = MethodConfig
     replay: Replay | None = None
     joint: bool = False
+
+    @classmethod
+    def check(cls, config: Any, model: ModelConfig) -> None:
+        """Holds the method's options against the model's shape.
+
+        Raises:
+          ValueError: they do not go together; the message starts with the option's name.
+        """
 
     def __init__(self, config: Any, network: Network, num_tasks: int) -> None:
         self.config = config
@@ -114,7 +158,7 @@ class Method:
         """The terms whose weighted sum is minimised; pure. `key` is new at every step."""
         from jaxcl.methods.losses import language_model_terms
 
-        return language_model_terms(self.network, params, batch, key)
+        return language_model_terms(self.network, params, batch, key, self.config.loss_chunk)
 
     def transform(self, parts: OptimizerParts) -> optax.GradientTransformationExtraArgs:
         """The optimizer, with the method's own transformations at their places in it."""
@@ -134,6 +178,27 @@ class Method:
         Called after `consolidate`. Rows of remembered batches carry it as `batch.teacher`.
         """
         return None
+
+    def trim(self, record: Record) -> Record:
+        """One row of `signals` as it is stored, without its padding; on the host."""
+        return record
+
+    def collator(self, state: State) -> Callable[[Sequence[Mapping[str, np.ndarray]], RowShape], Record]:
+        """What puts stored records together to the `teacher` of a batch, for as long as `state` holds; on the host.
+
+        The shapes of its results follow from `state` and the batch's shape, never from the records at hand: all
+        processes must agree on them.
+        """
+        return self.collate
+
+    def collate(self, records: Sequence[Mapping[str, np.ndarray]], shape: RowShape) -> Record:
+        """The records of a batch's rows as arrays with leading axis `batch`; on the host.
+
+        Args:
+          records: what `trim` returned for each row; all zeros for rows that only fill the batch.
+          shape: the shape of the batch's rows.
+        """
+        return {name: np.stack([record[name] for record in records]) for name in records[0]}
 
     def tables(self, state: State) -> dict[str, Array]:
         """Arrays worth a picture in the report: importance, masks, selected heads."""

@@ -1,0 +1,184 @@
+"""DAS: continual domain-adaptive pre-training with soft masks (Ke et al., ICLR 2023, arXiv 2302.03241).
+
+Units of the network (attention heads, feed-forward intermediate units and outputs) get an importance: for general
+knowledge once before the first domain, for each domain's knowledge after it; the maximum so far is kept. While a
+domain is learned, params move by one minus the importance of their unit, and a contrastive loss pulls the model away
+from what the important units alone would say. No domain id is needed afterwards.
+
+Where the authors' code departs from the paper, the paper is followed: absolute values of gate gradients are taken per
+example, not of their sum; the general proxy compares two real dropout passes by their output distributions; domain
+importance sees the masked inputs the loss is defined on; masks lie on the heads' own axis and act once a step; a
+contrast's positive is the same example; pooling leaves padding out. The paper leaves decoders open: here they work
+alike, with `proxy_dropout` where the model has no dropout of its own. All passes see the same (masked) input.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+from pydantic import Field
+
+from jaxcl.methods.base import Method, MethodConfig, OptimizerParts, Params, State, Task, Term, Terms
+from jaxcl.methods.contrast import contrast, pool
+from jaxcl.methods.importance import (
+    ImportanceSums,
+    Normalisation,
+    accumulate,
+    add_domain_importance,
+    add_general_importance,
+    normalise,
+)
+from jaxcl.methods.losses import language_model_loss
+from jaxcl.methods.soft_mask import MaskOn, Shared, masked_optimizer, soft_masks
+from jaxcl.models.batch import Batch
+from jaxcl.models.gates import Gates
+from jaxcl.models.network import ModelConfig
+from jaxcl.schema import Schema
+
+
+class DasConfig(MethodConfig):
+    """Options of `das`; the defaults are the paper's, but for `mask_on`, which the paper's optimizer undoes."""
+
+    importance_examples: int = Field(
+        10_000, gt=0, description="examples of a domain that importance is measured on, for general knowledge as well"
+    )
+    normalisation: Normalisation = Field(
+        "tanh",
+        description="importance to [0, 1] per layer; tanh: standardise, tanh, absolute value; "
+        "quantile: by rank, so that the share of protected units is fixed",
+    )
+    protected_share: float = Field(
+        0.5, gt=0, le=1, description="share of a layer's units that normalisation `quantile` protects, by domain"
+    )
+    mask_on: MaskOn = Field(
+        "update",
+        description="update: masks what the optimizer makes of the gradient; gradient: masks the gradient before it, "
+        "the paper's text, which Adam divides out again",
+    )
+    shared: Shared = Field(
+        "free",
+        description="params of no single unit (embeddings, norms, output heads); free: not masked; "
+        "mean: masked by their layer's mean importance; frozen: not trained",
+    )
+    contrast_weight: float = Field(
+        1.0, ge=0, description="factor on the contrastive loss; 0: none, and no passes for it"
+    )
+    temperature: float = Field(0.05, gt=0, description="temperature of the contrastive loss")
+    anchor: Literal["own", "language_model"] = Field(
+        "own",
+        description="pass the contrast's anchor comes from; own: one of its own; "
+        "language_model: that of the language-model loss, which saves a pass",
+    )
+    proxy_dropout: float = Field(
+        0.1,
+        ge=0,
+        lt=1,
+        description="dropout in the passes of the general-knowledge proxy and of the contrast, "
+        "for models that have none of their own",
+    )
+
+
+class Das(Method):
+    """Soft masks and contrast.
+
+    State: `importance`, the accumulated `Gates` in [0, 1], zero before the first domain; `history`, the normalised
+    importance of general knowledge (place 0) and of each domain.
+    """
+
+    Config: ClassVar[type[Schema]] = DasConfig
+
+    @classmethod
+    def check(cls, config: Any, model: ModelConfig) -> None:
+        """See `Method.check`."""
+        if _own_dropout(model) == 0 and config.proxy_dropout == 0:
+            raise ValueError("proxy_dropout: 0 leaves the general-knowledge proxy without noise; allowed: above 0")
+
+    def init(self, params: Params) -> State:
+        """See `Method.init`."""
+        zero = jax.tree.map(jnp.zeros_like, Gates.ones(self.network.config))
+        history = jax.tree.map(lambda gate: jnp.zeros((self.num_tasks + 1, *gate.shape)), zero)
+        return {"importance": zero, "history": history}
+
+    def prepare(self, params: Params, state: State, task: Task) -> State:
+        """Before the first domain: what the model knows in general."""
+        if task.index > 0:
+            return state
+        return self._learn_importance(self.add_general, params, state, task, place=0)
+
+    def consolidate(self, params: Params, state: State, task: Task) -> State:
+        """After each domain: what it needs."""
+        return self._learn_importance(self.add_domain, params, state, task, place=task.index + 1)
+
+    def loss(self, params: Params, state: State, batch: Batch, key: Array) -> Terms:
+        """Language-model loss and contrast."""
+        model_key, contrast_key = jax.random.split(key)
+        states = self.network.hidden(params, batch, dropout_key=model_key).states
+        terms = {"loss": language_model_loss(self.network, params, states, batch, self.config.loss_chunk)}
+        if self.config.contrast_weight > 0:
+            anchor = pool(states, batch.segments) if self.config.anchor == "language_model" else None
+            terms["contrast"] = self._contrast(params, state["importance"], batch, anchor, contrast_key)
+        return terms
+
+    def transform(self, parts: OptimizerParts) -> optax.GradientTransformationExtraArgs:
+        """See `Method.transform`."""
+        return masked_optimizer(parts, self.config.mask_on)
+
+    def update_args(self, params: Params, state: State) -> dict[str, Any]:
+        """The soft masks."""
+        return {"masks": soft_masks(self.network, state["importance"], self.config.shared)}
+
+    def tables(self, state: State) -> dict[str, Array]:
+        """Accumulated importance, and that of each domain (place 0: general knowledge)."""
+        tables = {f"importance_{name}": value for name, value in vars(state["importance"]).items()}
+        return tables | {f"domains_{name}": value for name, value in vars(state["history"]).items()}
+
+    def add_general(self, sums: ImportanceSums, params: Params, batch: Batch, key: Array) -> ImportanceSums:
+        """Adds a batch to the importance for general knowledge; pure."""
+        rate = self._noise_rate()
+        return add_general_importance(self.network, sums, params, batch, key, rate, self.config.loss_chunk)
+
+    def add_domain(self, sums: ImportanceSums, params: Params, batch: Batch, key: Array) -> ImportanceSums:
+        """Adds a batch to the importance for the domain at hand; pure."""
+        return add_domain_importance(self.network, sums, params, batch, self.config.loss_chunk)
+
+    def absorb(self, state: State, sums: ImportanceSums, place: Array) -> State:
+        """Takes a finished measurement into the state; pure."""
+        new = normalise(sums.mean(), self.config.normalisation, self.config.protected_share)
+        history = jax.tree.map(lambda before, one: before.at[place].set(one), state["history"], new)
+        return {"importance": accumulate(state["importance"], new), "history": history}
+
+    def _learn_importance(self, add: Any, params: Params, state: State, task: Task, place: int) -> State:
+        add = task.compile(add)
+        sums = ImportanceSums.zero(self.network)
+        for number, batch in enumerate(task.examples(self.config.importance_examples)):
+            sums = add(sums, params, batch, jax.random.fold_in(task.key, number))
+        return task.compile(self.absorb)(state, sums, jnp.int32(place))
+
+    def _contrast(self, params: Params, importance: Gates, batch: Batch, anchor: Array | None, key: Array) -> Term:
+        """One pass over all rows of the contrast: every example stands in it two or three times, side by side."""
+        copies = 2 if anchor is not None else 3
+        rows = jax.tree.map(lambda leaf: jnp.repeat(leaf, copies, axis=0), batch)
+
+        def gates_of_rows(past: Array) -> Array:
+            """The last copy of each example is gated, the others are whole."""
+            gates = jnp.ones((past.shape[0], batch.size, copies, past.shape[1])).at[:, :, -1].set(past[:, None])
+            return gates.reshape(past.shape[0], batch.size * copies, past.shape[1])
+
+        gates = jax.tree.map(gates_of_rows, importance)
+        hidden = self.network.hidden(params, rows, gates=gates, dropout_key=key, dropout_rate=self._noise_rate())
+        pooled = pool(hidden.states, rows.segments).reshape(batch.size, copies, -1)
+        real = jnp.any(batch.segments != 0, axis=1)
+        anchor = pooled[:, 0] if anchor is None else anchor
+        total, count = contrast(anchor, pooled[:, -2], pooled[:, -1], real, self.config.temperature)
+        return Term(total, count, self.config.contrast_weight)
+
+    def _noise_rate(self) -> float | None:
+        return None if _own_dropout(self.network.config) > 0 else self.config.proxy_dropout
+
+
+def _own_dropout(model: ModelConfig) -> float:
+    return max(model.hidden_dropout, model.attention_dropout)

@@ -1,0 +1,162 @@
+r"""Distillation of attention rows and of output distributions, and the compact forms teachers are kept in (SEEKR, 3.4).
+
+Divergences are $KL(\text{teacher} \,\|\, \text{student})$ in nats. Teachers are data: no gradient flows into them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt8
+
+from jaxcl.models.probe import AttentionView, selected_rows
+
+# Float32 resolves neither smaller attention weights nor smaller remainders of 1; both sides of a divergence are
+# limited alike.
+_TINY = float(jnp.finfo(jnp.float32).tiny)
+_EPSILON = float(jnp.finfo(jnp.float32).eps)
+
+
+class TopScores(NamedTuple):
+    """The likeliest tokens of a position; the rest of the distribution is what they leave of 1.
+
+    Attributes:
+      ids: token ids, int32.
+      values: their log-probabilities, float32.
+    """
+
+    ids: Int[Array, "... top"]
+    values: Float[Array, "... top"]
+
+
+class AttentionTeacher(NamedTuple):
+    """One layer's stored attention rows.
+
+    Attributes:
+      rows: weights, float32, or coded by `encode_rows`.
+      heads: which head each slot holds, -1 for none.
+      queries: which query positions, -1 for none.
+    """
+
+    rows: Float[Array, "batch slots queries length"] | UInt8[Array, "batch slots queries length"]
+    heads: Int[Array, "batch slots"]
+    queries: Int[Array, "batch queries"]
+
+
+def top_scores(logits: Float[Array, "... vocab"], count: int) -> TopScores:
+    """Log-probabilities of the `count` likeliest tokens."""
+    values, ids = jax.lax.top_k(jax.nn.log_softmax(logits, axis=-1), count)
+    return TopScores(ids.astype(jnp.int32), values)
+
+
+def top_divergence(teacher: TopScores, logits: Float[Array, "... vocab"]) -> Float[Array, "..."]:
+    r"""KL over the teacher's likeliest tokens and one more outcome, all other tokens together.
+
+    $\sum_{k} p_k (\log p_k - \log s_k) + p_r (\log p_r - \log s_r)$ with the remainders $p_r = 1 - \sum_k p_k$ and
+    $s_r$. Never more than the full divergence, and equal to it where the two agree on the rest but for a factor.
+    """
+    total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    student = jnp.take_along_axis(logits, teacher.ids, axis=-1) - total
+    probs = jnp.exp(teacher.values)
+    rest = _remainder(probs)
+    divergence = jnp.sum(probs * (teacher.values - student), axis=-1)
+    return divergence + rest * (jnp.log(rest) - jnp.log(_remainder(jnp.exp(student))))
+
+
+def full_divergence(teacher: Float[Array, "... vocab"], logits: Float[Array, "... vocab"]) -> Float[Array, "..."]:
+    """KL of the whole distributions.
+
+    Args:
+      teacher: log-probabilities.
+      logits: the student's scores.
+    """
+    return jnp.sum(jnp.exp(teacher) * (teacher - jax.nn.log_softmax(logits, axis=-1)), axis=-1)
+
+
+def encode_rows(rows: Float[Array, "... length"]) -> UInt8[Array, "... length"]:
+    """Attention rows in 8 bits: roots of the weights, in 255ths of the row's largest.
+
+    Roots spend the steps where a divergence is sensitive, and reach down to a 260,000th of the largest weight. The
+    scale is not kept: rows sum to 1.
+
+    Examples:
+      >>> encode_rows(jnp.array([[0.8, 0.2, 0.0]])).tolist()
+      [[255, 128, 0]]
+    """
+    largest = jnp.max(rows, axis=-1, keepdims=True)
+    shares = rows / jnp.where(largest == 0, 1.0, largest)
+    return jnp.round(255.0 * jnp.sqrt(shares)).astype(jnp.uint8)
+
+
+def decode_rows(coded: UInt8[Array, "... length"]) -> Float[Array, "... length"]:
+    """What `encode_rows` coded, scaled to sum 1 again; rows of zeros stay."""
+    weights = jnp.square(coded.astype(jnp.float32))
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    return weights / jnp.where(total == 0, 1.0, total)
+
+
+def attention_divergence(
+    view: AttentionView, teacher: AttentionTeacher
+) -> tuple[Float[Array, " batch"], Bool[Array, " batch"]]:
+    """KL of stored attention rows and this layer's own: a `Probe.function`.
+
+    The rows are computed again in the backward pass instead of being kept for it.
+
+    Args:
+      view: queries and keys of the layer.
+      teacher: its stored rows.
+
+    Returns:
+      Each example's mean over its (head, query) pairs, 0 if it has none, and whether it has any.
+    """
+
+    def divergence(query: Array, key: Array, segments: Array) -> tuple[Array, Array]:
+        return _attention_divergence(view._replace(query=query, key=key, segments=segments), teacher)
+
+    return jax.checkpoint(divergence)(view.query, view.key, view.segments)
+
+
+def example_divergence(
+    layer_means: Float[Array, "layers batch"], present: Bool[Array, "layers batch"]
+) -> tuple[Float[Array, " batch"], Bool[Array, " batch"]]:
+    """Each example's mean over the layers that have any selected head, and whether it has such a layer."""
+    layers = jnp.sum(present, axis=0)
+    return jnp.sum(jnp.where(present, layer_means, 0.0), axis=0) / jnp.maximum(layers, 1), layers > 0
+
+
+def sample_queries(key: Array, segments: Int[Array, "batch length"], budget: int) -> Int[Array, "batch queries"]:
+    """Query positions drawn without replacement from each row's real ones.
+
+    Args:
+      key: a random key.
+      segments: 0 for padding.
+      budget: how many; 0 takes all. Static.
+
+    Returns:
+      Positions in rising order, int32; -1 behind them where a row has fewer.
+    """
+    length = segments.shape[1]
+    budget = length if budget == 0 else budget
+    lots = jnp.where(segments != 0, jax.random.uniform(key, segments.shape), -1.0)
+    values, drawn = jax.lax.top_k(lots, min(budget, length))
+    drawn = jnp.sort(jnp.where(values >= 0, drawn, length), axis=1)
+    drawn = jnp.where(drawn < length, drawn, -1).astype(jnp.int32)
+    return jnp.pad(drawn, ((0, 0), (0, budget - drawn.shape[1])), constant_values=-1)
+
+
+def _attention_divergence(view: AttentionView, teacher: AttentionTeacher) -> tuple[Array, Array]:
+    rows = decode_rows(teacher.rows) if teacher.rows.dtype == jnp.uint8 else teacher.rows
+    student = selected_rows(view, teacher.heads, teacher.queries)
+    logs = jnp.log(jnp.maximum(rows, _TINY)) - jnp.log(jnp.maximum(student, _TINY))
+    divergence = jnp.sum(jnp.where(rows > 0, rows * logs, 0.0), axis=-1)
+
+    segment = jnp.take_along_axis(view.segments, jnp.maximum(teacher.queries, 0), axis=1)
+    real = ((teacher.queries >= 0) & (segment != 0))[:, None] & (teacher.heads >= 0)[:, :, None]
+    count = jnp.sum(real, axis=(1, 2))
+    return jnp.sum(jnp.where(real, divergence, 0.0), axis=(1, 2)) / jnp.maximum(count, 1), count > 0
+
+
+def _remainder(probs: Float[Array, "... top"]) -> Float[Array, "..."]:
+    return jnp.maximum(1.0 - jnp.sum(probs, axis=-1), _EPSILON)

@@ -1,0 +1,283 @@
+"""SEEKR: replay that distils the attention heads that matter (He et al., EMNLP 2024, arXiv 2411.06171).
+
+After a task, heads are rated by how sensitive the task's loss is to their attention weights and by how far the weights
+moved while the task was learned; the best heads of the best layers are kept for the task's memory. Their attention
+rows at some query positions and the output distributions at the answer's positions are stored beside each remembered
+example, and later replay steps minimise (1 - a) cross-entropy + a output divergence + b attention divergence.
+
+Where the authors' code departs from the paper, the paper is followed: outputs are distilled at the positions that
+predict the answer; memory is drawn at random; padding and future keys count nowhere; importance over tasks is the
+product of sums (their sum of products is the option `importance`). Short examples have fewer sampled queries instead
+of some drawn twice. Attention maps are never stored or gathered whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+from pydantic import Field
+
+from jaxcl.errors import UserError
+from jaxcl.methods.base import Method, MethodConfig, Params, Record, Replay, RowShape, State, Task, Term, Terms
+from jaxcl.methods.distillation import (
+    AttentionTeacher,
+    TopScores,
+    attention_divergence,
+    encode_rows,
+    example_divergence,
+    full_divergence,
+    sample_queries,
+    top_divergence,
+    top_scores,
+)
+from jaxcl.methods.head_selection import (
+    HeadSums,
+    Importance,
+    add_forgettability,
+    add_sensitivity,
+    by_layer,
+    combine,
+    normalise_sensitivity,
+    places_in_layer,
+    resolve_budget,
+    select_heads,
+)
+from jaxcl.methods.losses import over_positions, scored_states, token_losses
+from jaxcl.methods.teacher import collate_records, slots_needed, trim_record
+from jaxcl.models.batch import Batch
+from jaxcl.models.network import ModelConfig, Network
+from jaxcl.models.probe import AttentionView, Probe, selected_rows
+from jaxcl.schema import Schema
+
+
+class SeekrConfig(MethodConfig):
+    """Options of `seekr`; the defaults are the paper's for LLaMA-2-7B."""
+
+    replay: Replay = Field(Replay(), description="which examples are kept and how they come back")
+    layer_budget: int | float = Field(24, gt=0, description="layers that are distilled: a number, or a share up to 1.0")
+    head_budget: int | float = Field(
+        128, gt=0, description="heads that are distilled, in all layers together: a number, or a share of all heads"
+    )
+    heads_per_layer: int = Field(
+        0, ge=0, description="at most so many of them in one layer, which bounds the memory a step needs; 0: no limit"
+    )
+    query_budget: int = Field(100, ge=0, description="query positions of an example that are distilled; 0: all")
+    importance: Importance = Field(
+        "product_of_sums",
+        description="importance of a head over tasks, from sensitivity S and forgettability F; product_of_sums: "
+        "sum of S times sum of F (the paper); sum_of_products: sum of S times F (the authors' code); "
+        "sensitivity, forgettability: one of them alone",
+    )
+    logit_weight: float = Field(
+        0.5, ge=0, le=1, description="a: weight of output distillation; cross-entropy of remembered rows gets 1 - a"
+    )
+    attention_weight: float = Field(1000.0, ge=0, description="b: weight of attention distillation")
+    store_logits: int = Field(
+        64, ge=0, description="stored outputs: so many likeliest tokens of each position and the rest as one; 0: all"
+    )
+    store_attention: Literal["uint8", "float32"] = Field(
+        "uint8", description="stored attention rows: roots of the weights in 8 bits, or exact"
+    )
+
+
+class Seekr(Method):
+    """Replay with selective attention distillation.
+
+    State: `sensitivity` (normalised) and `forgettability` `[tasks, layers, heads]`, zeros for tasks to come; `heads`
+    `[tasks, selected, 2]`, the (layer, head) pairs selected when each task was learned, -1 for tasks to come.
+    """
+
+    Config: ClassVar[type[Schema]] = SeekrConfig
+
+    def __init__(self, config: Any, network: Network, num_tasks: int) -> None:
+        super().__init__(config, network, num_tasks)
+        self.check(config, network.config)
+        self.replay = config.replay
+        self.layers = resolve_budget(config.layer_budget, network.num_layers)
+        self.heads = resolve_budget(config.head_budget, network.num_layers * network.num_heads)
+        self.per_layer = min(config.heads_per_layer or network.num_heads, self.heads)
+
+    @classmethod
+    def check(cls, config: Any, model: ModelConfig) -> None:
+        """See `Method.check`."""
+        sizes = {"layer_budget": model.num_layers, "head_budget": model.num_layers * model.num_heads}
+        budgets = {}
+        for name, size in sizes.items():
+            try:
+                budgets[name] = resolve_budget(getattr(config, name), size)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+        config.replay.check()
+        if config.heads_per_layer > model.num_heads:
+            raise ValueError(f"heads_per_layer: {config.heads_per_layer} is over the model's {model.num_heads}")
+        room = budgets["layer_budget"] * (config.heads_per_layer or model.num_heads)
+        if budgets["head_budget"] > room:
+            raise ValueError(
+                f"head_budget: {config.head_budget} is over the {room} heads of {budgets['layer_budget']} layers"
+            )
+
+    def init(self, params: Params) -> State:
+        """See `Method.init`."""
+        scores = jnp.zeros((self.num_tasks, self.network.num_layers, self.network.num_heads))
+        heads = jnp.full((self.num_tasks, self.heads, 2), -1, jnp.int32)
+        return {"sensitivity": scores, "forgettability": scores, "heads": heads}
+
+    def consolidate(self, params: Params, state: State, task: Task) -> State:
+        """Rates the heads on the task's memory, and selects those its memory keeps."""
+        add_sensitivity, add_forgettability = task.compile(self.add_sensitivity), task.compile(self.add_forgettability)
+        before = task.params_before()
+        sensitivity = forgettability = HeadSums.zero(self.network)
+        for batch in task.memory():
+            sensitivity = add_sensitivity(sensitivity, params, batch)
+            forgettability = add_forgettability(forgettability, before, params, batch)
+        return task.compile(self.select)(state, sensitivity, forgettability, jnp.int32(task.index))
+
+    def loss(self, params: Params, state: State, batch: Batch, key: Array) -> Terms:
+        """Language-model loss; on remembered rows with both divergences (SEEKR, equation 9)."""
+        if batch.kind != "memory":
+            return super().loss(params, state, batch, key)
+        if batch.teacher is None:
+            raise UserError(
+                "seekr: nothing is stored beside the remembered rows; it needs rows of one example each: for text, "
+                "set data.packing to false"
+            )
+        teacher, terms = batch.teacher, {}
+        probe = None
+        if self.config.attention_weight > 0:
+            rows, heads = (jnp.moveaxis(teacher[name], 1, 0) for name in ("rows", "heads"))
+            queries = jnp.broadcast_to(teacher["queries"], (len(heads), *teacher["queries"].shape))
+            probe = Probe(attention_divergence, AttentionTeacher(rows, heads, queries))
+        hidden = self.network.hidden(params, batch, probe=probe, dropout_key=key)
+        if probe is not None:
+            divergence, present = example_divergence(*hidden.probed)
+            count = jnp.sum(present.astype(jnp.float32))
+            terms["attention"] = Term(jnp.sum(divergence), count, self.config.attention_weight)
+
+        def scores(part: tuple[Array, Array, dict[str, Array]]) -> tuple[Array, Array]:
+            logits = self.network.logits(params, part[0])
+            return token_losses(logits, part[1]), self._divergence(part[2], logits)
+
+        outputs = {name: teacher[name] for name in self._outputs}
+        inputs = (scored_states(hidden.states, batch), batch.targets, outputs)
+        sums = [jnp.sum(one * batch.weights) for one in over_positions(scores, inputs, self.config.loss_chunk)]
+        count = jnp.sum(batch.weights)
+        terms["loss"] = Term(sums[0], count, 1.0 - self.config.logit_weight)
+        terms["logits"] = Term(sums[1], count, self.config.logit_weight)
+        return terms
+
+    def signals(self, params: Params, state: State, batch: Batch, key: Array) -> dict[str, Array]:
+        """Attention rows of the selected heads at sampled queries, and output distributions.
+
+        Returns:
+          `heads [batch, selected, 2]`; `queries [batch, queries]`, -1 behind the real ones; `rows [batch, selected,
+          queries, length]`; `top_ids` and `top_values` `[batch, predict, top]`, or `scores [batch, predict, vocab]`;
+          `length` and `predicted` `[batch]`, how far rows and scored positions are real.
+        """
+        heads = state["heads"][batch.task]
+        queries = sample_queries(key, batch.segments, self.config.query_budget)
+        slots = by_layer(heads, self.network.num_layers, self.per_layer)
+        read = _coded_rows if self.config.store_attention == "uint8" else _exact_rows
+        probe = Probe(read, (slots, jnp.broadcast_to(queries, (len(slots), *queries.shape))))
+        hidden = self.network.hidden(params, batch, probe=probe)
+
+        by_slot = jnp.moveaxis(hidden.probed, 0, 1).reshape(batch.size, -1, *hidden.probed.shape[3:])
+        place = jnp.maximum(heads[..., 0], 0) * self.per_layer + places_in_layer(heads)
+        outputs = over_positions(
+            lambda states: self._teacher_outputs(self.network.logits(params, states)),
+            scored_states(hidden.states, batch),
+            self.config.loss_chunk,
+        )
+        return {
+            "heads": heads.astype(jnp.int16),
+            "queries": queries,
+            "rows": jnp.take_along_axis(by_slot, place[..., None, None], axis=1),
+            "length": _extent(batch.segments),
+            "predicted": _extent(batch.weights),
+            **outputs,
+        }
+
+    def trim(self, record: Record) -> Record:
+        """See `Method.trim` and `teacher.trim_record`."""
+        return trim_record(record)
+
+    def collator(self, state: State) -> Callable[[Sequence[Mapping[str, np.ndarray]], RowShape], Record]:
+        """See `Method.collator`: `collate` with as few slots a layer as the heads selected so far need."""
+        return partial(self.collate, slots=slots_needed(np.asarray(state["heads"])))
+
+    def collate(self, records: Sequence[Mapping[str, np.ndarray]], shape: RowShape, slots: int | None = None) -> Record:
+        """See `Method.collate` and `teacher.collate_records`; without `slots`, a layer has room for all it may have."""
+        return collate_records(
+            records,
+            layers=self.network.num_layers,
+            slots=slots or self.per_layer,
+            queries=min(self.config.query_budget or shape.length, shape.length),
+            length=shape.length,
+            predict=shape.length if shape.predict is None else shape.predict,
+        )
+
+    def tables(self, state: State) -> dict[str, Array]:
+        """Both measures by task, importance over the tasks so far, and the heads selected by task."""
+        selected = jnp.zeros(state["sensitivity"].shape, bool)
+        task = jnp.arange(self.num_tasks)[:, None]
+        layer, head = state["heads"][..., 0], state["heads"][..., 1]
+        layer = jnp.where(layer < 0, self.network.num_layers, layer)
+        return {
+            "sensitivity": state["sensitivity"],
+            "forgettability": state["forgettability"],
+            "importance_heads": self._importance(state),
+            "selected_heads": selected.at[task, layer, head].set(True, mode="drop"),
+        }
+
+    def add_sensitivity(self, sums: HeadSums, params: Params, batch: Batch) -> HeadSums:
+        """Adds a batch to the sensitivity of the task at hand; pure."""
+        return add_sensitivity(self.network, sums, params, batch, self.config.loss_chunk)
+
+    def add_forgettability(self, sums: HeadSums, before: Params, params: Params, batch: Batch) -> HeadSums:
+        """Adds a batch to the forgettability of the task at hand; pure."""
+        return add_forgettability(self.network, sums, before, params, batch)
+
+    def select(self, state: State, sensitivity: HeadSums, forgettability: HeadSums, index: Array) -> State:
+        """Takes finished measurements into the state and selects the heads of task `index`; pure."""
+        state = state | {
+            "sensitivity": state["sensitivity"].at[index].set(normalise_sensitivity(sensitivity.mean())),
+            "forgettability": state["forgettability"].at[index].set(forgettability.mean()),
+        }
+        heads = select_heads(self._importance(state), self.layers, self.heads, self.per_layer)
+        return state | {"heads": state["heads"].at[index].set(heads)}
+
+    def _importance(self, state: State) -> Array:
+        return combine(state["sensitivity"], state["forgettability"], self.config.importance)
+
+    @property
+    def _outputs(self) -> tuple[str, ...]:
+        return ("top_ids", "top_values") if self.config.store_logits else ("scores",)
+
+    def _teacher_outputs(self, logits: Array) -> dict[str, Array]:
+        if not self.config.store_logits:
+            return {"scores": jax.nn.log_softmax(logits, axis=-1)}
+        top = top_scores(logits, min(self.config.store_logits, logits.shape[-1]))
+        return {"top_ids": top.ids, "top_values": top.values}
+
+    def _divergence(self, outputs: dict[str, Array], logits: Array) -> Array:
+        if not self.config.store_logits:
+            return full_divergence(outputs["scores"], logits)
+        return top_divergence(TopScores(outputs["top_ids"], outputs["top_values"]), logits)
+
+
+def _exact_rows(view: AttentionView, inputs: tuple[Array, Array]) -> Array:
+    return selected_rows(view, *inputs)
+
+
+def _coded_rows(view: AttentionView, inputs: tuple[Array, Array]) -> Array:
+    return encode_rows(selected_rows(view, *inputs))
+
+
+def _extent(values: Array) -> Array:
+    """How many places of each row there are up to the last that is not 0."""
+    return jnp.max(jnp.where(values != 0, jnp.arange(1, values.shape[1] + 1), 0), axis=1)

@@ -1,0 +1,7 @@
+"""Plain fine-tuning on one task after another (NCL in the DAS paper, SeqFT in SEEKR's): the lower bound."""
+
+from jaxcl.methods.base import Method
+
+
+class Sequential(Method):
+    """Does nothing against forgetting."""
