@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+import jax
+
 from jaxcl.errors import UserError
 from jaxcl.models.network import Network
 from jaxcl.weights.folder import TOKENIZER_FILES
@@ -55,7 +57,8 @@ def convert(
     held = "float32" if dtype == "float16" else dtype
     config = config.model_copy(update={"compute": config.compute.model_copy(update={"param_dtype": held})})
     network = Network.create(config)
-    params = load_params(source, network)
+    # Classifiers come without the head that predicts tokens, and are none the worse for a fresh one.
+    params = load_params(source, network, key=jax.random.key(0) if config.num_labels else None)
     tokenizer_folder = folder if has_tokenizer else None
     if format == "orbax":
         target = save_orbax(destination, network, params, tokenizer_folder=tokenizer_folder)

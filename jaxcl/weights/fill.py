@@ -45,7 +45,7 @@ def read_param(source: Source, found: Match, leaf: jax.ShapeDtypeStruct, shardin
             return np.stack([read(name, inner, bounds[1:]) for name in found.names[bounds[0]]])
 
         return _own(_place(leaf.shape, sharding, stack))
-    array = jax.jit(lambda: jnp.zeros(leaf.shape, leaf.dtype), out_shardings=sharding)()
+    array = _zeros(sharding)(leaf.shape, leaf.dtype)
     for layer, name in enumerate(found.names):
         place = None if sharding is None else _without_layers(sharding)
         array = _set_layer(sharding)(array, _place(inner, place, functools.partial(read, name, inner)), layer)
@@ -64,10 +64,7 @@ def _place(shape: tuple[int, ...], sharding: Sharding | None, read: Callable[[In
             parts[name] = read(bounds)
         return parts[name]
 
-    if sharding is None:
-        array = jax.device_put(part(None))
-    else:
-        array = jax.make_array_from_callback(shape, sharding, part)
+    array = jax.device_put(part(None)) if sharding is None else jax.make_array_from_callback(shape, sharding, part)
     # The host's memory may be used again only when the devices have their own.
     return jax.block_until_ready(array)
 
@@ -84,6 +81,12 @@ def _without_layers(sharding: Sharding) -> Sharding | None:
     if isinstance(sharding, NamedSharding) and not (sharding.spec and sharding.spec[0]):
         return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]), memory_kind=sharding.memory_kind)
     return None
+
+
+# Compiled once for all params of a shape, hence the caches.
+@functools.cache
+def _zeros(sharding: Sharding | None) -> Callable[[tuple[int, ...], np.dtype], Array]:
+    return jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=sharding)
 
 
 @functools.cache

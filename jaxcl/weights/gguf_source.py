@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
 
 from jaxcl.errors import UserError
 from jaxcl.weights.axes import Index
+
+# Longer lists of the metadata are those of the tokenizer.
+_LONGEST = 1024
+
+
+class _Contents(NamedTuple):
+    """What a file holds: its short metadata, and tensors that are still on disk."""
+
+    metadata: dict[str, Any]
+    tensors: dict[str, Any]
 
 
 class Gguf:
@@ -24,24 +35,19 @@ class Gguf:
     def __init__(self, path: Path) -> None:
         self.where = str(path)
         try:
-            self._reader = gguf.GGUFReader(path)
+            stat = path.stat()
+            self._contents = _contents(path, stat.st_mtime_ns, stat.st_size)
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror or error}") from None
         # A file cut short shows as an index or a shape that does not fit, somewhere inside the reader.
         except (ValueError, IndexError, KeyError, OverflowError) as error:
             raise UserError(f"{path} is not a complete GGUF file: {error}") from None
-        self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
-        self.shapes = {name: tuple(int(n) for n in reversed(t.shape)) for name, t in self._tensors.items()}
+        tensors = self._contents.tensors
+        self.shapes = {name: tuple(int(n) for n in reversed(t.shape)) for name, t in tensors.items()}
 
     def get(self, key: str, default: Any = None) -> Any:
         """A value of the metadata; float32 values as the shortest decimal that stands for them."""
-        field = self._reader.get_field(key)
-        if field is None:
-            return default
-        value = field.contents()
-        if field.types[-1] == gguf.GGUFValueType.FLOAT32:
-            return [_shortest(v) for v in value] if isinstance(value, list) else _shortest(value)
-        return value
+        return self._contents.metadata.get(key, default)
 
     def read(self, name: str, index: Index) -> np.ndarray:
         """Part of a tensor, float32.
@@ -49,7 +55,7 @@ class Gguf:
         Raises:
           UserError: the quantisation is one that the gguf package cannot undo.
         """
-        tensor = self._tensors[name]
+        tensor = self._contents.tensors[name]
         # Only the last axis is quantised in blocks; the others can be cut before dequantising.
         rows = tensor.data[index[:-1]] if len(index) > 1 else tensor.data
         try:
@@ -66,8 +72,22 @@ class Gguf:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._tensors.clear()
-        del self._reader
+        """Nothing is held open: tensors are views of the file's memory map."""
+
+
+@functools.lru_cache(maxsize=2)
+def _contents(path: Path, modified: int, size: int) -> _Contents:
+    """Parsed once for the configuration and the tensors: a vocabulary in the metadata makes it take seconds."""
+    reader = gguf.GGUFReader(path)
+    metadata = {key: _value(field) for key, field in reader.fields.items() if len(field.data) <= _LONGEST}
+    return _Contents(metadata, {tensor.name: tensor for tensor in reader.tensors})
+
+
+def _value(field: Any) -> Any:
+    value = field.contents()
+    if field.types[-1] == gguf.GGUFValueType.FLOAT32:
+        return [_shortest(v) for v in value] if isinstance(value, list) else _shortest(value)
+    return value
 
 
 def _shortest(value: float) -> float:
