@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
@@ -15,7 +15,7 @@ from jaxcl.data.pairs import PairRows
 from jaxcl.data.pipeline import Pipeline
 from jaxcl.data.rows import Rows
 from jaxcl.data.sources import TaskData, load_task
-from jaxcl.data.spec import TokenizerConfig
+from jaxcl.data.spec import SourceSpec, TokenizerConfig
 from jaxcl.data.text import TextRows
 from jaxcl.data.tokenizer import Tokenizer, prepare_tokenizer
 from jaxcl.errors import UserError
@@ -82,9 +82,9 @@ class Components:
             )
         raise UserError(f"task {task.name}: labelled examples can only be an end_task of a text domain")
 
-    def pipeline(self, sources: list[Rows], **options: Any) -> Pipeline:
+    def pipeline(self, sources: list[Rows], *, batch_size: int | None = None) -> Pipeline:
         """Training batches of encoded examples; see `Pipeline`."""
-        return Pipeline(sources, self.config.training.batch_size, self.config.data, **options)
+        return Pipeline(sources, batch_size or self.config.training.batch_size, self.config.data)
 
 
 class ProcessShare:
@@ -113,7 +113,8 @@ def build(config: ExperimentConfig, folder: RunFolder) -> Components:
     processes = jax.process_count()
     check_batch_size(config.training.batch_size, config.training.accumulate, layout.batch_ways, processes)
     check_batch_size(config.evaluation.batch_size, 1, layout.batch_ways, processes, key="evaluation.batch_size")
-    tasks = tuple(load_task(spec, config.data_root) for spec in config.tasks)
+    tasks = tuple(load_task(rooted(spec, config.data_root)) for spec in config.tasks)
+    _check_window(config, tasks)
     tokenizer = load_tokenizer(config, tasks, folder.tokenizer)
     tokenizer.check_vocab(network.vocab_size)
     method = find_method(config.method.name)(config.method.options, network, len(tasks))
@@ -121,13 +122,42 @@ def build(config: ExperimentConfig, folder: RunFolder) -> Components:
     return Components(config, tasks, tokenizer, network, method, layout, trainer)
 
 
+def _check_window(config: ExperimentConfig, tasks: tuple[TaskData, ...]) -> None:
+    """Whether the longest row of each kind of task fits the model."""
+    data, window = config.data, config.model.max_length
+    needed = {"text": ("length", data.length), "pairs": ("prompt_length + answer_length", data.prompt_length + data.answer_length)}
+    for task in tasks:
+        key, tokens = needed.get(task.kind, ("length", data.length))
+        if tokens > window:
+            raise UserError(
+                f"data.{key}: {tokens} tokens exceed the model's window, model.max_length={window} (task {task.name})",
+                exit_code=2,
+            )
+
+
+Spec = TypeVar("Spec", bound=SourceSpec)
+
+
+def rooted(spec: Spec, root: str) -> Spec:
+    """A source's section with a relative file taken from the folder `root`.
+
+    >>> from jaxcl.data.spec import SourceSpec
+    >>> rooted(SourceSpec(source="json:FOMC"), "data/TRACE").source
+    'json:data/TRACE/FOMC'
+    """
+    scheme, _, rest = spec.source.partition(":")
+    if scheme not in ("json", "jsonl", "text"):
+        return spec
+    return spec.model_copy(update={"source": f"{scheme}:{Path(root) / Path(rest).expanduser()}"})
+
+
 def load_tokenizer(config: ExperimentConfig, tasks: tuple[TaskData, ...], folder: Path) -> Tokenizer:
     """The run's tokenizer, kept in `folder`: the configured one, that of the weights, or one trained on the tasks."""
     settings = config.tokenizer
     if settings.path is None and config.weights is not None:
-        from jaxcl.weights import resolve
+        from jaxcl.weights import locate
 
-        settings = TokenizerConfig(path=str(resolve(config.weights)))
+        settings = TokenizerConfig(path=str(locate(config.weights)[1]))
     tokenizer = prepare_tokenizer(settings, lambda: _texts(tasks, settings.train_rows), folder)
     if settings.path is not None and not (folder / "tokenizer.json").exists():
         tokenizer.save(folder)

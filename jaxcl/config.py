@@ -151,12 +151,6 @@ def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 def _check_model(config: ExperimentConfig, origin: str) -> None:
     """What only shows when sections are held against each other."""
-    longest = max(config.data.length, config.data.prompt_length + config.data.answer_length)
-    if longest > config.model.max_length:
-        key = "length" if longest == config.data.length else "prompt_length + answer_length"
-        raise ConfigError(
-            f"{origin}: data.{key}: {longest} tokens exceed the model's window, model.max_length={config.model.max_length}"
-        )
     try:
         find_method(config.method.name).check(config.method.options, config.model)
     except (ValueError, ValidationError) as error:

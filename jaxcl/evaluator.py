@@ -6,10 +6,10 @@ import functools
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from jaxcl.components import Components, ProcessShare
+from jaxcl.components import Components, ProcessShare, rooted
 from jaxcl.data.pairs import encode_prompts
 from jaxcl.data.pipeline import LabelledPipeline
-from jaxcl.data.sources import TaskData, load_task
+from jaxcl.data.sources import TaskData, load_end_task
 from jaxcl.evaluation.end_tasks import score_end_task
 from jaxcl.evaluation.metrics import find_metric
 from jaxcl.evaluation.scoring import score_pairs, text_loss
@@ -128,7 +128,7 @@ class Evaluator:
         if index not in self._end_tasks:
             spec = self.parts.config.tasks[index].end_task
             assert spec is not None
-            task = load_task(spec, self.parts.config.data_root, name=self.parts.config.tasks[index].name)
+            task = load_end_task(rooted(spec, self.parts.config.data_root), self.parts.config.tasks[index].name)
             data = self.parts.config.data.model_copy(update={"length": self.settings.end_task.length})
             self._end_tasks[index] = task, {
                 split: LabelledPipeline(

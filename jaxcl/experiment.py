@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from jaxcl.components import Components, ProcessShare, build, initial_params
 from jaxcl.config import ExperimentConfig
 from jaxcl.data.memory import Memory, MemoryPipeline
 from jaxcl.data.mix import Mixture
-from jaxcl.data.pipeline import Pipeline
+from jaxcl.data.pipeline import Collate, Pipeline
 from jaxcl.data.plan import Shape
 from jaxcl.data.teacher_store import TeacherStore, write_records
 from jaxcl.errors import UserError
@@ -35,6 +35,7 @@ from jaxcl.training.state import TrainState
 from jaxcl.training.task import RunningTask, collect_signals
 
 Stream = Pipeline | Mixture
+Record = dict[str, np.ndarray]
 
 
 class Outcome(NamedTuple):
@@ -133,13 +134,15 @@ class TaskSequence:
     def _learn(self, state: TrainState, index: int, position: Any) -> TrainState:
         """Trains on a task, from `position` in its data if that is given, and lets the method conclude it."""
         parts = self.parts
-        with self._timed("data"):
-            stream = self._stream(index)
-        total = self._steps(index, stream)
         if position is None:
             with self._timed("method"):
                 prepared = parts.method.prepare(state.params, state.method_state, self._task(index, moment=0))
-            state = parts.trainer.start_task(parts.trainer.with_method_state(state, prepared), total)
+            state = parts.trainer.with_method_state(state, prepared)
+        with self._timed("data"):
+            stream = self._stream(index, state.method_state)
+        total = self._steps(index, stream)
+        if position is None:
+            state = parts.trainer.start_task(state, total)
         rows = stream.train(self.config.seed + index, jax.process_index(), jax.process_count())
         feed = parts.trainer.feed(rows, prefetch=self.config.training.prefetch)
         if position is not None:
@@ -196,7 +199,7 @@ class TaskSequence:
             np.savez_compressed(self.folder.importance / f"after{index:02d}.npz", **arrays)  # type: ignore[arg-type]
         return state
 
-    def _stream(self, index: int) -> Stream:
+    def _stream(self, index: int, method_state: Any) -> Stream:
         """The batches of a task, with those of the memory between them where there are any."""
         parts, replay = self.parts, self.parts.method.replay
         if parts.method.joint:
@@ -205,12 +208,9 @@ class TaskSequence:
         earlier = [task for task in self.memory.tasks if task.task < index and task.examples]
         if replay is None or not earlier:
             return pipeline
-        stores = {task.task: self._open_store(task.task) for task in earlier}
-        memory = self._memory_pipeline(
-            [task.task for task in earlier],
-            stores={task: store for task, store in stores.items() if store is not None} or None,
-            collate=parts.method.collate,
-        )
+        stores = {task.task: store for task in earlier if (store := self._open_store(task.task)) is not None}
+        collate = _with_fillers(parts.method.collator(method_state), next(iter(stores.values()))[0]) if stores else None
+        memory = self._memory_pipeline([task.task for task in earlier], stores=stores or None, collate=collate)
         return Mixture(pipeline, memory, mode=replay.mode, every=replay.every)  # type: ignore[arg-type]
 
     def _memory_pipeline(self, tasks: list[int], **options: Any) -> MemoryPipeline:
@@ -353,3 +353,13 @@ class TaskSequence:
         finally:
             inner = sum(self.timing.values()) - inner
             self.timing[part] = self.timing.get(part, 0.0) + time.monotonic() - started - inner
+
+
+def _with_fillers(collate: Callable[..., Record], example: Record) -> Collate:
+    """A method's `collate`, given zeros like `example` for the rows that only fill a batch."""
+    blank = {name: np.zeros_like(value) for name, value in example.items()}
+
+    def collate_rows(records: Sequence[Mapping[str, np.ndarray] | None], shape: Shape) -> Record:
+        return collate([blank if record is None else record for record in records], shape)
+
+    return collate_rows

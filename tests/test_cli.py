@@ -1,0 +1,81 @@
+"""The command line: help, exit codes, one-line errors."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jaxcl.cli import main
+
+COMMANDS = ("run", "compare", "convert", "generate", "report")
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, jaxcl.cli\n"
+        "try: jaxcl.cli.main(['--help'])\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "heavy = {'jax', 'numpy', 'flax', 'pydantic', 'matplotlib'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    for command in COMMANDS:
+        assert f"    {command} " in result.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_shows_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    assert end.value.code == 0
+    assert f"example:\n  jaxcl {command} " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["rn"],
+        [],
+        ["run"],
+        ["run", "x.yaml", "--nonsense"],
+        ["compare", "x.yaml", "--methods", "a"],
+        ["compare", "x.yaml", "--methods", ",", "--out", "o"],
+        ["compare", "x.yaml", "--methods", "a", "--out", "o", "--seeds", "one"],
+        ["report", "x", "a=b", "--c=d"],
+    ],
+)
+def test_bad_usage_is_one_line_and_exit_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert "--help" in message
+
+
+def test_bad_configuration_is_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", str(tmp_path / "no.yaml")]) == 2
+    assert capsys.readouterr().err == f"jaxcl run: {tmp_path}/no.yaml: No such file or directory\n"
+
+
+def test_failure_is_exit_code_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", str(tmp_path), "hello"]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_interruption_is_exit_code_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("jaxcl.config.load_config", interrupted)
+    assert main(["run", "x.yaml"]) == 130
+    assert "again to go on" in capsys.readouterr().err
+
+
+def test_overrides_may_follow_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[object] = []
+    monkeypatch.setattr("jaxcl.comparison.compare", lambda *arguments: seen.extend(arguments) or "page")
+    assert main(["compare", "c.yaml", "--methods", "a,b", "seed=3", "--out", "o", "x.y=1"]) == 0
+    assert seen[:4] == ["c.yaml", ["seed=3", "x.y=1"], ["a", "b"], None]

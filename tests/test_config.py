@@ -1,0 +1,152 @@
+"""Every mistake in a configuration is one line that names the key, the value and what is allowed."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from jaxcl.config import ExperimentConfig, load_config, parse_config
+from jaxcl.config_file import ConfigError, apply_overrides, read_yaml, validate
+from jaxcl.config_reference import reference
+from jaxcl.methods.base import Method
+
+ROOT = Path(__file__).parents[1]
+
+MINIMAL: dict[str, Any] = {
+    "output": "runs/x",
+    "model": {
+        "architecture": "llama",
+        "vocab_size": 300,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_layers": 2,
+        "num_heads": 2,
+        "max_length": 64,
+    },
+    "tasks": [{"name": "one", "source": "stdlib:unicode_bidi"}],
+    "method": {"name": "sequential"},
+}
+
+
+def write(folder: Path, content: Any) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+    return path
+
+
+def test_defaults_and_overrides(tmp_path: Path) -> None:
+    config = load_config(
+        write(tmp_path, MINIMAL), ["training.batch_size=8", "tasks.*.train=5", "optimizer.learning_rate=1e-3"]
+    )
+    assert config.training.batch_size == 8
+    assert config.tasks[0].train == 5
+    assert config.optimizer.learning_rate == 1e-3
+    assert config.seed == 0
+
+
+def test_a_resolved_configuration_reads_back_as_itself(tmp_path: Path) -> None:
+    for path in sorted((ROOT / "configs").glob("quickstart_*.yaml")):
+        config = load_config(path)
+        again = load_config(write(tmp_path, config.plain()))
+        assert again == config
+        assert again.method.options == config.method.options
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["training.batch_sise=8"], ["training.batch_sise", "unknown key", "did you mean batch_size?", "accumulate"]),
+        (["model.hiden_size=8"], ["model.hiden_size", "did you mean hidden_size?"]),
+        (["model.architecture=lama"], ["model.architecture", "'lama'", "did you mean llama?", "roberta"]),
+        (["training.batch_size=0"], ["training.batch_size", "greater than or equal to 1", "got 0"]),
+        (["training.batch_size=many"], ["training.batch_size", "valid integer", "'many'"]),
+        (["method.name=seker"], ["no method 'seker'", "did you mean seekr?", "das"]),
+        (["method.name=das", "method.mask_onn=update"], ["mask_onn", "did you mean mask_on?"]),
+        (["method.name=das", "method.mask_on=updates"], ["mask_on", "'update'", "'updates'"]),
+        (["method.name=seekr", "method.head_budget=99"], ["head_budget", "99", "4"]),
+        (["tasks.0.sorce=x"], ["tasks.0.sorce", "did you mean source?"]),
+        (["tasks.3.train=5"], ["tasks.3.train=5", "list of 1"]),
+        (["seed"], ["'seed'", "KEY=VALUE"]),
+        (["tasks=[]"], ["tasks", "at least 1"]),
+        (["mesh.data=0"], ["mesh"]),
+        (["training.steps=5", "training.epochs=2"], ["training", "not both"]),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path: Path, overrides: list[str], expected: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, MINIMAL), overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert caught.value.exit_code == 2
+    for part in expected:
+        assert part in message, message
+
+
+def test_a_name_used_twice_is_refused() -> None:
+    tasks = [MINIMAL["tasks"][0]] * 2
+    with pytest.raises(ConfigError, match="'one' stands twice"):
+        parse_config({**MINIMAL, "tasks": tasks})
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("seed: 1\nseed: 2\n", ["line 2", "'seed' stands twice"]),
+        ("seed: [1\n", ["line", "not valid YAML"]),
+        ("- a\n", ["expected a mapping", "list"]),
+    ],
+)
+def test_unreadable_files_name_the_line(tmp_path: Path, text: str, expected: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_yaml(write(tmp_path, text))
+    assert all(part in str(caught.value) for part in expected), str(caught.value)
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nothing\.yaml: No such file"):
+        read_yaml(tmp_path / "nothing.yaml")
+
+
+def test_missing_key_is_reported_as_missing() -> None:
+    content = {key: value for key, value in MINIMAL.items() if key != "output"}
+    with pytest.raises(ConfigError, match="output: missing"):
+        parse_config(content)
+
+
+def test_an_unknown_key_is_reported_before_the_missing_one_it_causes() -> None:
+    content = {**{key: value for key, value in MINIMAL.items() if key != "output"}, "outptu": "runs/x"}
+    with pytest.raises(ConfigError, match="outptu: unknown key; did you mean output"):
+        parse_config(content)
+
+
+def test_overrides_reach_into_lists_and_make_sections() -> None:
+    assert apply_overrides({}, ["a.b.c=1"]) == {"a": {"b": {"c": 1}}}
+    with pytest.raises(ConfigError, match="inside a plain value"):
+        apply_overrides({"a": [1]}, ["a.0.b=2"])
+
+
+def test_a_method_from_outside_by_module_and_class() -> None:
+    config = parse_config({**MINIMAL, "method": {"name": f"{__name__}:Outside"}})
+    assert config.method.name.endswith(":Outside")
+    with pytest.raises(ConfigError, match="cannot load"):
+        parse_config({**MINIMAL, "method": "nowhere:Nothing"})
+
+
+class Outside(Method):
+    """A method that jaxcl does not know."""
+
+
+def test_environment_names_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAXCL_DATA", "/elsewhere")
+    assert parse_config({**MINIMAL, "data_root": "here"}).data_root == "/elsewhere"
+
+
+def test_validate_names_union_members_by_their_key_alone() -> None:
+    with pytest.raises(ConfigError, match=r"config: model\.num_layers: "):
+        validate(ExperimentConfig, {**MINIMAL, "model": {**MINIMAL["model"], "num_layers": -1}}, "config")
+
+
+def test_the_reference_in_the_docs_is_current() -> None:
+    written = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert written == reference(ExperimentConfig), "run `make docs`"

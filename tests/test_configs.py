@@ -1,0 +1,98 @@
+"""Every shipped configuration is valid, and its real step can be lowered at its real size."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxcl.config import find_method, load_config
+from jaxcl.data.plan import Shape
+from jaxcl.evaluation.config import EvaluationConfig
+from jaxcl.models.batch import Batch
+from jaxcl.models.network import Network
+from jaxcl.sharding.layout import Layout
+from jaxcl.sharding.mesh import make_mesh
+from jaxcl.training.trainer import Trainer
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+# SmolLM2's sizes, which that configuration reads from a package that need not be installed.
+SMOLLM2 = [
+    "model={architecture: llama, vocab_size: 49152, hidden_size: 576, intermediate_size: 1536, num_layers: 30, "
+    "num_heads: 9, num_kv_heads: 3, max_length: 8192, rope_theta: 100000, tie_embeddings: true}"
+]
+
+
+def load(path: Path) -> Any:
+    return load_config(path, SMOLLM2 if "smollm2" in path.name else [])
+
+
+def batch_shapes(rows: int, length: int, predict: int, **fields: Any) -> Batch:
+    whole, scored, row = (jax.ShapeDtypeStruct(size, jnp.int32) for size in ((rows, length), (rows, predict), (rows,)))
+    weights = jax.ShapeDtypeStruct((rows, predict), jnp.float32)
+    return Batch(whole, whole, whole, scored, scored, weights, row, row, **fields)
+
+
+def teacher_shapes(method: Any, target: Any, batch: Batch, shape: Shape) -> Any:
+    """What the method's own signals look like once stored and collated, from shapes alone."""
+    signals = jax.eval_shape(method.signals, target.params, target.method_state, batch, jax.random.key(0))
+    if signals is None:
+        return None
+    zeros = {name: np.zeros(value.shape[1:], value.dtype) for name, value in signals.items()}
+    collated = method.collate([method.trim(zeros)], shape)
+    return {
+        name: jax.ShapeDtypeStruct((batch.size, *value.shape[1:]), value.dtype) for name, value in collated.items()
+    }
+
+
+def test_there_are_the_papers_settings_and_the_quickstarts() -> None:
+    assert {path.stem for path in CONFIGS} >= {
+        "quickstart_seekr",
+        "quickstart_das",
+        "seekr_smollm2_superni",
+        "das_roberta_base",
+        "seekr_llama2_7b_trace",
+        "seekr_llama2_7b_superni",
+    }
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_header_says_command_needs_and_hardware(path: Path) -> None:
+    header = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    assert any("jaxcl run" in line for line in header)
+    load(path)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_task_has_a_metric_that_exists(path: Path) -> None:
+    config = load(path)
+    evaluation: EvaluationConfig = config.evaluation
+    for task in config.tasks:
+        kind = "text" if task.end_task is not None or task.source.startswith(("text:", "stdlib:docstrings", "stdlib:py")) else "pairs"
+        assert evaluation.metric_for(kind, task.metric)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_both_kinds_of_step_lower(path: Path) -> None:
+    config = load(path)
+    network = Network.create(config.model)
+    layout = Layout.create(make_mesh(config.mesh), network.axes(), network.shapes())
+    method = find_method(config.method.name)(config.method.options, network, len(config.tasks))
+    trainer = Trainer(method, config.optimizer, layout, accumulate=1, seed=0)
+    rows = 2
+    if network.causal:
+        shape = Shape(config.data.prompt_length + config.data.answer_length, config.data.answer_length)
+    else:
+        shape = Shape(config.data.length, round(config.data.length * config.data.mask_rate))
+    length, predict = shape.length, shape.predict or 0
+    batches = [batch_shapes(rows, length, predict)]
+    if method.replay is not None:
+        memory = batch_shapes(rows, length, predict, kind="memory")
+        teacher = teacher_shapes(method, trainer.target, memory, shape)
+        batches.append(batch_shapes(rows, length, predict, kind="memory", teacher=teacher))
+    for batch in batches:
+        lowered = trainer.jitted_step.lower(trainer.target, batch, trainer.key)
+        # The layers are scanned: the program must not grow with depth.
+        assert len(lowered.as_text()) < 5_000_000

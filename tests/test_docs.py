@@ -1,0 +1,49 @@
+"""The worked example of the docs runs as it stands."""
+
+import re
+import sys
+import types
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_experiment import PAIRS, run
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+@pytest.fixture
+def my_methods() -> types.ModuleType:
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "adding_a_method.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == 1
+    module = types.ModuleType("my_methods")
+    sys.modules["my_methods"] = module
+    exec(compile(blocks[0], "adding_a_method.md", "exec"), module.__dict__)
+    return module
+
+
+def test_the_method_of_the_docs_trains(my_methods: types.ModuleType, tmp_path: Path) -> None:
+    results = run(PAIRS, tmp_path / "run", {"name": "my_methods:Anchor", "strength": 10.0, "examples": 8})
+    assert results.finished
+
+
+def test_its_term_is_the_formula(my_methods: types.ModuleType) -> None:
+    from jaxcl.models.batch import Batch
+    from jaxcl.models.network import LlamaConfig, Network
+
+    config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=1, num_heads=1)
+    network = Network.create(config)
+    params = network.init(jax.random.key(0))
+    method = my_methods.Anchor(my_methods.AnchorConfig(strength=3.0), network, 1)
+    state = {
+        "anchor": jax.tree.map(lambda p: p - 0.5, params),
+        "importance": jax.tree.map(lambda p: jnp.full_like(p, 2.0), params),
+    }
+    ones = jnp.ones((1, 4), jnp.int32)
+    batch = Batch(ones, ones, jnp.arange(4)[None], None, ones, jnp.ones((1, 4)), ones[:, 0], ones[:, 0])
+    term = method.loss(params, state, batch, jax.random.key(1))["anchor"]
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    np.testing.assert_allclose(term.sum, 2.0 * 0.25 * count, rtol=1e-5)
+    assert term.weight == 3.0

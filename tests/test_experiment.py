@@ -1,0 +1,200 @@
+"""Whole runs of tiny models: what they leave behind, that they resume exactly, that they refuse what is not theirs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jaxcl import experiment
+from jaxcl.config import parse_config
+from jaxcl.errors import UserError
+from jaxcl.evaluation.results import Results
+from jaxcl.inference import generate_text
+
+PAIRS: dict[str, Any] = {
+    "model": {
+        "architecture": "llama",
+        "vocab_size": 300,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_layers": 2,
+        "num_heads": 2,
+        "max_length": 96,
+    },
+    "tokenizer": {"vocab_size": 300, "train_rows": 50},
+    "data": {"prompt_length": 64, "answer_length": 24, "buckets": 1},
+    "tasks": [
+        {"name": "direction", "source": "stdlib:unicode_bidi", "train": 32, "test": 4},
+        {"name": "category", "source": "stdlib:unicode_category", "train": 24, "test": 4},
+    ],
+    "training": {"batch_size": 8, "epochs": 1, "log_every": 1, "checkpoint_every": 2},
+    "optimizer": {"learning_rate": 1e-3},
+    "evaluation": {"batch_size": 4, "max_new_tokens": 4, "before": True, "future": "next"},
+}
+SEEKR = {"name": "seekr", "layer_budget": 1, "head_budget": 1, "query_budget": 8, "replay": {"fraction": 0.25}}
+TEXT: dict[str, Any] = {
+    "model": {
+        "architecture": "roberta",
+        "vocab_size": 300,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_layers": 2,
+        "num_heads": 2,
+        "max_length": 64,
+    },
+    "tokenizer": {"vocab_size": 300, "train_rows": 50},
+    "data": {"length": 48, "packing": False},
+    "tasks": [
+        {
+            "name": "topics",
+            "source": "stdlib:python_topics",
+            "train": 32,
+            "test": 8,
+            "end_task": {"source": "stdlib:python_topic_names", "train": 16, "dev": 8, "test": 8},
+        },
+        {"name": "pydantic", "source": "stdlib:docstrings:pydantic", "train": 24, "test": 8},
+    ],
+    "training": {"batch_size": 8, "steps": 3, "log_every": 1},
+    "evaluation": {"batch_size": 8, "end_task": {"epochs": 1, "batch_size": 8, "length": 32}},
+}
+
+
+def run(content: dict[str, Any], output: Path, method: Any) -> Results:
+    return experiment.run(parse_config({**content, "output": str(output), "method": method})).results
+
+
+def numbers(folder: Path) -> list[dict[str, Any]]:
+    """The logged rows without what depends on the clock."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if "second" not in key} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def seekr_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "seekr"
+    run(PAIRS, folder, SEEKR)
+    return folder
+
+
+def test_a_run_leaves_what_the_documentation_says(seekr_folder: Path) -> None:
+    results = json.loads((seekr_folder / "results.json").read_text())
+    assert results["method"] == "seekr"
+    assert results["tasks"] == ["direction", "category"]
+    assert results["finished"]
+    assert [len(row) for row in results["matrix"]] == [2, 2]
+    assert results["initial"] is not None
+    for key in ("op", "bwt", "fwt", "forgetting", "seconds", "versions"):
+        assert results[key] is not None, key
+    for name in ("config.yaml", "metrics.jsonl", "report.html", "memory.json", "tokenizer/tokenizer.json"):
+        assert (seekr_folder / name).stat().st_size > 0, name
+    assert list((seekr_folder / "checkpoints").iterdir())
+    assert list(seekr_folder.glob("**/events.out.tfevents*"))
+    predictions = [json.loads(line) for line in (seekr_folder / "predictions/after01_task00.jsonl").open()]
+    assert len(predictions) == 4
+    assert {"prompt", "prediction", "answer", "score"} <= predictions[0].keys()
+
+
+def test_replayed_steps_distil_the_selected_heads(seekr_folder: Path) -> None:
+    memory = [row for row in numbers(seekr_folder) if row["kind"] == "memory"]
+    assert memory, "an epoch of the second task must see the memory"
+    assert all(np.isfinite(row["term/attention"]) and row["term/attention"] >= 0 for row in memory)
+    assert all(row["task"] == 1 for row in memory)
+    tables = np.load(seekr_folder / "importance" / "after01.npz")
+    assert tables["selected_heads"].sum(axis=(1, 2)).tolist() == [1, 1]
+    assert results_bytes(seekr_folder) > 0
+
+
+def results_bytes(folder: Path) -> int:
+    return int(json.loads((folder / "results.json").read_text())["stored_bytes"])
+
+
+def test_a_finished_run_is_not_repeated(seekr_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experiment, "build", lambda *_: pytest.fail("trained again"))
+    assert run(PAIRS, seekr_folder, SEEKR).finished
+
+
+def test_a_folder_of_another_configuration_is_refused(seekr_folder: Path) -> None:
+    before = (seekr_folder / "results.json").read_bytes()
+    with pytest.raises(UserError, match=r"holds a run with seed=0, this one has 1"):
+        run({**PAIRS, "seed": 1}, seekr_folder, SEEKR)
+    assert (seekr_folder / "results.json").read_bytes() == before
+
+
+def test_a_trained_model_writes_text(seekr_folder: Path) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 4, "temperature": 0.0, "top_p": 1.0, "seed": 0, "raw": False}
+    first = generate_text(str(seekr_folder), "DIGIT ONE\nCategory:", **options)
+    assert first == generate_text(str(seekr_folder), "DIGIT ONE\nCategory:", **options)
+    with pytest.raises(UserError, match="leaves room for"):
+        generate_text(str(seekr_folder), "DIGIT " * 300, **{**options, "raw": True})
+
+
+class Interrupted(Exception):
+    """Stands for whatever kills a process."""
+
+
+@pytest.mark.parametrize("saves", [2, 3, 4])
+def test_an_interrupted_run_goes_on_exactly_where_it_stopped(
+    seekr_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saves: int
+) -> None:
+    """Killed right after its 2nd, 3rd and 4th checkpoint: within the first task, at its end, within the second."""
+    original, count = experiment.TaskSequence._save, 0
+
+    def save_then_die(self: Any, *arguments: Any, **options: Any) -> None:
+        nonlocal count
+        original(self, *arguments, **options)
+        count += 1
+        if count == saves:
+            self.checkpoints.wait()
+            raise Interrupted
+
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        patched.setattr(experiment.TaskSequence, "_save", save_then_die)
+        with pytest.raises(Interrupted):
+            run(PAIRS, folder, SEEKR)
+    results = run(PAIRS, folder, SEEKR)
+    whole = Results.read(seekr_folder / "results.json")
+    assert (results.matrix, results.initial) == (whole.matrix, whole.initial)
+    assert numbers(folder) == numbers(seekr_folder)
+
+
+def test_joint_training_learns_all_tasks_at_once(tmp_path: Path) -> None:
+    results = run(PAIRS, tmp_path / "run", "joint")
+    assert results.joint
+    assert len(results.matrix) == 1
+    assert None not in results.matrix[0]
+    assert results.bwt is None
+
+
+def test_das_over_text_domains_with_an_end_task(tmp_path: Path) -> None:
+    results = run(TEXT, tmp_path / "run", {"name": "das", "importance_examples": 16})
+    assert results.metric == ["perplexity"] * 2
+    assert results.higher_is_better == [False, False]
+    assert results.further["token_accuracy"].matrix[1][1] is not None
+    assert 0 <= results.further["end task macro_f1"].matrix[1][0] <= 100  # type: ignore[operator]
+    tables = np.load(tmp_path / "run" / "importance" / "after01.npz")
+    assert tables["importance_heads"].shape == (2, 2)
+    assert tables["importance_intermediate"].max() > 0
+
+
+@pytest.mark.parametrize(
+    ("content", "changes", "message"),
+    [
+        (PAIRS, {"tasks": [{"name": "x", "source": "json:nowhere"}]}, "nowhere"),
+        (PAIRS, {"tasks": [{"name": "x", "source": "stdlib:unicode_bid"}]}, "unicode_bidi"),
+        (PAIRS, {"data": {"prompt_length": 90, "answer_length": 24}}, "max_length=96"),
+        (PAIRS, {"training": {"batch_size": 9, "accumulate": 2}}, "training.batch_size: 9 must be a multiple of 2"),
+        (PAIRS, {"model": {**PAIRS["model"], "vocab_size": 280}}, "280"),
+        (TEXT, {"tasks": PAIRS["tasks"]}, "need a decoder"),
+        (PAIRS, {"weights": "nowhere"}, "nowhere"),
+    ],
+)
+def test_what_cannot_work_is_said_in_one_line(
+    tmp_path: Path, content: dict[str, Any], changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        run({**content, **changes}, tmp_path / "run", "sequential")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
