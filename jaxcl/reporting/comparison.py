@@ -1,0 +1,65 @@
+"""Pages that set runs of several methods and seeds side by side."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from jaxcl.reporting.comparison_data import collect, comparison_table, read_comparison
+from jaxcl.reporting.comparison_page import render, render_overview
+
+__all__ = ["collect", "comparison_table", "read_comparison", "write_comparison", "write_overview"]
+
+
+def write_comparison(folder: Path, runs: Sequence[Path]) -> Path:
+    """Writes `comparison.json` and `comparison.html` into a folder.
+
+    Args:
+      folder: where; created if absent.
+      runs: run folders over the same tasks with the same metrics; methods keep the order in which they first come.
+
+    Returns:
+      The page.
+
+    Raises:
+      UserError: no runs, one without usable results, or runs over different tasks; names the folder.
+    """
+    folder = Path(folder)
+    content = collect(folder, [Path(run) for run in runs])
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / "comparison.json", json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    path = folder / "comparison.html"
+    _write(path, render(content))
+    return path
+
+
+def write_overview(path: Path, comparisons: Mapping[str, Path], title: str) -> Path:
+    """Writes one page about several comparisons, each with its summary and a link to its own page.
+
+    Args:
+      path: the page to write.
+      comparisons: by heading, folders that `write_comparison` wrote to.
+      title: heading of the page.
+
+    Returns:
+      The page.
+
+    Raises:
+      UserError: a folder holds no comparison.
+    """
+    path = Path(path)
+    parts = []
+    for heading, folder in comparisons.items():
+        link = Path(os.path.relpath(Path(folder) / "comparison.html", path.parent)).as_posix()
+        parts.append((heading, link, read_comparison(folder)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write(path, render_overview(title, parts))
+    return path
+
+
+def _write(path: Path, content: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(content, encoding="utf-8", errors="replace")
+    os.replace(partial, path)

@@ -1,0 +1,161 @@
+"""Runs of several methods and seeds over one sequence of tasks: what they have in common and how they differ."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from jaxcl.errors import UserError
+from jaxcl.reporting.page import number
+from jaxcl.reporting.run_data import directions, read_results, scores, unit
+
+#: What is compared, in the order of the table's columns: field, heading, whether more is better.
+MEASURES: tuple[tuple[str, str, bool], ...] = (
+    ("op", "OP", True),
+    ("bwt", "BWT", True),
+    ("forgetting", "Forgetting", False),
+    ("fwt", "FWT", True),
+    ("intransigence", "Intransigence", False),
+    ("seconds", "Seconds", False),
+)
+
+
+def read_comparison(folder: Path) -> dict[str, Any]:
+    """Reads `comparison.json`.
+
+    Raises:
+      UserError: it is missing or damaged.
+    """
+    path = Path(folder) / "comparison.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        content["methods"], content["tasks"]
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: not a jaxcl comparison") from None
+    return dict(content)
+
+
+def collect(folder: Path, runs: Sequence[Path]) -> dict[str, Any]:
+    """The content of `comparison.json`.
+
+    Args:
+      folder: run folders are named relative to it.
+      runs: run folders.
+
+    Returns:
+      `tasks, metric, higher_is_better`; `runs`, the results of each with its `folder`; `methods`: for each method its
+      `seeds` and, by measure, `mean`, `std` (sample standard deviation; `null` for a single run) and `values`, one a
+      seed. `intransigence` is measured against the mean of the joint runs, where there are any. `further` holds `op`
+      and `bwt` of the other measures.
+    """
+    if not runs:
+        raise UserError("comparison: no runs to compare", exit_code=2)
+    results = [(run, read_results(run)) for run in runs]
+    first = results[0][1]
+    for run, result in results:
+        for name in ("tasks", "metric"):
+            if result[name] != first[name]:
+                raise UserError(
+                    f"{run}: has {name} {result[name]}, {runs[0]} has {first[name]}; compare runs of one sequence"
+                )
+    reference = _reference([result for _, result in results])
+    rows = [_row(folder, run, result, reference) for run, result in results]
+    methods = {}
+    for method in dict.fromkeys(row["method"] for row in rows):
+        own = [row for row in rows if row["method"] == method]
+        methods[method] = {
+            "seeds": [row["seed"] for row in own],
+            **{name: _summary([row.get(name) for row in own]) for name, _, _ in MEASURES},
+            "further": {
+                name: {part: _summary([row["further"][name].get(part) for row in own]) for part in ("op", "bwt")}
+                for name in own[0]["further"]
+                if all(name in row["further"] for row in own)
+            },
+        }
+    return {
+        "tasks": first["tasks"],
+        "metric": first["metric"],
+        "higher_is_better": directions(first),
+        "unit": unit(first),
+        "methods": methods,
+        "runs": rows,
+    }
+
+
+def comparison_table(content: Mapping[str, Any]) -> str:
+    """The summary as plain text for a terminal: a line a method, mean ± standard deviation over seeds.
+
+    Args:
+      content: as from `collect` or `read_comparison`.
+    """
+    shown = [(name, title) for name, title, _ in MEASURES if _any(content, name)]
+    lines = [["method", *(title for _, title in shown)]]
+    for method, summary in content["methods"].items():
+        lines.append([str(method), *(spread(summary[name], signed=name in ("bwt", "fwt")) for name, _ in shown)])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) if not column else cell.rjust(width) for column, (cell, width) in
+                  enumerate(zip(line, widths, strict=True))).rstrip()
+        for line in lines
+    )  # fmt: skip
+
+
+def spread(summary: Mapping[str, Any], *, signed: bool = False) -> str:
+    """`mean ± std`, or the mean alone for a single run.
+
+    >>> spread({"mean": -3.14, "std": 0.52, "values": [-3.6, -2.7]}, signed=True)
+    '−3.1 ± 0.5'
+    """
+    if summary["mean"] is None:
+        return number(None)
+    deviation = "" if summary["std"] is None else f" ± {number(summary['std'])}"
+    return number(summary["mean"], signed=signed) + deviation
+
+
+def _any(content: Mapping[str, Any], name: str) -> bool:
+    return any(summary[name]["mean"] is not None for summary in content["methods"].values())
+
+
+def _row(
+    folder: Path, run: Path, result: dict[str, Any], reference: Float[np.ndarray, " tasks"] | None
+) -> dict[str, Any]:
+    kept = ("method", "seed", "joint", "finished", "matrix", "initial", "op", "bwt", "fwt", "forgetting", "seconds")
+    further = result.get("further") or {}
+    return {
+        "folder": Path(os.path.relpath(run, folder)).as_posix(),
+        **{name: result.get(name) for name in kept},
+        "intransigence": _intransigence(result, reference),
+        "further": {name: {"op": part.get("op"), "bwt": part.get("bwt")} for name, part in further.items()},
+    }
+
+
+def _reference(results: Sequence[dict[str, Any]]) -> Float[np.ndarray, " tasks"] | None:
+    rows = [scores(result)[-1] for result in results if result.get("joint") and result["matrix"]]
+    return np.mean(rows, axis=0) if rows else None
+
+
+def _intransigence(result: dict[str, Any], reference: Float[np.ndarray, " tasks"] | None) -> float | None:
+    """Mean over tasks of the joint score minus the score right after learning."""
+    matrix = scores(result)
+    if reference is None or result.get("joint") or not len(matrix):
+        return None
+    sign = np.where(directions(result)[: len(matrix)], 1.0, -1.0)
+    gap = float((sign * (reference[: len(matrix)] - np.diagonal(matrix)[: len(matrix)])).mean())
+    return gap if np.isfinite(gap) else None
+
+
+def _summary(values: Sequence[Any]) -> dict[str, Any]:
+    there = [float(value) for value in values if isinstance(value, int | float) and np.isfinite(value)]
+    return {
+        "mean": float(np.mean(there)) if there else None,
+        "std": float(np.std(there, ddof=1)) if len(there) > 1 else None,
+        "values": there,
+    }

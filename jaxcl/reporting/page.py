@@ -1,0 +1,116 @@
+"""The HTML page around reports: one style for screen, dark mode and paper; no script, nothing loaded from anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from html import escape as _escape
+
+from jaxcl.reporting.style import DASH, MINUS, printable
+from jaxcl.reporting.style_sheet import STYLE_SHEET
+
+
+def text(value: object) -> str:
+    r"""A value as text that is safe between tags and in quoted attributes, whatever it holds.
+
+    >>> text("<script>'\x00")
+    '&lt;script&gt;&#x27;�'
+    """
+    return _escape(printable(str(value)), quote=True)
+
+
+def page(title: str, body: Iterable[str]) -> str:
+    """A whole HTML document."""
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        # The page needs nothing from anywhere, and whatever a task's text tries may not change that.
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; "
+        'img-src data:">\n'
+        f"<title>{text(title)}</title>\n<style>{STYLE_SHEET}</style>\n</head>\n<body>\n<main>\n"
+        + "\n".join(part for part in body if part)
+        + "\n</main>\n</body>\n</html>\n"
+    )
+
+
+def section(heading: str, *parts: str, note: str = "") -> str:
+    """A section with a heading, a line that says how to read it (HTML), and its parts; nothing if all are empty."""
+    if not any(parts):
+        return ""
+    lead = f'<p class="note">{note}</p>' if note else ""
+    return f"<section><h2>{text(heading)}</h2>{lead}{''.join(parts)}</section>"
+
+
+def figure(picture: str, caption: str = "") -> str:
+    """A picture (an SVG element) with a caption (HTML)."""
+    under = f"<figcaption>{caption}</figcaption>" if caption else ""
+    return f"<figure>{picture}{under}</figure>"
+
+
+def card(name: str, value: str, unit: str, meaning: str, tone: str = "") -> str:
+    """A headline number with what it means; `tone` is `good`, `bad` or nothing."""
+    small = f"<small>{text(unit)}</small>" if unit else ""
+    return (
+        f'<div class="card"><b>{text(name)}</b><div class="value {tone}">{text(value)}{small}</div>'
+        f"<span>{text(meaning)}</span></div>"
+    )
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: Iterable[int] = ()) -> str:
+    """A table of cells that are HTML already; `numbers` are the columns aligned to the right."""
+    right = set(numbers)
+
+    def cells(tag: str, row: Sequence[str]) -> str:
+        plain = ' class="long"' if tag == "td" else ""
+        marks = [' class="number"' if column in right else plain for column in range(len(row))]
+        return "".join(f"<{tag}{mark}>{cell}</{tag}>" for mark, cell in zip(marks, row, strict=True))
+
+    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
+    top = f"<thead><tr>{cells('th', head)}</tr></thead>"
+    return f'<div class="scroll"><table>{top}<tbody>{body}</tbody></table></div>'
+
+
+def details(summary: str, content: str, *, opened: bool = False) -> str:
+    """A part that folds (works without script); `summary` and `content` are HTML."""
+    return f"<details{' open' if opened else ''}><summary>{summary}</summary><div>{content}</div></details>"
+
+
+def number(value: float | None, digits: int = 1, *, signed: bool = False) -> str:
+    """A number for reading: a true minus sign, a dash where there is none.
+
+    >>> number(-3.14159), number(2.0, signed=True), number(None), number(-0.01)
+    ('−3.1', '+2.0', '–', '0.0')
+    """
+    if value is None or value != value:
+        return DASH
+    rounded = round(float(value), digits) + 0.0  # never -0.0
+    if abs(rounded) >= 1e5:
+        return f"{rounded:.2e}"
+    return f"{rounded:{'+' if signed and rounded else ''}.{digits}f}".replace("-", MINUS)
+
+
+def duration(seconds: float) -> str:
+    """Seconds for reading.
+
+    >>> duration(4.24), duration(75), duration(3700)
+    ('4.2 s', '1 min 15 s', '1 h 2 min')
+    """
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60:,} h {minutes % 60} min"
+
+
+def size(count: float, base: int = 1000, suffix: str = "") -> str:
+    """A count with a prefix.
+
+    >>> size(134_515_008), size(2048, 1024, "B"), size(12)
+    ('135M', '2.0 KiB', '12')
+    """
+    prefixes = ["", "k", "M", "G", "T"] if base == 1000 else ["", "Ki", "Mi", "Gi", "Ti"]
+    power = 0
+    while count >= base and power < len(prefixes) - 1:
+        count, power = count / base, power + 1
+    digits = 1 if power and count < 10 else 0
+    return f"{count:.{digits}f}{' ' if suffix else ''}{prefixes[power]}{suffix}"

@@ -1,0 +1,156 @@
+"""A run folder, read for a report: what is missing is left out, what is broken is named."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Shaped
+
+from jaxcl.errors import UserError
+
+_NEEDED = ("method", "seed", "tasks", "metric", "matrix")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunData:
+    """What a report shows of a run.
+
+    Attributes:
+      folder: the run folder.
+      results: `results.json`.
+      config: text of `config.yaml`, empty if there is none.
+      metrics: rows of `metrics.jsonl`.
+      predictions: rows of all files in `predictions/`, by `(after, task)`.
+      tables: arrays of the latest file in `importance/`, by name.
+      problems: one line for each file that could not be read.
+    """
+
+    folder: Path
+    results: dict[str, Any]
+    config: str
+    metrics: list[dict[str, Any]]
+    predictions: dict[tuple[int, str], list[dict[str, Any]]]
+    tables: dict[str, Shaped[np.ndarray, "..."]]
+    problems: list[str]
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the tasks."""
+        return [str(task) for task in self.results["tasks"]]
+
+    @property
+    def learned(self) -> int:
+        """Number of tasks learned so far."""
+        rows = len(self.results["matrix"])
+        return len(self.tasks) if self.results.get("joint") and rows else rows
+
+
+def read_run(folder: Path) -> RunData:
+    """Reads a run folder.
+
+    Raises:
+      UserError: no folder, or no usable `results.json` in it.
+    """
+    problems: list[str] = []
+    return RunData(
+        folder=folder,
+        results=read_results(folder),
+        config=_text(folder / "config.yaml", problems),
+        metrics=_json_lines(folder / "metrics.jsonl", problems),
+        predictions=_predictions(folder / "predictions", problems),
+        tables=_tables(folder / "importance", problems),
+        problems=problems,
+    )
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """Reads `results.json` of a run folder; see `read_run`."""
+    path = folder / "results.json"
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    if not path.is_file():
+        raise UserError(f"{folder}: not a run folder, or a run that has not evaluated anything yet (no results.json)")
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    missing = [name for name in _NEEDED if not isinstance(results, dict) or name not in results]
+    if missing:
+        raise UserError(f"{path}: not a jaxcl result: no {missing[0]!r} in it")
+    try:
+        scores(results)
+    except (TypeError, ValueError):
+        raise UserError(f"{path}: not a jaxcl result: matrix is no list of rows of numbers") from None
+    return results
+
+
+def scores(results: dict[str, Any]) -> Float[np.ndarray, "rows tasks"]:
+    """The matrix of results (or of one of its further measures), NaN where nothing was measured."""
+    rows = results["matrix"]
+    count = len(results["metric"])
+    filled = np.full((len(rows), count), np.nan)
+    for index, row in enumerate(rows):
+        filled[index, : len(row)] = [np.nan if value is None else float(value) for value in row]
+    return filled
+
+
+def directions(results: dict[str, Any]) -> list[bool]:
+    """For each task, whether a larger score is a better one."""
+    default = [name != "perplexity" for name in results["metric"]]
+    return list(results.get("higher_is_better") or default)
+
+
+def unit(results: dict[str, Any]) -> str:
+    """`"%"` if all scores are percentages, else nothing."""
+    return "" if "perplexity" in results["metric"] else "%"
+
+
+def _text(path: Path, problems: list[str]) -> str:
+    if not path.is_file():
+        return ""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        problems.append(f"{path.name}: {error.strerror}")
+        return ""
+
+
+def _json_lines(path: Path, problems: list[str]) -> list[dict[str, Any]]:
+    rows, bad = [], 0
+    for line in _text(path, problems).split("\n"):
+        try:
+            row = json.loads(line) if line.strip() else None
+        except ValueError:
+            bad += 1
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    if bad:
+        problems.append(f"{path.name}: {bad} unreadable line{'s' if bad > 1 else ''} left out")
+    return rows
+
+
+def _predictions(folder: Path, problems: list[str]) -> dict[tuple[int, str], list[dict[str, Any]]]:
+    found: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        for row in _json_lines(path, problems):
+            if isinstance(row.get("after"), int) and "task" in row:
+                found.setdefault((row["after"], str(row["task"])), []).append(row)
+    return found
+
+
+def _tables(folder: Path, problems: list[str]) -> dict[str, Shaped[np.ndarray, "..."]]:
+    # Latest first; what was measured before any training comes last.
+    files = sorted(folder.glob("*.npz"), key=lambda path: (path.name.startswith("after"), path.name), reverse=True)
+    for path in files:
+        try:
+            with np.load(path, allow_pickle=False) as stored:
+                return {name: stored[name] for name in stored.files}
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            problems.append(f"importance/{path.name}: cannot be read: {error}")
+    return {}

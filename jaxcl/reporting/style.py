@@ -1,0 +1,172 @@
+"""How pictures look: one matplotlib style, and SVG that takes its colours from the page it stands in."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import unicodedata
+import warnings
+from collections.abc import Iterator
+from html import escape
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+INK, MUTED, GRID, FAINT = "#1b1f24", "#5c6570", "#d9dee4", "#bcc5cf"
+# Okabe and Ito's palette, told apart under the common forms of colour blindness; yellow is left out, which no white
+# page shows. The page names lighter ones for dark mode.
+SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6b5b95", "#5c6570")
+DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)))
+HEAT = "viridis"
+WIDTH = 10.4  # inches of a figure as wide as the page
+
+_VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", FAINT: "faint"} | {
+    colour: f"series-{number}" for number, colour in enumerate(SERIES[:-1])
+}
+_STYLE: dict[str, Any] = {
+    "svg.fonttype": "none",  # text stays text: it can be selected, and takes the page's font
+    "font.family": ["DejaVu Sans"],
+    "font.size": 9.0,
+    "text.parse_math": False,  # names of tasks are no formulas, whatever dollars they hold
+    "text.color": INK,
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": MUTED,
+    "axes.labelsize": 8.5,
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlecolor": INK,
+    "axes.titlepad": 7.0,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.8,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.formatter.useoffset": False,
+    "axes.unicode_minus": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "xtick.color": GRID,
+    "ytick.color": GRID,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "xtick.labelsize": 8.0,
+    "ytick.labelsize": 8.0,
+    "xtick.major.size": 0.0,
+    "ytick.major.size": 0.0,
+    "lines.linewidth": 1.8,
+    "lines.solid_capstyle": "round",
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+}
+
+
+MINUS, DASH, TIMES = "\N{MINUS SIGN}", "\N{EN DASH}", "\N{MULTIPLICATION SIGN}"
+
+
+def series_colour(index: int) -> str:
+    """Colour of the series of that number."""
+    return SERIES[index % len(SERIES)]
+
+
+def series_dash(index: int) -> Any:
+    """Dash pattern of the series of that number; differs where colours come round again."""
+    return DASHES[index // len(SERIES) % len(DASHES)]
+
+
+@contextlib.contextmanager
+def styled(name: str) -> Iterator[None]:
+    """The style, for building a figure and for turning it into SVG; the process's own settings stay.
+
+    Args:
+      name: of the figure, unlike those of others on the page: the picture's internal ids are made of it.
+    """
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}), warnings.catch_warnings():
+        # Text is laid out with matplotlib's own font, but shown in the reader's, which may well have the glyph.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        yield
+
+
+def grid(columns: int, rows: int, *, width: float = WIDTH, height: float, **options: Any) -> tuple[Figure, list[Axes]]:
+    """A figure with its axes in reading order. Call within `styled`.
+
+    Args:
+      columns: axes beside each other.
+      rows: axes below each other.
+      width: of the figure in inches.
+      height: of one row in inches.
+      options: for `Figure.subplots`.
+    """
+    figure = Figure(figsize=(width, height * rows), layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.09, w_pad=0.07, hspace=0.04, wspace=0.03)  # type: ignore[union-attr, call-arg]
+    axes = figure.subplots(rows, columns, squeeze=False, **options)
+    return figure, list(axes.flat)
+
+
+def svg(figure: Figure, label: str) -> str:
+    """The figure as an inline SVG element whose colours and font are the page's. Call within `styled`.
+
+    Args:
+      figure: the figure.
+      label: what it shows, for readers who do not see it.
+    """
+    buffer = io.StringIO()
+    FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    # A style sheet in here would act on the whole page; the page has the same rule for pictures.
+    text = re.sub(r"<(metadata|style)\b.*?</\1>\s*", "", text, flags=re.S)
+    # Colours and fonts stand in attributes; what stands between tags is text and stays as it is.
+    text = re.sub(r"<[^>]*>", lambda tag: _themed(tag.group()), text)
+    head, rest = text.split(">", 1)
+    view = re.search(r'viewBox="[^"]*"', head)
+    assert view is not None  # print_svg always writes it
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" {view.group()} '
+        f'role="img" aria-label="{escape(label, quote=True)}" style="--pt-width:{_width(head)}">{rest.strip()}'
+    )
+
+
+def short(text: str, limit: int) -> str:
+    """One line of at most `limit` characters, for labels.
+
+    >>> short("a task with a long name", 10)
+    'a task wi…'
+    """
+    line = " ".join(printable(text).split())
+    return line if len(line) <= limit else line[: limit - 1].rstrip() + "…"
+
+
+def printable(text: str) -> str:
+    """Text that HTML and SVG can hold: control characters and halves of characters become a replacement mark."""
+    return "".join("\ufffd" if _unprintable(character) else character for character in text)
+
+
+def _unprintable(character: str) -> bool:
+    control = unicodedata.category(character) in ("Cc", "Cs") and character not in "\n\t"
+    return control or character in "\ufffe\uffff"
+
+
+def _themed(tag: str) -> str:
+    def variable(match: re.Match[str]) -> str:
+        colour = match.group().lower()
+        return f"var(--{_VARIABLES[colour]}, {colour})" if colour in _VARIABLES else match.group()
+
+    if tag.startswith("<g "):
+        tag = re.sub(r' id="[^"]*"', "", tag)  # the same in every picture, and nothing refers to them
+    tag = re.sub(r"#[0-9a-fA-F]{6}\b", variable, tag)
+    # matplotlib writes either the shorthand or the longhand property.
+    tag = re.sub(r"(font: [^;\"']*?\d(?:\.\d+)?px )[^;\"]*", r"\1var(--font, sans-serif)", tag)
+    return re.sub(r"(font-family: )[^;\"]*", r"\1var(--font, sans-serif)", tag)
+
+
+def _width(head: str) -> str:
+    found = re.search(r'width="([\d.]+)pt"', head)
+    return found.group(1) if found else "720"
