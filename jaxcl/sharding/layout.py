@@ -6,7 +6,8 @@ import dataclasses
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxcl.sharding import rules
 
@@ -64,4 +65,33 @@ class Layout:
 
     def place(self, tree: PyTree) -> PyTree:
         """Moves host or device arrays to where `like_params` says they live."""
-        return jax.device_put(tree, self.like_params(tree))
+        return put(tree, self.like_params(tree))
+
+
+def put(tree: PyTree, shardings: PyTree) -> PyTree:
+    """`jax.device_put` that also serves several processes.
+
+    Args:
+      tree: numpy arrays, arrays of this process (the same values in every process) or global arrays.
+      shardings: a `NamedSharding` for all leaves, or a tree of them.
+
+    Returns:
+      Global arrays, sharded as said.
+    """
+    if jax.process_count() == 1:
+        return jax.device_put(tree, shardings)
+    if isinstance(shardings, NamedSharding):
+        return jax.tree.map(lambda leaf: _put_leaf(leaf, shardings), tree)
+    return jax.tree.map(_put_leaf, tree, shardings)
+
+
+def _put_leaf(leaf: Any, sharding: NamedSharding) -> jax.Array:
+    """`jax.device_put` refuses to spread an array of one process over the devices of others."""
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        return jax.device_put(leaf, sharding)
+    if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        kind = jax.random.key_impl(leaf)
+        data = _put_leaf(jax.random.key_data(leaf), NamedSharding(sharding.mesh, PartitionSpec()))
+        return jax.jit(lambda data: jax.random.wrap_key_data(data, impl=kind), out_shardings=sharding)(data)
+    host = np.asarray(leaf)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])

@@ -71,7 +71,7 @@ def partition(names: Names, shape: Sequence[int], mesh: Mesh, rules: Rules, wher
     Examples:
       >>> mesh = jax.sharding.AbstractMesh((2, 2), ("fsdp", "tensor"))
       >>> partition(("layers", "embed", "heads", None), (3, 8, 4, 2), mesh, PARAM_RULES)
-      PartitionSpec(None, 'fsdp', 'tensor', None)
+      P(None, 'fsdp', 'tensor', None)
     """
     if len(names) != len(shape):
         raise ValueError(f"{where}: expected an axis name for each of the {len(shape)} axes of {shape}, got {names}")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import functools
 import json
 import logging
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -91,6 +93,18 @@ class _NoTracebacks(logging.Filter):
 logging.getLogger("absl").addFilter(_NoTracebacks())
 
 
+@functools.cache
+def _ignore_late_writes() -> None:
+    """Hides the tracebacks of writes that end after the failed save they belong to."""
+    before = sys.unraisablehook
+
+    def hook(details: Any) -> None:
+        if not (isinstance(details.exc_value, RuntimeError) and "Event loop is closed" in str(details.exc_value)):
+            before(details)
+
+    sys.unraisablehook = hook
+
+
 class _Kept:
     """Keeps the latest checkpoints and the latest marked ones; an Orbax preservation policy."""
 
@@ -128,6 +142,7 @@ class Checkpoints:
         Raises:
           UserError: the folder cannot be created or read.
         """
+        _ignore_late_writes()
         self.folder = Path(folder).absolute()
         self._kept = _Kept(keep, keep_marked)
         options = ocp.CheckpointManagerOptions(

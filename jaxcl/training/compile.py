@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import NamedSharding
 
 from jaxcl.errors import UserError
 from jaxcl.models.axes import constraints
-from jaxcl.sharding.layout import Layout
+from jaxcl.sharding.layout import Layout, put
 from jaxcl.sharding.rules import Activations
 
 PyTree = Any
@@ -39,18 +40,18 @@ class Compiler:
           device, so that every process may read it.
         """
 
-        def build() -> Callable[..., Any]:
-            def constrained(*args: Any, **kwargs: Any) -> Any:
-                out = function(*args, **kwargs)
-                return jax.lax.with_sharding_constraint(out, self.layout.like_params(out))
+        def constrained(*args: Any, **kwargs: Any) -> Any:
+            out = function(*args, **kwargs)
+            return jax.lax.with_sharding_constraint(out, self.layout.like_params(out))
 
-            return jax.jit(self.trace(constrained, function))
-
-        return self._once(("function", function), build)
+        return self._once(function, "whole", lambda: self._at_home(jax.jit(self.trace(constrained, function))))
 
     def per_row(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Compiles a pure function whose results all have a leading batch axis, split like a batch."""
-        return self._once(("per_row", function), lambda: jax.jit(self.trace(function), out_shardings=self.layout.batch))
+        shardings = self.layout.batch
+        return self._once(
+            function, "per row", lambda: self._at_home(jax.jit(self.trace(function), out_shardings=shardings))
+        )
 
     def trace(self, function: Callable[..., Any], name_of: Callable[..., Any] | None = None) -> Callable[..., Any]:
         """`function`, with logical axis names meaning this run's mesh while it is traced; not compiled."""
@@ -67,14 +68,30 @@ class Compiler:
         mesh = self.layout.mesh
         return constraints(Activations(mesh)) if mesh.size > 1 else contextlib.nullcontext()
 
-    def _once(self, key: Any, build: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
-        function = key[1]
+    def _at_home(self, jitted: Callable[..., Any]) -> Callable[..., Any]:
+        """Puts arguments that live nowhere in particular on all devices before the call.
+
+        A loop like `sums = add(sums, batch)` would else compile twice: for the fresh `sums`, and for those it returned.
+        """
+
+        def home(leaf: Any) -> Any:
+            placed = isinstance(leaf, jax.Array) and isinstance(leaf.sharding, NamedSharding)
+            return leaf if placed else put(leaf, self.layout.replicated)
+
+        @functools.wraps(jitted)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            args, kwargs = jax.tree.map(home, (args, kwargs))
+            return jitted(*args, **kwargs)
+
+        return call
+
+    def _once(self, function: Callable[..., Any], use: str, build: Callable[[], Callable[..., Any]]) -> Any:
         # A local function may hold arrays in its closure, which remembering it would keep alive.
         if not (inspect.ismethod(function) or "<locals>" not in getattr(function, "__qualname__", "<locals>")):
             return build()
-        if key not in self._compiled:
-            self._compiled[key] = build()
-        return self._compiled[key]
+        if (function, use) not in self._compiled:
+            self._compiled[function, use] = build()
+        return self._compiled[function, use]
 
 
 def enable_compilation_cache(folder: str | os.PathLike[str] | None) -> None:

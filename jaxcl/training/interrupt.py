@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -45,6 +46,8 @@ class Interrupts:
         if self.requested is not None:
             raise KeyboardInterrupt
         self.requested = signal.Signals(number)
+        # Not print: the signal may have come in the middle of one.
+        os.write(2, b"\nstopping after this step, with a checkpoint; once more to stop at once\n")
 
 
 class Agreement:

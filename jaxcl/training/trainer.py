@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxcl.methods.base import Method
 from jaxcl.models.batch import Batch
-from jaxcl.sharding.layout import Layout
+from jaxcl.sharding.layout import Layout, put
 from jaxcl.training.compile import Compiler
 from jaxcl.training.feed import Feed, RowIterator
 from jaxcl.training.optimizer import Clock, OptimizerConfig, make_parts
@@ -51,7 +51,7 @@ class Trainer:
         shapes = jax.eval_shape(self._init, layout.shapes)
         self.shardings = state_shardings(shapes, layout)
         self.target: TrainState = abstract(shapes, self.shardings)
-        self.key = jax.device_put(jax.random.key(seed), layout.replicated)
+        self.key = put(jax.random.key(seed), layout.replicated)
         self._reset = jax.jit(_fresh(self._init_optimizer), out_shardings=self.shardings.opt_state)
         step = make_train_step(method, self._transform, optimizer, accumulate=accumulate, layout=layout)
         self.jitted_step = jax.jit(
@@ -71,9 +71,9 @@ class Trainer:
         Returns:
           Step 0, no task begun.
         """
-        params = jax.device_put(params, self.layout.params)
+        params = put(params, self.layout.params)
         method_state = jax.jit(_fresh(self.method.init), out_shardings=self.shardings.method_state)(params)
-        step, clock = jax.device_put((jnp.int32(0), Clock.start(self.optimizer, 0)), self.layout.replicated)
+        step, clock = put((jnp.int32(0), Clock.start(self.optimizer, 0)), self.layout.replicated)
         return TrainState(step, clock, params, self._reset(params), method_state)
 
     def start_task(self, state: TrainState, total: int) -> TrainState:
@@ -83,7 +83,7 @@ class Trainer:
           state: the state after the previous task; do not use it any more.
           total: optimizer steps of the task.
         """
-        clock = jax.device_put(Clock.start(self.optimizer, total), self.layout.replicated)
+        clock = put(Clock.start(self.optimizer, total), self.layout.replicated)
         if self.optimizer.reset_optimizer:
             # The old moments go before the new ones come: there need not be room for both.
             jax.tree.map(lambda leaf: leaf.delete(), state.opt_state)

@@ -26,6 +26,7 @@ NETWORK = Network.create(
 )
 MESHES = {"one": None, "data": {"data": 8}, "all": {"data": 2, "fsdp": 2, "tensor": 2}}
 STEPS = 4
+COLLECTIVES = re.compile(r" (all-[a-z-]+?|collective-permute|reduce-scatter)(?:-start)?\(")
 
 
 class Plain(Method):
@@ -63,10 +64,12 @@ def train(mesh: dict[str, int] | None) -> dict[str, Any]:
     for step in range(STEPS):
         state, metrics = trainer.step(state, place_batch(make_rows(step), layout.batch))
         losses.append(float(metrics["loss"]))
-    batch = place_batch(make_rows(0), layout.batch)
-    program = trainer.jitted_step.lower(trainer.target, batch, trainer.key).compile().as_text()
+    program = ""
+    if mesh == MESHES["data"]:
+        batch = place_batch(make_rows(0), layout.batch)
+        program = trainer.jitted_step.lower(trainer.target, batch, trainer.key).compile().as_text()
     query = state.params["blocks"]["attention"]["query"]["kernel"]
-    moments = jax.tree.leaves(state.opt_state, is_leaf=lambda leaf: leaf.shape == query.shape)
+    moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.shape == query.shape]
     return {
         "losses": losses,
         "grad_norm": float(metrics["grad_norm"]),
@@ -75,9 +78,8 @@ def train(mesh: dict[str, int] | None) -> dict[str, Any]:
             for path, leaf in jax.tree_util.tree_flatten_with_path(state.params)[0]
         },
         "specs": [
-            str(leaf.sharding.spec)
+            str(tuple(leaf.sharding.spec))
             for leaf in (query, state.method_state["before"]["blocks"]["attention"]["query"]["kernel"], *moments)
-            if leaf.shape == query.shape
         ],
         "compilations": trainer.jitted_step._cache_size(),
         "collectives": sorted(

@@ -115,6 +115,25 @@ def test_a_function_is_compiled_once_for_all_tasks() -> None:
     assert compiled(method.signals) is compiled(method.signals)
 
 
+def test_a_loop_over_batches_compiles_once() -> None:
+    """The first sums come from nowhere, the later ones from the function itself."""
+    trainer = make_trainer()
+    traces = []
+
+    def add(sums: Any, params: Any, key: Any) -> Any:
+        traces.append(1)
+        return {name: value + params["head"]["bias"].sum() for name, value in sums.items()}
+
+    compiled, state = trainer.compile(add), trainer.init(make_params())
+    sums: Any = {"a": jnp.zeros(3), "b": np.zeros(2, np.float32)}
+    for index in range(3):
+        sums = compiled(sums, state.params, jax.random.key(index))
+        assert sums["a"].sharding == trainer.layout.replicated
+    assert len(traces) == 1
+    assert compiled.__wrapped__._cache_size() == 1  # type: ignore[attr-defined]
+    np.testing.assert_allclose(sums["b"], np.full(2, 3 * np.asarray(make_params()["head"]["bias"]).sum()), rtol=1e-6)
+
+
 def test_the_compilation_cache_is_set_up(tmp_path: Any) -> None:
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = {name: getattr(jax.config, name) for name in names}

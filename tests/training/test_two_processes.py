@@ -1,0 +1,70 @@
+"""Two processes with two devices each against one process with one device."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+
+def start(folder: Path, name: str, checkpoints: str, **settings: str) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", **settings}
+    script = Path(__file__).with_name("two_processes_script.py")
+    command = [sys.executable, str(script), str(folder / checkpoints), str(folder / name)]
+    with open(folder / f"{name}.err", "wb") as errors:
+        return subprocess.Popen(command, env=environment, stderr=errors)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("processes")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    running = {"alone": start(folder, "alone", "checkpoints-alone")}
+    for index in range(2):
+        running[f"process{index}"] = start(
+            folder,
+            f"process{index}",
+            "checkpoints",
+            JAX_COORDINATOR_ADDRESS=address,
+            JAX_NUM_PROCESSES="2",
+            JAX_PROCESS_ID=str(index),
+            XLA_FLAGS="--xla_force_host_platform_device_count=2",
+        )
+    try:
+        for name, process in running.items():
+            assert process.wait(timeout=180) == 0, (folder / f"{name}.err").read_text()[-3000:]
+    finally:
+        for process in running.values():
+            process.kill()
+            process.wait()
+    return {name: json.loads((folder / name).read_text()) for name in running}
+
+
+def test_interrupted_on_one_process_both_stop_go_on_and_end_where_one_process_does(results: dict[str, Any]) -> None:
+    alone = results["alone"]
+    for index in range(2):
+        part = results[f"process{index}"]
+        np.testing.assert_allclose(part["losses"], alone["losses"], rtol=1e-5)
+        for got, expected in zip(part["params"], alone["params"], strict=True):
+            np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_each_process_hands_on_its_own_rows(results: dict[str, Any]) -> None:
+    parts = [results[f"process{index}"] for index in range(2)]
+    assert parts[0]["count"] + parts[1]["count"] == results["alone"]["count"] == 11
+    assert not parts[0]["seen"].keys() & parts[1]["seen"].keys()
+    assert parts[0]["seen"] | parts[1]["seen"] == results["alone"]["seen"]
+
+
+def test_compiled_functions_of_methods_see_the_whole_batch(results: dict[str, Any]) -> None:
+    for index in range(2):
+        assert results[f"process{index}"]["sum"] == pytest.approx(results["alone"]["sum"], rel=1e-5)

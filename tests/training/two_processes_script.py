@@ -1,0 +1,134 @@
+"""One of two processes with two devices each: trains, saves, restores, collects, stops on request. Run as a program."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from training_standins import AXES, SHAPES, TinyMethod, make_params, make_rows
+
+from jaxcl.models.batch import Batch
+from jaxcl.sharding.layout import Layout
+from jaxcl.sharding.mesh import MeshConfig, make_mesh
+from jaxcl.sharding.processes import initialize
+from jaxcl.training.checkpoint import Checkpoints
+from jaxcl.training.loop import train_task
+from jaxcl.training.optimizer import OptimizerConfig
+from jaxcl.training.task import RunningTask, collect_signals
+from jaxcl.training.trainer import Trainer
+
+STEPS = 6
+
+
+def share(rows: dict[str, Any]) -> dict[str, Any]:
+    """This process's half of a batch."""
+    size = len(rows["tokens"]) // jax.process_count()
+    part = slice(jax.process_index() * size, (jax.process_index() + 1) * size)
+    return {name: value[part] if isinstance(value, np.ndarray) else value for name, value in rows.items()}
+
+
+class Shared:
+    def __init__(self, stop_at: int | None = None) -> None:
+        self.position, self.stop_at = 0, stop_at
+
+    def __next__(self) -> dict[str, Any]:
+        self.position += 1
+        if self.position == self.stop_at and jax.process_index() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return share(make_rows(self.position, uneven=True))
+
+    def get_state(self) -> int:
+        return self.position
+
+    def set_state(self, state: int) -> None:
+        self.position = state
+
+    def once(self, limit: int | None, seed: int) -> Any:
+        yield share(make_rows(1))
+        yield share({**make_rows(2), "example": np.array([8, 9, 10, -1, -1, -1, -1, -1])})
+
+
+class Signalling(TinyMethod):
+    def signals(self, params: Any, state: Any, batch: Batch, key: Any) -> Any:
+        return {"first": batch.tokens[:, 0] + 0.0 * params["head"]["bias"][0]}
+
+
+def total_of(sums: Any, params: Any, batch: Batch) -> Any:
+    return sums + batch.weights.sum() + params["head"]["bias"].sum()
+
+
+def main(folder: Path) -> dict[str, Any]:
+    several = initialize()
+    devices = jax.devices()[: None if several else 1]
+    mesh = make_mesh(MeshConfig(fsdp=len(devices) // 2 or 1), devices)
+    layout = Layout.create(mesh, AXES, SHAPES)
+    optimizer = OptimizerConfig(learning_rate=0.05, warmup=2)
+    trainer = Trainer(Signalling(dropout=0.2), optimizer, layout, accumulate=2, seed=0)
+    losses: list[float] = []
+
+    class Sink:
+        def write(self, row: Any) -> None:
+            losses.append(row["loss"])
+
+        def close(self) -> None:
+            pass
+
+    options: dict[str, Any] = {"total": STEPS, "task": 0, "name": "x", "log_every": 1, "progress": False}
+    options["sinks"] = [Sink()]
+    with Checkpoints(folder) as checkpoints:
+        state = trainer.start_task(trainer.init(make_params()), STEPS)
+        feed = trainer.feed(Shared(stop_at=3 if several else None), prefetch=0)
+        if several:
+            with contextlib.suppress(KeyboardInterrupt):
+                train_task(
+                    trainer, state, feed, save=lambda s, data: checkpoints.save(s, progress={}, data=data), **options
+                )
+            saved = checkpoints.latest()
+            assert saved is not None
+            state, position = checkpoints.restore(trainer.target, saved)
+            stopped = int(state.step)
+            assert position == stopped, (position, stopped)
+            feed = trainer.feed(Shared(), prefetch=1)
+            feed.set_state(position)
+        state = train_task(trainer, state, feed, **options)
+    task = RunningTask(
+        index=0,
+        name="x",
+        count=1,
+        key=jax.random.key(3),
+        seed=0,
+        pipeline=Shared(),
+        memory=Shared(),
+        params_before=lambda: state.params,
+        compiler=trainer.compile,
+    )
+    seen: dict[str, float] = {}
+    count = collect_signals(
+        trainer,
+        state,
+        task,
+        lambda ids, records: seen.update(zip(map(str, ids), map(float, records["first"]), strict=True)),
+    )
+    sums: Any = np.float32(0)
+    for batch in task.examples():
+        sums = trainer.compile(total_of)(sums, state.params, batch)
+    whole = jax.jit(lambda tree: tree, out_shardings=layout.replicated)(state.params)
+    return {
+        "losses": losses,
+        "seen": seen,
+        "count": count,
+        "sum": float(sums),
+        "params": [np.asarray(leaf).ravel().tolist() for leaf in jax.tree.leaves(whole)],
+    }
+
+
+if __name__ == "__main__":
+    result = json.dumps(main(Path(sys.argv[1])))
+    Path(sys.argv[2]).write_text(result)
