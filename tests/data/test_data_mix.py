@@ -68,6 +68,18 @@ def test_steps_for_counts_what_comes_before_the_next_task_batch(options):
         assert order[length] == "t"
 
 
+@pytest.mark.parametrize("options", [{}, {"every": 3}, {"mode": "mix"}])
+def test_both_streams_run_on_in_their_own_order(options):
+    mixed = mixture(**options)
+    found: dict[str, list] = {"task": [], "memory": []}
+    for step in range(3 * mixed.steps_per_epoch):
+        batch = mixed.batch_at(step, seed=4)
+        found[batch["kind"]].append(batch)
+    for kind, stream in (("task", mixed.task), ("memory", mixed.memory)):
+        for number, batch in enumerate(found[kind]):
+            assert_same_batch(batch, stream.batch_at(number, seed=4))
+
+
 def test_a_saved_position_gives_the_identical_continuation():
     iterator = mixture().train(seed=3)
     for _ in range(11):

@@ -58,6 +58,15 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert [file.name for file in (tmp_path / "a").iterdir()] == ["file.json"]
 
 
+def test_a_write_never_touches_the_old_file(tmp_path):
+    """Whoever reads while it is replaced sees all of the old or all of the new content."""
+    write_json(tmp_path / "file.json", "old")
+    (tmp_path / "reader").hardlink_to(tmp_path / "file.json")
+    write_json(tmp_path / "file.json", "new")
+    assert read_text(tmp_path / "reader") == '"old"\n'
+    assert read_text(tmp_path / "file.json") == '"new"\n'
+
+
 def test_a_file_where_a_folder_should_be_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot write .*what was there before is intact"):
