@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -34,6 +36,8 @@ def save_orbax(
 ) -> Path:
     """Writes params as they are, every process its own shards, with the network's configuration beside them.
 
+    The configuration's `compute.param_dtype` becomes that of the params.
+
     Args:
       folder: a folder that does not exist yet or is empty.
       network: the network.
@@ -48,12 +52,26 @@ def save_orbax(
     """
     target = Path(folder).expanduser().absolute()
     with new_folder(target, tokenizer_folder) as partial:
-        with ocp.PyTreeCheckpointer() as checkpointer:
+        with ocp.PyTreeCheckpointer() as checkpointer, _disk_errors():
             checkpointer.save(partial / _PARAMS, params)
         if jax.process_index() == 0:
             config = network.config.model_dump(mode="json")
+            # What is read back is what was written, also where the params were cast since they were made.
+            config["compute"]["param_dtype"] = str(jax.tree.leaves(params)[0].dtype)
             (partial / ORBAX_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return target
+
+
+@contextlib.contextmanager
+def _disk_errors() -> Iterator[None]:
+    """Orbax's storage reports a full disk as a ValueError that carries the system's error code in its text."""
+    try:
+        yield
+    except ValueError as error:
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
 
 
 class Orbax:

@@ -141,3 +141,27 @@ def test_committed_only_where_asked(tmp_path: Path) -> None:
         assert not any(leaf.committed for leaf in jax.tree.leaves(free))
         assert all(leaf.committed for leaf in jax.tree.leaves(fixed))
         jax.tree.map(np.testing.assert_array_equal, free, fixed)
+
+
+def test_cast_params_are_read_back_as_they_were_cast(tmp_path: Path) -> None:
+    network = Network.create(CONFIGS["llama"])
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), random_params(network))
+    save_orbax(tmp_path / "model", network, half)
+    assert_equal_bits(load_weights(tmp_path / "model")[1], half)
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As tensorstore words it.
+    text = "RESOURCE_EXHAUSTED: Error writing \"a\": Failed to write 436 bytes: No space left [os_error_code='28']"
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise ValueError(text)
+
+    monkeypatch.setattr("orbax.checkpoint.PyTreeCheckpointer.save", fail)
+    network = Network.create(CONFIGS["llama"])
+    with pytest.raises(UserError, match=r"cannot write .*model: No space left on device"):
+        save_orbax(tmp_path / "model", network, random_params(network))
+    assert list(tmp_path.iterdir()) == []
+    text = "something else"
+    with pytest.raises(ValueError, match="something else"):
+        save_orbax(tmp_path / "model", network, random_params(network))
