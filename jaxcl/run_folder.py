@@ -13,7 +13,14 @@ import yaml
 from jaxcl.errors import UserError
 
 # May differ between the first start and a resumed one: none of them changes a number.
-_FREE_KEYS = ("output", "training.log_every", "training.checkpoint_every", "training.keep", "training.prefetch")
+_FREE_KEYS = (
+    "output",
+    "training.log_every",
+    "training.checkpoint_every",
+    "training.keep",
+    "training.keep_tasks",
+    "training.prefetch",
+)
 
 
 class RunFolder:

@@ -128,7 +128,7 @@ class Progress:
     def __init__(self, name: str, *, done: int, total: int, enabled: bool = True) -> None:
         self.enabled = enabled and jax.process_index() == 0
         self._name, self._done, self._first, self._total = name, done, done, total
-        self._start = self._shown = time.monotonic()
+        self._shown = time.monotonic()
         self._tokens = 0.0
         self._rate_start: float | None = None
         self._bar: Any = None
@@ -157,7 +157,7 @@ class Progress:
             self._bar.update()
         elif now - self._shown >= self.interval or self._done == self._total:
             self._shown = now
-            remaining = (now - self._start) / max(self._done - self._first, 1) * (self._total - self._done)
+            remaining = (now - self._rate_start) / max(self._done - self._first - 1, 1) * (self._total - self._done)
             print(
                 f"{self._name}: step {self._done}/{self._total}, loss {loss:.3f}, {self.rate(now):,.0f} tokens/s, "
                 f"{remaining:.0f} s left",

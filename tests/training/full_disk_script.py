@@ -11,18 +11,24 @@ from training_standins import make_params, make_trainer
 from jaxcl.errors import UserError
 from jaxcl.training.checkpoint import Checkpoints
 
-with Checkpoints(sys.argv[1], keep=1) as checkpoints:
-    trainer = make_trainer()
-    state = trainer.init(make_params())
-    checkpoints.save(state, progress={"index": 0}, data=1)
-    checkpoints.wait()
-    big = state.replace(params={**state.params, "big": jax.random.normal(jax.random.key(0), (500_000,))})
-    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-    try:
-        checkpoints.save(big, progress={"index": 1})  # the write fails in the background
+
+def main(folder: str) -> int:
+    with Checkpoints(folder, keep=1) as checkpoints:
+        state = make_trainer().init(make_params())
+        checkpoints.save(state, progress={"index": 0}, data=1)
         checkpoints.wait()
-    except UserError as error:
-        latest = checkpoints.latest()
-        print("still there:", latest and latest.progress)
-        print(error, file=sys.stderr)
-        sys.exit(1)
+        big = state.replace(params={**state.params, "big": jax.random.normal(jax.random.key(0), (500_000,))})
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        try:
+            checkpoints.save(big, progress={"index": 1})  # the write fails in the background
+            checkpoints.wait()
+        except UserError as error:
+            latest = checkpoints.latest()
+            print("still there:", latest and latest.progress)
+            print(error, file=sys.stderr)
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
