@@ -121,7 +121,7 @@ def build_parser() -> argparse.ArgumentParser:
         "compare",
         _compare,
         "run the same sequence under several methods and seeds, and set the results side by side",
-        "jaxcl compare configs/quickstart_seekr.yaml --methods sequential,replay,seekr --seeds 0,1,2 --out runs/compare",
+        "jaxcl compare configs/quickstart_seekr.yaml --methods sequential,replay,seekr --seeds 0,1 --out runs/compare",
     )
     compare.add_argument("config", metavar="CONFIG")
     compare.add_argument("overrides", nargs="*", metavar="KEY=VALUE")

@@ -55,5 +55,6 @@ def _variant(content: dict[str, Any], origin: str, method: str, seed: int, outpu
         raise ConfigError(f"--methods: {error}") from None
     shared = own if own.get("name") == method else {key: value for key, value in own.items() if key in known}
     return parse_config(
-        {**content, "seed": seed, "output": str(output), "method": {**shared, "name": method}}, f"{origin} with {method}"
+        {**content, "seed": seed, "output": str(output), "method": {**shared, "name": method}},
+        f"{origin} with {method}",
     )

@@ -11,12 +11,13 @@ from typing import Any, TypeVar
 import jax
 
 from jaxcl.config import ExperimentConfig, find_method
-from jaxcl.data.pairs import PairRows
+from jaxcl.data.pairs import PairRows, pair_shapes
 from jaxcl.data.pipeline import Pipeline
+from jaxcl.data.plan import Shape
 from jaxcl.data.rows import Rows
 from jaxcl.data.sources import TaskData, load_task
 from jaxcl.data.spec import SourceSpec, TokenizerConfig
-from jaxcl.data.text import TextRows
+from jaxcl.data.text import Objective, TextRows
 from jaxcl.data.tokenizer import Tokenizer, prepare_tokenizer
 from jaxcl.errors import UserError
 from jaxcl.methods.base import Method
@@ -57,6 +58,12 @@ class Components:
         """The encoded training examples of every task."""
         return tuple(self.encode(index, "train") for index in range(len(self.tasks)))
 
+    @functools.cached_property
+    def shapes(self) -> list[Shape] | None:
+        """Shapes of prompt-answer batches, the same for all tasks and their memory: each compiles its own step."""
+        rows = [rows for rows in self.train_rows if isinstance(rows, PairRows)]
+        return pair_shapes(rows, self.config.data) if rows else None
+
     def encode(self, index: int, split: str) -> Rows:
         """The encoded examples of a task.
 
@@ -73,18 +80,19 @@ class Components:
             raise UserError(f"task {task.name}: no {split} examples")
         if task.kind == "pairs":
             if not self.network.causal:
-                raise UserError(f"task {task.name}: prompts and answers need a decoder; model.architecture is an encoder")
+                raise UserError(
+                    f"task {task.name}: prompts and answers need a decoder; model.architecture is an encoder"
+                )
             return PairRows(rows, self.tokenizer, self.config.data, task=index, name=task.name)
         if task.kind == "text":
-            objective = "causal" if self.network.causal else "masked"
-            return TextRows(
-                rows, self.tokenizer, self.config.data, objective=objective, task=index, name=task.name  # type: ignore[arg-type]
-            )
+            objective: Objective = "causal" if self.network.causal else "masked"
+            return TextRows(rows, self.tokenizer, self.config.data, objective=objective, task=index, name=task.name)
         raise UserError(f"task {task.name}: labelled examples can only be an end_task of a text domain")
 
     def pipeline(self, sources: list[Rows], *, batch_size: int | None = None) -> Pipeline:
         """Training batches of encoded examples; see `Pipeline`."""
-        return Pipeline(sources, batch_size or self.config.training.batch_size, self.config.data)
+        size = batch_size or self.config.training.batch_size
+        return Pipeline(sources, size, self.config.data, shapes=self.shapes)
 
 
 class ProcessShare:
@@ -125,7 +133,10 @@ def build(config: ExperimentConfig, folder: RunFolder) -> Components:
 def _check_window(config: ExperimentConfig, tasks: tuple[TaskData, ...]) -> None:
     """Whether the longest row of each kind of task fits the model."""
     data, window = config.data, config.model.max_length
-    needed = {"text": ("length", data.length), "pairs": ("prompt_length + answer_length", data.prompt_length + data.answer_length)}
+    needed = {
+        "text": ("length", data.length),
+        "pairs": ("prompt_length + answer_length", data.prompt_length + data.answer_length),
+    }
     for task in tasks:
         key, tokens = needed.get(task.kind, ("length", data.length))
         if tokens > window:
@@ -183,5 +194,3 @@ def initial_params(components: Components) -> Params:
         return load_params(config.weights, network, shardings=layout.params)
     key = jax.random.key(config.seed)
     return jax.jit(network.init, out_shardings=layout.params)(key)
-
-

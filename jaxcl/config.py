@@ -73,7 +73,8 @@ class ExperimentConfig(Schema):
         ".", description="folder that relative task files start from; the environment's JAXCL_DATA replaces it"
     )
     weights: str | None = Field(
-        None, description="pre-trained model: Hugging Face folder, .gguf file, Orbax folder or package:NAME; none: random"
+        None,
+        description="pre-trained model: Hugging Face folder, .gguf file, Orbax folder or package:NAME; none: random",
     )
     model: ModelConfig = Field(
         description="the network; with `weights`, only the keys that differ from what the weights say"
@@ -145,7 +146,9 @@ def parse_config(content: dict[str, Any], origin: str = "config") -> ExperimentC
 def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in changes.items():
-        merged[key] = _merge(merged[key], value) if isinstance(value, dict) and isinstance(merged.get(key), dict) else value
+        merged[key] = (
+            _merge(merged[key], value) if isinstance(value, dict) and isinstance(merged.get(key), dict) else value
+        )
     return merged
 
 

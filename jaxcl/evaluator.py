@@ -130,19 +130,22 @@ class Evaluator:
             assert spec is not None
             task = load_end_task(rooted(spec, self.parts.config.data_root), self.parts.config.tasks[index].name)
             data = self.parts.config.data.model_copy(update={"length": self.settings.end_task.length})
-            self._end_tasks[index] = task, {
-                split: LabelledPipeline(
-                    getattr(task, split),
-                    task.labels,
-                    self.parts.tokenizer,
-                    data,
-                    masked=not self.parts.network.causal,
-                    batch_size=self.settings.end_task.batch_size,
-                    name=task.name,
-                )
-                for split in ("train", "dev", "test")
-                if getattr(task, split)
-            }
+            self._end_tasks[index] = (
+                task,
+                {
+                    split: LabelledPipeline(
+                        getattr(task, split),
+                        task.labels,
+                        self.parts.tokenizer,
+                        data,
+                        masked=not self.parts.network.causal,
+                        batch_size=self.settings.end_task.batch_size,
+                        name=task.name,
+                    )
+                    for split in ("train", "dev", "test")
+                    if getattr(task, split)
+                },
+            )
         return self._end_tasks[index]
 
     def _place(self, rows: Mapping[str, Any]) -> Batch:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,8 +16,7 @@ from jaxcl.components import Components, ProcessShare, build, initial_params
 from jaxcl.config import ExperimentConfig
 from jaxcl.data.memory import Memory, MemoryPipeline
 from jaxcl.data.mix import Mixture
-from jaxcl.data.pipeline import Collate, Pipeline
-from jaxcl.data.plan import Shape
+from jaxcl.data.pipeline import Pipeline
 from jaxcl.data.teacher_store import TeacherStore, write_records
 from jaxcl.errors import UserError
 from jaxcl.evaluation.matrix import ContinualMatrix
@@ -209,14 +208,19 @@ class TaskSequence:
         if replay is None or not earlier:
             return pipeline
         stores = {task.task: store for task in earlier if (store := self._open_store(task.task)) is not None}
-        collate = _with_fillers(parts.method.collator(method_state), next(iter(stores.values()))[0]) if stores else None
+        collate = parts.method.collator(method_state) if stores else None
         memory = self._memory_pipeline([task.task for task in earlier], stores=stores or None, collate=collate)
         return Mixture(pipeline, memory, mode=replay.mode, every=replay.every)  # type: ignore[arg-type]
 
     def _memory_pipeline(self, tasks: list[int], **options: Any) -> MemoryPipeline:
-        rows = dict(enumerate(self.parts.train_rows))
         return MemoryPipeline(
-            self.memory, rows, self.config.data, batch_size=self.config.training.batch_size, tasks=tasks, **options
+            self.memory,
+            dict(enumerate(self.parts.train_rows)),
+            self.config.data,
+            batch_size=self.config.training.batch_size,
+            shapes=self.parts.shapes,
+            tasks=tasks,
+            **options,
         )
 
     def _task(self, index: int, moment: int) -> RunningTask:
@@ -353,13 +357,3 @@ class TaskSequence:
         finally:
             inner = sum(self.timing.values()) - inner
             self.timing[part] = self.timing.get(part, 0.0) + time.monotonic() - started - inner
-
-
-def _with_fillers(collate: Callable[..., Record], example: Record) -> Collate:
-    """A method's `collate`, given zeros like `example` for the rows that only fill a batch."""
-    blank = {name: np.zeros_like(value) for name, value in example.items()}
-
-    def collate_rows(records: Sequence[Mapping[str, np.ndarray] | None], shape: Shape) -> Record:
-        return collate([blank if record is None else record for record in records], shape)
-
-    return collate_rows

@@ -129,7 +129,7 @@ def _prompt_ids(model: Model, prompt: str, raw: bool) -> list[int]:
         return encode_prompts([prompt], tokenizer, model.config.data).ids[0]
     if tokenizer.chat_template is not None and not raw:
         special = {
-            role: tokenizer.backend.id_to_token(number) if number is not None else ""
+            role: (tokenizer.backend.id_to_token(number) or "") if number is not None else ""
             for role, number in (("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id))
         }
         return tokenizer.encode(as_chat(tokenizer.chat_template, prompt, **special), specials=True)

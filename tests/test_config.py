@@ -64,7 +64,7 @@ def test_a_resolved_configuration_reads_back_as_itself(tmp_path: Path) -> None:
         (["method.name=seker"], ["no method 'seker'", "did you mean seekr?", "das"]),
         (["method.name=das", "method.mask_onn=update"], ["mask_onn", "did you mean mask_on?"]),
         (["method.name=das", "method.mask_on=updates"], ["mask_on", "'update'", "'updates'"]),
-        (["method.name=seekr", "method.head_budget=99"], ["head_budget", "99", "4"]),
+        (["method.name=seekr", "method.layer_budget=2", "method.head_budget=99"], ["head_budget", "99", "4"]),
         (["tasks.0.sorce=x"], ["tasks.0.sorce", "did you mean source?"]),
         (["tasks.3.train=5"], ["tasks.3.train=5", "list of 1"]),
         (["seed"], ["'seed'", "KEY=VALUE"]),

@@ -42,9 +42,7 @@ def teacher_shapes(method: Any, target: Any, batch: Batch, shape: Shape) -> Any:
         return None
     zeros = {name: np.zeros(value.shape[1:], value.dtype) for name, value in signals.items()}
     collated = method.collate([method.trim(zeros)], shape)
-    return {
-        name: jax.ShapeDtypeStruct((batch.size, *value.shape[1:]), value.dtype) for name, value in collated.items()
-    }
+    return {name: jax.ShapeDtypeStruct((batch.size, *value.shape[1:]), value.dtype) for name, value in collated.items()}
 
 
 def test_there_are_the_papers_settings_and_the_quickstarts() -> None:
@@ -70,7 +68,11 @@ def test_every_task_has_a_metric_that_exists(path: Path) -> None:
     config = load(path)
     evaluation: EvaluationConfig = config.evaluation
     for task in config.tasks:
-        kind = "text" if task.end_task is not None or task.source.startswith(("text:", "stdlib:docstrings", "stdlib:py")) else "pairs"
+        kind = (
+            "text"
+            if task.end_task is not None or task.source.startswith(("text:", "stdlib:docstrings", "stdlib:py"))
+            else "pairs"
+        )
         assert evaluation.metric_for(kind, task.metric)  # type: ignore[arg-type]
 
 

@@ -28,7 +28,8 @@ class Batch:
       targets: token id expected at each scored position (for a causal model: the *next* token), int32.
       weights: 1 where the score counts, 0 for padding, float32.
       task: index of the task each row comes from, int32.
-      example: index of the row's example within its task's training set, int32 (-1 for filler and packed rows).
+      example: index of the row's example within its task's training set, int32 (for packed text the row's index;
+        -1 for rows that only fill a batch).
       labels: class of each row, int32; only for end tasks.
       teacher: what a method stored beside remembered rows (`Method.signals`), leading axis `batch`; `None` for
         rows of the current task.
