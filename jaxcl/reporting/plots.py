@@ -1,4 +1,4 @@
-"""The pictures of a report, each a function of plain numbers that returns an inline SVG element."""
+"""Curves, bars and histograms of reports: functions of plain numbers that return an inline SVG element."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Shaped
+from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from jaxcl.reporting.page import number
 from jaxcl.reporting.style import (
     FAINT,
-    HEAT,
     INK,
     MUTED,
-    WIDTH,
     grid,
+    outer_labels,
+    per_row,
     series_colour,
     series_dash,
     short,
@@ -27,7 +27,6 @@ from jaxcl.reporting.style import (
 )
 
 _POINTS = 400  # of a curve; more cannot be seen
-_COLUMNS = 256  # of a heat map
 
 
 def retention(tasks: Sequence[str], scores: Float[np.ndarray, "rows tasks"], unit: str) -> str:
@@ -38,10 +37,10 @@ def retention(tasks: Sequence[str], scores: Float[np.ndarray, "rows tasks"], uni
       scores: score on each task (column) after each task (row); NaN where not measured.
       unit: of the scores.
     """
-    columns = _panels(len(tasks))
+    columns = per_row(len(tasks))
     rows = math.ceil(len(tasks) / columns)
     with styled("retention"):
-        figure, axes = grid(columns, rows, height=1.75, sharex=True, sharey=True)
+        figure, axes = grid(columns, rows, height=1.75 if rows > 1 else 2.1, sharex=True, sharey=True)
         for index, axis in enumerate(axes):
             if index >= len(tasks):
                 axis.set_visible(False)
@@ -60,7 +59,7 @@ def retention(tasks: Sequence[str], scores: Float[np.ndarray, "rows tasks"], uni
             axis.set_title(f"{index + 1} {short(tasks[index], 100 // columns - 9)}")
             _task_axis(axis, len(scores))
             axis.margins(x=0.12, y=0.16)
-        _outer_labels(axes, columns, len(tasks), "tasks learned", f"score{' in %' if unit == '%' else ''}")
+        outer_labels(axes, columns, len(tasks), "tasks learned", f"score{' in %' if unit == '%' else ''}")
         return svg(figure, "Score of each task after every task")
 
 
@@ -117,65 +116,6 @@ def small_curves(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], 
         for axis in axes[len(curves) :]:
             axis.set_visible(False)
         return svg(figure, "Other quantities over the steps")
-
-
-def heat_maps(
-    maps: Mapping[str, Shaped[np.ndarray, "layers units"]], units: str, name: str, *, sort: bool = False
-) -> str:
-    """Layers × units, all maps on one colour scale, layer 1 at the bottom.
-
-    Args:
-      maps: values by title, all of one shape.
-      units: what the columns are.
-      name: of the figure.
-      sort: order the units of each layer from large to small: for so many that single ones cannot be seen.
-    """
-    first = next(iter(maps.values()))
-    layers, count = first.shape
-    columns = min(len(maps), 1 if count > 2 * _panel_units(2) else _map_columns(len(maps)))
-    rows = math.ceil(len(maps) / columns)
-    values = {title: _compact(np.asarray(one, float), sort) for title, one in maps.items()}
-    low, high = _limits(list(values.values()))
-    width = WIDTH if columns > 1 or count > 40 else WIDTH * 0.62
-    with styled(name):
-        figure, axes = grid(columns, rows, width=width, height=_map_height(layers, count, columns, width), sharex=True,
-                            sharey=True)  # fmt: skip
-        for axis, (title, one) in zip(axes, values.items(), strict=False):
-            image = axis.imshow(one, aspect="auto", origin="lower", cmap=HEAT, vmin=low, vmax=high,
-                                interpolation="nearest", extent=(0.5, count + 0.5, 0.5, layers + 0.5))  # fmt: skip
-            _map_axis(axis, title, len(maps), columns)
-            if layers * count <= 64 and columns == 1:
-                _write_values(axis, one, low, high)
-        _outer_labels(axes, columns, len(maps), f"{units}, sorted in each layer" if sort else units, "layer")
-        bar = figure.colorbar(image, ax=axes, fraction=0.03, pad=0.01, aspect=22)
-        bar.outline.set_visible(False)
-        for axis in axes[len(maps) :]:
-            axis.set_visible(False)
-        return svg(figure, f"Heat maps of layers by {units}: {', '.join(maps)}")
-
-
-def selected(maps: Mapping[str, Shaped[np.ndarray, "layers heads"]]) -> str:
-    """Which heads each task selected, and how many tasks selected each."""
-    with styled("selected heads"):
-        panels = dict(maps)
-        layers, count = next(iter(panels.values())).shape
-        columns = _map_columns(len(panels))
-        rows = math.ceil(len(panels) / columns)
-        figure, axes = grid(columns, rows, height=_map_height(layers, count, columns, WIDTH), sharex=True, sharey=True)
-        for axis, (title, chosen) in zip(axes, panels.items(), strict=False):
-            axis.set_facecolor("none")
-            mask = np.asarray(chosen, bool)
-            layer, head = np.nonzero(mask)
-            axis.set_xlim(0.5, count + 0.5)
-            axis.set_ylim(0.5, layers + 0.5)
-            for one_layer, one_head in zip(layer + 0.5, head + 0.5, strict=True):
-                axis.add_patch(_square(one_head, one_layer, series_colour(0)))
-            _map_axis(axis, f"{title}: {mask.sum()} heads in {mask.any(axis=1).sum()} layers", len(maps), columns)
-            axis.spines[:].set_visible(True)
-        for axis in axes[len(panels) :]:
-            axis.set_visible(False)
-        _outer_labels(axes, columns, len(panels), "head", "layer")
-        return svg(figure, "Heads selected by each task")
 
 
 def histograms(values: Mapping[str, Float[np.ndarray, "..."]], label: str) -> str:
@@ -254,46 +194,47 @@ def compared_retention(
       order: all methods; decides colours.
       unit: of the scores.
     """
-    columns = _panels(len(tasks))
+    columns = per_row(len(tasks))
     length = max((scores.shape[1] for scores in methods.values()), default=1)
     with styled("compared retention"):
-        figure, axes = grid(columns, math.ceil(len(tasks) / columns), height=2.0, sharex=True, sharey=True)
+        rows = math.ceil(len(tasks) / columns)
+        figure, axes = grid(columns, rows, height=2.0 if rows > 1 else 2.5, sharex=True, sharey=True)
         for index, axis in enumerate(axes):
             if index >= len(tasks):
                 axis.set_visible(False)
                 continue
             for method in order:
-                look = {"color": series_colour(order.index(method)), "label": short(method, 24)}
+                look: dict[str, Any] = {"color": series_colour(order.index(method)), "label": short(method, 24)}
                 if method in joint:
                     axis.axhline(joint[method][index], linestyle=(0, (4, 3)), linewidth=1.2, **look)
                 elif method in methods:
                     seeds = methods[method][:, index:, index]
                     steps = np.arange(index + 1, index + 1 + seeds.shape[1])
                     if len(seeds) > 1 and np.isfinite(seeds).all():
-                        band = {"color": look["color"], "alpha": 0.16, "linewidth": 0}
+                        band: dict[str, Any] = {"color": look["color"], "alpha": 0.16, "linewidth": 0}
                         axis.fill_between(steps, seeds.min(axis=0), seeds.max(axis=0), **band)
                     dash = series_dash(order.index(method))
                     _line(axis, steps, _mean(seeds), marker="o", markersize=3.5, linestyle=dash, **look)
             axis.set_title(f"{index + 1} {short(tasks[index], 110 // columns - 4)}")
             _task_axis(axis, length)
             axis.margins(x=0.12, y=0.12)
-        _outer_labels(axes, columns, len(tasks), "tasks learned", f"score{' in %' if unit == '%' else ''}")
+        outer_labels(axes, columns, len(tasks), "tasks learned", f"score{' in %' if unit == '%' else ''}")
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper left", ncols=min(len(labels), 6), fontsize=9)
         return svg(figure, "Score of each task after every task, by method")
 
 
-def bars(panels: Mapping[str, Mapping[str, Sequence[float]]], name: str = "") -> str:
+def bars(quantities: Mapping[str, Mapping[str, Sequence[float]]], name: str = "") -> str:
     """Horizontal bars, one panel a quantity and one bar a method: mean over seeds, the seeds as dots.
 
     Args:
-      panels: values of each seed, by quantity and method.
+      quantities: values of each seed, by quantity and method.
       name: tells several such figures on one page apart.
     """
-    names = list(dict.fromkeys(method for values in panels.values() for method in values))
+    names = list(dict.fromkeys(method for values in quantities.values() for method in values))
     with styled(f"bars {name}"):
-        figure, axes = grid(len(panels), 1, height=max(0.55 + 0.34 * len(names), 1.3), sharey=True)
-        for axis, (title, values) in zip(axes, panels.items(), strict=True):
+        figure, axes = grid(len(quantities), 1, height=max(0.55 + 0.34 * len(names), 1.3), sharey=True)
+        for axis, (title, values) in zip(axes, quantities.items(), strict=True):
             for place, method in enumerate(names):
                 seeds = np.asarray([value for value in values.get(method, ()) if np.isfinite(value)])
                 if not len(seeds):
@@ -307,7 +248,7 @@ def bars(panels: Mapping[str, Mapping[str, Sequence[float]]], name: str = "") ->
             axis.margins(x=0.08)
         axes[0].set_yticks(range(len(names)), [short(method, 24) for method in names], color=INK, fontsize=9)
         axes[0].set_ylim(len(names) - 0.45, -0.55)
-        return svg(figure, f"{', '.join(panels)} by method")
+        return svg(figure, f"{', '.join(quantities)} by method")
 
 
 def thinned(
@@ -344,27 +285,10 @@ def _end_title(axis: Axes, curve: Float[np.ndarray, " rows"]) -> None:
         axis.set_title(number(float(there[-1])), loc="right", color=series_colour(0))
 
 
-def _panels(count: int) -> int:
-    """Panels beside each other: rows as full as can be, none wider than a third of the page needs."""
-    if count <= 4:
-        return max(count, 1)
-    return min((5, 4, 3), key=lambda columns: (-count % columns, -columns))
-
-
 def _task_axis(axis: Axes, count: int) -> None:
     axis.set_xlim(0.5, count + 0.5)
     axis.xaxis.set_major_locator(MaxNLocator(min(count, 8), integer=True))
     axis.yaxis.set_major_locator(MaxNLocator(4))
-
-
-def _outer_labels(axes: Sequence[Axes], columns: int, count: int, below: str, beside: str) -> None:
-    """Labels on the outer panels only; those above an empty place are outer too."""
-    for index, axis in enumerate(axes[:count]):
-        if index % columns == 0:
-            axis.set_ylabel(beside)
-        if index + columns >= count:
-            axis.set_xlabel(below)
-            axis.tick_params(labelbottom=True)
 
 
 def _log_if_wide(axis: Axes, curves: Sequence[Sequence[float]]) -> None:
@@ -372,57 +296,3 @@ def _log_if_wide(axis: Axes, curves: Sequence[Sequence[float]]) -> None:
     values = values[np.isfinite(values)]
     if len(values) and values.min() > 0 and values.max() / values.min() > 100:
         axis.set_yscale("log")
-
-
-def _panel_units(columns: int) -> int:
-    return int(WIDTH / columns * 5)
-
-
-def _map_columns(count: int) -> int:
-    return count if count <= 3 else _panels(count)
-
-
-def _map_height(layers: int, count: int, columns: int, width: float) -> float:
-    """Cells about square for few units, never lower than a line of text nor higher than half a page."""
-    side = (width / columns - 0.9) / min(count, 40)
-    return float(np.clip(layers * min(side, 0.34) + 0.75, 1.3, 4.6))
-
-
-def _map_axis(axis: Axes, title: str, panels: int, columns: int) -> None:
-    if panels > 1 or title:
-        axis.set_title(short(title, 110 // columns), fontweight="bold" if columns < 4 else "normal")
-    axis.grid(visible=False)
-    axis.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-    axis.yaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axis.spines[:].set_visible(False)
-
-
-def _square(head: float, layer: float, colour: str) -> Any:
-    from matplotlib.patches import Rectangle
-
-    return Rectangle((head + 0.08, layer + 0.08), 0.84, 0.84, facecolor=colour, edgecolor="none")
-
-
-def _compact(values: Float[np.ndarray, "layers units"], sort: bool) -> Float[np.ndarray, "layers columns"]:
-    if sort:
-        values = -np.sort(-values, axis=1)
-    if values.shape[1] <= _COLUMNS:
-        return values
-    return np.stack([part.mean(axis=1) for part in np.array_split(values, _COLUMNS, axis=1)], axis=1)
-
-
-def _limits(maps: Sequence[Float[np.ndarray, "layers units"]]) -> tuple[float, float]:
-    values = np.concatenate([one.ravel() for one in maps])
-    values = values[np.isfinite(values)]
-    if not len(values):
-        return 0.0, 1.0
-    low, high = float(min(values.min(), 0.0)), float(values.max())
-    return low, high if high > low else low + 1.0
-
-
-def _write_values(axis: Axes, values: Float[np.ndarray, "layers units"], low: float, high: float) -> None:
-    digits = int(np.clip(2 - math.ceil(math.log10(max(high, 1e-9))), 0, 6))
-    for (layer, unit), value in np.ndenumerate(values):
-        dark = (value - low) / (high - low) < 0.6
-        axis.text(unit + 1, layer + 1, f"{value:.{digits}f}", ha="center", va="center", fontsize=7.5,
-                  color="white" if dark else "black")  # fmt: skip

@@ -217,7 +217,7 @@ def _how(run: RunData) -> str:
     listing = _data_table(run)
     if listing:
         raw = f"<pre>{text(json.dumps(run.results['data'], indent=2, ensure_ascii=False))}</pre>"
-        parts.append(f"<h3>Data</h3>{listing}{details('All counts', raw)}")
+        parts.append(f"<h3>Data</h3>{listing}{details('All counts', raw, printed=False)}")
     return section("How it ran", *parts)
 
 

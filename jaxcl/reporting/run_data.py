@@ -149,7 +149,8 @@ def _tables(folder: Path, problems: list[str]) -> dict[str, Shaped[np.ndarray, "
     files = sorted(folder.glob("*.npz"), key=lambda path: (path.name.startswith("after"), path.name), reverse=True)
     for path in files:
         try:
-            with np.load(path, allow_pickle=False) as stored:
+            # Opened here: numpy leaves a file open that turns out to be no archive.
+            with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
                 return {name: stored[name] for name in stored.files}
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             problems.append(f"importance/{path.name}: cannot be read: {error}")

@@ -7,7 +7,7 @@ import io
 import re
 import unicodedata
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from html import escape
 from typing import Any
 
@@ -110,6 +110,23 @@ def grid(columns: int, rows: int, *, width: float = WIDTH, height: float, **opti
     return figure, list(axes.flat)
 
 
+def per_row(count: int) -> int:
+    """Panels beside each other: rows as full as can be, none wider than a third of the page needs."""
+    if count <= 4:
+        return max(count, 1)
+    return min((5, 4, 3), key=lambda columns: (-count % columns, -columns))
+
+
+def outer_labels(axes: Sequence[Axes], columns: int, count: int, below: str, beside: str) -> None:
+    """Labels on the outer panels only; those above an empty place are outer too."""
+    for index, axis in enumerate(axes[:count]):
+        if index % columns == 0:
+            axis.set_ylabel(beside)
+        if index + columns >= count:
+            axis.set_xlabel(below)
+            axis.tick_params(labelbottom=True)
+
+
 def svg(figure: Figure, label: str) -> str:
     """The figure as an inline SVG element whose colours and font are the page's. Call within `styled`.
 
@@ -128,9 +145,10 @@ def svg(figure: Figure, label: str) -> str:
     head, rest = text.split(">", 1)
     view = re.search(r'viewBox="[^"]*"', head)
     assert view is not None  # print_svg always writes it
+    spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    told = escape(printable(label), quote=True)
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" {view.group()} '
-        f'role="img" aria-label="{escape(label, quote=True)}" style="--pt-width:{_width(head)}">{rest.strip()}'
+        f'<svg {spaces} {view.group()} role="img" aria-label="{told}" style="--pt-width:{_width(head)}">{rest.strip()}'
     )
 
 

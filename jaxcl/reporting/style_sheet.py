@@ -99,31 +99,33 @@ table.samples .said { white-space: pre-wrap; overflow-wrap: anywhere; display: b
 table.samples .prompt { color: var(--muted); max-height: 12em; overflow: auto; }
 .verdict { display: inline-block; border-radius: 5px; padding: 0 6px; font-size: 12px; font-weight: 600;
   margin-bottom: 2px; }
-.verdict.right { background: var(--good-wash); color: var(--good); } .verdict.wrong { background: var(--bad-wash);
-  color: var(--bad); }
+.verdict.right { background: var(--good-wash); color: var(--good); }
+.verdict.wrong { background: var(--bad-wash); color: var(--bad); }
 .verdict.part { background: var(--line); color: var(--ink); }
-.columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 8px 40px; }
-.columns h3 { margin-top: 12px; }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 22px; padding: 0; margin: 0; list-style: none; font-size: 14px; }
 .stack { display: flex; height: 14px; border-radius: 7px; overflow: hidden; gap: 2px; margin: 6px 0 10px; }
 .stack i { display: block; min-width: 2px; }
 .key { display: inline-block; width: 10px; height: 10px; border-radius: 3px; margin-right: 8px; }
 footer { color: var(--muted); font-size: 13px; margin-top: 26px; }
-@media (max-width: 640px) { main { padding: 28px 14px 48px; } section { padding: 18px 16px; } h1 { font-size: 27px;
-  } }
+@media (max-width: 760px) {
+  figure { overflow-x: auto; } figure svg { min-width: 680px; }
+}
+@media (max-width: 640px) {
+  main { padding: 28px 14px 48px; } section { padding: 18px 16px; } h1 { font-size: 27px; }
+}
 @media print {
   :root { color-scheme: light; --page: #fff; --surface: #fff; --ink: #000; --muted: #444; --grid: #ccc; --faint: #aaa;
     --line: #ccc;
     --heat: #08519c; --on-heat: #fff; --good: #00714f; --bad: #b3400a; --good-wash: #fff; --bad-wash: #fff; LIGHT }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   body { font-size: 11px; } main { max-width: none; padding: 0; } h1 { font-size: 24px; }
-    section { border: 0; padding: 6px 0; margin-top: 14px; } .card { padding: 8px 10px; } .card .value { font-size:
-    22px; }
+  section { border: 0; padding: 6px 0; margin-top: 14px; }
+  .card { padding: 8px 10px; } .card .value { font-size: 22px; }
   .cards { grid-template-columns: repeat(4, 1fr); gap: 8px; }
-  figure, .card, tr, h2, h3 { break-inside: avoid; } h2, h3, .note { break-after: avoid; }
-  details::details-content { content-visibility: visible; block-size: auto; }
-    .scroll { overflow: visible; } table.heat td { min-width: 0; } table.samples .prompt { max-height: none;
-    overflow: visible; }
+  figure svg { min-width: 0; } figure, .card, tr, h2, h3 { break-inside: avoid; } h2, h3, .note { break-after: avoid; }
+  details:not(.raw)::details-content { content-visibility: visible; block-size: auto; }
+  .scroll { overflow: visible; } table.heat td { min-width: 0; }
+  table.samples .prompt { max-height: none; overflow: visible; }
 }
 """
 

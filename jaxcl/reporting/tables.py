@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float
 
-from jaxcl.reporting import plots
+from jaxcl.reporting import heat_maps, plots
 from jaxcl.reporting.page import figure, section, table, text
 from jaxcl.reporting.run_data import RunData
 from jaxcl.reporting.style import DASH, MINUS
@@ -88,7 +88,7 @@ def _importance(
         wide = mask.shape[1] > _SINGLE
         shown = {"all so far": mask} if wide else {**maps, "all so far": mask}
         parts.append(f"<h3>{text(units.capitalize())}</h3>")
-        parts.append(figure(plots.heat_maps(shown, "unit" if wide else "head", f"importance {kind}", sort=wide)))
+        parts.append(figure(heat_maps.heat_maps(shown, "unit" if wide else "head", f"importance {kind}", sort=wide)))
         if not wide and done > 1:
             parts.append(
                 _overlap(
@@ -112,7 +112,7 @@ def _selected(run: RunData, array: np.ndarray) -> str:
     maps = {f"{index + 1} {run.tasks[index]}": marks[index] for index in range(count)}
     return section(
         "Heads selected by each task",
-        figure(plots.selected(maps)),
+        figure(heat_maps.selected(maps)),
         _overlap(list(run.tasks[:count]), marks, "Heads selected by both, of those selected by either")
         if count > 1
         else "",
@@ -132,7 +132,7 @@ def _maps(run: RunData, name: str, array: Float[np.ndarray, "..."]) -> str:
             for index, one in enumerate(array[: max(run.learned, 1)])
         }
     )
-    return f"<h3>{text(title.capitalize())}</h3>" + figure(plots.heat_maps(maps, units, name, sort=wide))
+    return f"<h3>{text(title.capitalize())}</h3>" + figure(heat_maps.heat_maps(maps, units, name, sort=wide))
 
 
 def _overlap(names: list[str], marks: np.ndarray, heading: str) -> str:

@@ -1,0 +1,33 @@
+"""The page of whatever folder is given: a run, a comparison, or several comparisons."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jaxcl.errors import UserError
+from jaxcl.reporting.comparison import read_comparison, write_comparison, write_overview
+from jaxcl.reporting.report import write_report
+
+
+def rebuild(folder: Path) -> Path:
+    """Writes the page of a folder anew.
+
+    Args:
+      folder: a run folder; a folder that `jaxcl compare` wrote to; or one that holds several such folders, which gets
+        an overview, `index.html`.
+
+    Returns:
+      The page.
+
+    Raises:
+      UserError: there is nothing to report on; the message names the folder.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    if (folder / "comparison.json").is_file():
+        runs = [folder / str(run["folder"]) for run in read_comparison(folder)["runs"]]
+        return write_comparison(folder, runs)
+    comparisons = sorted(path.parent for path in folder.glob("*/comparison.json"))
+    if comparisons and not (folder / "results.json").is_file():
+        return write_overview(folder / "index.html", {path.name: path for path in comparisons}, folder.name)
+    return write_report(folder)

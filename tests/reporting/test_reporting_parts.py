@@ -1,0 +1,194 @@
+import re
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pytest
+
+from jaxcl.reporting import heat_maps, plots
+from jaxcl.reporting.matrix_table import matrix_table
+from jaxcl.reporting.run_data import RunData
+from jaxcl.reporting.samples import chosen, samples_of, task_samples
+from jaxcl.reporting.style import MINUS, per_row
+from jaxcl.reporting.tables import table_sections
+
+NAN = np.nan
+LOWER = np.array([[80.0, NAN, NAN], [70.0, 60.0, NAN], [50.0, 65.0, 90.0]])
+NAMES = ["first", "second", "third"]
+
+
+def pictures() -> dict[str, str]:
+    rng = np.random.default_rng(0)
+    steps = np.arange(1000.0).tolist()
+    return {
+        "retention": plots.retention(NAMES, LOWER, "%"),
+        "loss": plots.loss({"a": (steps, steps), "b": ([], [])}, [(0, "first"), (500, "second")], "loss", "loss"),
+        "small": plots.small_curves({"x": (steps, steps), "y": (steps[:2], [NAN, 1.0])}, [0, 500]),
+        "heat": heat_maps.heat_maps({"one": rng.random((3, 4)), "two": rng.random((3, 4))}, "head", "heat"),
+        "wide": heat_maps.heat_maps({"one": rng.random((2, 3000))}, "unit", "wide", sort=True),
+        "flat": heat_maps.heat_maps({"zero": np.zeros((1, 1))}, "head", "flat"),
+        "selected": heat_maps.selected({"one": rng.random((3, 4)) > 0.5}),
+        "histograms": plots.histograms({"heads": rng.random((3, 4))}, "mask"),
+        "lines": plots.lines({"a": [1.0, NAN, 2.0]}, NAMES, "mean", "lines"),
+        "compared": plots.compared_retention(NAMES, {"a": LOWER[None].repeat(2, 0)}, {"b": LOWER[2]}, ["b", "a"], "%"),
+        "bars": plots.bars({"OP": {"a": [1.0, 2.0], "b": []}, "BWT": {"a": [-1.0]}}),
+    }
+
+
+@pytest.fixture(scope="module")
+def drawn() -> dict[str, str]:
+    before = dict(matplotlib.rcParams)
+    drawn = pictures()
+    assert dict(matplotlib.rcParams) == before  # the process's own style stays
+    return drawn
+
+
+def test_every_picture_is_one_well_formed_element(drawn: dict[str, str]) -> None:
+    for name, picture in drawn.items():
+        root = ElementTree.fromstring(picture)
+        assert root.tag.endswith("svg"), name
+        assert root.get("aria-label"), name
+
+
+def test_pictures_take_colours_and_font_from_the_page(drawn: dict[str, str]) -> None:
+    for name, picture in drawn.items():
+        assert "DejaVu" not in picture, name
+        assert "<style" not in picture, name
+        assert "var(--font, sans-serif)" in picture, name
+        # A colour of the style outside a variable would not follow dark mode.
+        bare = re.sub(r"var\(--[\w-]+, #[0-9a-f]{6}\)", "", picture)
+        assert not re.search(r"#(0072b2|d55e00|1b1f24|5c6570|d9dee4)", bare), name
+
+
+def test_pictures_are_the_same_every_time(drawn: dict[str, str]) -> None:
+    assert plots.retention(NAMES, LOWER, "%") == drawn["retention"]
+
+
+def test_retention_writes_the_last_score_of_each_task(drawn: dict[str, str]) -> None:
+    words = [element.text for element in ElementTree.fromstring(drawn["retention"]).iter() if element.text]
+    for score in ("50.0", "65.0", "90.0"):
+        assert score in words
+
+
+def test_long_curves_are_thinned_without_moving_them() -> None:
+    steps = np.arange(10_000.0)
+    kept, values = plots.thinned(steps, 2 * steps + 1)
+    assert len(kept) == 400
+    np.testing.assert_allclose(values, 2 * kept + 1)
+    assert values.mean() == pytest.approx((2 * steps + 1).mean())
+
+
+@pytest.mark.parametrize(
+    ("count", "columns"), [(1, 1), (2, 2), (3, 3), (4, 4), (5, 5), (6, 3), (8, 4), (9, 3), (15, 5)]
+)
+def test_panels_fill_their_rows(count: int, columns: int) -> None:
+    assert per_row(count) == columns
+
+
+def cells(table: str) -> list[tuple[str, str, float]]:
+    """Class, text and depth of colour of every cell with a score."""
+    found = re.findall(r'<td class="(cell[^"]*)" style="--share: (\d+)%">([^<]*)<', table)
+    return [(classes, text, int(share)) for classes, share, text in found]
+
+
+def results(**changes: Any) -> dict[str, Any]:
+    matrix = [[80.0, 10.0], [60.0, 90.0]]
+    return {"tasks": ["a", "b"], "metric": ["accuracy"] * 2, "matrix": matrix, "initial": [5.0, None], **changes}
+
+
+def test_matrix_table_marks_learning_future_and_change() -> None:
+    table = matrix_table(results())
+    (initial, learned_a, future, earlier, learned_b) = cells(table)
+    assert initial[0] == "cell future"
+    assert future == ("cell future", "10.0", future[2])
+    assert "learned" in learned_a[0]
+    assert "learned" in learned_b[0]
+    assert earlier[0].split() == ["cell", "deep"]
+    assert f'<td class="bad">{MINUS}20.0</td>' in table
+    assert table.count('class="none"') == 1  # not measured
+
+
+def test_deeper_is_better_whatever_the_metric() -> None:
+    high = {text: share for _, text, share in cells(matrix_table(results()))}
+    assert high["90.0"] == 100
+    assert high["5.0"] == 4
+    low = matrix_table(results(metric=["perplexity"] * 2, higher_is_better=[False] * 2))
+    shares = {text: share for _, text, share in cells(low)}
+    assert shares["5.0"] == 100
+    assert shares["90.0"] == 4
+    assert f'<td class="good">{MINUS}20.0</td>' in low
+
+
+def test_noise_does_not_fill_the_colour_scale() -> None:
+    shares = [share for _, _, share in cells(matrix_table(results(matrix=[[80.0], [80.5, 80.2]], initial=None)))]
+    assert max(shares) - min(shares) <= 3
+
+
+def test_metrics_of_different_scale_are_coloured_apart() -> None:
+    mixed = results(metric=["accuracy", "perplexity"], higher_is_better=[True, False], matrix=[[80.0], [60.0, 9.0]])
+    shares = {text: share for _, text, share in cells(matrix_table(mixed | {"initial": None}))}
+    assert shares["80.0"] == 100
+    assert shares["9.0"] == 100
+
+
+def run_of(**parts: Any) -> RunData:
+    empty = {"results": results(), "config": "", "metrics": [], "predictions": {}, "tables": {}, "problems": []}
+    return RunData(folder=Path(), **{**empty, **parts})
+
+
+def row(prompt: str, prediction: str, correct: bool, score: float | None = None) -> dict[str, Any]:
+    value = 100.0 * correct if score is None else score
+    return {"prompt": prompt, "prediction": prediction, "answer": "yes", "score": value, "correct": correct}
+
+
+def test_samples_pair_what_was_known_with_what_is_left() -> None:
+    # The same prompt twice: the first then is the first now.
+    learned = [row("p", "yes", True), row("q", "yes", True), row("p", "no", False)]
+    end = [row("p", "no", False), row("p", "yes", True), row("q", "yes", True)]
+    run = run_of(predictions={(0, "a"): learned, (1, "a"): end, (1, "b"): [row("z", "ye", False, 80.0)]})
+    samples = samples_of(run, 0)
+    assert [sample.forgotten for sample in samples] == [True, False, False]
+    assert samples[1].learned is not None
+    assert samples[1].learned["prediction"] == "no"
+    shown = task_samples(run, 0, opened=True)
+    assert "of 3 examples 2 fully right after learning, 2 at the end; 1 forgotten" in shown
+    assert shown.index("✗ wrong") < shown.index("✗ wrong", shown.index("✗ wrong") + 1)
+    single = task_samples(run, 1, opened=False)
+    assert "0 of 1 fully right" in single
+    assert "score 80" in single
+    assert task_samples(run_of(), 0, opened=True) == ""
+
+
+def test_samples_are_spread_and_few() -> None:
+    run = run_of(predictions={(1, "a"): [row(str(number), "x", number % 2 == 0) for number in range(100)]})
+    shown = chosen(samples_of(run, 0))
+    assert len(shown) == 9
+    prompts = [int(sample.end["prompt"]) for sample in shown]
+    assert len(set(prompts)) == 9
+    assert max(prompts) > 50  # not only the first ones
+
+
+def test_a_long_prompt_keeps_its_end() -> None:
+    run = run_of(predictions={(1, "a"): [row("x" * 5000 + "the question?", "", False)]})
+    shown = task_samples(run, 0, opened=True)
+    assert "the question?" in shown
+    assert len(shown) < 3000
+    assert "(nothing)" in shown
+
+
+def test_arrays_of_unknown_shape_are_left_out() -> None:
+    tables = {"scalar": np.float32(1), "flat": np.ones(3), "deep": np.ones((2, 2, 2, 2)), "empty": np.ones((0, 4))}
+    assert "".join(table_sections(run_of(tables=tables))) == ""
+    shown = "".join(table_sections(run_of(tables={"agreement": np.eye(3)})))
+    assert "Agreement" in shown
+
+
+def test_overlap_of_selected_heads_is_counted() -> None:
+    chosen_heads = np.zeros((2, 2, 4), bool)
+    chosen_heads[0, 0, :3] = True
+    chosen_heads[1, 0, 2:4] = True  # one in common of four
+    shown = "".join(table_sections(run_of(tables={"selected_heads": chosen_heads})))
+    assert ">25%<" in shown
+    assert "1 a: 3 heads in 1 layers" in shown
