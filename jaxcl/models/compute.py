@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 from pydantic import Field
 
@@ -39,3 +41,12 @@ class Compute(Schema):
     def parameter_dtype(self) -> jnp.dtype:
         """The dtype of parameters."""
         return jnp.dtype(self.param_dtype)
+
+
+def recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, of which the backward pass keeps only the arguments and does the rest again.
+
+    For element-wise maths, which is cheaper to do twice than to write to memory and read back. Where both passes
+    stand in the same program the compiler may merge the two computations: it then knows better.
+    """
+    return jax.checkpoint(function, prevent_cse=False)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxcl.models.compute import Compute
+from jaxcl.models.compute import Compute, recomputed
 
 Sizes = dict[str, int]
 
@@ -106,9 +106,7 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "... embed"]) -> Float[Array, "... embed"]:
         """Normalises the last axis; dtype of `x`."""
-        wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        return (wide * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+        return _rms_norm(x, self.scale[...], jnp.float32(self.eps))
 
 
 class LayerNorm(nnx.Module):
@@ -121,10 +119,7 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "... embed"]) -> Float[Array, "... embed"]:
         """Normalises the last axis; dtype of `x`."""
-        wide = x.astype(jnp.float32)
-        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
-        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        return (wide * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+        return _layer_norm(x, self.scale[...], self.bias[...], jnp.float32(self.eps))
 
 
 def dropout(x: Array, rate: float, key: Array) -> Array:
@@ -134,3 +129,18 @@ def dropout(x: Array, rate: float, key: Array) -> Array:
     """
     keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
     return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))
+
+
+@recomputed
+def _rms_norm(x: Array, scale: Array, eps: Array) -> Array:
+    wide = x.astype(jnp.float32)
+    wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    return (wide * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+@recomputed
+def _layer_norm(x: Array, scale: Array, bias: Array, eps: Array) -> Array:
+    wide = x.astype(jnp.float32)
+    wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    return (wide * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)

@@ -16,7 +16,7 @@ from pydantic import Field, field_validator, model_validator
 
 from jaxcl.models.axes import constrain
 from jaxcl.models.batch import Batch
-from jaxcl.models.compute import Compute
+from jaxcl.models.compute import Compute, recomputed
 from jaxcl.models.gates import Gates, gate
 from jaxcl.models.layer import Context, Noise
 from jaxcl.models.layers import Embedding, Linear, RMSNorm
@@ -104,10 +104,15 @@ class LlamaMlp(nnx.Module):
 
     def __call__(self, x: Float[Array, "batch length embed"], gates: Gates | None) -> Array:
         """Feed-forward output, gated."""
-        units = constrain(jax.nn.silu(self.gate(x)) * self.up(x), "batch", "length", "mlp")
+        gated, up = (constrain(part(x), "batch", "length", "mlp") for part in (self.gate, self.up))
+
+        @recomputed
+        def rest(gated: Array, up: Array, factor: Array | None) -> Array:
+            return self.down(gate(jax.nn.silu(gated) * up, factor, axis=2))
+
         if gates is None:
-            return self.down(units)
-        return gate(self.down(gate(units, gates.intermediate, axis=2)), gates.output, axis=2)
+            return rest(gated, up, None)
+        return gate(rest(gated, up, gates.intermediate), gates.output, axis=2)
 
 
 class LlamaBlock(nnx.Module):

@@ -5,6 +5,7 @@ Axis names: batch, length, heads, head_dim, embed, mlp, vocab, layers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
@@ -16,7 +17,7 @@ from pydantic import Field, model_validator
 
 from jaxcl.models.axes import constrain
 from jaxcl.models.batch import Batch
-from jaxcl.models.compute import Compute
+from jaxcl.models.compute import Compute, recomputed
 from jaxcl.models.gates import Gates, gate
 from jaxcl.models.layer import Context, Noise
 from jaxcl.models.layers import Embedding, LayerNorm, Linear, constant
@@ -25,7 +26,7 @@ from jaxcl.schema import Schema
 
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
 
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,
@@ -119,10 +120,15 @@ class RobertaMlp(nnx.Module):
 
     def __call__(self, x: Float[Array, "batch length embed"], gates: Gates | None) -> Array:
         """Feed-forward output, gated."""
-        units = constrain(_ACTIVATIONS[self.activation](self.up(x)), "batch", "length", "mlp")
+        up = constrain(self.up(x), "batch", "length", "mlp")
+
+        @recomputed
+        def rest(up: Array, factor: Array | None) -> Array:
+            return self.down(gate(_ACTIVATIONS[self.activation](up), factor, axis=2))
+
         if gates is None:
-            return self.down(units)
-        return gate(self.down(gate(units, gates.intermediate, axis=2)), gates.output, axis=2)
+            return rest(up, None)
+        return gate(rest(up, gates.intermediate), gates.output, axis=2)
 
 
 class RobertaBlock(nnx.Module):
