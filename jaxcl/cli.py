@@ -60,10 +60,10 @@ def _generate(args: argparse.Namespace) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
-    from jaxcl.reporting.report import write_report
+    from jaxcl.reporting.rebuild import rebuild
 
     for folder in args.runs:
-        print(write_report(Path(folder)))
+        print(rebuild(Path(folder)))
 
 
 def _names(text: str) -> list[str]:
@@ -157,7 +157,7 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--raw", action="store_true", help="do not wrap the prompt in the model's chat template")
 
     report = _command(
-        commands, "report", _report, "rebuild the HTML report of run folders", "jaxcl report runs/quickstart_seekr"
+        commands, "report", _report, "rebuild the HTML page of runs, of comparisons, or of a folder of comparisons", "jaxcl report runs/quickstart_seekr"
     )
     report.add_argument("runs", nargs="+", metavar="RUN")
     return parser

@@ -9,7 +9,7 @@ from typing import Any
 from jaxcl.config import ExperimentConfig, find_method, parse_config
 from jaxcl.config_file import ConfigError, apply_overrides, read_yaml
 from jaxcl.experiment import run
-from jaxcl.reporting.comparison import write_comparison
+from jaxcl.reporting.comparison import comparison_table, read_comparison, write_comparison
 
 
 def compare(
@@ -43,7 +43,9 @@ def compare(
     for name, seed, variant in runs:
         print(f"{name}, seed {seed}: {variant.output}", flush=True)
         run(variant)
-    return write_comparison(out, [Path(variant.output) for _, _, variant in runs])
+    page = write_comparison(out, [Path(variant.output) for _, _, variant in runs])
+    print(f"\n{comparison_table(read_comparison(out))}", flush=True)
+    return page
 
 
 def _variant(content: dict[str, Any], origin: str, method: str, seed: int, output: Path) -> ExperimentConfig:

@@ -188,9 +188,9 @@ def initial_params(components: Components) -> Params:
       UserError: the weights cannot be read or do not fit the configured model.
     """
     config, network, layout = components.config, components.network, components.layout
+    key = jax.random.key(config.seed)
     if config.weights is not None:
         from jaxcl.weights import load_params
 
-        return load_params(config.weights, network, shardings=layout.params)
-    key = jax.random.key(config.seed)
+        return load_params(config.weights, network, shardings=layout.params, key=key)
     return jax.jit(network.init, out_shardings=layout.params)(key)

@@ -134,7 +134,9 @@ def parse_config(content: dict[str, Any], origin: str = "config") -> ExperimentC
         from jaxcl.weights import read_config
 
         try:
-            base = read_config(weights).model_dump(mode="json")
+            # Given before the rest: a window that the weights alone would need may be one that jaxcl does not have.
+            window = {"max_length": model["max_length"]} if "max_length" in model else {}
+            base = read_config(weights, **window).model_dump(mode="json")
         except UserError as error:
             raise ConfigError(f"{origin}: weights: {error}") from None
         content["model"] = _merge(base, model)

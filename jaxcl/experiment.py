@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,7 +62,7 @@ def run(config: ExperimentConfig) -> Outcome:
       KeyboardInterrupt: interrupted; the state was saved.
     """
     initialize()
-    enable_compilation_cache(None)
+    _keep_compiled_programs()
     folder = RunFolder(Path(config.output))
     if jax.process_index() == 0:
         folder.claim(config.plain())
@@ -75,6 +76,14 @@ def run(config: ExperimentConfig) -> Outcome:
         return Outcome(results, write_report(folder.path))
     finally:
         folder.release()
+
+
+def _keep_compiled_programs() -> None:
+    """Keeps compiled programs in the user's cache, unless jax was told where: other seeds and later runs use them."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jaxcl"
+        with contextlib.suppress(UserError):  # a home that cannot be written to only costs time
+            enable_compilation_cache(cache)
 
 
 class TaskSequence:

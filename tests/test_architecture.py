@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "jaxcl"
-EVERYWHERE = {"errors", "schema"}
+EVERYWHERE = {"errors", "schema", "__version__"}
 MAY_IMPORT: dict[str, set[str]] = {
     "models": set(),
     "weights": {"models"},
