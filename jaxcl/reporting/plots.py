@@ -78,7 +78,9 @@ def loss(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], bounds: 
         figure, (axis,) = grid(1, 1, height=height)
         for colour, (title, (steps, values)) in enumerate(curves.items()):
             steps_seen, seen = thinned(np.asarray(steps, float), np.asarray(values, float))
-            axis.plot(steps_seen, seen, color=series_colour(colour), linewidth=1.4, label=short(title, 40))
+            # A task with a single logged row has no line, only its point.
+            dots: dict[str, Any] = {"marker": "o", "markersize": 3} if len(seen) <= 40 else {}
+            axis.plot(steps_seen, seen, **dots, color=series_colour(colour), linewidth=1.4, label=short(title, 40))
         last = max((max(steps) for steps, _ in curves.values() if len(steps)), default=1.0)
         for index, (start, title) in enumerate(bounds):
             end = bounds[index + 1][0] if index + 1 < len(bounds) else last
