@@ -15,6 +15,7 @@ from jaxcl.reporting.comparison import (
     write_overview,
 )
 from jaxcl.reporting.comparison_data import spread
+from jaxcl.reporting.rebuild import rebuild
 
 METHODS = ("sequential", "seekr", "joint")
 
@@ -130,3 +131,18 @@ def test_runs_of_other_tasks_are_refused(tmp_path: Path, runs: list[Path]) -> No
     (tmp_path / "comparison.json").write_text("{}")
     with pytest.raises(UserError, match="not a jaxcl comparison"):
         read_comparison(tmp_path)
+
+
+def test_rebuilding_finds_out_what_a_folder_is(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "all" / "one" / "seekr-seed0", "seekr", tasks=2)
+    page = write_comparison(run.parent, [run])
+    page.unlink()
+    assert rebuild(run) == run / "report.html"
+    assert rebuild(run.parent) == page
+    assert page.is_file()
+    overview = rebuild(tmp_path / "all")
+    assert overview == tmp_path / "all" / "index.html"
+    assert "one/comparison.html" in check_page(overview.read_text(encoding="utf-8")).links
+    for folder, message in ((tmp_path / "absent", "no such folder"), (tmp_path, "no results.json")):
+        with pytest.raises(UserError, match=message):
+            rebuild(folder)
