@@ -1,0 +1,392 @@
+"""Writing text with a decoder: key/value cache, one compiled program a shape.
+
+Prompts are padded on the left, so that all rows write their next token in the same place of the cache. A row's
+padding is a segment of its own and its positions start at its first token, hence neither the padding nor the other
+rows change what a row says.
+
+Axis letters: b batch, s place in the cache, k key/value heads, g query heads per key/value head, d head_dim.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxcl.models.attention import attention
+from jaxcl.models.axes import constrain
+from jaxcl.models.batch import Batch
+from jaxcl.models.network import Network, Params
+
+Scalar = Array | np.number
+Trace = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+_SHORTEST_BUCKET = 16
+
+
+class Cache(NamedTuple):
+    """Keys (after rotary) and values of all layers, compute dtype.
+
+    The length is inside the heads: a layer's slice is then a batch of matrices as the products want them.
+    """
+
+    keys: Float[Array, "layers batch kv_heads cache head_dim"]
+    values: Float[Array, "layers batch kv_heads cache head_dim"]
+
+
+class Draw(NamedTuple):
+    """How tokens are drawn.
+
+    Attributes:
+      key: what all randomness comes from.
+      first_row: place of row 0 among all prompts of a call, int32.
+      temperature: divides the scores, float32.
+      top_p: mass of the nucleus, float32; `None` draws from all tokens.
+    """
+
+    key: Array
+    first_row: Scalar
+    temperature: Scalar
+    top_p: Scalar | None
+
+
+class Generator:
+    """Continues prompts, `batch_size` at a time.
+
+    A program is compiled when its shape first occurs: for each bucket of prompt lengths, and for greedy choice,
+    drawing, and drawing with `top_p` each. Params are an argument, so a model in training needs no new program.
+
+    Args:
+      network: a decoder.
+      batch_size: rows of the compiled program; fewer prompts are filled up, more are worked through in turn.
+      prompt_length: longest prompt, in tokens.
+      max_new_tokens: longest continuation, in tokens.
+      eos_id: token that ends a continuation, or several; `None` for none.
+      pad_id: token that stands where there is none.
+      buckets: prompt lengths to compile for; default: `prompt_length`, its half, quarter and so on down to 16.
+      trace: wrapped around the function before it is compiled, to give axis names their meaning on a mesh
+        (`jaxcl.training.compile.Compiler.trace`).
+
+    Raises:
+      ValueError: the network is an encoder, or a size is not positive.
+
+    Examples:
+      >>> from jaxcl.models.llama import LlamaConfig
+      >>> sizes = dict(vocab_size=8, hidden_size=4, intermediate_size=8, num_layers=2, num_heads=2)
+      >>> network = Network.create(LlamaConfig(**sizes))
+      >>> sizes = dict(batch_size=2, prompt_length=16, max_new_tokens=3)
+      >>> generator = Generator(network, **sizes, eos_id=None, pad_id=0)
+      >>> [len(ids) for ids in generator(network.init(jax.random.key(0)), [[1, 2, 3], [4]])]
+      [3, 3]
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        *,
+        batch_size: int,
+        prompt_length: int,
+        max_new_tokens: int,
+        eos_id: int | Sequence[int] | None,
+        pad_id: int,
+        buckets: Sequence[int] | None = None,
+        trace: Trace | None = None,
+    ) -> None:
+        if not network.causal:
+            raise ValueError("network: expected a decoder, got an encoder")
+        sizes = {"batch_size": batch_size, "prompt_length": prompt_length, "max_new_tokens": max_new_tokens}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name}: expected at least 1, got {size}")
+        self.batch_size = batch_size
+        self.prompt_length = prompt_length
+        self.max_new_tokens = max_new_tokens
+        self.eos_ids = (eos_id,) if isinstance(eos_id, int) else tuple(eos_id or ())
+        self.pad_id = pad_id
+        self.buckets = tuple(sorted({*(buckets or _halvings(prompt_length)), prompt_length}))
+        if not 0 < self.buckets[0] <= self.buckets[-1] <= prompt_length:
+            raise ValueError(f"buckets: expected lengths from 1 to prompt_length={prompt_length}, got {buckets}")
+
+        def generate(params: Params, tokens: Array, lengths: Array, draw: Draw | None) -> tuple[Array, Array]:
+            return _generate(network, params, tokens, lengths, draw, max_new_tokens, self.eos_ids, pad_id)
+
+        self.jitted = jax.jit(generate if trace is None else trace(generate))
+
+    def __call__(
+        self,
+        params: Params,
+        prompts: Sequence[Sequence[int]],
+        key: Array | None = None,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+    ) -> list[list[int]]:
+        """Continues each prompt.
+
+        Args:
+          params: of the network; on a mesh, sharded as they are.
+          prompts: token ids, at least one each. Prompts of similar length side by side save work.
+          key: to draw from; needed if `temperature` is not 0. What a row draws depends on the key and on its place
+            in `prompts`, not on the other rows.
+          temperature: 0 takes the likeliest token, otherwise tokens are drawn from `softmax(logits / temperature)`.
+          top_p: draws among the fewest likeliest tokens whose probabilities sum up to at least this.
+
+        Returns:
+          The new tokens of each prompt, at most `max_new_tokens`, without the one that ended them.
+
+        Raises:
+          ValueError: a prompt is empty or too long, or a number is out of range.
+        """
+        if temperature < 0 or not 0 < top_p <= 1:
+            raise ValueError(f"expected temperature >= 0 and 0 < top_p <= 1, got {temperature} and {top_p}")
+        if temperature > 0 and key is None:
+            raise ValueError("key: expected a key to draw from with temperature > 0, got None")
+        for index, prompt in enumerate(prompts):
+            if not 0 < len(prompt) <= self.prompt_length:
+                raise ValueError(f"prompts[{index}]: expected 1 to {self.prompt_length} tokens, got {len(prompt)}")
+        results: list[list[int]] = []
+        for start in range(0, len(prompts), self.batch_size):
+            rows = prompts[start : start + self.batch_size]
+            draw = None
+            if key is not None and temperature > 0:
+                nucleus = np.float32(top_p) if top_p < 1 else None
+                draw = Draw(key, np.int32(start), np.float32(temperature), nucleus)
+            written, counts = map(np.asarray, self.jitted(params, *self.pad(rows), draw))
+            results += [row[:count].tolist() for row, count in zip(written, counts, strict=True)][: len(rows)]
+        return results
+
+    def pad(self, prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+        """Left-padded rows `[batch_size, bucket]` and the number of tokens in each, 0 for rows without a prompt."""
+        longest = max(map(len, prompts))
+        bucket = next(length for length in self.buckets if length >= longest)
+        tokens = np.full((self.batch_size, bucket), self.pad_id, np.int32)
+        lengths = np.zeros(self.batch_size, np.int32)
+        for row, prompt in enumerate(prompts):
+            tokens[row, bucket - len(prompt) :] = prompt
+            lengths[row] = len(prompt)
+        return tokens, lengths
+
+
+class _Loop(NamedTuple):
+    """What the decoding loop carries.
+
+    Attributes:
+      step: tokens written so far in rows that go on.
+      tokens: what was written, `pad_id` after the end.
+      lengths: number of tokens written in each row, without the one that ended it.
+      done: rows that have ended.
+      cache: keys and values of everything but the last token.
+    """
+
+    step: Int[Array, ""]
+    tokens: Int[Array, "batch new"]
+    lengths: Int[Array, " batch"]
+    done: Bool[Array, " batch"]
+    cache: Cache
+
+
+def _generate(
+    network: Network,
+    params: Params,
+    tokens: Int[Array, "batch prompt"],
+    lengths: Int[Array, " batch"],
+    draw: Draw | None,
+    max_new_tokens: int,
+    eos_ids: tuple[int, ...],
+    pad_id: int,
+) -> tuple[Int[Array, "batch new"], Int[Array, " batch"]]:
+    """Prefill and decoding loop; pure. Without `draw` it takes the likeliest tokens."""
+    batch, prompt = tokens.shape
+    choose = _chooser(draw, batch)
+
+    def write(loop: _Loop, logits: Array) -> _Loop:
+        token = choose(logits, loop.step)
+        ends = functools.reduce(jnp.logical_or, [token == eos for eos in eos_ids], jnp.zeros_like(loop.done))
+        done = loop.done | ends
+        written = jax.lax.dynamic_update_slice(
+            loop.tokens, jnp.where(done, pad_id, token)[:, None], (jnp.int32(0), loop.step)
+        )
+        return _Loop(loop.step + 1, written, loop.lengths + ~done, done, loop.cache)
+
+    def decode(loop: _Loop) -> _Loop:
+        last = jax.lax.dynamic_slice_in_dim(loop.tokens, loop.step - 1, 1, axis=1)
+        place = prompt + loop.step - 1
+        cache, logits = _decode(network, params, last, place, prompt - lengths, loop.cache)
+        return write(loop._replace(cache=cache), logits)
+
+    cache, logits = _prefill(network, params, tokens, lengths, max_new_tokens - 1)
+    nothing = jnp.full((batch, max_new_tokens), pad_id, jnp.int32)
+    loop = _Loop(jnp.int32(0), nothing, jnp.zeros_like(lengths), lengths == 0, cache)
+    loop = jax.lax.while_loop(
+        lambda loop: (loop.step < max_new_tokens) & ~jnp.all(loop.done), decode, write(loop, logits)
+    )
+    # Every process reads all rows.
+    return constrain(loop.tokens, None, None), constrain(loop.lengths, None)
+
+
+def _prefill(
+    network: Network,
+    params: Params,
+    tokens: Int[Array, "batch prompt"],
+    lengths: Int[Array, " batch"],
+    room: int,
+) -> tuple[Cache, Float[Array, "batch vocab"]]:
+    """Runs the prompts. Returns a cache with `room` more places, and the scores of each row's next token."""
+    prompt = tokens.shape[1]
+    positions = jnp.arange(prompt) - (prompt - lengths[:, None])
+    batch = _rows(tokens, (positions >= 0).astype(jnp.int32), jnp.maximum(positions, 0))
+    context = network.context(batch)
+
+    def body(x: Array, layer_params: Params) -> tuple[Array, Cache]:
+        block = network.layer(layer_params)
+        query, key, value = block.project(x, context.rotary)
+        attended = attention(
+            query,
+            key,
+            value,
+            segments=context.segments,
+            causal=context.causal,
+            scale=context.scale,
+            kernel=context.kernel,
+            packed=True,
+        )
+        x = constrain(block.complete(x, attended, None, None), "batch", "length", "embed")
+        return x, Cache(key.swapaxes(1, 2), value.swapaxes(1, 2))
+
+    x, cache = jax.lax.scan(body, network.embed(params, batch), network.blocks(params))
+    padding = [(0, 0)] * 3 + [(0, room), (0, 0)]
+    cache = jax.tree.map(lambda leaf: _constrain_cache(jnp.pad(leaf, padding)), cache)
+    return cache, network.logits(params, network.finish(params, x[:, -1:]))[:, 0]
+
+
+def _decode(
+    network: Network,
+    params: Params,
+    tokens: Int[Array, "batch 1"],
+    place: Int[Array, ""],
+    padding: Int[Array, " batch"],
+    cache: Cache,
+) -> tuple[Cache, Float[Array, "batch vocab"]]:
+    """Runs one token a row, which goes to `place` of the cache. `padding` places at a row's start are empty."""
+    batch = _rows(tokens, jnp.ones_like(tokens), (place - padding)[:, None])
+    context = network.context(batch)
+    index = jnp.arange(cache.keys.shape[3])
+    seen = (index >= padding[:, None]) & (index <= place)
+
+    # The cache is carried, not scanned over: what is scanned over comes out as a new array, a copy a token.
+    def body(carry: tuple[Array, Cache], layer: tuple[Params, Array]) -> tuple[tuple[Array, Cache], None]:
+        x, cache = carry
+        layer_params, number = layer
+        block = network.layer(layer_params)
+        query, key, value = block.project(x, context.rotary)
+
+        def put(store: Array, new: Array) -> Array:
+            zero = jnp.int32(0)
+            new = new.swapaxes(1, 2)[None].astype(store.dtype)
+            return _constrain_cache(jax.lax.dynamic_update_slice(store, new, (number, zero, zero, place, zero)))
+
+        cache = Cache(put(cache.keys, key), put(cache.values, value))
+        keys, values = (jax.lax.dynamic_index_in_dim(store, number, keepdims=False) for store in cache)
+        attended = cached_attention(query, keys, values, seen, context.scale)
+        return (block.complete(x, attended, None, None), cache), None
+
+    layers = (network.blocks(params), jnp.arange(network.num_layers, dtype=jnp.int32))
+    (x, cache), _ = jax.lax.scan(body, (network.embed(params, batch), cache), layers)
+    return cache, network.logits(params, network.finish(params, x))[:, 0]
+
+
+def cached_attention(
+    query: Float[Array, "batch 1 heads head_dim"],
+    keys: Float[Array, "batch kv_heads cache head_dim"],
+    values: Float[Array, "batch kv_heads cache head_dim"],
+    seen: Bool[Array, "batch cache"],
+    scale: float,
+) -> Float[Array, "batch 1 heads head_dim"]:
+    """Attention of one query a row to the places of a cache that are `seen`; softmax in float32.
+
+    Args:
+      query: queries; head h reads key/value head `h // (heads / kv_heads)`.
+      keys: cached keys.
+      values: cached values.
+      seen: which places hold something the row may attend to.
+      scale: factor on the products of queries and keys.
+
+    Returns:
+      Attended values, dtype of `query`.
+    """
+    batch, _, heads, head_dim = query.shape
+    kv_heads = keys.shape[1]
+    grouped = query.reshape(batch, kv_heads, heads // kv_heads, head_dim)
+    scores = jnp.einsum("bkgd,bksd->bkgs", grouped, keys, preferred_element_type=jnp.float32) * scale
+    # Finite, so that a row of padding only gives something finite.
+    scores = jnp.where(seen[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    probs = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+    return jnp.einsum("bkgs,bksd->bkgd", probs, values).reshape(query.shape).astype(query.dtype)
+
+
+def _chooser(draw: Draw | None, batch: int) -> Callable[[Array, Array], Array]:
+    """The function from scores `[batch, vocab]` and the number of tokens before to the next tokens."""
+    if draw is None:
+        return lambda logits, step: jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    row_keys = jax.vmap(lambda row: jax.random.fold_in(draw.key, row))(draw.first_row + jnp.arange(batch))
+
+    def choose(logits: Array, step: Array) -> Array:
+        logits = logits / draw.temperature
+        if draw.top_p is not None:
+            logits = keep_nucleus(logits, draw.top_p)
+        keys = jax.vmap(lambda key: jax.random.fold_in(key, step))(row_keys)
+        return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+
+    return choose
+
+
+def keep_nucleus(logits: Float[Array, "batch vocab"], top_p: Scalar | float) -> Float[Array, "batch vocab"]:
+    """Scores, with minus infinity for tokens outside the nucleus.
+
+    The nucleus is the smallest set of likeliest tokens whose probabilities sum up to at least `top_p` (arXiv
+    1904.09751, section 3.1); tokens as likely as its last one stay too.
+
+    Examples:
+      >>> keep_nucleus(jnp.log(jnp.array([[0.2, 0.5, 0.3]])), 0.6)[0, 0]
+      Array(-inf, dtype=float32)
+    """
+    ordered = -jnp.sort(-logits, axis=-1)
+    probs = jax.nn.softmax(ordered, axis=-1)
+    before = jnp.cumsum(probs, axis=-1) - probs
+    least = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits >= least, logits, -jnp.inf)
+
+
+def _constrain_cache(store: Array) -> Array:
+    return constrain(store, None, "batch", "kv_heads", None, None)
+
+
+def _rows(tokens: Array, segments: Array, positions: Array) -> Batch:
+    """A batch that nothing is scored in."""
+    none = jnp.zeros(tokens.shape[0], jnp.int32)
+    return Batch(
+        tokens=tokens,
+        segments=segments,
+        positions=positions,
+        predict=None,
+        targets=tokens,
+        weights=jnp.zeros(tokens.shape, jnp.float32),
+        task=none,
+        example=none,
+    )
+
+
+def _halvings(length: int) -> list[int]:
+    """`length`, half of it (rounded up), and so on, while at least `_SHORTEST_BUCKET`.
+
+    >>> _halvings(100), _halvings(4)
+    ([100, 50, 25], [4])
+    """
+    lengths = [length]
+    while (half := -(-lengths[-1] // 2)) >= _SHORTEST_BUCKET:
+        lengths.append(half)
+    return lengths
