@@ -79,10 +79,6 @@ class Components:
         if not rows:
             raise UserError(f"task {task.name}: no {split} examples")
         if task.kind == "pairs":
-            if not self.network.causal:
-                raise UserError(
-                    f"task {task.name}: prompts and answers need a decoder; model.architecture is an encoder"
-                )
             return PairRows(rows, self.tokenizer, self.config.data, task=index, name=task.name)
         if task.kind == "text":
             objective: Objective = "causal" if self.network.causal else "masked"
@@ -122,7 +118,7 @@ def build(config: ExperimentConfig, folder: RunFolder) -> Components:
     check_batch_size(config.training.batch_size, config.training.accumulate, layout.batch_ways, processes)
     check_batch_size(config.evaluation.batch_size, 1, layout.batch_ways, processes, key="evaluation.batch_size")
     tasks = tuple(load_task(rooted(spec, config.data_root)) for spec in config.tasks)
-    _check_window(config, tasks)
+    _check_tasks(config, tasks, causal=network.causal)
     tokenizer = load_tokenizer(config, tasks, folder.tokenizer)
     tokenizer.check_vocab(network.vocab_size)
     method = find_method(config.method.name)(config.method.options, network, len(tasks))
@@ -130,8 +126,8 @@ def build(config: ExperimentConfig, folder: RunFolder) -> Components:
     return Components(config, tasks, tokenizer, network, method, layout, trainer)
 
 
-def _check_window(config: ExperimentConfig, tasks: tuple[TaskData, ...]) -> None:
-    """Whether the longest row of each kind of task fits the model."""
+def _check_tasks(config: ExperimentConfig, tasks: tuple[TaskData, ...], *, causal: bool) -> None:
+    """Whether the model can learn each kind of task, and its window holds the longest row."""
     data, window = config.data, config.model.max_length
     needed = {
         "text": ("length", data.length),

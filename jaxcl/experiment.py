@@ -21,7 +21,7 @@ from jaxcl.data.pipeline import Pipeline
 from jaxcl.data.teacher_store import TeacherStore, write_records
 from jaxcl.errors import UserError
 from jaxcl.evaluation.matrix import ContinualMatrix
-from jaxcl.evaluation.results import Measure, Results, installed_versions, measure, write_predictions
+from jaxcl.evaluation.results import Measure, Results, installed_versions, measure, write_predictions, write_tables
 from jaxcl.evaluator import Evaluator, scored_tasks
 from jaxcl.reporting.report import write_report
 from jaxcl.run_folder import RunFolder
@@ -64,9 +64,9 @@ def run(config: ExperimentConfig) -> Outcome:
     initialize()
     _keep_compiled_programs()
     folder = RunFolder(Path(config.output))
-    if jax.process_index() == 0:
-        folder.claim(config.plain())
     try:
+        if jax.process_index() == 0:
+            folder.claim(config.plain())
         if folder.results.is_file() and (results := Results.read(folder.results)).finished:
             return Outcome(results, write_report(folder.path))
         parts = build(config, folder)
@@ -203,8 +203,7 @@ class TaskSequence:
         if collect_signals(self.parts.trainer, state, task, keep):
             write_records(self._store(index, jax.process_index()), records)
         if self.main and (tables := method.tables(state.method_state)):
-            arrays = {name: np.asarray(value) for name, value in tables.items()}
-            np.savez_compressed(self.folder.importance / f"after{index:02d}.npz", **arrays)  # type: ignore[arg-type]
+            write_tables(self.folder.importance, index, {name: np.asarray(value) for name, value in tables.items()})
         return state
 
     def _stream(self, index: int, method_state: Any) -> Stream:

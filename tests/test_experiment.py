@@ -91,7 +91,8 @@ def test_a_run_leaves_what_the_documentation_says(seekr_folder: Path) -> None:
         assert (seekr_folder / name).stat().st_size > 0, name
     assert list((seekr_folder / "checkpoints").iterdir())
     assert list(seekr_folder.glob("**/events.out.tfevents*"))
-    predictions = [json.loads(line) for line in (seekr_folder / "predictions/after01_task00.jsonl").open()]
+    lines = (seekr_folder / "predictions/after01_task00.jsonl").read_text().splitlines()
+    predictions = [json.loads(line) for line in lines]
     assert len(predictions) == 4
     assert {"prompt", "prediction", "answer", "score"} <= predictions[0].keys()
 

@@ -46,6 +46,11 @@ class DasConfig(MethodConfig):
     importance_examples: int = Field(
         10_000, gt=0, description="examples of a domain that importance is measured on, for general knowledge as well"
     )
+    general_knowledge: bool = Field(
+        True,
+        description="protect from the start what the model knows in general; false for a model from scratch, which "
+        "knows nothing yet: masks would only slow its first domain",
+    )
     normalisation: Normalisation = Field(
         "tanh",
         description="importance to [0, 1] per layer; tanh: standardise, tanh, absolute value; "
@@ -105,7 +110,7 @@ class Das(Method):
 
     def prepare(self, params: Params, state: State, task: Task) -> State:
         """Before the first domain: what the model knows in general."""
-        if task.index > 0:
+        if task.index > 0 or not self.config.general_knowledge:
             return state
         return self._learn_importance(self.add_general, params, state, task, place=0)
 

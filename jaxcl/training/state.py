@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from jaxcl.sharding.layout import Layout
@@ -80,6 +81,8 @@ def replace_method_state(state: TrainState, new: PyTree, layout: Layout) -> Trai
     if expected != got:
         raise ValueError(f"method state: expected structure {expected}, got {got}; Method.init decides it")
 
+    params = {id(leaf) for leaf in jax.tree.leaves(state.params)}
+
     def check(path: Any, before: Array, after: Array) -> Array:
         if before.shape != after.shape or before.dtype != after.dtype:
             where = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -87,6 +90,7 @@ def replace_method_state(state: TrainState, new: PyTree, layout: Layout) -> Trai
                 f"method state {where}: expected {before.dtype}{list(before.shape)}, "
                 f"got {after.dtype}{list(after.shape)}; Method.init decides shapes and dtypes"
             )
-        return after
+        # A step donates params and method state: they may not share a buffer.
+        return jnp.copy(after) if id(after) in params else after
 
     return state.replace(method_state=layout.place(jax.tree_util.tree_map_with_path(check, old, new)))
