@@ -157,7 +157,11 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--raw", action="store_true", help="do not wrap the prompt in the model's chat template")
 
     report = _command(
-        commands, "report", _report, "rebuild the HTML page of runs, of comparisons, or of a folder of comparisons", "jaxcl report runs/quickstart_seekr"
+        commands,
+        "report",
+        _report,
+        "rebuild the HTML page of a run, a comparison, or a folder of comparisons",
+        "jaxcl report runs/quickstart_seekr",
     )
     report.add_argument("runs", nargs="+", metavar="RUN")
     return parser

@@ -72,7 +72,7 @@ class Components:
           split: `train`, `dev` or `test`.
 
         Raises:
-          UserError: the split is empty, or of a kind that cannot be trained on.
+          UserError: the split is empty.
         """
         task = self.tasks[index]
         rows = getattr(task, split)
@@ -80,10 +80,8 @@ class Components:
             raise UserError(f"task {task.name}: no {split} examples")
         if task.kind == "pairs":
             return PairRows(rows, self.tokenizer, self.config.data, task=index, name=task.name)
-        if task.kind == "text":
-            objective: Objective = "causal" if self.network.causal else "masked"
-            return TextRows(rows, self.tokenizer, self.config.data, objective=objective, task=index, name=task.name)
-        raise UserError(f"task {task.name}: labelled examples can only be an end_task of a text domain")
+        objective: Objective = "causal" if self.network.causal else "masked"
+        return TextRows(rows, self.tokenizer, self.config.data, objective=objective, task=index, name=task.name)
 
     def pipeline(self, sources: list[Rows], *, batch_size: int | None = None) -> Pipeline:
         """Training batches of encoded examples; see `Pipeline`."""
@@ -134,7 +132,15 @@ def _check_tasks(config: ExperimentConfig, tasks: tuple[TaskData, ...], *, causa
         "pairs": ("prompt_length + answer_length", data.prompt_length + data.answer_length),
     }
     for task in tasks:
-        key, tokens = needed.get(task.kind, ("length", data.length))
+        if task.kind == "pairs" and not causal:
+            raise UserError(
+                f"task {task.name}: prompts and answers need a decoder; the model is an encoder", exit_code=2
+            )
+        if task.kind == "labelled":
+            raise UserError(
+                f"task {task.name}: labelled examples can only be the end_task of a text domain", exit_code=2
+            )
+        key, tokens = needed[task.kind]
         if tokens > window:
             raise UserError(
                 f"data.{key}: {tokens} tokens exceed the model's window, model.max_length={window} (task {task.name})",
