@@ -126,8 +126,9 @@ def masked_optimizer(parts: OptimizerParts, mask_on: MaskOn) -> optax.GradientTr
 
     `update` masks what Adam made of the gradient, weight decay included. `gradient` is the paper's text; Adam divides
     a constant factor out again, so it acts through epsilon, through masks of exactly 0 and through the masked decay.
-    Either way importance 0 gives the plain optimizer to the bit: the mask stands before the learning rate, where a
-    compiler that fuses products and sums fuses the same ones with and without it.
+    Either way importance 0 is the plain optimizer to the bit. With `update` this holds for compiled programs too: the
+    mask stands before the learning rate, where a compiler that contracts products and sums contracts the same ones
+    with and without it. With `gradient` such a compiler may round Adam's sums differently in the last bit.
 
     Args:
       parts: the optimizer in pieces. Gradients are clipped before they are masked: the clip sees what plain training

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcl.models.batch import Batch
+from jaxcl.models.gates import Gates
 from jaxcl.models.llama import LlamaConfig
 from jaxcl.models.network import Network
 from jaxcl.models.roberta import RobertaConfig
@@ -98,6 +99,10 @@ def pad_batch(batch: Batch, *, rows: int = 0, length: int = 0, predict: int = 0)
     )
 
 
+def init(network: Network, seed: int = 0) -> Any:
+    return jax.jit(network.init)(jax.random.key(seed))
+
+
 def perturbed(params: Any, scale: float, seed: int = 7) -> Any:
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
@@ -109,6 +114,24 @@ def log_softmax(x: np.ndarray) -> np.ndarray:
     x = x.astype(np.float64)
     x = x - x.max(axis=-1, keepdims=True)
     return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
+
+
+UNITS = ("attention/query", "attention/key", "attention/value", "attention/out/kernel", "mlp/")
+
+
+def in_unit(name: str) -> bool:
+    return any(part in name for part in UNITS)
+
+
+def named(tree: Any) -> dict[str, Any]:
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+    }
+
+
+def filled(network: Network, value: float) -> Gates:
+    return jax.tree.map(lambda leaf: jnp.full_like(leaf, value), Gates.ones(network.config))
 
 
 class StandInTask:

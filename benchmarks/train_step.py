@@ -1,0 +1,243 @@
+"""How long a training step takes in jaxcl and in torch: the same model, weights, data and optimizer on the same CPU.
+
+    python -m benchmarks.train_step [--rounds 15] [--batch 4] [--packed]
+
+Prints one JSON object. Each side runs in a process of its own and does one step at a time, in turn, so that both see
+the same moods of the machine; `ratio` is the median over the rounds of (jaxcl's seconds / torch's seconds).
+`loss_difference` is the largest relative difference between the two sides' losses over the first steps: it says that
+both do the same thing.
+
+Needs torch (a CPU build) beside jaxcl's own dependencies.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+VOCAB, LENGTH = 8192, 512
+LEARNING_RATE, WEIGHT_DECAY, BETAS, EPS, CLIP = 1e-3, 0.1, (0.9, 0.95), 1e-8, 1.0
+COMPARED_STEPS = 5
+
+
+def tokens(batch: int) -> np.ndarray:
+    """`[batch, LENGTH + 1]`, each a little above its predecessor, so that there is something to learn."""
+    random = np.random.default_rng(0)
+    steps = random.integers(0, 8, (batch, LENGTH + 1))
+    return ((random.integers(0, VOCAB, (batch, 1)) + np.cumsum(steps, axis=1)) % VOCAB).astype(np.int64)
+
+
+def jaxcl_step(options: argparse.Namespace, folder: Path) -> tuple[Callable[[], float], dict[str, Any]]:
+    """The step of `jaxcl run` with method `sequential`; writes its initial weights to `folder`."""
+    import jax
+
+    from jaxcl.methods.sequential import Sequential
+    from jaxcl.models.llama import LlamaConfig
+    from jaxcl.models.network import Network
+    from jaxcl.sharding.layout import Layout
+    from jaxcl.sharding.mesh import MeshConfig, make_mesh
+    from jaxcl.training.feed import place_batch
+    from jaxcl.training.optimizer import OptimizerConfig
+    from jaxcl.training.trainer import Trainer
+    from jaxcl.weights import save_hf
+
+    shape = {"vocab_size": VOCAB, "hidden_size": 256, "intermediate_size": 688, "num_layers": 8, "num_heads": 8}
+    network = Network.create(LlamaConfig(**shape, max_length=LENGTH))
+    layout = Layout.create(make_mesh(MeshConfig()), network.axes(), network.shapes())
+    optimizer = OptimizerConfig(
+        learning_rate=LEARNING_RATE,
+        schedule="constant",
+        b1=BETAS[0],
+        b2=BETAS[1],
+        eps=EPS,
+        weight_decay=WEIGHT_DECAY,
+        clip_norm=CLIP,
+    )
+    method = Sequential(Sequential.Config(), network, 1)
+    trainer = Trainer(method, optimizer, layout, accumulate=1, seed=0)
+    params = jax.jit(network.init)(jax.random.key(0))
+    save_hf(folder, network, params)
+    state = trainer.start_task(trainer.init(params), 1000)
+    text = tokens(options.batch)
+    rows = np.zeros(options.batch, np.int32)
+    batch = place_batch(
+        {
+            "tokens": text[:, :-1],
+            "targets": text[:, 1:],
+            "segments": np.ones((options.batch, LENGTH)),
+            "positions": np.tile(np.arange(LENGTH), (options.batch, 1)),
+            "weights": np.ones((options.batch, LENGTH)),
+            "task": rows,
+            "example": rows,
+            "packed": options.packed,
+        },
+        layout.batch,
+    )
+    started = time.perf_counter()
+    memory = trainer.jitted_step.lower(state, batch, trainer.key).compile().memory_analysis()
+    facts = {
+        "compile_seconds": time.perf_counter() - started,
+        "temporary_megabytes": memory.temp_size_in_bytes / 1e6 if memory is not None else None,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+    }
+
+    def step() -> float:
+        nonlocal state
+        state, metrics = trainer.step(state, batch)
+        jax.block_until_ready(state)
+        return float(metrics["loss"])
+
+    return step, facts
+
+
+def torch_step(options: argparse.Namespace, folder: Path) -> tuple[Callable[[], float], dict[str, Any]]:
+    """The same with transformers' model, its scaled-dot-product attention, and torch's fused AdamW."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    model = LlamaForCausalLM.from_pretrained(folder, attn_implementation="sdpa", use_cache=False, dtype=torch.float32)
+    model.train()
+    kernels = [param for param in model.parameters() if param.ndim > 1]
+    scales = [param for param in model.parameters() if param.ndim == 1]
+    groups = [{"params": kernels, "weight_decay": WEIGHT_DECAY}, {"params": scales, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=BETAS, eps=EPS, fused=True)
+    text = torch.from_numpy(tokens(options.batch))
+    inputs, targets = text[:, :-1].contiguous(), text[:, 1:].contiguous()
+
+    def step() -> float:
+        optimizer.zero_grad(set_to_none=True)
+        loss = model(input_ids=inputs, labels=targets, shift_labels=targets).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        return loss.item()
+
+    return step, {"threads": torch.get_num_threads(), "parameters": sum(p.numel() for p in model.parameters())}
+
+
+def work(options: argparse.Namespace) -> None:
+    """Does a step whenever a line comes in; says how long it took, on the clock and in processor time."""
+    make = {"jaxcl": jaxcl_step, "torch": torch_step}[options.worker]
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever a library prints
+    step, facts = make(options, Path(options.folder))
+    print(json.dumps(facts), file=answers, flush=True)
+    for _ in sys.stdin:
+        before, started = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
+        loss = step()
+        seconds, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF)
+        processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        answer = {"seconds": seconds, "processor": processor, "faults": after.ru_minflt - before.ru_minflt}
+        print(json.dumps({**answer, "loss": loss}), file=answers, flush=True)
+
+
+class Worker:
+    """A side's process."""
+
+    def __init__(self, side: str, options: argparse.Namespace, folder: str) -> None:
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.train_step",
+            "--worker",
+            side,
+            "--folder",
+            folder,
+            "--batch",
+            str(options.batch),
+        ]
+        command += ["--packed"] if options.packed else []
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        self.facts = self._read()
+
+    def step(self) -> dict[str, float]:
+        """Lets it do one step."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        return self._read()
+
+    def _read(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit("a worker ended early; its error stands above")
+        return json.loads(line)
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        weights = str(Path(folder) / "weights")
+        workers = {side: Worker(side, options, weights) for side in ("jaxcl", "torch")}
+        steps: dict[str, list[dict[str, float]]] = {side: [] for side in workers}
+        for number in range(COMPARED_STEPS + options.rounds):
+            order = list(workers) if number % 2 else list(workers)[::-1]
+            for side in order:
+                steps[side].append(workers[side].step())
+        for worker in workers.values():
+            assert worker.process.stdin is not None
+            worker.process.stdin.close()
+            worker.process.wait()
+    losses = {side: [step["loss"] for step in taken[:COMPARED_STEPS]] for side, taken in steps.items()}
+    # The first steps warm caches and allocators up.
+    taken = {side: all_steps[COMPARED_STEPS:] for side, all_steps in steps.items()}
+    ratios = [a["seconds"] / b["seconds"] for a, b in zip(taken["jaxcl"], taken["torch"], strict=True)]
+    return {
+        "ratio": statistics.median(ratios),
+        "ratio_quartiles": statistics.quantiles(ratios, n=4)[::2],
+        "ratio_of_fastest": min(s["seconds"] for s in taken["jaxcl"]) / min(s["seconds"] for s in taken["torch"]),
+        "loss_difference": max(abs(a / b - 1) for a, b in zip(losses["jaxcl"], losses["torch"], strict=True)),
+        **{
+            side: {
+                "seconds": statistics.median(s["seconds"] for s in rows),
+                "fastest_seconds": min(s["seconds"] for s in rows),
+                "processor_seconds": statistics.median(s["processor"] for s in rows),
+                "page_faults": statistics.median(s["faults"] for s in rows),
+                **workers[side].facts,
+            }
+            for side, rows in taken.items()
+        },
+        "losses": losses,
+        "settings": {"batch": options.batch, "length": LENGTH, "packed": options.packed, "rounds": options.rounds},
+        "cores": os.cpu_count(),
+        "machine": platform.machine(),
+        "versions": {
+            name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "torch", "transformers")
+        },
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15, help="pairs of steps that are measured")
+    parser.add_argument("--batch", type=int, default=4, help="rows")
+    parser.add_argument("--packed", action="store_true", help="let jaxcl mask as if rows could hold several documents")
+    parser.add_argument("--worker", choices=("jaxcl", "torch"), help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        work(options)
+    else:
+        print(json.dumps(measure(options), indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from methods_helpers import StandInTask, filled, init, make_batch, pad_batch, perturbed, tiny_llama, tiny_roberta
+
+from jaxcl.methods.das import Das, DasConfig
+from jaxcl.methods.importance import ImportanceSums, add_domain_importance, add_general_importance, normalise
+from jaxcl.models.gates import Gates
+from jaxcl.models.network import Network
+
+
+@pytest.fixture(scope="module", params=["llama", "roberta"])
+def network(request: pytest.FixtureRequest) -> Network:
+    return tiny_llama(num_layers=1) if request.param == "llama" else tiny_roberta(num_layers=1)
+
+
+def assert_close(one: Any, other: Any, rtol: float = 1e-4) -> None:
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-5), one, other)
+
+
+def test_importance_over_two_domains(network: Network) -> None:
+    method = Das(DasConfig(proxy_dropout=0.2), network, 2)
+    params = init(network)
+    start = method.init(params)
+    batches = [make_batch(), make_batch(seed=1)]
+    first = StandInTask(batches, index=0)
+
+    @jax.jit
+    def general(key: jax.Array) -> Gates:
+        sums = ImportanceSums.zero(network)
+        for number, batch in enumerate(batches):
+            sums = add_general_importance(network, sums, params, batch, jax.random.fold_in(key, number), 0.2, 0)
+        return normalise(sums.mean(), "tanh", 0.5)
+
+    prepared = method.prepare(params, start, first)
+    known = general(first.key)
+    assert_close(prepared["importance"], known, rtol=1e-3)
+    assert float(jnp.max(known.heads)) > 0.1
+
+    later = perturbed(params, 0.1)
+
+    @jax.jit
+    def domain() -> Gates:
+        sums = ImportanceSums.zero(network)
+        for batch in batches:
+            sums = add_domain_importance(network, sums, later, batch, 0)
+        return normalise(sums.mean(), "tanh", 0.5)
+
+    learned = method.consolidate(later, prepared, first)
+    assert_close(learned["importance"], jax.tree.map(np.maximum, known, domain()), rtol=1e-3)
+    for place, expected in ((0, known), (1, domain()), (2, filled(network, 0.0))):
+        assert_close(jax.tree.map(lambda leaf, place=place: leaf[place], learned["history"]), expected, rtol=1e-3)
+
+    # Only the first domain measures general knowledge; structure and shapes of the state never change.
+    assert method.prepare(later, learned, StandInTask(batches, index=1)) is learned
+    for state in (prepared, learned):
+        assert jax.tree.structure(state) == jax.tree.structure(start)
+        jax.tree.map(lambda a, b: np.testing.assert_equal((a.shape, a.dtype), (b.shape, b.dtype)), state, start)
+    tables = method.tables(learned)
+    np.testing.assert_array_equal(tables["importance_output"], learned["importance"].output)
+    assert tables["domains_intermediate"].shape == (3, 1, 12)
+
+
+def test_normalisation_is_a_choice(network: Network) -> None:
+    params = init(network)
+    batches = [make_batch()]
+    method = Das(DasConfig(normalisation="quantile", protected_share=0.25), network, 1)
+    state = method.consolidate(params, method.init(params), StandInTask(batches))
+    np.testing.assert_allclose((np.asarray(state["importance"].output) > 0).mean(), 0.25)
+
+
+def test_contrast_equals_separate_passes(network: Network) -> None:
+    # Without any noise the positive equals the anchor, and the passes can be run one by one.
+    batch = make_batch((6, 4, 0))
+    params = init(network)
+    importance = jax.tree.map(
+        lambda leaf: 0.2 + 0.6 * (jnp.arange(leaf.size) % 2).reshape(leaf.shape), filled(network, 1)
+    )
+
+    def pooled(gates: Gates | None) -> np.ndarray:
+        states = np.asarray(jax.jit(lambda gates: network.hidden(params, batch, gates=gates).states)(gates), np.float64)
+        mean = [states[row, :count].mean(axis=0) for row, count in enumerate((6, 4))]
+        return np.stack([one / np.linalg.norm(one) for one in mean])
+
+    full, past = pooled(None), pooled(importance)
+    scores = np.exp(np.concatenate([full @ full.T, full @ past.T], axis=1) / 0.1)
+    expected = -np.log(np.diagonal(scores) / scores.sum(axis=1)).sum()
+    for anchor in ("own", "language_model"):
+        options = DasConfig(proxy_dropout=0.0, temperature=0.1, contrast_weight=0.5, anchor=anchor)
+        method = Das(options, network, 1)
+        state = {**method.init(params), "importance": importance}
+        terms = jax.jit(method.loss)(params, state, batch, jax.random.key(0))
+        assert sorted(terms) == ["contrast", "loss"]
+        np.testing.assert_allclose(terms["contrast"].sum, expected, rtol=1e-4)
+        assert terms["contrast"].count == 2
+        assert terms["contrast"].weight == 0.5
+
+    padded = jax.jit(method.loss)(params, state, pad_batch(batch, rows=1, length=2, predict=1), jax.random.key(0))
+    for name, term in terms.items():
+        np.testing.assert_allclose(padded[name].sum, term.sum, rtol=1e-4)
+        assert padded[name].count == term.count
+
+
+def test_passes_of_the_contrast_draw_noise_of_their_own() -> None:
+    network = tiny_llama(num_layers=1)
+    params, batch = init(network), make_batch()
+    sums: dict[float, set[float]] = {}
+    for rate in (0.0, 0.3):
+        method = Das(DasConfig(proxy_dropout=rate), network, 1)
+        loss = jax.jit(method.loss)
+        terms = [loss(params, method.init(params), batch, jax.random.key(seed)) for seed in (0, 1)]
+        sums[rate] = {float(one["contrast"].sum) for one in terms}
+        # The decoder's own loss stays free of noise.
+        assert len({float(one["loss"].sum) for one in terms}) == 1
+    assert len(sums[0.0]) == 1
+    assert len(sums[0.3]) == 2
+
+
+def test_a_model_with_dropout_keeps_its_own() -> None:
+    assert Das(DasConfig(), tiny_llama(), 1)._noise_rate() == 0.1
+    assert Das(DasConfig(), tiny_llama(dropout=0.2), 1)._noise_rate() is None
+    assert Das(DasConfig(), tiny_roberta(attention_dropout=0.2), 1)._noise_rate() is None
+
+
+def test_no_contrast_no_pass() -> None:
+    network = tiny_llama(num_layers=1)
+    params, batch = network.shapes(), make_batch()
+    sizes = {}
+    for weight in (0.0, 1.0):
+        method = Das(DasConfig(contrast_weight=weight), network, 1)
+        state = jax.eval_shape(method.init, params)
+        program = jax.make_jaxpr(method.loss)(params, state, batch, jax.random.key(0))
+        sizes[weight] = [equation.primitive.name for equation in program.jaxpr.eqns].count("scan")
+    assert sizes == {0.0: 1, 1.0: 2}
+
+
+def test_options_are_held_against_the_model() -> None:
+    with pytest.raises(ValueError, match="proxy_dropout"):
+        Das.check(DasConfig(proxy_dropout=0.0), tiny_llama().config)
+    Das.check(DasConfig(proxy_dropout=0.0), tiny_roberta(hidden_dropout=0.1).config)
+    Das.check(DasConfig(), tiny_llama().config)

@@ -1,0 +1,235 @@
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from methods_helpers import log_softmax
+
+from jaxcl.methods.distillation import (
+    AttentionTeacher,
+    TopScores,
+    attention_divergence,
+    decode_rows,
+    encode_rows,
+    example_divergence,
+    full_divergence,
+    sample_queries,
+    top_divergence,
+    top_scores,
+)
+from jaxcl.models.probe import AttentionView, selected_rows
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(scope="module")
+def logits() -> tuple[np.ndarray, np.ndarray]:
+    teacher = RNG.normal(0, 2, (3, 4, 9)).astype(np.float32)
+    return teacher, teacher + RNG.normal(0, 0.5, teacher.shape).astype(np.float32)
+
+
+def kl(teacher: np.ndarray, student: np.ndarray) -> np.ndarray:
+    """From log-probabilities."""
+    return (np.exp(teacher) * (teacher - student)).sum(-1)
+
+
+def test_full_divergence_equals_numpy(logits: tuple[np.ndarray, np.ndarray]) -> None:
+    teacher, student = (log_softmax(x) for x in logits)
+    found = full_divergence(jnp.asarray(teacher, jnp.float32), jnp.asarray(logits[1]))
+    np.testing.assert_allclose(found, kl(teacher, student), rtol=1e-4)
+
+
+@pytest.mark.parametrize("top", [1, 3, 8, 9])
+def test_top_divergence_equals_numpy_over_merged_outcomes(logits: tuple[np.ndarray, np.ndarray], top: int) -> None:
+    teacher, student = (log_softmax(x) for x in logits)
+    order = np.argsort(-teacher, axis=-1)
+    merged = []
+    for logs in (teacher, student):
+        ordered = np.take_along_axis(logs, order, -1)
+        rest = np.exp(ordered[..., top:]).sum(-1, keepdims=True)
+        merged.append(np.concatenate([ordered[..., :top], np.log(np.maximum(rest, 1e-300))], -1))
+    stored = top_scores(jnp.asarray(logits[0]), top)
+    assert stored.ids.dtype == jnp.int32
+    np.testing.assert_array_equal(stored.ids, order[..., :top])
+    found = top_divergence(stored, jnp.asarray(logits[1]))
+    np.testing.assert_allclose(found, kl(*merged), rtol=1e-3, atol=1e-6)
+    assert np.all(found <= kl(teacher, student) * (1 + 1e-4) + 1e-6)
+
+
+@pytest.mark.parametrize("top", [1, 4, 9])
+def test_divergence_of_a_model_with_itself_is_zero(logits: tuple[np.ndarray, np.ndarray], top: int) -> None:
+    own = jnp.asarray(logits[0])
+    np.testing.assert_allclose(top_divergence(top_scores(own, top), own), 0.0, atol=2e-6)
+    np.testing.assert_allclose(full_divergence(jax.nn.log_softmax(own), own), 0.0, atol=1e-6)
+    gradient = jax.grad(lambda x: jnp.sum(top_divergence(top_scores(own, top), x)))(own)
+    np.testing.assert_allclose(gradient, 0.0, atol=1e-6)
+
+
+def test_gradient_of_top_divergence_equals_probabilities_apart(logits: tuple[np.ndarray, np.ndarray]) -> None:
+    # Over merged outcomes the gradient of a score is s_j - p_j for a listed token; the rest share theirs.
+    teacher, student = (np.exp(log_softmax(x)) for x in logits)
+    gradient = np.asarray(
+        jax.grad(lambda x: jnp.sum(top_divergence(top_scores(jnp.asarray(logits[0]), 3), x)))(jnp.asarray(logits[1]))
+    )
+    listed = np.argsort(-teacher, axis=-1)[..., :3]
+    difference = np.take_along_axis(student - teacher, listed, -1)
+    np.testing.assert_allclose(np.take_along_axis(gradient, listed, -1), difference, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(gradient.sum(-1), 0.0, atol=1e-5)
+
+
+def test_top_divergence_stays_finite_for_sure_models() -> None:
+    sure, other = jnp.array([60.0, 0.0, 0.0]), jnp.array([0.0, 60.0, 0.0])
+    value, gradient = jax.value_and_grad(lambda x: top_divergence(top_scores(sure, 1), x))(other)
+    np.testing.assert_allclose(value, 60.0, rtol=0.3)
+    assert np.all(np.isfinite(gradient))
+
+
+rows = st.lists(st.floats(0, 1, width=32), min_size=8, max_size=8).filter(lambda x: sum(x) > 1e-3)
+
+
+@settings(max_examples=50, deadline=None)
+@given(rows)
+def test_coded_rows_come_back_close(values: list[float]) -> None:
+    row = np.array([values], np.float64)
+    row /= row.sum()
+    coded = encode_rows(jnp.asarray(row, jnp.float32))
+    assert coded.dtype == jnp.uint8
+    found = np.asarray(decode_rows(coded), np.float64)
+    np.testing.assert_allclose(found.sum(-1), 1.0, rtol=1e-5)
+    assert np.all(found[row == 0] == 0)
+    # Half a step of the root, a 510th of the largest root; scaling to sum 1 adds the error of the sum.
+    assert np.abs(np.sqrt(found) - np.sqrt(row)).max() <= 1.5 * np.sqrt(row.max()) / 255
+
+
+def test_rows_of_zeros_stay() -> None:
+    zeros = jnp.zeros((2, 5))
+    np.testing.assert_array_equal(decode_rows(encode_rows(zeros)), 0.0)
+
+
+def test_coding_loses_little_information() -> None:
+    # Long rows with a heavy tail, of which a linear code would lose most.
+    scores = RNG.normal(0, 2, (64, 1000))
+    exact = np.exp(log_softmax(scores))
+    coded = np.asarray(decode_rows(encode_rows(jnp.asarray(exact, jnp.float32))), np.float64)
+    student = log_softmax(scores + RNG.normal(0, 0.3, scores.shape))
+    logs = np.log(np.maximum(coded, 1e-300))
+    lost = (np.where(coded > 0, coded * (logs - student), 0)).sum(-1).mean() / kl(np.log(exact), student).mean() - 1
+    assert abs(lost) < 0.01
+
+
+@pytest.fixture(scope="module", params=[True, False])
+def view(request: pytest.FixtureRequest) -> AttentionView:
+    query = RNG.normal(size=(3, 6, 4, 2)).astype(np.float32)
+    key = RNG.normal(size=(3, 6, 2, 2)).astype(np.float32)
+    segments = np.array([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0], [0, 0, 0, 0, 0, 0]])
+    return AttentionView(jnp.asarray(query), jnp.asarray(key), jnp.asarray(segments), request.param, 0.7)
+
+
+def brute_row(view: AttentionView, row: int, head: int, query: int) -> np.ndarray:
+    keys = [
+        key
+        for key in range(6)
+        if view.segments[row, key] == view.segments[row, query] and (key <= query or not view.causal)
+    ]
+    group = view.query.shape[2] // view.key.shape[2]
+    scores = np.array([np.dot(view.query[row, query, head], view.key[row, key, head // group]) for key in keys]) * 0.7
+    out = np.zeros(6)
+    out[keys] = np.exp(log_softmax(scores))
+    return out
+
+
+HEADS = jnp.array([[3, 0], [1, -1], [2, 0]])
+QUERIES = jnp.array([[0, 2, 5], [1, 3, -1], [0, 1, 2]])
+
+
+def test_attention_divergence_equals_numpy(view: AttentionView) -> None:
+    teacher = view._replace(query=view.query * 1.3 + 0.2)
+    stored = selected_rows(teacher, HEADS, QUERIES)
+    values, present = attention_divergence(view, AttentionTeacher(stored, HEADS, QUERIES))
+    assert present.tolist() == [True, True, False]
+    for row, heads, queries in ((0, [3, 0], [0, 2, 5]), (1, [1], [1, 3])):
+        expected = []
+        for head in heads:
+            for query in queries:
+                p, s = brute_row(teacher, row, head, query), brute_row(view, row, head, query)
+                expected.append(np.sum(p[p > 0] * np.log(p[p > 0] / s[p > 0])))
+        np.testing.assert_allclose(values[row], np.mean(expected), rtol=1e-4, atol=1e-6)
+        assert values[row] > 1e-4
+    assert values[2] == 0
+
+
+def test_attention_divergence_of_equal_rows_is_zero(view: AttentionView) -> None:
+    stored = selected_rows(view, HEADS, QUERIES)
+
+    def total(query: jax.Array, rows: jax.Array) -> jax.Array:
+        teacher = AttentionTeacher(rows, HEADS, QUERIES)
+        return jnp.sum(attention_divergence(view._replace(query=query), teacher)[0])
+
+    value, gradient = jax.value_and_grad(total)(view.query, stored)
+    np.testing.assert_allclose(value, 0.0, atol=1e-6)
+    np.testing.assert_allclose(gradient, 0.0, atol=1e-6)
+    assert total(view.query, encode_rows(stored)) < 1e-4
+    moved = total(view.query * 1.3 + 0.2, stored)
+    assert moved > 1e-3
+    np.testing.assert_allclose(total(view.query * 1.3 + 0.2, encode_rows(stored)), moved, rtol=0.05)
+
+
+def test_attention_divergence_is_finite_where_the_student_sees_nothing_of_it() -> None:
+    query = jnp.array([[[[0.0]], [[200.0]]]])
+    view = AttentionView(query, jnp.array([[[[1.0]], [[-1.0]]]]), jnp.ones((1, 2), jnp.int32), True, 1.0)
+    teacher = AttentionTeacher(jnp.array([[[[0.0, 1.0]]]]), jnp.array([[0]]), jnp.array([[1]]))
+    value, gradient = jax.value_and_grad(lambda query: attention_divergence(view._replace(query=query), teacher)[0][0])(
+        query
+    )
+    assert np.isfinite(value)
+    assert value > 80
+    assert np.all(np.isfinite(gradient))
+
+
+def test_layers_without_heads_do_not_count() -> None:
+    means = jnp.array([[1.0, 2.0, 5.0], [3.0, 9.0, 5.0], [4.0, 9.0, 5.0]])
+    present = jnp.array([[True, True, False], [True, False, False], [False, False, False]])
+    values, some = example_divergence(means, present)
+    np.testing.assert_array_equal(values, [2.0, 2.0, 0.0])
+    assert some.tolist() == [True, True, False]
+
+
+def as_sets(sampled: Any) -> list[set[int]]:
+    return [set(row[row >= 0].tolist()) for row in np.asarray(sampled)]
+
+
+def test_sampled_queries_are_real_and_differ() -> None:
+    segments = jnp.array([[1] * 9 + [0], [1, 1, 2, 0, 0, 0, 0, 0, 0, 0], [0] * 10])
+    found = sample_queries(jax.random.key(0), segments, 4)
+    assert found.shape == (3, 4)
+    first, second, third = as_sets(found)
+    assert len(first) == 4
+    assert first <= set(range(9))
+    assert second == {0, 1, 2}
+    assert third == set()
+    assert np.all(np.diff(found[0]) > 0)
+    assert found[1].tolist() == [0, 1, 2, -1]
+    seen = {tuple(sample_queries(jax.random.key(seed), segments, 4)[0].tolist()) for seed in range(5)}
+    assert len(seen) > 1
+
+
+def test_all_queries_and_more_than_there_are() -> None:
+    segments = jnp.array([[1, 1, 1, 0]])
+    assert sample_queries(jax.random.key(0), segments, 0).tolist() == [[0, 1, 2, -1]]
+    assert sample_queries(jax.random.key(0), segments, 6).tolist() == [[0, 1, 2, -1, -1, -1]]
+
+
+def test_queries_are_drawn_evenly() -> None:
+    segments = jnp.ones((2000, 5), jnp.int32)
+    counts = np.bincount(np.asarray(sample_queries(jax.random.key(1), segments, 2)).ravel(), minlength=5)
+    np.testing.assert_allclose(counts / 2000, 0.4, atol=0.05)
+
+
+def test_top_scores_are_log_probabilities() -> None:
+    found = top_scores(jnp.log(jnp.array([0.1, 0.6, 0.3])), 2)
+    assert isinstance(found, TopScores)
+    assert found.ids.tolist() == [1, 2]
+    np.testing.assert_allclose(np.exp(found.values), [0.6, 0.3], rtol=1e-5)

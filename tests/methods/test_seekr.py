@@ -1,0 +1,280 @@
+import dataclasses
+from collections import namedtuple
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from methods_helpers import StandInTask, init, log_softmax, make_batch, perturbed, tiny_llama, tiny_roberta
+
+from jaxcl.errors import UserError
+from jaxcl.methods.base import Replay
+from jaxcl.methods.head_selection import HeadSums, add_forgettability, add_sensitivity
+from jaxcl.methods.replay import Replay as ReplayMethod
+from jaxcl.methods.replay import ReplayConfig
+from jaxcl.methods.seekr import Seekr, SeekrConfig
+from jaxcl.models.batch import Batch
+from jaxcl.models.probe import Tap
+
+Shape = namedtuple("Shape", "length predict")
+NETWORK = tiny_llama()
+EXACT = {"layer_budget": 2, "head_budget": 3, "query_budget": 3, "store_logits": 0, "store_attention": "float32"}
+BATCH = make_batch((6, 4, 5))
+# Task 0 has its three heads in both layers, task 1 in the second only.
+HEADS = jnp.array([[[0, 1], [1, 0], [1, 3]], [[1, 0], [1, 1], [1, 2]]])
+
+
+def make_method(**changes: Any) -> Seekr:
+    return Seekr(SeekrConfig(**{**EXACT, **changes}), NETWORK, 2)
+
+
+@pytest.fixture(scope="module")
+def params() -> Any:
+    return init(NETWORK)
+
+
+def state_of(method: Seekr, params: Any) -> Any:
+    return {**method.init(params), "heads": HEADS}
+
+
+def records_of(method: Seekr, params: Any, batch: Batch, key: int = 0) -> list[dict[str, np.ndarray]]:
+    signals = jax.jit(method.signals)(params, state_of(method, params), batch, jax.random.key(key))
+    host = {name: np.asarray(value) for name, value in signals.items()}
+    return [method.trim({name: value[row] for name, value in host.items()}) for row in range(batch.size)]
+
+
+def remembered(batch: Batch, teacher: dict[str, np.ndarray]) -> Batch:
+    return dataclasses.replace(batch, kind="memory", teacher=jax.tree.map(jnp.asarray, teacher))
+
+
+def terms_of(method: Seekr, params: Any, batch: Batch) -> dict[str, tuple[float, float, float]]:
+    terms = jax.jit(method.loss)(params, state_of(method, params), batch, jax.random.key(0))
+    return {name: (float(term.sum), float(term.count), float(term.weight)) for name, term in terms.items()}
+
+
+def attention_maps(params: Any, batch: Batch) -> np.ndarray:
+    """Explicit maps `[layers, batch, heads, query, key]`, zero where the key is hidden."""
+
+    def maps(params: Any) -> jax.Array:
+        kept: list[Any] = []
+        x = NETWORK.embed(params, batch)
+        for layer in range(NETWORK.num_layers):
+            tap = Tap(lambda probs, seen, _: kept.append(probs * seen) or probs)  # type: ignore[func-returns-value]
+            layer_params = jax.tree.map(lambda leaf, layer=layer: leaf[layer], NETWORK.blocks(params))
+            x, _ = NETWORK.block(layer_params, x, batch, tap=tap)
+        return jnp.stack(kept)
+
+    return np.asarray(jax.jit(maps)(params), np.float64)
+
+
+def output_logs(params: Any, batch: Batch) -> np.ndarray:
+    """Log-probabilities at the scored positions."""
+    states = jax.jit(NETWORK.hidden)(params, batch).states
+    logs = log_softmax(np.asarray(NETWORK.logits(params, states)))
+    return np.take_along_axis(logs, np.asarray(batch.predict)[..., None], axis=1)
+
+
+def test_signals_are_attention_rows_and_outputs(params: Any) -> None:
+    batch = dataclasses.replace(BATCH, task=jnp.array([0, 1, 0]))
+    maps, logs = attention_maps(params, batch), output_logs(params, batch)
+    for row, record in enumerate(records_of(make_method(), params, batch)):
+        length, predicted = (6, 4, 5)[row], (3, 2, 3)[row]
+        assert record["heads"].tolist() == HEADS[batch.task[row]].tolist()
+        queries = record["queries"].tolist()
+        assert len(set(queries)) == 3
+        assert set(queries) <= set(range(length))
+        assert record["rows"].shape == (3, 3, length)
+        for (layer, head), rows in zip(record["heads"], record["rows"], strict=True):
+            np.testing.assert_allclose(rows, maps[layer, row, head, queries, :length], rtol=1e-4, atol=1e-6)
+        assert record["scores"].shape == (predicted, 13)
+        np.testing.assert_allclose(record["scores"], logs[row, :predicted], rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def exact(params: Any) -> tuple[Batch, Any, dict[str, Any]]:
+    """Remembered rows of two tasks with an exact teacher, moved params, and the terms worked out by hand."""
+    batch = dataclasses.replace(BATCH, task=jnp.array([0, 1, 0]))
+    method = make_method()
+    records = records_of(method, params, batch)
+    teacher = method.collator(state_of(method, params))(records, Shape(7, 3))
+    after = perturbed(params, 0.1)
+
+    old, new = attention_maps(params, batch), attention_maps(after, batch)
+    attention = 0.0
+    for row, record in enumerate(records):
+        by_layer: dict[int, list[float]] = {}
+        for layer, head in record["heads"]:
+            for query in record["queries"]:
+                p, s = old[layer, row, head, query], new[layer, row, head, query]
+                real = p > 0
+                by_layer.setdefault(int(layer), []).append(float(np.sum(p[real] * np.log(p[real] / s[real]))))
+        attention += float(np.mean([np.mean(values) for values in by_layer.values()]))
+    before, now, weights = output_logs(params, batch), output_logs(after, batch), np.asarray(batch.weights)
+    logits = float(np.sum((np.exp(before) * (before - now)).sum(-1) * weights))
+    targets = np.take_along_axis(now, np.asarray(batch.targets)[..., None], -1)[..., 0]
+    expected = {
+        "attention": (attention, 3.0, 1000.0),
+        "loss": (-float(np.sum(targets * weights)), 8.0, 0.5),
+        "logits": (logits, 8.0, 0.5),
+    }
+    return remembered(batch, teacher), after, expected
+
+
+def assert_terms(found: dict[str, Any], expected: dict[str, Any], rtol: float = 1e-3) -> None:
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        np.testing.assert_allclose(found[name], values, rtol=rtol, atol=1e-5, err_msg=name)
+
+
+def test_replay_terms_equal_hand_computed(exact: tuple[Batch, Any, Any]) -> None:
+    batch, after, expected = exact
+    assert expected["attention"][0] > 1e-3
+    assert expected["logits"][0] > 1e-2
+    assert_terms(terms_of(make_method(), after, batch), expected)
+    assert_terms(terms_of(make_method(loss_chunk=2), after, batch), expected)
+
+
+def test_weights_are_a_and_b(exact: tuple[Batch, Any, Any]) -> None:
+    batch, after, expected = exact
+    found = terms_of(make_method(logit_weight=0.2, attention_weight=7.0), after, batch)
+    assert [round(found[name][2], 6) for name in ("loss", "logits", "attention")] == [0.8, 0.2, 7.0]
+    assert sorted(terms_of(make_method(attention_weight=0.0), after, batch)) == ["logits", "loss"]
+
+
+def test_a_model_has_no_divergence_from_itself(params: Any, exact: tuple[Batch, Any, Any]) -> None:
+    found = terms_of(make_method(), params, exact[0])
+    np.testing.assert_allclose([found["attention"][0], found["logits"][0]], 0.0, atol=1e-5)
+
+
+def test_neither_slots_nor_padding_nor_fillers_change_the_terms(params: Any, exact: tuple[Batch, Any, Any]) -> None:
+    batch, after, expected = exact
+    method = make_method()
+    plain = dataclasses.replace(batch, kind="task", teacher=None)
+    records = records_of(method, params, plain)
+    filler = {name: np.zeros_like(value) for name, value in records[0].items()}
+    # As many slots as there can be, longer rows, more scored positions, a row that only fills the batch.
+    teacher = method.collate([*records, filler], Shape(9, 4))
+    assert teacher["heads"].shape == (4, 2, 3)
+    assert batch.teacher is not None
+    assert batch.teacher["heads"].shape == (3, 2, 3)
+    from methods_helpers import pad_batch
+
+    longer = remembered(pad_batch(plain, rows=1, length=2, predict=1), teacher)
+    assert_terms(terms_of(method, after, longer), expected)
+
+
+def test_gradients_reach_what_attention_reads_and_stay_finite(exact: tuple[Batch, Any, Any]) -> None:
+    batch, after, _ = exact
+    method = make_method()
+
+    def attention(params: Any) -> jax.Array:
+        return method.loss(params, state_of(method, params), batch, jax.random.key(0))["attention"].sum
+
+    gradients = jax.jit(jax.grad(attention))(after)
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradients))
+    query = np.asarray(gradients["blocks"]["attention"]["query"]["kernel"])
+    touched = np.abs(query).sum(axis=(1, 3)) > 0
+    # The last layer's heads are reached if and only if some task selected them; the first layer's through the second.
+    assert touched[1].tolist() == [True, True, True, True]
+    assert touched[0].all()
+    assert not np.any(gradients["head"]["kernel"])
+
+
+def test_compact_teacher_is_close(params: Any, exact: tuple[Batch, Any, Any]) -> None:
+    batch, after, expected = exact
+    method = make_method(store_attention="uint8", store_logits=6)
+    records = records_of(method, params, dataclasses.replace(batch, kind="task", teacher=None))
+    assert records[0]["rows"].dtype == np.uint8
+    assert records[0]["top_ids"].shape == (3, 6)
+    teacher = method.collator(state_of(method, params))(records, Shape(7, 3))
+    found = terms_of(method, after, remembered(batch, teacher))
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+    assert found["attention"] == pytest.approx(expected["attention"], rel=0.02)
+    assert 0.5 * expected["logits"][0] < found["logits"][0] < expected["logits"][0] * 1.0001
+
+
+def test_all_queries(params: Any) -> None:
+    method = make_method(query_budget=0)
+    records = records_of(method, params, BATCH)
+    assert [record["queries"].tolist() for record in records] == [list(range(n)) for n in (6, 4, 5)]
+    assert method.collate(records, Shape(7, 3))["queries"].shape == (3, 7)
+
+
+def test_rows_of_the_task_have_the_plain_loss(params: Any) -> None:
+    found = terms_of(make_method(), params, BATCH)
+    expected = -np.take_along_axis(output_logs(params, BATCH), np.asarray(BATCH.targets)[..., None], -1)[..., 0]
+    assert list(found) == ["loss"]
+    np.testing.assert_allclose(found["loss"], (np.sum(expected * np.asarray(BATCH.weights)), 8, 1), rtol=1e-4)
+
+
+def test_remembered_rows_without_teacher_are_refused(params: Any) -> None:
+    method = make_method()
+    with pytest.raises(UserError, match="packing"):
+        method.loss(params, method.init(params), dataclasses.replace(BATCH, kind="memory"), jax.random.key(0))
+
+
+def test_heads_are_selected_over_tasks(params: Any) -> None:
+    first, second = perturbed(params, 0.1, seed=1), perturbed(params, 0.2, seed=2)
+    tasks = [(params, first, [BATCH]), (first, second, [make_batch(seed=3), make_batch(seed=4)])]
+    measured = []
+
+    @jax.jit
+    def measure(before: Any, after: Any, s: Any, f: Any, batch: Batch) -> Any:
+        s = add_sensitivity(NETWORK, s, after, batch, 0)
+        return s, add_forgettability(NETWORK, f, before, after, batch)
+
+    for before, after, batches in tasks:
+        s = f = HeadSums.zero(NETWORK)
+        for batch in batches:
+            s, f = measure(before, after, s, f, batch)
+        share = np.asarray(s.mean(), np.float64)
+        measured.append((share / share.sum(axis=1, keepdims=True), np.asarray(f.mean(), np.float64)))
+
+    method = make_method(layer_budget=1)
+    state = start = method.init(params)
+    for index, (before, after, batches) in enumerate(tasks):
+        state = method.consolidate(after, state, StandInTask(batches, index=index, before=before))
+        importance = sum(s for s, _ in measured[: index + 1]) * sum(f for _, f in measured[: index + 1])
+        layer = int(importance.sum(axis=1).argmax())
+        heads = sorted(np.argsort(-importance[layer])[:3].tolist())
+        assert state["heads"][index].tolist() == [[layer, head] for head in heads]
+        np.testing.assert_allclose(state["sensitivity"][index], measured[index][0], rtol=1e-3)
+        np.testing.assert_allclose(state["forgettability"][index], measured[index][1], rtol=1e-3)
+        np.testing.assert_allclose(method.tables(state)["importance_heads"], importance, rtol=1e-3)
+    selected = np.asarray(method.tables(state)["selected_heads"])
+    assert selected.sum(axis=(1, 2)).tolist() == [3, 3]
+    assert all(selected[0, layer, head] for layer, head in state["heads"][0].tolist())
+    assert not np.any(method.tables(start)["selected_heads"])
+    jax.tree.map(lambda a, b: np.testing.assert_equal((a.shape, a.dtype), (b.shape, b.dtype)), state, start)
+
+
+def test_shares_as_budgets() -> None:
+    method = Seekr(SeekrConfig(layer_budget=0.5, head_budget=0.5), tiny_llama(num_layers=4), 1)
+    assert (method.layers, method.heads, method.per_layer) == (2, 8, 4)
+    assert make_method(heads_per_layer=2).per_layer == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"layer_budget": 3}, "layer_budget: 3 "),
+        ({"head_budget": 9}, "head_budget: 9 "),
+        ({"layer_budget": 1, "head_budget": 5}, "head_budget: 5 .* 4 heads of 1 layer"),
+        ({"layer_budget": 1.5}, "layer_budget: 1.5"),
+        ({"heads_per_layer": 5}, "heads_per_layer: 5"),
+        ({"heads_per_layer": 1, "head_budget": 3}, "head_budget: 3"),
+        ({"replay": {"fraction": 0, "minimum": 0}}, "replay.fraction"),
+    ],
+)
+def test_impossible_options_are_named(changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        Seekr.check(SeekrConfig(**{**EXACT, **changes}), NETWORK.config)
+
+
+def test_replay_keeps_what_it_is_told() -> None:
+    options = ReplayConfig(replay=Replay(fraction=0.1))
+    assert ReplayMethod(options, NETWORK, 1).replay == Replay(fraction=0.1)
+    with pytest.raises(ValueError, match="replay.fraction"):
+        ReplayMethod.check(ReplayConfig(replay=Replay(fraction=0, minimum=0)), NETWORK.config)
+    assert Seekr(SeekrConfig(head_budget=1, layer_budget=1), tiny_roberta(), 1).replay == Replay()
