@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from methods_helpers import StandInTask, init, log_softmax, make_batch, perturbed, tiny_llama, tiny_roberta
+from methods_helpers import StandInTask, init, log_softmax, make_batch, pad_batch, perturbed, tiny_llama, tiny_roberta
 
 from jaxcl.errors import UserError
 from jaxcl.methods.base import Replay
@@ -136,7 +136,7 @@ def test_replay_terms_equal_hand_computed(exact: tuple[Batch, Any, Any]) -> None
 
 
 def test_weights_are_a_and_b(exact: tuple[Batch, Any, Any]) -> None:
-    batch, after, expected = exact
+    batch, after, _ = exact
     found = terms_of(make_method(logit_weight=0.2, attention_weight=7.0), after, batch)
     assert [round(found[name][2], 6) for name in ("loss", "logits", "attention")] == [0.8, 0.2, 7.0]
     assert sorted(terms_of(make_method(attention_weight=0.0), after, batch)) == ["logits", "loss"]
@@ -158,8 +158,6 @@ def test_neither_slots_nor_padding_nor_fillers_change_the_terms(params: Any, exa
     assert teacher["heads"].shape == (4, 2, 3)
     assert batch.teacher is not None
     assert batch.teacher["heads"].shape == (3, 2, 3)
-    from methods_helpers import pad_batch
-
     longer = remembered(pad_batch(plain, rows=1, length=2, predict=1), teacher)
     assert_terms(terms_of(method, after, longer), expected)
 
@@ -275,6 +273,6 @@ def test_impossible_options_are_named(changes: dict[str, Any], named: str) -> No
 def test_replay_keeps_what_it_is_told() -> None:
     options = ReplayConfig(replay=Replay(fraction=0.1))
     assert ReplayMethod(options, NETWORK, 1).replay == Replay(fraction=0.1)
-    with pytest.raises(ValueError, match="replay.fraction"):
+    with pytest.raises(ValueError, match=r"replay\.fraction"):
         ReplayMethod.check(ReplayConfig(replay=Replay(fraction=0, minimum=0)), NETWORK.config)
     assert Seekr(SeekrConfig(head_budget=1, layer_budget=1), tiny_roberta(), 1).replay == Replay()

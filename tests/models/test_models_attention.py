@@ -11,6 +11,8 @@ from jaxcl.models.attention import attention, blocked_attention, choose_kernel, 
 from jaxcl.models.axes import constraints
 from jaxcl.models.splash import splash_attention
 
+UNOPTIMISED = True
+
 
 def inputs(length: int, heads: int, kv_heads: int, head_dim: int = 4, batch: int = 2) -> tuple[np.ndarray, ...]:
     rng = np.random.default_rng(length)

@@ -12,6 +12,8 @@ from models_helpers import BUILDERS, batch_of, llama, params_of, row_losses
 from jaxcl.models.gates import Gates
 from jaxcl.models.network import Network, Params
 
+UNOPTIMISED = True
+
 SEGMENTS = [[1, 1, 1, 1, 2, 2], [1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1]]
 
 

@@ -23,15 +23,17 @@ SEGMENTS = [[1, 1, 1, 2, 2, 0], [1, 1, 1, 1, 1, 1]]
 
 
 def program(network: Network, **arguments: Any) -> str:
-    """The optimised program of loss and gradient, without names and source positions."""
+    """Loss and gradient as handed to the compiler, without the names of functions.
+
+    Before optimisation: the compiler would fold factors that are constantly 1, and hide what this looks for.
+    """
     batch = batch_of(SEGMENTS)
 
     def loss(params: Any) -> jax.Array:
         return jnp.sum(row_losses(network, params, batch, **arguments))
 
-    text = jax.jit(jax.value_and_grad(loss)).lower(network.shapes()).compile().as_text()
-    text = re.sub(r", metadata=\{[^}]*\}", "", text.partition("\n\nFileNames")[0])
-    return re.sub(r"%?[\w.-]*(checkpoint|remat|rest|block|body)[\w.-]*", "name", text)
+    text = jax.jit(jax.value_and_grad(loss)).lower(network.shapes()).as_text()
+    return re.sub(r"@\w+", "@function", text)
 
 
 def without_features(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,18 +82,16 @@ def test_eight_layers_are_as_much_program_as_two(architecture: str) -> None:
     def instructions(layers: int) -> int:
         return program(BUILDERS[architecture](num_layers=layers)).count(" = ")
 
-    two, eight = instructions(2), instructions(8)
-    assert two > 200
-    assert abs(eight - two) <= 0.02 * two
+    assert instructions(8) == instructions(2) > 200
 
 
 @pytest.mark.parametrize("architecture", BUILDERS)
 def test_rematerialisation_changes_no_gradient(architecture: str) -> None:
     batch = batch_of(SEGMENTS)
-    params = params_of(BUILDERS[architecture]())
+    params = params_of(BUILDERS[architecture](num_layers=3))
     gradients, temporary = {}, {}
     for remat in ("none", "dots", "full"):
-        network = BUILDERS[architecture](compute={"remat": remat}, num_layers=2)
+        network = BUILDERS[architecture](compute={"remat": remat}, num_layers=3)
 
         def loss(params: Any, network: Network = network) -> jax.Array:
             return jnp.sum(row_losses(network, params, batch, dropout_key=jax.random.key(3), dropout_rate=0.2))

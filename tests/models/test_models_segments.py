@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models_helpers import BUILDERS, VOCAB, batch_of, llama, params_of, roberta
 
+UNOPTIMISED = True
+
 LENGTH = 12
 ROWS = 3
 
