@@ -27,7 +27,7 @@ $(VENV)/.installed-parity: $(VENV)/.installed
 
 install: $(VENV)/.installed  ## the environment, with what development needs
 
-quickstart: $(VENV)/.installed  ## both methods beside their baselines on embedded data, with a report (about 5 minutes)
+quickstart: $(VENV)/.installed  ## both methods beside their baselines on embedded data, with a report
 	$(BIN)/jaxcl compare configs/quickstart_das.yaml --methods sequential,replay,das --out runs/quickstart/das
 	$(BIN)/jaxcl compare configs/quickstart_seekr.yaml --methods sequential,replay,seekr --out runs/quickstart/seekr
 	@echo
