@@ -15,8 +15,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxcl.methods.base import Params
 from jaxcl.methods.losses import example_losses
-from jaxcl.models.attention import visible
 from jaxcl.models.batch import Batch
+from jaxcl.models.mask import visible
 from jaxcl.models.network import Network
 from jaxcl.models.probe import AttentionView, Probe, Tap, selected_rows
 

@@ -12,19 +12,13 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from jaxcl.models.compute import Kernel, recomputed
+from jaxcl.models.blocked_attention import blocked_attention
+from jaxcl.models.compute import Kernel
+from jaxcl.models.mask import HIDDEN, compared
 
 Probabilities = Float[Array, "batch heads query length"]
-
-# Large and finite, so that a row without a visible key gives a uniform distribution and no NaN.
-_HIDDEN = -0.7 * float(jnp.finfo(jnp.float32).max)
-
-# Measured on a CPU at length 512: 8 blocks take half the time of one; 16 take longer than 8. Each block
-# is program text of its own.
-_MOST_BLOCKS = 8
-_SMALLEST_BLOCK = 64
 
 
 def attention(
@@ -82,15 +76,6 @@ def choose_kernel(kernel: Kernel, platform: str | None = None) -> Kernel:
     return by_platform.get(platform or jax.default_backend(), "xla")
 
 
-def visible(segments: Int[Array, "batch length"], causal: bool) -> Bool[Array, "batch 1 length length"]:
-    """Which (query, key) pairs are real: same non-zero segment, key not later if causal."""
-    pairs = (segments[:, :, None] == segments[:, None, :]) & (segments != 0)[:, None, :]
-    if causal:
-        index = jnp.arange(segments.shape[1])
-        pairs &= index[:, None] >= index[None, :]
-    return pairs[:, None]
-
-
 def explicit_attention(
     query: Float[Array, "batch length heads head_dim"],
     key: Float[Array, "batch length kv_heads head_dim"],
@@ -122,84 +107,12 @@ def explicit_attention(
     kv_heads = key.shape[2]
     grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
     scores = jnp.einsum("bqkgd,bskd->bkgqs", grouped, key, preferred_element_type=jnp.float32) * scale
-    scores = jnp.where(_compared(segments, causal, packed), scores, _HIDDEN)
+    scores = jnp.where(compared(segments, causal, packed), scores, HIDDEN)
     probs = jax.nn.softmax(scores, axis=-1)
     if transform is not None:
         probs = transform(probs.reshape(batch, heads, length, length)).reshape(probs.shape)
     out = jnp.einsum("bkgqs,bskd->bqkgd", probs.astype(value.dtype), value)
     return out.reshape(query.shape).astype(query.dtype)
-
-
-def blocked_attention(
-    query: Float[Array, "batch length heads head_dim"],
-    key: Float[Array, "batch length kv_heads head_dim"],
-    value: Float[Array, "batch length kv_heads head_dim"],
-    *,
-    segments: Int[Array, "batch length"],
-    causal: bool,
-    scale: float,
-    packed: bool = True,
-) -> Float[Array, "batch length heads head_dim"]:
-    """`attention` in plain XLA, a block of queries at a time.
-
-    A causal block leaves out the keys after its last query, which halves the work, and the probabilities of one
-    block fit a cache. The backward pass recomputes them, so that none are kept.
-
-    Args:
-      query: as in `attention`.
-      key: as in `attention`.
-      value: as in `attention`.
-      segments: as in `attention`.
-      causal: as in `attention`.
-      scale: as in `attention`.
-      packed: as in `attention`.
-
-    Returns:
-      Attended values, dtype of `query`.
-    """
-    batch, length, heads, head_dim = query.shape
-    kv_heads = key.shape[2]
-    # Heads before positions: then the products are plain batched matrix products, without a transposition each.
-    grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
-    key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
-    size = max(_SMALLEST_BLOCK, -(-length // _MOST_BLOCKS))
-    blocks = []
-    for start in range(0, length, size):
-        rows = slice(start, min(start + size, length))
-        seen = slice(0, rows.stop if causal else length)
-        mask = _compared(segments, causal, packed, rows, seen)
-        blocks.append(
-            recomputed(functools.partial(_block, scale=scale, rows=rows, seen=seen))(grouped, key, value, mask)
-        )
-    out = jnp.concatenate(blocks, axis=3)
-    return out.transpose(0, 3, 1, 2, 4).reshape(query.shape)
-
-
-def _block(query: Array, key: Array, value: Array, mask: Array, *, scale: float, rows: slice, seen: slice) -> Array:
-    # Sliced here, so that what the backward pass keeps is the whole arrays, once, and not a slice for each block.
-    query, key, value = query[:, :, :, rows], key[:, :, seen], value[:, :, seen]
-    scores = jnp.einsum("bkgqd,bksd->bkgqs", query, key, preferred_element_type=jnp.float32) * scale
-    probs = jax.nn.softmax(jnp.where(mask, scores, _HIDDEN), axis=-1)
-    return jnp.einsum("bkgqs,bksd->bkgqd", probs.astype(value.dtype), value)
-
-
-def _compared(
-    segments: Int[Array, "batch length"],
-    causal: bool,
-    packed: bool,
-    rows: slice = slice(None),
-    columns: slice = slice(None),
-) -> Bool[Array, "#batch 1 1 #q s"]:
-    """Pairs that a kernel compares. Agrees with `visible` wherever the query is real, and costs less.
-
-    Padding sees padding, so that no row is empty. Where padding stands last, a causal mask hides it by itself.
-    """
-    index = jnp.arange(segments.shape[1])
-    earlier = index[rows, None] >= index[None, columns]
-    if not packed:
-        return earlier[None, None, None] if causal else (segments != 0)[:, None, None, None, columns]
-    pairs = segments[:, rows, None] == segments[:, None, columns]
-    return (pairs & earlier if causal else pairs)[:, None, None]
 
 
 def _cudnn_refusal(query: Array) -> str | None:
@@ -219,7 +132,7 @@ def _cudnn_attention(
 ) -> Array:
     if packed:
         # With several documents in a row the mask has to be spelled out; it broadcasts over heads.
-        mask = _compared(segments, causal, packed)[:, 0]
+        mask = compared(segments, causal, packed)[:, 0]
         return jax.nn.dot_product_attention(query, key, value, mask=mask, scale=scale, implementation="cudnn")
     # A row of padding only keeps one token, so that no softmax is empty.
     lengths = jnp.maximum(jnp.sum(segments != 0, axis=1, dtype=jnp.int32), 1)

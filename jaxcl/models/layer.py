@@ -8,11 +8,12 @@ from typing import Any, NamedTuple, Protocol
 import jax
 from jaxtyping import Array, Float, Int
 
-from jaxcl.models.attention import attention, explicit_attention, visible
+from jaxcl.models.attention import attention, explicit_attention
 from jaxcl.models.axes import constrain
 from jaxcl.models.compute import Kernel
 from jaxcl.models.gates import Gates, gate
 from jaxcl.models.layers import dropout
+from jaxcl.models.mask import visible
 from jaxcl.models.probe import AttentionView, Probe, Tap
 from jaxcl.models.rotary import Rotary
 

@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxcl.models.compute import Compute, recomputed
+from jaxcl.models.product import product
 
 Sizes = dict[str, int]
 
@@ -76,13 +77,13 @@ class Linear(nnx.Module):
     def __call__(self, x: Array) -> Array:
         """`[..., *inputs]` to `[..., *outputs]`, in the compute dtype."""
         dtype = jnp.dtype(self.dtype)
-        y = jnp.tensordot(x.astype(dtype), self.kernel[...].astype(dtype), axes=self.contracted)
+        y = product(x.astype(dtype), self.kernel[...].astype(dtype), self.contracted)
         return y if self.bias is None else y + self.bias[...].astype(dtype)
 
     def wide(self, x: Array) -> Array:
         """As a call, but factors in the dtype of `x`, sums and result in float32: for scores."""
         kernel = self.kernel[...].astype(x.dtype)
-        y = jnp.tensordot(x, kernel, axes=self.contracted, preferred_element_type=jnp.float32)
+        y = product(x, kernel, self.contracted, jnp.float32)
         return y if self.bias is None else y + self.bias[...].astype(jnp.float32)
 
 
@@ -102,7 +103,7 @@ class Embedding(nnx.Module):
     def logits(self, x: Float[Array, "... embed"]) -> Float[Array, "... vocab"]:
         """Products with every row, summed in float32: the tied output head."""
         table = self.embedding[...].astype(x.dtype)
-        return jnp.einsum("...e,ve->...v", x, table, preferred_element_type=jnp.float32)
+        return product(x, table.T, 1, jnp.float32)
 
 
 class RMSNorm(nnx.Module):

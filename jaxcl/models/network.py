@@ -17,6 +17,7 @@ from jaxcl.models.gates import Gates
 from jaxcl.models.layer import Context, Noise, apply_block
 from jaxcl.models.llama import Llama, LlamaConfig
 from jaxcl.models.probe import Probe, Tap
+from jaxcl.models.product import PRODUCT
 from jaxcl.models.roberta import Roberta, RobertaConfig
 
 ModelConfig = Annotated[LlamaConfig | RobertaConfig, Field(discriminator="architecture")]
@@ -186,7 +187,7 @@ class Network:
             return body
         policies = {
             "full": jax.checkpoint_policies.nothing_saveable,
-            "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+            "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
         }
         # Within a scan the compiler cannot merge the two computations anyway.
         return jax.checkpoint(body, policy=policies[self.config.compute.remat], prevent_cse=False)

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from jaxcl.models import attention as module
-from jaxcl.models.attention import attention, blocked_attention, choose_kernel, explicit_attention, visible
+from jaxcl.models.attention import attention, choose_kernel, explicit_attention
 from jaxcl.models.axes import constraints
+from jaxcl.models.blocked_attention import blocked_attention
+from jaxcl.models.mask import visible
 from jaxcl.models.splash import splash_attention
 
 UNOPTIMISED = True
