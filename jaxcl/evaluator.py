@@ -6,6 +6,8 @@ import functools
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
+
 from jaxcl.components import Components, ProcessShare, rooted
 from jaxcl.data.pairs import encode_prompts
 from jaxcl.data.pipeline import LabelledPipeline
@@ -13,9 +15,11 @@ from jaxcl.data.sources import TaskData, load_end_task
 from jaxcl.evaluation.end_tasks import score_end_task
 from jaxcl.evaluation.metrics import find_metric
 from jaxcl.evaluation.scoring import score_pairs, text_loss
+from jaxcl.methods.base import Method
 from jaxcl.models.batch import Batch
 from jaxcl.models.generation import Generator
 from jaxcl.training.feed import place_batch
+from jaxcl.training.state import TrainState
 
 Params = Any
 
@@ -154,5 +158,15 @@ class Evaluator:
 
 def scored_tasks(parts: Components, after: int) -> Iterator[int]:
     """Indices of the tasks to score after task `after` (-1: before any training)."""
+    if parts.method.individual and after >= 0:
+        yield after  # the models of the tasks before are as they were, those of the tasks to come do not exist yet
+        return
     learned = len(parts.tasks) if parts.method.joint and after >= 0 else after + 1
     yield from parts.config.evaluation.tasks_after(learned, len(parts.tasks))
+
+
+def answering_params(parts: Components, state: TrainState, index: int) -> Params:
+    """The params that answer task `index`; see `Method.params_for`."""
+    if type(parts.method).params_for is Method.params_for:
+        return state.params  # compiled, even the identity would copy them
+    return parts.trainer.compile(parts.method.params_for)(state.params, state.method_state, jnp.int32(index))

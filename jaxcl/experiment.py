@@ -22,7 +22,7 @@ from jaxcl.data.teacher_store import TeacherStore, write_records
 from jaxcl.errors import UserError
 from jaxcl.evaluation.matrix import ContinualMatrix
 from jaxcl.evaluation.results import Measure, Results, installed_versions, measure, write_predictions, write_tables
-from jaxcl.evaluator import Evaluator, scored_tasks
+from jaxcl.evaluator import Evaluator, answering_params, scored_tasks
 from jaxcl.reporting.report import write_report
 from jaxcl.run_folder import RunFolder
 from jaxcl.sharding.processes import initialize
@@ -143,6 +143,9 @@ class TaskSequence:
         """Trains on a task, from `position` in its data if that is given, and lets the method conclude it."""
         parts = self.parts
         if position is None:
+            if parts.method.individual and index > 0:
+                with self._timed("setup"):
+                    state = self._afresh(state)
             with self._timed("method"):
                 prepared = parts.method.prepare(state.params, state.method_state, self._task(index, moment=0))
             state = parts.trainer.with_method_state(state, prepared)
@@ -177,6 +180,13 @@ class TaskSequence:
         self._note_task(index, total, stream)
         self._save(state, task=index, phase="learned", mark=f"after task {index}")
         return state
+
+    def _afresh(self, state: TrainState) -> TrainState:
+        """The state the run began with; only the count of steps goes on."""
+        step = state.step
+        # The old arrays go before the new ones come: there need not be room for both.
+        jax.tree.map(lambda leaf: leaf.delete(), (state.params, state.opt_state, state.method_state))
+        return self.parts.trainer.init(initial_params(self.parts)).replace(step=step)
 
     def _conclude(self, state: TrainState, index: int) -> TrainState:
         """Chooses the task's memory, lets the method consolidate, and stores what it wants beside the memory."""
@@ -236,7 +246,6 @@ class TaskSequence:
         parts = self.parts
         remembered = any(task.task == index and task.examples for task in self.memory.tasks)
         sources = list(parts.train_rows) if parts.method.joint else [parts.train_rows[index]]
-        before = "before the first task" if index == 0 else f"after task {index - 1}"
         return RunningTask(
             index=index,
             name=self._name(index),
@@ -245,11 +254,14 @@ class TaskSequence:
             seed=self.config.seed + index,
             pipeline=ProcessShare(parts.pipeline(sources)),
             memory=ProcessShare(self._memory_pipeline([index])) if remembered else None,
-            params_before=lambda: self._params_at(before),
+            params_before=lambda: self._params_before(index),
             compiler=parts.trainer.compile,
         )
 
-    def _params_at(self, mark: str) -> Any:
+    def _params_before(self, index: int) -> Any:
+        if self.parts.method.individual:
+            return initial_params(self.parts)
+        mark = "before the first task" if index == 0 else f"after task {index - 1}"
         saved = self.checkpoints.find(mark)
         if saved is None:
             raise UserError(f"checkpoints {self.folder.checkpoints}: the one {mark} is gone; the run cannot go on")
@@ -284,9 +296,12 @@ class TaskSequence:
         if done:
             return
         further = {name: part.model_dump() for name, part in self.results.further.items()}
+        if self.parts.method.individual and after > 0:
+            matrix = matrix.carry()
+            further = {name: self._measured(self._matrix(part).carry(), name) for name, part in further.items()}
         with self._timed("evaluation"):
             for index in scored_tasks(self.parts, after):
-                evaluation = self.evaluator.score(state.params, index)
+                evaluation = self.evaluator.score(answering_params(self.parts, state, index), index)
                 matrix = matrix.record(after, index, evaluation.score)
                 for name, value in evaluation.further.items():
                     further[name] = self._add(further.get(name), name, after, index, value)
@@ -303,16 +318,21 @@ class TaskSequence:
         self._write_results()
 
     def _add(self, part: dict[str, Any] | None, name: str, after: int, index: int, value: float) -> dict[str, Any]:
-        count = len(self.parts.tasks)
         if part is None:
-            higher = [name != "perplexity"] * count
-            matrix = ContinualMatrix.empty(count, higher, joint=self.parts.method.joint)
-        else:
-            measured = Measure(**part)
-            matrix = ContinualMatrix.from_lists(
-                measured.matrix, measured.initial, measured.higher_is_better, joint=self.parts.method.joint
-            )
-        return measure(matrix.record(after, index, value), [name] * count)
+            higher = [name != "perplexity"] * len(self.parts.tasks)
+            # Rows without a score: a measure that tasks before this one do not have.
+            empty = ContinualMatrix.from_lists([()] * max(after, 0), None, higher, joint=self.results.joint)
+            return self._measured(empty.record(after, index, value), name)
+        return self._measured(self._matrix(part).record(after, index, value), name)
+
+    def _matrix(self, part: dict[str, Any]) -> ContinualMatrix:
+        measured = Measure(**part)
+        return ContinualMatrix.from_lists(
+            measured.matrix, measured.initial, measured.higher_is_better, joint=self.results.joint
+        )
+
+    def _measured(self, matrix: ContinualMatrix, name: str) -> dict[str, Any]:
+        return measure(matrix, [name] * matrix.num_tasks)
 
     def _read_results(self) -> Results:
         if self.folder.results.is_file():

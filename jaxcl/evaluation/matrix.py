@@ -100,6 +100,17 @@ class ContinualMatrix:
         scores[row, task] = score
         return dataclasses.replace(self, scores=scores)
 
+    def carry(self) -> ContinualMatrix:
+        """The matrix with one more row: the scores of the tasks learned so far once more, the others not measured.
+
+        For models that do not change any more once their task has been learned.
+
+        >>> ContinualMatrix.empty(2, [True, True]).record(0, 0, 80.0).carry().rows()
+        [[80.0, None], [80.0, None]]
+        """
+        row = np.where(np.arange(self.num_tasks) < self.learned, self.scores[-1], np.nan)
+        return dataclasses.replace(self, scores=np.concatenate([self.scores, row[None]]))
+
     def rows(self) -> list[list[float | None]]:
         """The scores as lists, `None` where not measured, for JSON."""
         return [_as_list(row) for row in self.scores]

@@ -127,11 +127,14 @@ class Method:
       Config: the method's own section of the configuration.
       replay: how earlier examples are kept and fed back; `None` keeps none.
       joint: train on all tasks at once instead of one after another.
+      individual: train a model of its own for each task, from the params the run began with; each task is answered by
+        its own model.
     """
 
     Config: ClassVar[type[Schema]] = MethodConfig
     replay: Replay | None = None
     joint: bool = False
+    individual: bool = False
 
     @classmethod
     def check(cls, config: Any, model: ModelConfig) -> None:
@@ -199,6 +202,13 @@ class Method:
           shape: the shape of the batch's rows.
         """
         return {name: np.stack([record[name] for record in records]) for name in records[0]}
+
+    def params_for(self, params: Params, state: State, index: Array) -> Params:
+        """The params that answer task `index`, for methods that know the task at inference; pure.
+
+        Evaluation asks for them, also for tasks not learned yet where those are scored. Shapes are those of `params`.
+        """
+        return params
 
     def tables(self, state: State) -> dict[str, Array]:
         """Arrays worth a picture in the report: importance, masks, selected heads."""

@@ -23,6 +23,11 @@ def scored_states(states: Float[Array, "batch length embed"], batch: Batch) -> F
     return jnp.take_along_axis(states, batch.predict[..., None], axis=1)
 
 
+def extent(values: Array) -> Int[Array, " batch"]:
+    """How many places of each row `[batch, places]` there are up to the last that is not 0."""
+    return jnp.max(jnp.where(values != 0, jnp.arange(1, values.shape[1] + 1), 0), axis=1)
+
+
 def over_positions(function: Callable[[PyTree], PyTree], inputs: PyTree, chunk: int) -> PyTree:
     """`function(inputs)`, at most `chunk` positions at a time.
 

@@ -48,7 +48,7 @@ from jaxcl.methods.head_selection import (
     resolve_budget,
     select_heads,
 )
-from jaxcl.methods.losses import over_positions, scored_states, token_losses
+from jaxcl.methods.losses import extent, over_positions, scored_states, token_losses
 from jaxcl.methods.teacher import collate_records, slots_needed, trim_record
 from jaxcl.models.batch import Batch
 from jaxcl.models.network import ModelConfig, Network
@@ -197,8 +197,8 @@ class Seekr(Method):
             "heads": heads.astype(jnp.int16),
             "queries": queries,
             "rows": jnp.take_along_axis(by_slot, place[..., None, None], axis=1),
-            "length": _extent(batch.segments),
-            "predicted": _extent(batch.weights),
+            "length": extent(batch.segments),
+            "predicted": extent(batch.weights),
             **outputs,
         }
 
@@ -276,8 +276,3 @@ def _exact_rows(view: AttentionView, inputs: tuple[Array, Array]) -> Array:
 
 def _coded_rows(view: AttentionView, inputs: tuple[Array, Array]) -> Array:
     return encode_rows(selected_rows(view, *inputs))
-
-
-def _extent(values: Array) -> Array:
-    """How many places of each row there are up to the last that is not 0."""
-    return jnp.max(jnp.where(values != 0, jnp.arange(1, values.shape[1] + 1), 0), axis=1)

@@ -106,3 +106,12 @@ def test_lists_that_do_not_fit_are_refused() -> None:
         ContinualMatrix.empty(2, [True])
     with pytest.raises(ValueError, match="reference"):
         matrix().intransigence([1.0])
+
+
+def test_carried_scores_are_those_of_the_row_before() -> None:
+    matrix = ContinualMatrix.empty(3, [True] * 3).record(-1, 0, 5.0).record(0, 0, 80.0).record(0, 1, 20.0)
+    matrix = matrix.carry().record(1, 1, 70.0).carry().record(2, 2, 60.0)
+    assert matrix.rows() == [[80.0, 20.0, None], [80.0, 70.0, None], [80.0, 70.0, 60.0]]
+    assert matrix.initial_row() == [5.0, None, None]
+    assert matrix.backward_transfer() == 0.0
+    assert matrix.overall_performance() == 70.0

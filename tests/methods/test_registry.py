@@ -1,4 +1,5 @@
 import json
+import sys
 
 import jax
 import numpy as np
@@ -32,6 +33,15 @@ def test_every_method_keeps_to_the_interface(name: str) -> None:
 
 def test_only_joint_training_is_joint() -> None:
     assert [name for name, cls in METHODS.items() if cls.joint] == ["joint"]
+
+
+def test_only_separate_models_are_individual() -> None:
+    assert [name for name, cls in METHODS.items() if cls.individual] == ["one"]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_opens_with_what_it_is(name: str) -> None:
+    assert len((sys.modules[METHODS[name].__module__].__doc__ or "").split()) > 10
 
 
 def test_plain_records_are_stacked() -> None:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcl.methods.base import Method, Term, Terms
+from jaxcl.methods.ewc import Ewc, EwcConfig
 from jaxcl.models.batch import Batch
 from jaxcl.models.llama import LlamaConfig
 from jaxcl.models.network import Network
@@ -70,7 +71,12 @@ def train(mesh: dict[str, int] | None) -> dict[str, Any]:
         program = trainer.jitted_step.lower(trainer.target, batch, trainer.key).compile().as_text()
     query = state.params["blocks"]["attention"]["query"]["kernel"]
     moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.shape == query.shape]
+    ewc = Ewc(EwcConfig(), NETWORK, 1)
+    none = trainer.compile(ewc.no_fisher)(state.params)
+    sums = trainer.compile(ewc.add_fisher)(none, state.params, place_batch(make_rows(0), layout.batch))
     return {
+        "fisher": np.asarray(sums.total["blocks"]["mlp"]["down"]["kernel"]).ravel().tolist(),
+        "fisher_spec": str(tuple(sums.total["blocks"]["mlp"]["down"]["kernel"].sharding.spec)),
         "losses": losses,
         "grad_norm": float(metrics["grad_norm"]),
         "params": {

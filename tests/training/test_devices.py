@@ -45,3 +45,10 @@ def test_the_step_is_compiled_once(results: dict[str, Any]) -> None:
 def test_data_parallel_steps_only_add_up(results: dict[str, Any]) -> None:
     """Micro-batches are cut on every device: no row moves between devices, only gradients are summed."""
     assert results["data"]["collectives"] == ["all-reduce"]
+
+
+@pytest.mark.parametrize("mesh", ["data", "all"])
+def test_squared_gradients_of_single_rows_agree(results: dict[str, Any], mesh: str) -> None:
+    expected = np.array(results["one"]["fisher"])
+    np.testing.assert_allclose(results[mesh]["fisher"], expected, rtol=1e-3, atol=1e-5 * expected.max())
+    assert results["all"]["fisher_spec"] == "(None, 'tensor', 'fsdp')"

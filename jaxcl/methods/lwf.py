@@ -1,0 +1,78 @@
+r"""Learning without forgetting: the model before a task teaches the model that learns it, on the task's own inputs.
+
+Li & Hoiem, ECCV 2016 (arXiv 1606.09282); DAS's tables call it KD. No earlier example is kept. With the previous model's
+distribution at temperature $T$, $p^{1/T} / \sum p^{1/T}$, as teacher and the same of the model at hand as student, the
+loss is cross-entropy plus $\lambda\, KL(\text{teacher} \,\|\, \text{student})$ at every scored position. (The paper
+writes the cross-entropy of the two, which differs by the teacher's entropy: a constant without gradient.) As in the
+paper there is no factor $T^2$. Language models have one output layer for all tasks, so the paper's separate heads and
+its warm-up of the new one fall away.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+from pydantic import Field
+
+from jaxcl.methods.base import Method, MethodConfig, Params, State, Task, Term, Terms
+from jaxcl.methods.distillation import full_divergence
+from jaxcl.methods.losses import over_positions, scored_states, token_losses
+from jaxcl.models.batch import Batch
+from jaxcl.schema import Schema
+
+
+class LwfConfig(MethodConfig):
+    """Options of `lwf`; the defaults are the paper's."""
+
+    weight: float = Field(1.0, ge=0, description="factor on the divergence from the previous model")
+    temperature: float = Field(2.0, gt=0, description="T: both distributions are softened by it")
+
+
+class Lwf(Method):
+    """Distils the previous model's outputs on the new task's inputs.
+
+    State: `teacher`, the params before the task at hand (the memory of the params once more); `learned`, the number
+    of tasks before it. Without any, the teacher is not run.
+    """
+
+    Config: ClassVar[type[Schema]] = LwfConfig
+
+    def init(self, params: Params) -> State:
+        """See `Method.init`."""
+        return {"teacher": params, "learned": jnp.int32(0)}
+
+    def prepare(self, params: Params, state: State, task: Task) -> State:
+        """The model as it is becomes the teacher."""
+        return {"teacher": params, "learned": jnp.int32(task.index)}
+
+    def loss(self, params: Params, state: State, batch: Batch, key: Array) -> Terms:
+        """Language-model loss and divergence from the teacher; the latter has count 0 during the first task."""
+        network, temperature, chunk = self.network, self.config.temperature, self.config.loss_chunk
+        states = scored_states(network.hidden(params, batch, dropout_key=key).states, batch)
+
+        def alone(states: Array) -> tuple[Array, Array]:
+            def losses(part: tuple[Array, Array]) -> Array:
+                return token_losses(network.logits(params, part[0]), part[1])
+
+            losses_alone = over_positions(losses, (states, batch.targets), chunk)
+            return losses_alone, jnp.zeros_like(losses_alone)
+
+        def taught(states: Array) -> tuple[Array, Array]:
+            def scores(part: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+                logits = network.logits(params, part[0])
+                teacher = jax.nn.log_softmax(network.logits(state["teacher"], part[1]) / temperature, axis=-1)
+                return token_losses(logits, part[2]), full_divergence(teacher, logits / temperature)
+
+            known = scored_states(network.hidden(state["teacher"], batch).states, batch)
+            return over_positions(scores, (states, known, batch.targets), chunk)
+
+        has_teacher = state["learned"] > 0
+        losses, divergences = jax.lax.cond(has_teacher, taught, alone, states)
+        count = jnp.sum(batch.weights)
+        return {
+            "loss": Term(jnp.sum(losses * batch.weights), count),
+            "distillation": Term(jnp.sum(divergences * batch.weights), count * has_teacher, self.config.weight),
+        }
