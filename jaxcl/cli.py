@@ -31,6 +31,18 @@ def _run(args: argparse.Namespace) -> None:
     print(run(load_config(args.config, args.overrides)).report)
 
 
+def _extend(args: argparse.Namespace) -> None:
+    from jaxcl.extension import extend
+
+    print(extend(Path(args.run), args.overrides, args.length).report)
+
+
+def _importance(args: argparse.Namespace) -> None:
+    from jaxcl.importance import measure_importance
+
+    print(measure_importance(args.config, args.overrides, None if args.out is None else Path(args.out)))
+
+
 def _compare(args: argparse.Namespace) -> None:
     from jaxcl.comparison import compare
 
@@ -80,6 +92,14 @@ def _seeds(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"expected integers separated by commas, got {text!r}") from None
 
 
+def _number(text: str) -> float:
+    """A whole number stays one: steps are counted in whole numbers, epochs need not be."""
+    try:
+        return int(text) if text.isdecimal() else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
+
+
 def _command(
     commands: argparse._SubParsersAction[_Parser], name: str, action: Callable[..., None], text: str, example: str
 ) -> _Parser:
@@ -115,6 +135,32 @@ def build_parser() -> argparse.ArgumentParser:
     )
     run.add_argument("config", metavar="CONFIG", help="a YAML file; docs/configuration.md lists every key")
     run.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="values that replace those of the file")
+
+    extend = _command(
+        commands,
+        "extend",
+        _extend,
+        "let a finished run learn one more task, from its folder alone",
+        "jaxcl extend runs/quickstart_das name=json source=stdlib:docstrings:pydantic metric=token_accuracy --length 100",
+    )
+    extend.add_argument("run", metavar="RUN", help="the run folder; it becomes that of a run over all tasks")
+    extend.add_argument(
+        "overrides", nargs="+", metavar="KEY=VALUE", help="the task: name, source and what else it needs"
+    )
+    extend.add_argument("--length", type=_number, default=None, metavar="N",
+                        help="epochs or steps of the task, as the run counts; needed where it lists them by task")  # fmt: skip
+
+    importance = _command(
+        commands,
+        "importance",
+        _importance,
+        "measure which units or heads of a model matter for given tasks, without training",
+        "jaxcl importance configs/seekr_smollm2_superni.yaml tasks.*.train=200 --out importance/smollm2",
+    )
+    importance.add_argument("config", metavar="CONFIG", help="a YAML file, or a run folder for the model it trained")
+    importance.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="values that replace those of the file")
+    importance.add_argument("--out", default=None, metavar="DIR",
+                            help="gets the arrays, heat maps and a page; default: the config's output + _importance")  # fmt: skip
 
     compare = _command(
         commands,

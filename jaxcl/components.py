@@ -53,6 +53,20 @@ class Components:
     layout: Layout
     trainer: Trainer
 
+    @property
+    def names(self) -> list[str]:
+        """Names of the tasks."""
+        return [task.name for task in self.tasks]
+
+    @property
+    def phases(self) -> int:
+        """How often the model is trained: once a task, or once on all of them."""
+        return 1 if self.method.joint else len(self.tasks)
+
+    def phase_name(self, index: int) -> str:
+        """What the model is trained on in a phase: the task's name, or all tasks."""
+        return "all tasks" if self.method.joint else self.tasks[index].name
+
     @functools.cached_property
     def train_rows(self) -> tuple[Rows, ...]:
         """The encoded training examples of every task."""

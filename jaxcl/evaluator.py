@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from jaxcl.components import Components, ProcessShare, rooted
 from jaxcl.data.pairs import encode_prompts
 from jaxcl.data.pipeline import LabelledPipeline
 from jaxcl.data.sources import TaskData, load_end_task
+from jaxcl.errors import UserError
 from jaxcl.evaluation.end_tasks import score_end_task
 from jaxcl.evaluation.metrics import find_metric
 from jaxcl.evaluation.scoring import score_pairs, text_loss
@@ -24,17 +25,27 @@ from jaxcl.training.state import TrainState
 Params = Any
 
 
+_END_TASK = "end task"
+
+
+class Score(NamedTuple):
+    """A number, and its standard deviation where it is the mean of several measurements."""
+
+    value: float
+    deviation: float | None = None
+
+
 class Evaluation(NamedTuple):
     """What one model achieves on one task.
 
     Attributes:
-      score: by the task's metric.
+      score: by the task's metric; `None` where that is an end task that is not due.
       further: by other measures of the same task, by name.
       rows: one an example, for `predictions/`.
     """
 
-    score: float
-    further: dict[str, float]
+    score: Score | None
+    further: dict[str, Score]
     rows: list[dict[str, Any]]
 
 
@@ -49,27 +60,53 @@ class Evaluator:
 
     @functools.cached_property
     def metrics(self) -> list[str]:
-        """The metric of each task."""
-        specs = self.parts.config.tasks
-        return [
-            self.settings.metric_for(task.kind, spec.metric) for task, spec in zip(self.parts.tasks, specs, strict=True)
-        ]
+        """The metric of each task; `end task X` where it is metric X of the domain's end task.
 
-    @property
-    def higher_is_better(self) -> list[bool]:
-        """The direction of each task's metric."""
-        return [find_metric(name).higher_is_better for name in self.metrics]
+        Raises:
+          UserError: a domain is to be scored by an end task and has none.
+        """
+        return [self._metric(index) for index in range(len(self.parts.tasks))]
 
-    def score(self, params: Params, index: int) -> Evaluation:
+    def _metric(self, index: int) -> str:
+        task, spec = self.parts.tasks[index], self.parts.config.tasks[index]
+        name = self.settings.metric_for(task.kind, spec.metric)
+        if name != "end_task":
+            return name
+        if spec.end_task is None:
+            raise UserError(
+                f"task {task.name}: its metric is end_task, but it has none; give it an end_task section or another "
+                "metric",
+                exit_code=2,
+            )
+        return self._end_task_metric(index)
+
+    def _end_task_metric(self, index: int) -> str:
+        spec = self.parts.config.tasks[index].end_task
+        return f"{_END_TASK} {self.settings.metric_for('labelled', spec.metric if spec else None)}"
+
+    @functools.cached_property
+    def _end_task_measure(self) -> str:
+        """Name of the measure that holds every end task by its own metric: the metric's, if all have the same."""
+        tasks = self.parts.config.tasks
+        names = {self._end_task_metric(index) for index, task in enumerate(tasks) if task.end_task is not None}
+        return names.pop() if len(names) == 1 else _END_TASK
+
+    def further_metrics(self, name: str) -> list[str]:
+        """The metric of each task under the further measure of that name."""
+        count = len(self.parts.tasks)
+        return [self._end_task_metric(index) for index in range(count)] if name == _END_TASK else [name] * count
+
+    def score(self, params: Params, index: int, after: int) -> Evaluation:
         """Scores one task.
 
         Args:
           params: of the run's network, sharded as in training.
           index: which task.
+          after: index of the task learned last; -1 before any training.
         """
         if self.parts.tasks[index].kind == "pairs":
             return self._score_pairs(params, index)
-        return self._score_text(params, index)
+        return self._score_text(params, index, after)
 
     def _score_pairs(self, params: Params, index: int) -> Evaluation:
         scored = score_pairs(
@@ -79,7 +116,7 @@ class Evaluator:
             batch_size=self.settings.batch_size,
             limit=self.settings.limit,
         )
-        return Evaluation(scored.score, {}, scored.rows)
+        return Evaluation(Score(scored.score), {}, scored.rows)
 
     @functools.cached_property
     def _generator(self) -> Generator:
@@ -97,18 +134,21 @@ class Evaluator:
         ids = encode_prompts(prompts, self.parts.tokenizer, self.parts.config.data).ids
         return [self.parts.tokenizer.decode(answer).strip() for answer in self._generator(params, ids)]
 
-    def _score_text(self, params: Params, index: int) -> Evaluation:
+    def _score_text(self, params: Params, index: int, after: int) -> Evaluation:
         if index not in self._texts:
             rows = self.parts.encode(index, self.settings.split)
             self._texts[index] = ProcessShare(self.parts.pipeline([rows], batch_size=self.settings.batch_size))
         # The seed of the masking is fixed: every model predicts the same tokens.
         batches = map(self._place, self._texts[index].once(self.settings.limit, 0))
         loss = text_loss(self.parts.network, params, batches, compile=self.parts.trainer.compile)
-        scores = {"perplexity": loss.perplexity, "token_accuracy": loss.token_accuracy}
-        score = scores.pop(self.metrics[index])
-        return Evaluation(score, scores | self._score_end_task(params, index), [])
+        scores = {"perplexity": Score(loss.perplexity), "token_accuracy": Score(loss.token_accuracy)}
+        if self.settings.end_task_due(after, index, self.parts.phases - 1):
+            scores |= self._score_end_task(params, index)
+        metric = self.metrics[index]
+        own = self._end_task_measure if metric.startswith(_END_TASK) else metric
+        return Evaluation(scores.pop(own, None), scores, [])
 
-    def _score_end_task(self, params: Params, index: int) -> dict[str, float]:
+    def _score_end_task(self, params: Params, index: int) -> dict[str, Score]:
         spec = self.parts.config.tasks[index].end_task
         if spec is None:
             return {}
@@ -126,7 +166,10 @@ class Evaluator:
             place=self._place,
         )
         metric = self.settings.metric_for("labelled", spec.metric)
-        return {f"end task {metric}": scores.metric(metric), "end task accuracy": scores.accuracy}
+        return {
+            name: Score(scores.metric(one), scores.deviation(one))
+            for name, one in ((f"{_END_TASK} accuracy", "accuracy"), (self._end_task_measure, metric))
+        }
 
     def _end_task(self, index: int) -> tuple[TaskData, dict[str, LabelledPipeline]]:
         if index not in self._end_tasks:
@@ -154,6 +197,11 @@ class Evaluator:
 
     def _place(self, rows: Mapping[str, Any]) -> Batch:
         return place_batch(dict(rows), self.parts.layout.batch)
+
+
+def higher_is_better(metrics: Sequence[str]) -> list[bool]:
+    """The direction of each metric, by its name in results."""
+    return [find_metric(name.removeprefix(f"{_END_TASK} ")).higher_is_better for name in metrics]
 
 
 def scored_tasks(parts: Components, after: int) -> Iterator[int]:

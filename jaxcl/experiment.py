@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from jaxcl.components import Components, ProcessShare, build, initial_params
+from jaxcl.components import Components, build, initial_params
 from jaxcl.config import ExperimentConfig
-from jaxcl.data.memory import Memory, MemoryPipeline
+from jaxcl.data.memory import Memory
 from jaxcl.data.mix import Mixture
 from jaxcl.data.pipeline import Pipeline
 from jaxcl.data.teacher_store import TeacherStore, write_records
 from jaxcl.errors import UserError
-from jaxcl.evaluation.matrix import ContinualMatrix
-from jaxcl.evaluation.results import Measure, Results, installed_versions, measure, write_predictions, write_tables
-from jaxcl.evaluator import Evaluator, answering_params, scored_tasks
+from jaxcl.evaluation.results import Results, write_tables
+from jaxcl.evaluator import answering_params
 from jaxcl.reporting.report import write_report
 from jaxcl.run_folder import RunFolder
+from jaxcl.scoreboard import Scoreboard
 from jaxcl.sharding.processes import initialize
+from jaxcl.tasks import memory_pipeline, remember, running_task
 from jaxcl.training.checkpoint import Checkpoints, Saved
 from jaxcl.training.compile import enable_compilation_cache
 from jaxcl.training.config import task_steps
@@ -45,7 +46,7 @@ class Outcome(NamedTuple):
     report: Path
 
 
-def run(config: ExperimentConfig) -> Outcome:
+def run(config: ExperimentConfig, *, grown_from: ExperimentConfig | None = None) -> Outcome:
     """Trains through the sequence of tasks and evaluates after each.
 
     Goes on where it stopped when the run folder holds an interrupted run of the same configuration, and returns what
@@ -53,6 +54,8 @@ def run(config: ExperimentConfig) -> Outcome:
 
     Args:
       config: the configuration.
+      grown_from: the configuration of the run in the folder, of which `config` is one with more tasks at the end: the
+        run goes on with these.
 
     Returns:
       The results, and the path of the report.
@@ -66,13 +69,17 @@ def run(config: ExperimentConfig) -> Outcome:
     folder = RunFolder(Path(config.output))
     try:
         if jax.process_index() == 0:
-            folder.claim(config.plain())
-        if folder.results.is_file() and (results := Results.read(folder.results)).finished:
+            folder.claim((grown_from or config).plain())
+        names = [task.name for task in config.tasks]
+        if folder.results.is_file() and (results := Results.read(folder.results)).finished and results.tasks == names:
             return Outcome(results, write_report(folder.path))
         parts = build(config, folder)
         keep = config.training.keep, config.training.keep_tasks
         with Checkpoints(folder.checkpoints, keep=keep[0], keep_marked=keep[1]) as checkpoints:
-            results = TaskSequence(parts, folder, checkpoints).run()
+            sequence = TaskSequence(parts, folder, checkpoints)
+            if grown_from is not None and jax.process_index() == 0:
+                folder.describe(config.plain())  # not before everything that can be wrong with the new task is known
+            results = sequence.run()
         return Outcome(results, write_report(folder.path))
     finally:
         folder.release()
@@ -94,17 +101,11 @@ class TaskSequence:
         self.config = parts.config
         self.folder = folder
         self.checkpoints = checkpoints
-        self.evaluator = Evaluator(parts)
+        self.board = Scoreboard(parts, folder)
         self.main = jax.process_index() == 0
-        self.results = self._read_results()
         self.memory = Memory.load(folder.memory) if folder.memory.is_file() else Memory(seed=self.config.seed)
         self.sinks: list[Sink] = []
-        self.timing: dict[str, float] = dict(self.results.timing)
-
-    @property
-    def phases(self) -> int:
-        """How often the model is trained: once a task, or once on all of them."""
-        return 1 if self.parts.method.joint else len(self.parts.tasks)
+        self.timing: dict[str, float] = dict(self.board.results.timing)
 
     def run(self) -> Results:
         """Trains and evaluates from wherever the run folder stands to the end."""
@@ -115,8 +116,11 @@ class TaskSequence:
             self._save(state, task=-1, phase="learned", mark="before the first task")
             position = None
         else:
-            state, position = self.checkpoints.restore(self.parts.trainer.target, saved)
             self.timing = dict(saved.progress["timing"])
+            if self.board.results.initial is not None and self.board.missing(-1):
+                # Tasks have come since; what the model scored on them before any training is told by where it began.
+                self._evaluate(initial_params(self.parts), -1)
+            state, position = self._restore(saved)
         if self.main:
             self.sinks = open_sinks(self.folder.path, after=int(state.step))
         try:
@@ -125,17 +129,26 @@ class TaskSequence:
             for sink in self.sinks:
                 sink.close()
 
+    def _restore(self, saved: Saved) -> tuple[TrainState, Any]:
+        """A checkpoint's state and position in the data; with room for tasks that have come since."""
+        trainer, tasks = self.parts.trainer, len(self.parts.tasks)
+        known = saved.progress.get("tasks", tasks)
+        if known == tasks:
+            return self.checkpoints.restore(trainer.target, saved)
+        state, position = self.checkpoints.restore(trainer.target_of(known), saved)
+        return trainer.grow(state), position
+
     def _go_on(self, state: TrainState, position: Any, saved: Saved | None) -> Results:
         task, phase = (-1, "learned") if saved is None else (saved.progress["task"], saved.progress["phase"])
         if phase == "learned":
-            self._evaluate(state, task)
+            self._evaluate(state.params, task)
             task, position = task + 1, None
-        for index in range(task, self.phases):
+        for index in range(task, self.parts.phases):
             state = self._learn(state, index, position)
             position = None
-            self._evaluate(state, index)
-        self._write_results(finished=True)
-        return self.results
+            self._evaluate(state.params, index)
+        self.board.write(self.timing, finished=True)
+        return self.board.results
 
     # Learning one task
 
@@ -166,7 +179,7 @@ class TaskSequence:
                     feed,
                     total=total,
                     task=index,
-                    name=self._name(index),
+                    name=self.parts.phase_name(index),
                     log_every=self.config.training.log_every,
                     sinks=self.sinks,
                     save=lambda state, data: self._save(state, task=index, phase="training", data=data),
@@ -177,7 +190,7 @@ class TaskSequence:
             rows.close()
         with self._timed("method"):
             state = self._conclude(state, index)
-        self._note_task(index, total, stream)
+        self.board.note_task(index, steps=total, described=stream.describe())
         self._save(state, task=index, phase="learned", mark=f"after task {index}")
         return state
 
@@ -190,17 +203,10 @@ class TaskSequence:
 
     def _conclude(self, state: TrainState, index: int) -> TrainState:
         """Chooses the task's memory, lets the method consolidate, and stores what it wants beside the memory."""
-        method, replay = self.parts.method, self.parts.method.replay
-        if replay is not None and not method.joint:
-            self.memory = self.memory.with_task(
-                index,
-                self._name(index),
-                count=len(self.parts.train_rows[index]),
-                fraction=replay.fraction,
-                minimum=replay.minimum,
-            )
-            if self.main:
-                self.memory.save(self.folder.memory)
+        method = self.parts.method
+        self.memory = remember(self.parts, self.memory, index)
+        if self.main and self.memory.tasks:
+            self.memory.save(self.folder.memory)
         task = self._task(index, moment=1)
         new = method.consolidate(state.params, state.method_state, task)
         state = self.parts.trainer.with_method_state(state, new)
@@ -227,36 +233,14 @@ class TaskSequence:
             return pipeline
         stores = {task.task: store for task in earlier if (store := self._open_store(task.task)) is not None}
         collate = parts.method.collator(method_state) if stores else None
-        memory = self._memory_pipeline([task.task for task in earlier], stores=stores or None, collate=collate)
+        tasks = [task.task for task in earlier]
+        memory = memory_pipeline(parts, self.memory, tasks, stores=stores or None, collate=collate)
         return Mixture(pipeline, memory, mode=replay.mode, every=replay.every)  # type: ignore[arg-type]
-
-    def _memory_pipeline(self, tasks: list[int], **options: Any) -> MemoryPipeline:
-        return MemoryPipeline(
-            self.memory,
-            dict(enumerate(self.parts.train_rows)),
-            self.config.data,
-            batch_size=self.config.training.batch_size,
-            shapes=self.parts.shapes,
-            tasks=tasks,
-            **options,
-        )
 
     def _task(self, index: int, moment: int) -> RunningTask:
         """The task as the method sees it before (`moment` 0) or after (1) training on it."""
-        parts = self.parts
-        remembered = any(task.task == index and task.examples for task in self.memory.tasks)
-        sources = list(parts.train_rows) if parts.method.joint else [parts.train_rows[index]]
-        return RunningTask(
-            index=index,
-            name=self._name(index),
-            count=self.phases,
-            key=jax.random.fold_in(jax.random.key(self.config.seed), 2 * index + moment),
-            seed=self.config.seed + index,
-            pipeline=ProcessShare(parts.pipeline(sources)),
-            memory=ProcessShare(self._memory_pipeline([index])) if remembered else None,
-            params_before=lambda: self._params_before(index),
-            compiler=parts.trainer.compile,
-        )
+        params_before = partial(self._params_before, index)
+        return running_task(self.parts, self.memory, index, moment=moment, params_before=params_before)
 
     def _params_before(self, index: int) -> Any:
         if self.parts.method.individual:
@@ -277,9 +261,6 @@ class TaskSequence:
         parts = [self.parts.pipeline([rows]).steps_per_epoch for rows in self.parts.train_rows]
         return sum(task_steps(training, task, count, steps) for task, steps in enumerate(parts))
 
-    def _name(self, index: int) -> str:
-        return "all tasks" if self.parts.method.joint else self.parts.tasks[index].name
-
     def _store(self, index: int, process: int) -> Path:
         return self.folder.teacher / f"task{index:02d}_process{process:03d}.array_record"
 
@@ -289,91 +270,17 @@ class TaskSequence:
 
     # Evaluation and results
 
-    def _evaluate(self, state: TrainState, after: int) -> None:
-        """Scores the tasks due after `after` and writes the results, unless they are there already."""
-        matrix = self.results.continual_matrix()
-        done = len(matrix.rows()) > after if after >= 0 else self.results.initial is not None
-        if done:
-            return
-        further = {name: part.model_dump() for name, part in self.results.further.items()}
-        if self.parts.method.individual and after > 0:
-            matrix = matrix.carry()
-            further = {name: self._measured(self._matrix(part).carry(), name) for name, part in further.items()}
+    def _evaluate(self, params: Any, after: int) -> None:
+        """Scores the tasks due after `after` and writes the results."""
         with self._timed("evaluation"):
-            for index in scored_tasks(self.parts, after):
-                evaluation = self.evaluator.score(answering_params(self.parts, state, index), index)
-                matrix = matrix.record(after, index, evaluation.score)
-                for name, value in evaluation.further.items():
-                    further[name] = self._add(further.get(name), name, after, index, value)
-                if self.main and evaluation.rows:
-                    write_predictions(
-                        self.folder.predictions, after, index, self.parts.tasks[index].name, evaluation.rows
-                    )
-        self.results = self.results.model_copy(
-            update={
-                **measure(matrix, self.evaluator.metrics),
-                "further": {name: Measure(**part) for name, part in further.items()},
-            }
-        )
-        self._write_results()
-
-    def _add(self, part: dict[str, Any] | None, name: str, after: int, index: int, value: float) -> dict[str, Any]:
-        if part is None:
-            higher = [name != "perplexity"] * len(self.parts.tasks)
-            # Rows without a score: a measure that tasks before this one do not have.
-            empty = ContinualMatrix.from_lists([()] * max(after, 0), None, higher, joint=self.results.joint)
-            return self._measured(empty.record(after, index, value), name)
-        return self._measured(self._matrix(part).record(after, index, value), name)
-
-    def _matrix(self, part: dict[str, Any]) -> ContinualMatrix:
-        measured = Measure(**part)
-        return ContinualMatrix.from_lists(
-            measured.matrix, measured.initial, measured.higher_is_better, joint=self.results.joint
-        )
-
-    def _measured(self, matrix: ContinualMatrix, name: str) -> dict[str, Any]:
-        return measure(matrix, [name] * matrix.num_tasks)
-
-    def _read_results(self) -> Results:
-        if self.folder.results.is_file():
-            return Results.read(self.folder.results)
-        joint = self.parts.method.joint
-        matrix = ContinualMatrix.empty(len(self.parts.tasks), self.evaluator.higher_is_better, joint=joint)
-        sizes = (math.prod(leaf.shape) for leaf in jax.tree.leaves(self.parts.network.shapes()))
-        return Results(
-            **measure(matrix, self.evaluator.metrics),
-            method=self.config.method.name,
-            seed=self.config.seed,
-            tasks=[task.name for task in self.parts.tasks],
-            joint=joint,
-            seconds=0.0,
-            parameters=sum(sizes),
-            device=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-            versions=installed_versions(),
-        )
-
-    def _note_task(self, index: int, steps: int, stream: Stream) -> None:
-        self.results = self.results.model_copy(
-            update={
-                "steps": [*self.results.steps[:index], steps],
-                "data": {**self.results.data, self._name(index): stream.describe()},
-                "stored_bytes": sum(path.stat().st_size for path in self.folder.teacher.glob("*.array_record")),
-            }
-        )
-
-    def _write_results(self, *, finished: bool = False) -> None:
-        timing = {name: round(seconds, 3) for name, seconds in self.timing.items()}
-        self.results = self.results.model_copy(
-            update={"timing": timing, "seconds": round(sum(timing.values()), 3), "finished": finished}
-        )
-        if self.main:
-            self.results.write(self.folder.results)
+            self.board.evaluate(lambda index: params, after)
+        self.board.write(self.timing)
 
     # Keeping
 
     def _save(self, state: TrainState, *, task: int, phase: str, data: Any = None, mark: str | None = None) -> None:
         with self._timed("checkpoints"):
-            progress = {"task": task, "phase": phase, "timing": self.timing}
+            progress = {"task": task, "phase": phase, "tasks": len(self.parts.tasks), "timing": self.timing}
             self.checkpoints.save(state, progress=progress, data=data, mark=mark)
 
     @contextlib.contextmanager

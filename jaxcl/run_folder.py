@@ -64,6 +64,10 @@ class RunFolder:
             return
         for folder in (self.predictions, self.importance):
             folder.mkdir(exist_ok=True)
+        self.describe(resolved)
+
+    def describe(self, resolved: Mapping[str, Any]) -> None:
+        """Writes `config.yaml`; a reader sees the old one or the new one, never a part."""
         partial = self.config.with_suffix(".partial")
         partial.write_text(yaml.safe_dump(dict(resolved), sort_keys=False, allow_unicode=True), encoding="utf-8")
         os.replace(partial, self.config)

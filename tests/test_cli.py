@@ -8,7 +8,7 @@ import pytest
 
 from jaxcl.cli import main
 
-COMMANDS = ("run", "compare", "convert", "generate", "report")
+COMMANDS = ("run", "extend", "importance", "compare", "convert", "generate", "report")
 
 
 def test_help_imports_nothing_heavy() -> None:

@@ -41,6 +41,11 @@ class EvaluationConfig(Schema):
     )
     pairs_metric: str = Field("exact_match", description="metric of instruction tasks that name none")
     text_metric: str = Field("perplexity", description="metric of text domains that name none")
+    end_tasks: Literal["each", "last"] = Field(
+        "each",
+        description="when end tasks are scored; each: whenever their domain is; last: before any training, right after "
+        "their domain was learned and after the last one, which is all that OP, BWT and the forgetting rate need",
+    )
     labelled_metric: str = Field("macro_f1", description="metric of end tasks that name none")
     end_task: EndTaskConfig = Field(EndTaskConfig(), description="fine-tuning on a domain's labelled task")
 
@@ -57,6 +62,16 @@ class EvaluationConfig(Schema):
         """
         default = {"pairs": self.pairs_metric, "text": self.text_metric, "labelled": self.labelled_metric}[kind]
         return find_metric(name or default, kind).name
+
+    def end_task_due(self, after: int, index: int, last: int) -> bool:
+        """Whether the end task of domain `index` is scored after task `after` (-1: before any training).
+
+        Args:
+          after: index of the task learned last.
+          index: index of the domain.
+          last: index of the last task of the run.
+        """
+        return self.end_tasks == "each" or after in (-1, index, last)
 
     def tasks_after(self, learned: int, num_tasks: int) -> range:
         """Indices of the tasks to score when the first `learned` tasks have been learned; 0: before any training."""

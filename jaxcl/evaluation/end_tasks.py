@@ -61,6 +61,10 @@ class EndTaskScore:
         """`macro_f1`, `micro_f1` or `accuracy`."""
         return {"macro_f1": self.macro_f1, "micro_f1": self.micro_f1, "accuracy": self.accuracy}[name]
 
+    def deviation(self, name: str) -> float | None:
+        """Sample standard deviation of a metric over the repetitions; `None` where there was one."""
+        return float(np.std([run[name] for run in self.runs], ddof=1)) if len(self.runs) > 1 else None
+
 
 class _State(NamedTuple):
     params: Params

@@ -111,6 +111,11 @@ class ContinualMatrix:
         row = np.where(np.arange(self.num_tasks) < self.learned, self.scores[-1], np.nan)
         return dataclasses.replace(self, scores=np.concatenate([self.scores, row[None]]))
 
+    def up_to(self, rows: int) -> ContinualMatrix:
+        """The matrix with at least so many rows; new ones are empty."""
+        more = max(rows - len(self.scores), 0)
+        return dataclasses.replace(self, scores=np.pad(self.scores, ((0, more), (0, 0)), constant_values=np.nan))
+
     def rows(self) -> list[list[float | None]]:
         """The scores as lists, `None` where not measured, for JSON."""
         return [_as_list(row) for row in self.scores]
@@ -169,6 +174,13 @@ class ContinualMatrix:
         steps = np.arange(1, later)
         gain = self.scores[steps - 1, steps] - self.initial[steps]
         return float((gain * self._sign(later)[1:]).mean())
+
+    def gain(self) -> float:
+        """Mean over the tasks learned of `R[T, i] - initial[i]`: what all the training brought in the end."""
+        if not self.learned:
+            return float("nan")
+        change = self.scores[-1, : self.learned] - self.initial[: self.learned]
+        return float((change * self._sign(self.learned)).mean())
 
     def intransigence(self, reference: Sequence[float]) -> float:
         """Mean over tasks of the reference's score minus `R[i, i]`: what the method could not learn.

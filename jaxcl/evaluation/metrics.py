@@ -179,6 +179,7 @@ METRICS: dict[str, Metric] = {
         ),
         Metric("perplexity", "exp of the mean loss a token; 1 is perfect", _TEXT, higher_is_better=False, unit=""),
         Metric("token_accuracy", "share of tokens predicted right", _TEXT),
+        Metric("end_task", "score of the domain's end task, by the end task's own metric", _TEXT),
     )
 }
 

@@ -27,11 +27,16 @@ class Measure(Schema):
     higher_is_better: list[bool] = Field(description="direction of each task's metric")
     matrix: list[Row] = Field(description="matrix[t][i] is the score on task i after task t")
     initial: Row | None = Field(None, description="scores before any training")
+    deviation: list[Row] | None = Field(
+        None, description="standard deviation of each score in matrix over repetitions; none: measured once"
+    )
+    initial_deviation: Row | None = Field(None, description="the same of the scores before any training")
     op: float | None = Field(None, description="overall performance: mean of the last row over the learned tasks")
     bwt: float | None = Field(None, description="backward transfer: mean change of earlier tasks since learned")
     fwt: float | None = Field(None, description="forward transfer: gain on a task before it was trained on")
     forgetting: float | None = Field(None, description="mean fall of earlier tasks from their best score")
     forgetting_rate: float | None = Field(None, description="mean fall of earlier tasks since they were learned")
+    gain: float | None = Field(None, description="mean gain over the model before any training, at the end")
     intransigence: float | None = Field(None, description="mean gap to a joint model right after learning")
 
 
@@ -83,24 +88,34 @@ class Results(Measure):
             raise UserError(f"{path}: not a jaxcl result: {where + ': ' if where else ''}{first['msg']}") from None
 
 
-def measure(matrix: ContinualMatrix, metric: list[str], reference: list[float] | None = None) -> dict[str, Any]:
+def measure(
+    matrix: ContinualMatrix,
+    metric: list[str],
+    reference: list[float] | None = None,
+    deviation: ContinualMatrix | None = None,
+) -> dict[str, Any]:
     """The fields of a `Measure` from its matrix, to pass on as `Measure(**...)` or `Results(..., **...)`.
 
     Args:
       matrix: the scores.
       metric: name of each task's metric.
       reference: scores of a joint model, for intransigence.
+      deviation: deviations of the scores over repetitions, where they have any.
     """
+    spread = deviation if deviation is not None and (deviation.rows() or deviation.initial_row()) else None
     return {
         "metric": metric,
         "higher_is_better": list(matrix.higher_is_better),
         "matrix": matrix.rows(),
         "initial": matrix.initial_row(),
+        "deviation": spread.rows() if spread else None,
+        "initial_deviation": spread.initial_row() if spread else None,
         "op": _number(matrix.overall_performance()),
         "bwt": _number(matrix.backward_transfer()),
         "fwt": _number(matrix.forward_transfer()),
         "forgetting": _number(matrix.forgetting()),
         "forgetting_rate": _number(matrix.forgetting_rate()),
+        "gain": _number(matrix.gain()),
         "intransigence": None if reference is None else _number(matrix.intransigence(reference)),
     }
 

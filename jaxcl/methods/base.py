@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
+import jax
 import numpy as np
 import optax
 from jaxtyping import Array, Float
@@ -150,8 +151,23 @@ class Method:
         self.num_tasks = num_tasks
 
     def init(self, params: Params) -> State:
-        """State before the first task; its shapes never change."""
+        """State before the first task; its shapes never change.
+
+        Arrays with a place for each task have them on their first axis, so that `grow` can add places.
+        """
         return {}
+
+    def grow(self, params: Params, state: State) -> State:
+        """The state of a run of fewer tasks, with room for this one's `num_tasks`; pure.
+
+        Arrays whose shape depends on the number of tasks keep what they hold on the first places of their first axis;
+        the new places are as `init` gives them.
+        """
+
+        def wider(new: Array, old: Array) -> Array:
+            return old if old.shape == new.shape else new.at[: len(old)].set(old)
+
+        return jax.tree.map(wider, self.init(params), state)
 
     def prepare(self, params: Params, state: State, task: Task) -> State:
         """Before training on `task`."""

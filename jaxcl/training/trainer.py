@@ -72,9 +72,24 @@ class Trainer:
           Step 0, no task begun.
         """
         params = put(params, self.layout.params)
-        method_state = jax.jit(_fresh(self.method.init), out_shardings=self.shardings.method_state)(params)
+        method_state = self.init_method(params)
         step, clock = put((jnp.int32(0), Clock.start(self.optimizer, 0)), self.layout.replicated)
         return TrainState(step, clock, params, self._reset(params), method_state)
+
+    def init_method(self, params: PyTree) -> PyTree:
+        """The method's state before the first task, sharded."""
+        return jax.jit(_fresh(self.method.init), out_shardings=self.shardings.method_state)(params)
+
+    def target_of(self, num_tasks: int) -> TrainState:
+        """The `target` of a run of the same method with another number of tasks."""
+        method = type(self.method)(self.method.config, self.method.network, num_tasks)
+        shapes = jax.eval_shape(method.init, self.layout.shapes)
+        return self.target.replace(method_state=abstract(shapes, self.layout.like_params(shapes)))
+
+    def grow(self, state: TrainState) -> TrainState:
+        """The state of a run of fewer tasks, with room for this run's; see `Method.grow`."""
+        grow = jax.jit(self.method.grow, out_shardings=self.shardings.method_state)
+        return state.replace(method_state=grow(state.params, state.method_state))
 
     def start_task(self, state: TrainState, total: int) -> TrainState:
         """The state at the start of a task: schedule at 0 of `total` steps, moments forgotten if so configured.

@@ -1,0 +1,76 @@
+"""One more task for a run that has learned all of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxcl.config import ExperimentConfig, find_method
+from jaxcl.config_file import ConfigError, apply_overrides, read_yaml, validate
+from jaxcl.errors import UserError
+from jaxcl.evaluation.results import Results
+from jaxcl.experiment import Outcome, run
+from jaxcl.run_folder import RunFolder
+
+
+def extend(folder: Path, task: Sequence[str], length: float | None = None) -> Outcome:
+    """Lets a finished run learn one more task, from its folder alone.
+
+    The run goes on from its last checkpoint with the method's state. Its folder then is that of a run over all tasks.
+    Given again after an interruption, the same call goes on where it stopped.
+
+    Args:
+      folder: the run folder.
+      task: `KEY=VALUE`, the keys of the task's section in the configuration; `name` and `source` at least.
+      length: the task's epochs or steps, whichever the run counts; `None`: as many as every task has, for a run that
+        does not list them by task.
+
+    Returns:
+      The results over all tasks, and the path of the report.
+
+    Raises:
+      UserError: the folder holds no finished run, or the task cannot be learned; the folder is as it was.
+    """
+    stored = RunFolder(folder).config
+    if not stored.is_file():
+        raise UserError(f"{folder}: not a run folder (no config.yaml)")
+    content = {**read_yaml(stored), "output": str(folder)}
+    before = validate(ExperimentConfig, content, str(stored))
+    if find_method(before.method.name).joint:
+        raise UserError(f"{folder}: {before.method.name} learns all tasks at once; there is no next one to learn")
+    added = apply_overrides({}, task)
+    names = [one.name for one in before.tasks]
+    if names[-1] == added.get("name") and len(names) > 1:
+        # Either the same call once more, which goes on or has nothing to do, or another task of that name.
+        earlier = _without_last(content)
+        if validate(ExperimentConfig, _with_task(earlier, added, length, stored), str(stored)) == before:
+            return run(before)
+    config = validate(ExperimentConfig, _with_task(content, added, length, stored), str(stored))
+    results = Results.read(RunFolder(folder).results)
+    if not results.finished or results.tasks != names:
+        raise UserError(f"{folder}: has not learned its own tasks yet; finish it first: jaxcl run {stored}")
+    return run(config, grown_from=before)
+
+
+def _with_task(content: dict[str, Any], task: dict[str, Any], length: float | None, origin: Path) -> dict[str, Any]:
+    """A configuration with one more task at the end."""
+    training = dict(content["training"])
+    unit = "steps" if training["steps"] is not None else "epochs"
+    listed = isinstance(training[unit], list)
+    if listed and length is None:
+        raise ConfigError(f"{origin}: training.{unit} lists one number a task; give that of the new one with --length")
+    if length is not None:
+        count = len(content["tasks"])
+        known = training[unit] if listed else [1 if training[unit] is None else training[unit]] * count
+        training[unit] = [*known, length]
+    return {**content, "tasks": [*content["tasks"], task], "training": training}
+
+
+def _without_last(content: dict[str, Any]) -> dict[str, Any]:
+    """The configuration before its last task came."""
+    training = dict(content["training"])
+    for unit in ("steps", "epochs"):
+        if isinstance(training[unit], list):
+            training[unit] = training[unit][:-1]
+    return {**content, "tasks": content["tasks"][:-1], "training": training}

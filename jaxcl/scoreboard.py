@@ -1,0 +1,152 @@
+"""What a run has achieved so far: its scores by task, and `results.json`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from jaxcl.components import Components
+from jaxcl.evaluation.matrix import ContinualMatrix
+from jaxcl.evaluation.results import Measure, Results, installed_versions, measure, write_predictions
+from jaxcl.evaluator import Evaluation, Evaluator, Score, higher_is_better, scored_tasks
+from jaxcl.run_folder import RunFolder
+
+Params = Any
+
+
+class Scoreboard:
+    """Fills the matrices of a run and keeps `results.json`.
+
+    Results of a run that had fewer tasks are taken over: the columns of the new tasks are empty.
+
+    Attributes:
+      results: everything so far.
+    """
+
+    def __init__(self, parts: Components, folder: RunFolder) -> None:
+        self.parts = parts
+        self.folder = folder
+        self.evaluator = Evaluator(parts)
+        self.main = jax.process_index() == 0
+        self.results = self._stored() if folder.results.is_file() else self._blank()
+
+    def missing(self, after: int) -> list[int]:
+        """Indices of the tasks that are due after task `after` (-1: before any training) and have no score yet."""
+        measures = [self.results, *self.results.further.values()]
+        due = scored_tasks(self.parts, after)
+        return [index for index in due if not any(_has(one, after, index) for one in measures)]
+
+    def evaluate(self, params_for: Callable[[int], Params], after: int) -> None:
+        """Scores the tasks due after a task, unless they are scored already.
+
+        Args:
+          params_for: the params that answer a task, by its index.
+          after: index of the task learned last; -1 before any training.
+        """
+        missing = self.missing(after)
+        if missing and self.parts.method.individual and after > 0:
+            self._carry(after)
+        for index in missing:
+            evaluation = self.evaluator.score(params_for(index), index, after)
+            self._record(after, index, evaluation)
+            if self.main and evaluation.rows:
+                name = self.parts.tasks[index].name
+                write_predictions(self.folder.predictions, after, index, name, evaluation.rows)
+
+    def note_task(self, index: int, *, steps: int, described: dict[str, Any]) -> None:
+        """Notes how a task was learned: optimizer steps, and what its data were like."""
+        stored = sum(path.stat().st_size for path in self.folder.teacher.glob("*.array_record"))
+        self._update(
+            steps=[*self.results.steps[:index], steps],
+            data={**self.results.data, self.parts.phase_name(index): described},
+            stored_bytes=stored,
+        )
+
+    def write(self, timing: Mapping[str, float], *, finished: bool = False) -> None:
+        """Writes `results.json` with the seconds spent so far, by part."""
+        rounded = {name: round(seconds, 3) for name, seconds in timing.items()}
+        self._update(timing=rounded, seconds=round(sum(rounded.values()), 3), finished=finished)
+        if self.main:
+            self.results.write(self.folder.results)
+
+    def _carry(self, after: int) -> None:
+        """Takes the scores of the tasks before over to the row of task `after`: their models have not changed."""
+
+        def carried(measured: Measure) -> dict[str, Any]:
+            matrix, deviation = (one.up_to(after).carry() for one in self._matrices(measured))
+            return measure(matrix, measured.metric, deviation=deviation if measured.deviation else None)
+
+        further = {name: Measure(**carried(part)) for name, part in self.results.further.items()}
+        self._update(**carried(self.results), further=further)
+
+    def _record(self, after: int, index: int, evaluation: Evaluation) -> None:
+        own = {} if evaluation.score is None else self._with_score(self.results, after, index, evaluation.score)
+        further = dict(self.results.further)
+        for name, score in evaluation.further.items():
+            before = further.get(name) or self._empty(self.evaluator.further_metrics(name))
+            further[name] = Measure(**self._with_score(before, after, index, score))
+        self._update(**own, further=further)
+
+    def _with_score(self, before: Measure, after: int, index: int, score: Score) -> dict[str, Any]:
+        """The fields of a measure with one more score."""
+        matrix, deviation = self._matrices(before)
+        matrix = matrix.up_to(after).record(after, index, score.value)
+        if score.deviation is not None:
+            deviation = deviation.up_to(after).record(after, index, score.deviation)
+        return measure(matrix, before.metric, deviation=deviation)
+
+    def _matrices(self, measured: Measure) -> tuple[ContinualMatrix, ContinualMatrix]:
+        """The scores of a measure and their deviations."""
+        higher, joint = measured.higher_is_better, self.parts.method.joint
+        return (
+            ContinualMatrix.from_lists(measured.matrix, measured.initial, higher, joint=joint),
+            ContinualMatrix.from_lists(measured.deviation or [], measured.initial_deviation, higher, joint=joint),
+        )
+
+    def _update(self, **changes: Any) -> None:
+        self.results = self.results.model_copy(update=changes)
+
+    def _empty(self, metrics: list[str]) -> Measure:
+        matrix = ContinualMatrix.empty(len(metrics), higher_is_better(metrics), joint=self.parts.method.joint)
+        return Measure(**measure(matrix, metrics))
+
+    def _blank(self) -> Results:
+        sizes = (math.prod(leaf.shape) for leaf in jax.tree.leaves(self.parts.network.shapes()))
+        return Results(
+            **dict(self._empty(self.evaluator.metrics)),
+            method=self.parts.config.method.name,
+            seed=self.parts.config.seed,
+            tasks=self.parts.names,
+            joint=self.parts.method.joint,
+            seconds=0.0,
+            parameters=sum(sizes),
+            device=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+            versions=installed_versions(),
+        )
+
+    def _stored(self) -> Results:
+        """The results in the folder, with room for the tasks that have come since."""
+        stored = Results.read(self.folder.results)
+        if stored.tasks == self.parts.names:
+            return stored
+        further = {
+            name: Measure(**self._wider(part, self.evaluator.further_metrics(name)))
+            for name, part in stored.further.items()
+        }
+        own = self._wider(stored, self.evaluator.metrics)
+        changes = {**own, "tasks": self.parts.names, "further": further, "finished": False}
+        return stored.model_copy(update=changes)
+
+    def _wider(self, before: Measure, metrics: list[str]) -> dict[str, Any]:
+        """The fields of a measure of the first tasks, with room for all."""
+        wide = before.model_copy(update={"higher_is_better": higher_is_better(metrics)})
+        matrix, deviation = self._matrices(wide)
+        return measure(matrix, metrics, deviation=deviation)
+
+
+def _has(measured: Measure, after: int, index: int) -> bool:
+    rows = [measured.initial or []] if after < 0 else measured.matrix[after : after + 1]
+    return any(row[index : index + 1] not in ([], [None]) for row in rows)

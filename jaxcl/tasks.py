@@ -1,0 +1,68 @@
+"""A task as methods see it, and the memory of it: what a run and a measurement without training have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from jaxcl.components import Components, ProcessShare
+from jaxcl.data.memory import Memory, MemoryPipeline
+from jaxcl.training.task import RunningTask
+
+Params = Any
+
+
+def remember(parts: Components, memory: Memory, index: int) -> Memory:
+    """The memory with what the method keeps of one more task; as it was, for a method that keeps nothing."""
+    replay = parts.method.replay
+    if replay is None or parts.method.joint:
+        return memory
+    return memory.with_task(
+        index,
+        parts.phase_name(index),
+        count=len(parts.train_rows[index]),
+        fraction=replay.fraction,
+        minimum=replay.minimum,
+    )
+
+
+def memory_pipeline(parts: Components, memory: Memory, tasks: Sequence[int], **options: Any) -> MemoryPipeline:
+    """Batches of what is remembered of some tasks; see `MemoryPipeline` for the options."""
+    return MemoryPipeline(
+        memory,
+        dict(enumerate(parts.train_rows)),
+        parts.config.data,
+        batch_size=parts.config.training.batch_size,
+        shapes=parts.shapes,
+        tasks=tasks,
+        **options,
+    )
+
+
+def running_task(
+    parts: Components, memory: Memory, index: int, *, moment: int, params_before: Callable[[], Params]
+) -> RunningTask:
+    """The task as the method sees it before (`moment` 0) or after (1) training on it.
+
+    Args:
+      parts: the parts of the run.
+      memory: what is remembered so far.
+      index: which task.
+      moment: 0 for `Method.prepare`, 1 for `Method.consolidate`.
+      params_before: reads the params as they were before the task.
+    """
+    remembered = any(task.task == index and task.examples for task in memory.tasks)
+    sources = list(parts.train_rows) if parts.method.joint else [parts.train_rows[index]]
+    return RunningTask(
+        index=index,
+        name=parts.phase_name(index),
+        count=parts.phases,
+        key=jax.random.fold_in(jax.random.key(parts.config.seed), 2 * index + moment),
+        seed=parts.config.seed + index,
+        pipeline=ProcessShare(parts.pipeline(sources)),
+        memory=ProcessShare(memory_pipeline(parts, memory, [index])) if remembered else None,
+        params_before=params_before,
+        compiler=parts.trainer.compile,
+    )

@@ -1,0 +1,198 @@
+"""A finished run that learns one more task is the run that had the task from the start."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import yaml
+
+from jaxcl import experiment
+from jaxcl.config import ExperimentConfig, parse_config
+from jaxcl.config_file import read_yaml, validate
+from jaxcl.data.tokenizer import Tokenizer
+from jaxcl.errors import UserError
+from jaxcl.evaluation.results import Results
+from jaxcl.extension import extend
+from jaxcl.run_folder import RunFolder
+from jaxcl.training.checkpoint import Checkpoints
+
+MODEL = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 32, "num_layers": 2, "num_heads": 2}
+# Neither tokenizer nor row lengths are told from the tasks: both would know the third one from the start.
+PAIRS: dict[str, Any] = {
+    "model": {"architecture": "llama", **MODEL, "max_length": 96},
+    "data": {"prompt_length": 64, "answer_length": 24, "bucket_lengths": [64, 88]},
+    "tasks": [
+        {"name": "direction", "source": "stdlib:unicode_bidi", "train": 32, "test": 4},
+        {"name": "category", "source": "stdlib:unicode_category", "train": 24, "test": 4},
+        {"name": "number", "source": "stdlib:unicode_numeric", "train": 24, "test": 4},
+    ],
+    "training": {"batch_size": 8, "epochs": 1, "log_every": 1, "checkpoint_every": 2},
+    "optimizer": {"learning_rate": 1e-3},
+    "evaluation": {"batch_size": 4, "max_new_tokens": 2, "before": True, "future": "next"},
+    "method": {"name": "seekr", "layer_budget": 1, "head_budget": 1, "query_budget": 8, "replay": {"fraction": 0.25}},
+}
+TEXT: dict[str, Any] = {
+    "model": {"architecture": "roberta", **MODEL, "max_length": 64},
+    "data": {"length": 48, "packing": False},
+    "tasks": [
+        {"name": "topics", "source": "stdlib:python_topics", "train": 24, "test": 8},
+        {"name": "pydantic", "source": "stdlib:docstrings:pydantic", "train": 24, "test": 8},
+        {"name": "numpy", "source": "stdlib:docstrings:numpy", "train": 24, "test": 8},
+    ],
+    "training": {"batch_size": 8, "steps": [3, 3, 4], "log_every": 1, "checkpoint_every": 2},
+    "evaluation": {"batch_size": 8},
+    "method": {"name": "das", "importance_examples": 16},
+}
+ADDED = {"pairs": ["name=number", "source=stdlib:unicode_numeric", "train=24", "test=4"],
+         "text": ["name=numpy", "source=stdlib:docstrings:numpy", "train=24", "test=8"]}  # fmt: skip
+LENGTH = {"pairs": None, "text": 4}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    Tokenizer.train(["LATIN SMALL LETTER A\nCategory:", "the language reference"] * 20, 300).save(folder)
+    return folder
+
+
+def config(content: dict[str, Any], output: Path, tokenizer: Path, tasks: int) -> ExperimentConfig:
+    training = dict(content["training"])
+    if "steps" in training:
+        training["steps"] = training["steps"][:tasks]
+    changes = {"output": str(output), "tokenizer": {"path": str(tokenizer)}, "training": training}
+    return parse_config({**content, **changes, "tasks": content["tasks"][:tasks]})
+
+
+class Runs:
+    """A run of three tasks from the start, and one that has learned the first two of them."""
+
+    def __init__(self, kind: str, folder: Path, tokenizer: Path) -> None:
+        self.kind, self.whole, self.two = kind, folder / "whole", folder / "two"
+        content = {"pairs": PAIRS, "text": TEXT}[kind]
+        experiment.run(config(content, self.whole, tokenizer, 3))
+        experiment.run(config(content, self.two, tokenizer, 2))
+
+    def extend(self, folder: Path) -> Results:
+        return extend(folder, ADDED[self.kind], LENGTH[self.kind]).results
+
+
+@pytest.fixture(scope="module")
+def das(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> Runs:
+    return Runs("text", tmp_path_factory.mktemp("das"), tokenizer)
+
+
+def content_of(folder: Path) -> dict[str, Any]:
+    """What a finished run holds that does not depend on the clock or its place."""
+    results = Results.read(RunFolder(folder).results).model_dump()
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        saved = checkpoints.latest()
+        assert saved is not None
+        stored = checkpoints._manager.restore(saved.number)
+    kept = ("tasks", "metric", "matrix", "initial", "op", "bwt", "fwt", "gain", "further", "finished", "steps", "data")
+    return {
+        "results": {name: results[name] for name in kept},
+        "rows": [{key: value for key, value in row.items() if "second" not in key} for row in rows],
+        "params": stored["params"],
+        "state": stored["state"],
+        "config": {k: v for k, v in yaml.safe_load((folder / "config.yaml").read_text()).items() if k != "output"},
+    }
+
+
+def check_equal(folder: Path, whole: Path) -> None:
+    left, right = content_of(folder), content_of(whole)
+    jax.tree.map(np.testing.assert_array_equal, left.pop("params"), right.pop("params"))
+    jax.tree.map(np.testing.assert_array_equal, left.pop("state"), right.pop("state"))
+    assert left == right
+    name = "importance/after02.npz"
+    with np.load(folder / name) as tables, np.load(whole / name) as expected:
+        assert tables.files == expected.files
+        for table in tables.files:
+            np.testing.assert_array_equal(tables[table], expected[table])
+
+
+def test_seekr_learns_one_more_task_as_if_it_had_been_there_from_the_start(tmp_path: Path, tokenizer: Path) -> None:
+    runs = Runs("pairs", tmp_path, tokenizer)
+    results = runs.extend(runs.two)
+    assert results.finished
+    assert len(results.matrix) == 3
+    check_equal(runs.two, runs.whole)
+
+
+def test_das_learns_one_more_domain_as_if_it_had_been_there_from_the_start(das: Runs, tmp_path: Path) -> None:
+    folder = tmp_path / "moved"  # the folder alone: it may lie elsewhere by now
+    shutil.copytree(das.two, folder)
+    das.extend(folder)
+    check_equal(folder, das.whole)
+    # Nothing is left to do: neither the same call nor the folder's own configuration changes anything.
+    before = (folder / "results.json").read_bytes()
+    das.extend(folder)
+    experiment.run(validate(ExperimentConfig, read_yaml(folder / "config.yaml"), "config"))
+    assert (folder / "results.json").read_bytes() == before
+
+
+class Interrupted(Exception):
+    """Stands for whatever kills a process."""
+
+
+@pytest.mark.parametrize("saves", [0, 1])
+def test_an_interrupted_extension_goes_on(
+    das: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saves: int
+) -> None:
+    """Killed before the new task's first step, and within it."""
+    original, count = experiment.TaskSequence._save, 0
+
+    def die(self: Any, *arguments: Any, **options: Any) -> None:
+        nonlocal count
+        if count == saves:
+            raise Interrupted
+        original(self, *arguments, **options)
+        self.checkpoints.wait()
+        count += 1
+
+    folder = tmp_path / "run"
+    shutil.copytree(das.two, folder)
+    with monkeypatch.context() as patched:
+        patched.setattr(experiment.TaskSequence, "_save", die)
+        with pytest.raises(Interrupted):
+            das.extend(folder)
+    assert "numpy" in (folder / "config.yaml").read_text()
+    das.extend(folder)
+    check_equal(folder, das.whole)
+
+
+@pytest.mark.parametrize(
+    ("task", "length", "message"),
+    [
+        (["name=topics", "source=stdlib:python_topics"], 4, "'topics' stands twice"),
+        (["name=new", "source=stdlib:unicode_bid"], 4, "unicode_bidi"),
+        (["name=new", "source=stdlib:docstrings:numpy"], None, "training.steps lists one number a task"),
+        (["name=new", "source=stdlib:docstrings:numpy", "metric=end_task"], 4, "task new: its metric is end_task"),
+        (["source=stdlib:docstrings:numpy"], 4, "tasks.2.name: missing"),
+        (["name=pydantic", "source=stdlib:docstrings:numpy"], 3, "'pydantic' stands twice"),
+    ],
+)
+def test_a_task_that_cannot_be_learned_leaves_the_folder_as_it_was(
+    das: Runs, task: list[str], length: float | None, message: str
+) -> None:
+    before = {path: path.read_bytes() for path in das.two.rglob("*") if path.is_file()}
+    with pytest.raises(UserError) as caught:
+        extend(das.two, task, length)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert {path: path.read_bytes() for path in das.two.rglob("*") if path.is_file()} == before
+
+
+def test_only_finished_runs_go_on(das: Runs, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(das.two, folder)
+    results = Results.read(folder / "results.json")
+    results.model_copy(update={"finished": False}).write(folder / "results.json")
+    with pytest.raises(UserError, match="has not learned its own tasks yet"):
+        das.extend(folder)
+    with pytest.raises(UserError, match="not a run folder"):
+        extend(tmp_path / "nowhere", ["name=x", "source=y"])
