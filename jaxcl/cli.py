@@ -24,6 +24,14 @@ class _Parser(argparse.ArgumentParser):
         self.exit(EXIT_USAGE, f"{self.prog}: {message} (see `{self.prog} --help`)\n")
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """argparse, with the longest command and its meaning in one line: it forgets their indentation."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog)
+        self._action_max_length = len("    importance")
+
+
 def _run(args: argparse.Namespace) -> None:
     from jaxcl.config import load_config
     from jaxcl.experiment import run
@@ -121,7 +129,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Language models that learn one task or domain after another and keep what they knew.",
         epilog="example:\n  jaxcl run configs/quickstart_seekr.yaml training.epochs=2\n"
         "exit codes: 0 done, 1 failed, 2 bad usage or configuration, 130 interrupted (run again to resume)",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_Help,
     )
     parser.add_argument("--version", action="version", version=f"jaxcl {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
@@ -141,14 +149,12 @@ def build_parser() -> argparse.ArgumentParser:
         "extend",
         _extend,
         "let a finished run learn one more task, from its folder alone",
-        "jaxcl extend runs/quickstart_das name=json source=stdlib:docstrings:pydantic metric=token_accuracy --length 100",
+        "jaxcl extend runs/quickstart_das name=pydantic source=stdlib:docstrings:pydantic --length 100",
     )
     extend.add_argument("run", metavar="RUN", help="the run folder; it becomes that of a run over all tasks")
-    extend.add_argument(
-        "overrides", nargs="+", metavar="KEY=VALUE", help="the task: name, source and what else it needs"
-    )
-    extend.add_argument("--length", type=_number, default=None, metavar="N",
-                        help="epochs or steps of the task, as the run counts; needed where it lists them by task")  # fmt: skip
+    extend.add_argument("overrides", nargs="+", metavar="KEY=VALUE", help="the task: name, source, what else it needs")
+    length_help = "epochs or steps of the task, as the run counts; needed where it lists them by task"
+    extend.add_argument("--length", type=_number, default=None, metavar="N", help=length_help)
 
     importance = _command(
         commands,
@@ -159,8 +165,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     importance.add_argument("config", metavar="CONFIG", help="a YAML file, or a run folder for the model it trained")
     importance.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="values that replace those of the file")
-    importance.add_argument("--out", default=None, metavar="DIR",
-                            help="gets the arrays, heat maps and a page; default: the config's output + _importance")  # fmt: skip
+    out_help = "gets the arrays, heat maps and a page; default: the config's output + _importance"
+    importance.add_argument("--out", default=None, metavar="DIR", help=out_help)
 
     compare = _command(
         commands,

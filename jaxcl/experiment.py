@@ -119,7 +119,7 @@ class TaskSequence:
             self.timing = dict(saved.progress["timing"])
             if self.board.results.initial is not None and self.board.missing(-1):
                 # Tasks have come since; what the model scored on them before any training is told by where it began.
-                self._evaluate(initial_params(self.parts), -1)
+                self._evaluate(self.parts.trainer.init(initial_params(self.parts)), -1)
             state, position = self._restore(saved)
         if self.main:
             self.sinks = open_sinks(self.folder.path, after=int(state.step))
@@ -141,12 +141,12 @@ class TaskSequence:
     def _go_on(self, state: TrainState, position: Any, saved: Saved | None) -> Results:
         task, phase = (-1, "learned") if saved is None else (saved.progress["task"], saved.progress["phase"])
         if phase == "learned":
-            self._evaluate(state.params, task)
+            self._evaluate(state, task)
             task, position = task + 1, None
         for index in range(task, self.parts.phases):
             state = self._learn(state, index, position)
             position = None
-            self._evaluate(state.params, index)
+            self._evaluate(state, index)
         self.board.write(self.timing, finished=True)
         return self.board.results
 
@@ -270,10 +270,10 @@ class TaskSequence:
 
     # Evaluation and results
 
-    def _evaluate(self, params: Any, after: int) -> None:
+    def _evaluate(self, state: TrainState, after: int) -> None:
         """Scores the tasks due after `after` and writes the results."""
         with self._timed("evaluation"):
-            self.board.evaluate(lambda index: params, after)
+            self.board.evaluate(lambda index: state.params, after)
         self.board.write(self.timing)
 
     # Keeping

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -44,6 +45,9 @@ def test_every_command_shows_an_example(command: str, capsys: pytest.CaptureFixt
         ["compare", "x.yaml", "--methods", ",", "--out", "o"],
         ["compare", "x.yaml", "--methods", "a", "--out", "o", "--seeds", "one"],
         ["report", "x", "a=b", "--c=d"],
+        ["extend", "run"],
+        ["extend", "run", "name=x", "--length", "long"],
+        ["importance"],
     ],
 )
 def test_bad_usage_is_one_line_and_exit_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,3 +83,21 @@ def test_overrides_may_follow_options(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jaxcl.comparison.compare", lambda *arguments: seen.extend(arguments) or "page")
     assert main(["compare", "c.yaml", "--methods", "a,b", "seed=3", "--out", "o", "x.y=1"]) == 0
     assert seen[:4] == ["c.yaml", ["seed=3", "x.y=1"], ["a", "b"], None]
+
+
+def test_extend_and_importance_hand_their_arguments_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[object] = []
+    outcome = SimpleNamespace(report="page")
+    monkeypatch.setattr("jaxcl.extension.extend", lambda *arguments: seen.append(arguments) or outcome)
+    monkeypatch.setattr("jaxcl.importance.measure_importance", lambda *arguments: seen.append(arguments) or "page")
+    assert main(["extend", "run", "name=x", "--length", "100", "source=y"]) == 0
+    assert main(["extend", "run", "name=x", "--length", "0.5"]) == 0
+    assert main(["importance", "c.yaml", "seed=1", "--out", "o"]) == 0
+    assert main(["importance", "run"]) == 0
+    assert seen == [
+        (Path("run"), ["name=x", "source=y"], 100),
+        (Path("run"), ["name=x"], 0.5),
+        ("c.yaml", ["seed=1"], Path("o")),
+        ("run", [], None),
+    ]
+    assert isinstance(seen[0][2], int)  # type: ignore[index]  # steps are whole numbers

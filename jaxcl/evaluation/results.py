@@ -167,12 +167,17 @@ def write_tables(folder: Path, after: int, tables: Mapping[str, Any]) -> Path:
       The file written.
     """
     path = folder / f"{_stage(after)}.npz"
-    folder.mkdir(parents=True, exist_ok=True)
+    write_arrays(path, tables)
+    return path
+
+
+def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+    """Writes arrays by name as `.npz`; a reader sees the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     with open(partial, "wb") as file:
-        np.savez_compressed(file, allow_pickle=False, **{name: np.asarray(table) for name, table in tables.items()})
+        np.savez_compressed(file, allow_pickle=False, **{name: np.asarray(array) for name, array in arrays.items()})
     os.replace(partial, path)
-    return path
 
 
 def write_json(path: Path, content: Any) -> None:

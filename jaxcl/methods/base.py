@@ -145,6 +145,15 @@ class Method:
           ValueError: they do not go together; the message starts with the option's name.
         """
 
+    @classmethod
+    def untrained(cls, config: Any) -> tuple[Any, str]:
+        """How to measure what `tables` shows on a model that is not trained between `prepare` and `consolidate`.
+
+        Returns:
+          The options to measure with, and a line about what cannot be measured so; empty if all can.
+        """
+        return config, ""
+
     def __init__(self, config: Any, network: Network, num_tasks: int) -> None:
         self.config = config
         self.network = network

@@ -122,6 +122,15 @@ class Seekr(Method):
                 f"head_budget: {config.head_budget} is over the {room} heads of {budgets['layer_budget']} layers"
             )
 
+    @classmethod
+    def untrained(cls, config: Any) -> tuple[Any, str]:
+        """Sensitivity alone: without training, no attention weight moves."""
+        missing = (
+            "Forgettability compares attention before and after training and is not there for a model that was not "
+            "trained: heads are rated by sensitivity alone. A run folder shows both."
+        )
+        return config.model_copy(update={"importance": "sensitivity"}), missing
+
     def init(self, params: Params) -> State:
         """See `Method.init`."""
         scores = jnp.zeros((self.num_tasks, self.network.num_layers, self.network.num_heads))

@@ -19,11 +19,23 @@ from jaxcl.reporting.run_data import directions, read_results, scores, unit
 MEASURES: tuple[tuple[str, str, bool], ...] = (
     ("op", "OP", True),
     ("bwt", "BWT", True),
+    ("gain", "Gain", True),
     ("forgetting", "Forgetting", False),
     ("fwt", "FWT", True),
     ("intransigence", "Intransigence", False),
     ("seconds", "Seconds", False),
 )
+
+
+#: What is compared of further measures.
+FURTHER: tuple[tuple[str, str], ...] = (
+    ("op", "OP"),
+    ("bwt", "BWT"),
+    ("forgetting_rate", "Forgetting rate"),
+    ("gain", "Gain"),
+)
+#: Numbers that are changes.
+SIGNED = ("bwt", "fwt", "gain")
 
 
 def read_comparison(folder: Path) -> dict[str, Any]:
@@ -53,8 +65,8 @@ def collect(folder: Path, runs: Sequence[Path]) -> dict[str, Any]:
     Returns:
       `tasks, metric, higher_is_better`; `runs`, the results of each with its `folder`; `methods`: for each method its
       `seeds` and, by measure, `mean`, `std` (sample standard deviation; `null` for a single run) and `values`, one a
-      seed. `intransigence` is measured against the mean of the joint runs, where there are any. `further` holds `op`
-      and `bwt` of the other measures.
+      seed. `intransigence` is measured against the mean of the joint runs, where there are any. `further` holds `op`,
+      `bwt`, `forgetting_rate` and `gain` of the other measures.
     """
     if not runs:
         raise UserError("comparison: no runs to compare", exit_code=2)
@@ -75,7 +87,7 @@ def collect(folder: Path, runs: Sequence[Path]) -> dict[str, Any]:
             "seeds": [row["seed"] for row in own],
             **{name: _summary([row.get(name) for row in own]) for name, _, _ in MEASURES},
             "further": {
-                name: {part: _summary([row["further"][name].get(part) for row in own]) for part in ("op", "bwt")}
+                name: {part: _summary([row["further"][name].get(part) for row in own]) for part, _ in FURTHER}
                 for name in own[0]["further"]
                 if all(name in row["further"] for row in own)
             },
@@ -99,7 +111,7 @@ def comparison_table(content: Mapping[str, Any]) -> str:
     shown = [(name, title) for name, title, _ in MEASURES if _any(content, name)]
     lines = [["method", *(title for _, title in shown)]]
     for method, summary in content["methods"].items():
-        lines.append([str(method), *(spread(summary[name], signed=name in ("bwt", "fwt")) for name, _ in shown)])
+        lines.append([str(method), *(spread(summary[name], signed=name in SIGNED) for name, _ in shown)])
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return "\n".join(
         "  ".join(cell.ljust(width) if not column else cell.rjust(width) for column, (cell, width) in
@@ -127,13 +139,16 @@ def _any(content: Mapping[str, Any], name: str) -> bool:
 def _row(
     folder: Path, run: Path, result: dict[str, Any], reference: Float[np.ndarray, " tasks"] | None
 ) -> dict[str, Any]:
-    kept = ("method", "seed", "joint", "finished", "matrix", "initial", "op", "bwt", "fwt", "forgetting", "seconds")
+    kept = (
+        "method", "seed", "joint", "finished", "matrix", "initial", "deviation", "initial_deviation",
+        "op", "bwt", "fwt", "gain", "forgetting", "seconds",
+    )  # fmt: skip
     further = result.get("further") or {}
     return {
         "folder": Path(os.path.relpath(run, folder)).as_posix(),
         **{name: result.get(name) for name in kept},
         "intransigence": _intransigence(result, reference),
-        "further": {name: {"op": part.get("op"), "bwt": part.get("bwt")} for name, part in further.items()},
+        "further": {name: {field: part.get(field) for field, _ in FURTHER} for name, part in further.items()},
     }
 
 

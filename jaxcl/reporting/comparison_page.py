@@ -9,13 +9,14 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxcl.reporting import plots
-from jaxcl.reporting.comparison_data import MEASURES, spread
+from jaxcl.reporting.comparison_data import FURTHER, MEASURES, SIGNED, spread
 from jaxcl.reporting.matrix_table import matrix_table
 from jaxcl.reporting.page import details, duration, figure, number, page, section, table, text
 from jaxcl.reporting.run_data import scores
 
 _MEANINGS = (
     "OP: mean score over all tasks at the end. BWT: change of the earlier tasks since each was learned. "
+    "Gain: over the model before any training. "
     "Forgetting: their fall from their best score. FWT: gain on a task before it was trained on. "
     "Intransigence: gap to joint training right after learning."
 )
@@ -90,7 +91,7 @@ def _summary(content: Content) -> str:
                 mean = summary[name]["mean"]
                 words = number(None) if mean is None else duration(mean)
             else:
-                words = spread(summary[name], signed=name in ("bwt", "fwt"))
+                words = spread(summary[name], signed=name in SIGNED)
             cells.append(f"<b>{text(words)}</b>" if method in best[name] else text(words))
         rows.append(cells)
     heads = ["Method", *("Time a run" if name == "seconds" else title for name, title, _ in shown)]
@@ -179,17 +180,24 @@ def _per_task(content: Content) -> str:
 
 
 def _further(content: Content) -> str:
-    """OP and BWT of the other measures."""
+    """The numbers of the other measures."""
     names = dict.fromkeys(name for summary in content["methods"].values() for name in summary.get("further", {}))
     parts = []
     for name in names:
         measured = {method: s["further"][name] for method, s in content["methods"].items() if name in s["further"]}
+        shown = [
+            (field, title)
+            for field, title in FURTHER
+            if any(part.get(field, {}).get("mean") is not None for part in measured.values())
+        ]
         rows = [
-            [text(method), text(spread(part["op"])), text(spread(part["bwt"], signed=True))]
+            [text(method), *(text(spread(part[field], signed=field in SIGNED)) for field, _ in shown)]
             for method, part in measured.items()
         ]
-        parts.append(f"<h3>{text(name)}</h3>{table(['Method', 'OP', 'BWT'], rows, numbers=(1, 2))}")
-    return section("Other measures of the same runs", *parts)
+        heads = ["Method", *(title for _, title in shown)]
+        parts.append(f"<h3>{text(name)}</h3>{table(heads, rows, numbers=range(1, len(heads)))}")
+    note = "Forgetting rate: mean over the earlier tasks of the score right after learning minus that at the end."
+    return section("Other measures of the same runs", *parts, note=note)
 
 
 def _runs(content: Content) -> str:

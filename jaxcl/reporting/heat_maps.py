@@ -1,4 +1,4 @@
-"""Heat maps of layers × units: functions of plain numbers that return an inline SVG element."""
+"""Heat maps of layers × units, and of what tasks have in common: functions of plain numbers."""
 
 from __future__ import annotations
 
@@ -12,14 +12,27 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from jaxcl.reporting.style import HEAT, WIDTH, grid, outer_labels, per_row, series_colour, short, styled, svg
+from jaxcl.reporting.style import (
+    DASH,
+    HEAT,
+    INK,
+    WIDTH,
+    Picture,
+    grid,
+    outer_labels,
+    per_row,
+    series_colour,
+    short,
+    styled,
+    ticks,
+)
 
 _COLUMNS = 256  # of a map; more cannot be seen
 
 
 def heat_maps(
     maps: Mapping[str, Shaped[np.ndarray, "layers units"]], units: str, name: str, *, sort: bool = False
-) -> str:
+) -> Picture:
     """Layers × units, all maps on one colour scale, layer 1 at the bottom.
 
     Args:
@@ -49,12 +62,12 @@ def heat_maps(
         bar.outline.set_visible(False)
         for axis in axes[len(maps) :]:
             axis.set_visible(False)
-        return svg(figure, f"Heat maps of layers by {units}: {', '.join(maps)}")
+        return Picture(figure, name, f"Heat maps of layers by {units}: {', '.join(maps)}")
 
 
-def selected(maps: Mapping[str, Shaped[np.ndarray, "layers heads"]]) -> str:
-    """Which heads each task selected, and how many tasks selected each."""
-    with styled("selected heads"):
+def selected(maps: Mapping[str, Shaped[np.ndarray, "layers heads"]], name: str = "selected heads") -> Picture:
+    """Which heads each task selected."""
+    with styled(name):
         layers, count = next(iter(maps.values())).shape
         columns = _map_columns(len(maps))
         rows = math.ceil(len(maps) / columns)
@@ -72,7 +85,53 @@ def selected(maps: Mapping[str, Shaped[np.ndarray, "layers heads"]]) -> str:
         for axis in axes[len(maps) :]:
             axis.set_visible(False)
         outer_labels(axes, columns, len(maps), "head", "layer")
-        return svg(figure, "Heads selected by each task")
+        return Picture(figure, name, "Heads selected by each task")
+
+
+def overlaps(marks: Mapping[str, Shaped[np.ndarray, "tasks ..."]], tasks: Sequence[str], name: str) -> Picture:
+    """Tasks × tasks: of the units that either needs, the share that both need, for each kind of unit.
+
+    Args:
+      marks: whether a task needs a unit, by kind of unit.
+      tasks: their names.
+      name: of the figure.
+    """
+    columns = min(len(marks), 3)
+    rows, count = math.ceil(len(marks) / columns), len(tasks)
+    width = WIDTH * min(0.3 * columns + 0.06 + 0.02 * count, 1.0)
+    with styled(name):
+        figure, axes = grid(columns, rows, width=width, height=0.84 * width / columns, sharey=True)
+        for axis, (title, one) in zip(axes, marks.items(), strict=False):
+            shares = common(np.asarray(one, bool).reshape(count, -1))
+            shown = np.where(np.tri(count, k=-1, dtype=bool), 100 * shares, np.nan)
+            axis.imshow(shown, cmap=HEAT, vmin=0, vmax=100, interpolation="nearest")
+            axis.set_title(title)
+            axis.grid(visible=False)
+            axis.spines[:].set_visible(False)
+            axis.set_xticks(range(count), ticks(tasks, 96 // columns // count))
+            axis.set_yticks(range(count), [short(task, 18) for task in tasks])
+            axis.set_xlim(-0.5, count - 1.5)  # nothing stands on or above the diagonal
+            axis.set_ylim(count - 0.5, 0.5)
+            for (row, column), share in np.ndenumerate(shown):
+                if column < row:
+                    text = DASH if np.isnan(share) else f"{share:.0f}%"
+                    axis.text(column, row, text, ha="center", va="center", fontsize=8 if count < 9 else 6.5,
+                              color=INK if np.isnan(share) else "white" if share < 60 else "black")  # fmt: skip
+        for axis in axes[len(marks) :]:
+            axis.set_visible(False)
+        return Picture(figure, name, f"Overlap between tasks: {', '.join(tasks)}")
+
+
+def common(marks: Shaped[np.ndarray, "tasks units"]) -> Float[np.ndarray, "tasks tasks"]:
+    """Of the units that either of two tasks needs, the share that both need (Jaccard); NaN where neither needs any.
+
+    >>> common(np.array([[1, 1, 1, 0], [0, 0, 1, 1]], bool)).tolist()
+    [[1.0, 0.25], [0.25, 1.0]]
+    """
+    both = marks.astype(float) @ marks.T.astype(float)
+    own = np.diagonal(both)
+    either = own[:, None] + own - both
+    return np.where(either > 0, both / np.maximum(either, 1), np.nan)
 
 
 def _panel_units(columns: int) -> int:

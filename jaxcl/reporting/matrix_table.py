@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,11 +31,17 @@ def matrix_table(results: Mapping[str, Any]) -> str:
     if initial is not None:
         before = np.array([np.nan if value is None else float(value) for value in initial])
         rows = {"before training": before, **rows}
+    spreads = [list(row) for row in results.get("deviation") or []]
+    if initial is not None:
+        spreads = [list(results.get("initial_deviation") or []), *spreads]
     shares = _shares(np.array(list(rows.values())) if rows else matrix, results)
     start = -1 if initial is not None else 0
     body = "".join(
         f'<tr><th scope="row" title="{text(label)}">{text(label)}</th>'
-        + "".join(_cell(score, shares[place, column], place + start, column, joint) for column, score in enumerate(row))
+        + "".join(
+            _cell(score, shares[place, column], place + start, column, joint, _at(spreads, place, column))
+            for column, score in enumerate(row)
+        )
         + "</tr>"
         for place, (label, row) in enumerate(rows.items())
     )
@@ -50,7 +56,11 @@ def matrix_table(results: Mapping[str, Any]) -> str:
     )
 
 
-def _cell(score: float, share: float, row: int, column: int, joint: bool) -> str:
+def _at(rows: Sequence[Sequence[float | None]], row: int, column: int) -> float | None:
+    return rows[row][column] if row < len(rows) and column < len(rows[row]) else None
+
+
+def _cell(score: float, share: float, row: int, column: int, joint: bool, spread: float | None) -> str:
     if not np.isfinite(score):
         return '<td class="none">·</td>'
     classes = ["cell"]
@@ -61,7 +71,8 @@ def _cell(score: float, share: float, row: int, column: int, joint: bool) -> str
     elif row < column and not (joint and row >= 0):
         classes.append("future")
     digits = 1 if abs(score) < 1000 else 0
-    return f'<td class="{" ".join(classes)}" style="--share: {100 * share:.0f}%">{number(score, digits)}</td>'
+    around = "" if spread is None else f" <small>± {number(spread)}</small>"
+    return f'<td class="{" ".join(classes)}" style="--share: {100 * share:.0f}%">{number(score, digits)}{around}</td>'
 
 
 def _changes(matrix: Float[np.ndarray, "rows tasks"], higher: list[bool], percent: str) -> str:

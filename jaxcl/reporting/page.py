@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from html import escape as _escape
+from pathlib import Path
 
 from jaxcl.reporting.style import DASH, MINUS, printable
 from jaxcl.reporting.style_sheet import STYLE_SHEET
@@ -30,6 +32,14 @@ def page(title: str, body: Iterable[str]) -> str:
         + "\n".join(part for part in body if part)
         + "\n</main>\n</body>\n</html>\n"
     )
+
+
+def write_page(path: Path, content: str) -> Path:
+    """Writes a page; a reader sees the old one or the new one, never a part."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(content, encoding="utf-8")
+    os.replace(partial, path)
+    return path
 
 
 def section(heading: str, *parts: str, note: str = "") -> str:

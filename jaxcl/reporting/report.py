@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 
 from jaxcl.reporting import plots
 from jaxcl.reporting.matrix_table import matrix_table
-from jaxcl.reporting.page import card, details, duration, figure, number, page, section, size, table, text
+from jaxcl.reporting.page import card, details, duration, figure, number, page, section, size, table, text, write_page
 from jaxcl.reporting.run_data import RunData, read_run, scores, unit
 from jaxcl.reporting.samples import task_samples
 from jaxcl.reporting.style import DASH
@@ -22,6 +21,7 @@ _MEANINGS = {
     "op": ("Overall performance", "mean score over the tasks learned, at the end"),
     "bwt": ("Backward transfer", "change of the earlier tasks since each was learned; negative: forgotten"),
     "fwt": ("Forward transfer", "gain on the next task before it was trained on"),
+    "gain": ("Gain", "over the model before any training, mean over the tasks learned"),
     "forgetting": ("Forgetting", "fall of the earlier tasks from their best score"),
     "intransigence": ("Intransigence", "gap to joint training right after learning; what could not be learned"),
 }
@@ -43,11 +43,7 @@ def write_report(run_folder: Path) -> Path:
       UserError: no folder, or no usable `results.json` in it.
     """
     run = read_run(Path(run_folder))
-    path = run.folder / "report.html"
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(render(run), encoding="utf-8")
-    os.replace(partial, path)
-    return path
+    return write_page(run.folder / "report.html", render(run))
 
 
 def render(run: RunData) -> str:
@@ -58,7 +54,7 @@ def render(run: RunData) -> str:
         _matrices(run),
         _retention(run),
         _losses(run),
-        *table_sections(run),
+        *table_sections(run.tables, run.tasks, run.learned),
         _samples(run),
         _how(run),
         _configuration(run),
@@ -75,14 +71,13 @@ def headline(results: Mapping[str, Any]) -> str:
         value = results.get(name)
         if value is None and name not in ("op", "bwt"):
             continue
-        good = {"op": 0.0, "bwt": value, "fwt": value, "forgetting": -(value or 0), "intransigence": -(value or 0)}[
-            name
-        ]
+        fall = -(value or 0)
+        good = {"op": 0.0, "forgetting": fall, "intransigence": fall}.get(name, value)
         tone = "" if value is None or round(good or 0, 1) == 0 else "good" if (good or 0) > 0 else "bad"
         points = ("%" if name == "op" else " points") if percent else ""
         if name == "bwt" and results.get("joint"):
             meaning = "none: all tasks were learned at once"
-        shown = number(value, signed=name in ("bwt", "fwt"))
+        shown = number(value, signed=name in ("bwt", "fwt", "gain"))
         cards.append(card(title, shown, points.strip() if value is not None else "", meaning, tone))
     seconds = results.get("seconds")
     if isinstance(seconds, int | float):
@@ -123,8 +118,7 @@ def _matrices(run: RunData) -> str:
     for name, measured in measures.items():
         joined = {**measured, "tasks": run.tasks, "joint": run.results.get("joint", False)}
         if name:
-            numbers = f"OP {number(measured.get('op'))}, BWT {number(measured.get('bwt'), signed=True)}"
-            parts.append(f'<h3>{text(name)} <span class="muted">{numbers}</span></h3>')
+            parts.append(f'<h3>{text(name)} <span class="muted">{_numbers(measured)}</span></h3>')
         parts.append(matrix_table(joined))
     metrics = text(", ".join(dict.fromkeys(str(metric) for metric in run.results["metric"])))
     if run.results.get("joint"):
@@ -134,7 +128,19 @@ def _matrices(run: RunData) -> str:
             f"Score ({metrics}) on each task, by column, after the tasks were learned one by one, by row. "
             "Framed: right after learning it. Italic: before that."
         )
+    if any(measured.get("deviation") or measured.get("initial_deviation") for measured in measures.values()):
+        note += " ± standard deviation over repetitions of the measurement."
     return section("Every task after every task", *parts, note=note)
+
+
+def _numbers(measured: Mapping[str, Any]) -> str:
+    """The numbers of a further measure in a line."""
+    shown = [
+        f"{title} {number(measured.get(name), signed=name in ('bwt', 'gain'))}"
+        for name, title in (("op", "OP"), ("bwt", "BWT"), ("forgetting_rate", "forgetting rate"), ("gain", "gain"))
+        if name in ("op", "bwt") or measured.get(name) is not None
+    ]
+    return ", ".join(shown)
 
 
 def _retention(run: RunData) -> str:

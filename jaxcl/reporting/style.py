@@ -9,7 +9,8 @@ import unicodedata
 import warnings
 from collections.abc import Iterator, Sequence
 from html import escape
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -127,6 +128,32 @@ def outer_labels(axes: Sequence[Axes], columns: int, count: int, below: str, bes
             axis.tick_params(labelbottom=True)
 
 
+class Picture(NamedTuple):
+    """A figure that can be shown on a page or kept as a file.
+
+    Attributes:
+      figure: the figure.
+      name: unlike those of others on the page.
+      label: what it shows, for readers who do not see it.
+    """
+
+    figure: Figure
+    name: str
+    label: str
+
+    def svg(self) -> str:
+        """An inline SVG element; see `svg`."""
+        with styled(self.name):
+            return svg(self.figure, self.label)
+
+    def write_png(self, folder: Path) -> Path:
+        """Writes `NAME.png`, on white, into a folder."""
+        path = folder / f"{self.name.replace(' ', '_')}.png"
+        with styled(self.name):
+            self.figure.savefig(path, dpi=160, facecolor="white")
+        return path
+
+
 def svg(figure: Figure, label: str) -> str:
     """The figure as an inline SVG element whose colours and font are the page's. Call within `styled`.
 
@@ -160,6 +187,16 @@ def short(text: str, limit: int) -> str:
     """
     line = " ".join(printable(text).split())
     return line if len(line) <= limit else line[: limit - 1].rstrip() + "…"
+
+
+def ticks(titles: Sequence[str], room: int) -> list[str]:
+    """Labels below an axis: whole titles where `room` characters hold each, else the first word, mostly a number.
+
+    >>> ticks(["general", "1 reviews"], 9), ticks(["general", "1 reviews"], 7)
+    (['general', '1 reviews'], ['general', '1'])
+    """
+    whole = all(len(title) <= room for title in titles)
+    return [short(title if whole else title.split(" ")[0], max(room, 7)) for title in titles]
 
 
 def printable(text: str) -> str:

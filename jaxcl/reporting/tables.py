@@ -10,142 +10,169 @@ Arrays are told apart by name and number of axes:
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 
-from jaxcl.reporting import heat_maps, plots
-from jaxcl.reporting.page import figure, section, table, text
-from jaxcl.reporting.run_data import RunData
-from jaxcl.reporting.style import DASH, MINUS
+from jaxcl.reporting import heat_maps, plots, unit_plots
+from jaxcl.reporting.page import figure, section, text
+from jaxcl.reporting.style import MINUS, Picture
 
-_MATTERS = 0.5  # importance above which a unit counts as needed
+_NEEDED = 0.5  # importance above which a unit counts as needed
 _SINGLE = 96  # units in a layer up to which each keeps its place; more are sorted
 _NAMES = {"heads": "attention heads", "intermediate": "intermediate units", "output": "output units"}
 
+Draw = Callable[[Picture], str]
+Tables = Mapping[str, Shaped[np.ndarray, "..."]]
 
-def table_sections(run: RunData) -> list[str]:
-    """The sections that the arrays of a run give; none for a method without any."""
-    tables = {name: array for name, array in run.tables.items() if array.size and array.ndim in (2, 3)}
-    masks = {
-        name.removeprefix("importance_"): np.asarray(array, float)
-        for name, array in tables.items()
+
+def table_sections(tables: Tables, tasks: Sequence[str], learned: int, draw: Draw = Picture.svg) -> list[str]:
+    """The sections that a method's arrays give; none for a method without any.
+
+    Args:
+      tables: arrays by name.
+      tasks: names of all tasks.
+      learned: how many of them the arrays know.
+      draw: turns a picture into an SVG element.
+    """
+    tables = {name: array for name, array in tables.items() if array.size and array.ndim in (2, 3)}
+    kinds = [
+        name.removeprefix("importance_")
+        for name in tables
         if name.startswith("importance_") and f"domains_{name.removeprefix('importance_')}" in tables
-    }
-    domains = {kind: np.asarray(tables[f"domains_{kind}"], float) for kind in masks}
-    used = {f"importance_{kind}" for kind in masks} | {f"domains_{kind}" for kind in masks}
+    ]
+    masks = {kind: np.asarray(tables[f"importance_{kind}"], float) for kind in kinds}
+    domains = {kind: np.asarray(tables[f"domains_{kind}"], float) for kind in kinds}
+    used = {f"{part}_{kind}" for part in ("importance", "domains") for kind in kinds}
     chosen = {name: array for name, array in tables.items() if name.startswith("selected_")}
-    rest = {name: np.asarray(array, float) for name, array in tables.items() if name not in used | set(chosen)}
+    # Of what is zero everywhere nothing was measured.
+    rest = {n: np.asarray(array, float) for n, array in tables.items() if n not in used | set(chosen) and array.any()}
+    learned = min([learned, len(tasks), *(len(array) - 1 for array in domains.values())])
+    names = list(tasks)[:learned]
     return [
-        _capacity(run, masks, domains),
-        _importance(run, masks, domains),
-        section("Importance", *(_maps(run, name, array) for name, array in rest.items())),
-        *(_selected(run, array) for array in chosen.values() if array.ndim == 3),
+        *(_Masks(masks, domains, names, draw).sections() if masks else ()),
+        section("Importance", *(_maps(name, array, names, draw) for name, array in rest.items())),
+        *(_selected(name, array, names, draw) for name, array in chosen.items() if array.ndim == 3),
     ]
 
 
-def _capacity(
-    run: RunData,
-    masks: dict[str, Float[np.ndarray, "layers units"]],
-    domains: dict[str, Float[np.ndarray, "places layers units"]],
-) -> str:
-    """How much of the network the soft mask still lets learn."""
-    if not masks:
-        return ""
-    stages = min(run.learned, min(len(array) for array in domains.values()) - 1)
-    names = ["general", *run.tasks[:stages]]
-    left = {
-        _NAMES.get(kind, kind): [100 * (1 - array[: stage + 1].max(axis=0).mean()) for stage in range(stages + 1)]
-        for kind, array in domains.items()
-    }
-    histograms = plots.histograms(
-        {_NAMES.get(kind, kind): 1 - mask for kind, mask in masks.items()}, f"soft mask, 1 {MINUS} importance"
-    )
-    curves = plots.lines(left, names, "% of capacity left", "capacity", limits=(0, 100))
-    shares = [
-        f"{100 * (mask > _MATTERS).mean():.0f}% of {text(_NAMES.get(kind, kind))}" for kind, mask in masks.items()
-    ]
-    protected = f"More than half protected: {', '.join(shares)}."
-    return section(
-        "Soft masks and the capacity left",
-        figure(histograms, f"After the last domain. A unit at 0 is frozen, one at 1 learns freely. {protected}"),
-        "<h3>Capacity left after each domain</h3>",
-        figure(curves, "Mean of the soft mask over units: the share of each update that still gets through."),
-        note=f"Units that matter for what is known get smaller updates: each is multiplied by 1 {MINUS} importance.",
-    )
+class _Masks:
+    """Importance of units between 0 and 1, by domain and of all so far, by kind of unit.
 
+    Attributes:
+      masks: importance for all so far.
+      places: importance for general knowledge, where it was measured, and for each domain.
+      titles: their names.
+    """
 
-def _importance(
-    run: RunData,
-    masks: dict[str, Float[np.ndarray, "layers units"]],
-    domains: dict[str, Float[np.ndarray, "places layers units"]],
-) -> str:
-    parts = []
-    for kind, mask in masks.items():
-        array, units = domains[kind], _NAMES.get(kind, kind)
-        done = min(run.learned, len(array) - 1)
-        titles = ["general", *run.tasks[:done]]
-        maps = {f"{place} {title}" if place else title: array[place] for place, title in enumerate(titles)}
-        wide = mask.shape[1] > _SINGLE
-        shown = {"all so far": mask} if wide else {**maps, "all so far": mask}
-        parts.append(f"<h3>{text(units.capitalize())}</h3>")
-        parts.append(figure(heat_maps.heat_maps(shown, "unit" if wide else "head", f"importance {kind}", sort=wide)))
-        if not wide and done > 1:
-            parts.append(
-                _overlap(
-                    titles[1:],
-                    array[1 : done + 1] > 0.5,
-                    "Heads that matter to both (above 0.5), of those that matter to either",
-                )
+    def __init__(
+        self,
+        masks: dict[str, Float[np.ndarray, "layers units"]],
+        domains: dict[str, Float[np.ndarray, "places layers units"]],
+        names: list[str],
+        draw: Draw,
+    ) -> None:
+        first = 0 if any(array[0].any() for array in domains.values()) else 1
+        self.masks = masks
+        self.places = {kind: array[first : len(names) + 1] for kind, array in domains.items()}
+        self.titles = ["general", *(f"{place} {name}" for place, name in enumerate(names, 1))][first:]
+        self.draw = draw
+
+    def sections(self) -> list[str]:
+        """All there is to show."""
+        return [self._capacity(), self._importance(), self._overlap()]
+
+    def _capacity(self) -> str:
+        """How much of the network the soft mask still lets learn."""
+        before = {kind: np.maximum.accumulate(array, axis=0) for kind, array in self.places.items()}
+
+        def named(of: Callable[[str], list[float]]) -> dict[str, list[float]]:
+            return {_NAMES.get(kind, kind): of(kind) for kind in self.masks}
+
+        left = named(lambda kind: [100.0, *(100 * (1 - one.mean()) for one in before[kind])])
+        own = named(lambda kind: [100 * (one > _NEEDED).mean() for one in self.places[kind]])
+        together = named(lambda kind: [100 * (one > _NEEDED).mean() for one in before[kind]])
+        histograms = plots.histograms(
+            {_NAMES.get(kind, kind): 1 - mask for kind, mask in self.masks.items()}, f"soft mask, 1 {MINUS} importance"
+        )
+        curves = plots.lines(left, ["start", *self.titles], "% of capacity left", "capacity", limits=(0, 104))
+        shares = [
+            f"{100 * (mask > _NEEDED).mean():.0f}% of {text(_NAMES.get(kind, kind))}"
+            for kind, mask in self.masks.items()
+        ]
+        protected = f"More than half protected: {', '.join(shares)}."
+        return section(
+            "Soft masks and the capacity left",
+            figure(histograms, f"After the last domain. A unit at 0 is frozen, one at 1 learns freely. {protected}"),
+            "<h3>Capacity left after each domain</h3>",
+            figure(curves, "Mean of the soft mask over units: the share of each update that still gets through."),
+            "<h3>Units needed by each domain</h3>",
+            figure(
+                self.draw(unit_plots.needed_shares(own, together, self.titles, "needed units")),
+                f"Share of units whose importance is above {_NEEDED}: for the domain itself, and for it or any before.",
+            ),
+            note=f"Units that matter for what is known learn less: updates are multiplied by 1 {MINUS} importance.",
+        )
+
+    def _importance(self) -> str:
+        parts = []
+        for kind, mask in self.masks.items():
+            wide = mask.shape[1] > _SINGLE
+            several = {} if wide else dict(zip(self.titles, self.places[kind], strict=True))
+            maps = heat_maps.heat_maps(
+                {**several, "all so far": mask}, "unit" if wide else "head", f"importance {kind}", sort=wide
             )
-    return section(
-        "Importance of units",
-        *parts,
-        note="0: not needed, 1: protected. The last map is the maximum over all before it.",
-    )
+            parts += [f"<h3>{text(_NAMES.get(kind, kind).capitalize())}</h3>", figure(self.draw(maps))]
+        curves = unit_plots.sorted_units(
+            {_NAMES.get(kind, kind): array for kind, array in self.places.items()},
+            {_NAMES.get(kind, kind): mask for kind, mask in self.masks.items()},
+            self.titles,
+            _NEEDED,
+            "sorted units",
+        )
+        return section(
+            "Importance of units",
+            *parts,
+            "<h3>Units by importance, domain by domain</h3>",
+            figure(self.draw(curves), "Units of all layers together. The flatter the black curve, the less is free."),
+            note="0: not needed, 1: protected. All so far: the maximum over general knowledge and all domains.",
+        )
+
+    def _overlap(self) -> str:
+        if len(self.titles) < 2:
+            return ""
+        marks = {_NAMES.get(kind, kind): array > _NEEDED for kind, array in self.places.items()}
+        return section(
+            "Overlap between domains",
+            figure(self.draw(heat_maps.overlaps(marks, self.titles, "overlap"))),
+            note=f"Of the units that either of two domains needs (above {_NEEDED}), the share that both need.",
+        )
 
 
-def _selected(run: RunData, array: np.ndarray) -> str:
-    count = min(run.learned, len(array))
-    marks = np.asarray(array[:count], bool)
+def _selected(name: str, array: np.ndarray, names: list[str], draw: Draw) -> str:
+    marks = np.asarray(array[: len(names)], bool)
     if not marks.any():
         return ""
-    maps = {f"{index + 1} {run.tasks[index]}": marks[index] for index in range(count)}
-    return section(
-        "Heads selected by each task",
-        figure(heat_maps.selected(maps)),
-        _overlap(list(run.tasks[:count]), marks, "Heads selected by both, of those selected by either")
-        if count > 1
-        else "",
-        note="The memory of a task is distilled through these heads.",
-    )
+    titles = [f"{place} {task}" for place, task in enumerate(names, 1)]
+    parts = [figure(draw(heat_maps.selected(dict(zip(titles, marks, strict=True)), name.replace("_", " "))))]
+    if len(names) > 1:
+        kind = _NAMES.get(name.removeprefix("selected_"), name.removeprefix("selected_"))
+        picture = heat_maps.overlaps({kind: marks}, titles, f"overlap {name}")
+        parts += [
+            "<h3>Heads selected by both, of those selected by either</h3>",
+            figure(draw(picture)),
+        ]
+    return section("Heads selected by each task", *parts, note="The memory of a task is distilled through these heads.")
 
 
-def _maps(run: RunData, name: str, array: Float[np.ndarray, "..."]) -> str:
+def _maps(name: str, array: Float[np.ndarray, "..."], names: list[str], draw: Draw) -> str:
     title, _, kind = name.partition("_")
     units = {"intermediate": "unit", "output": "unit"}.get(kind, "head")
-    wide = array.shape[-1] > _SINGLE
-    maps = (
-        {"": array}
-        if array.ndim == 2
-        else {
-            f"{index + 1} {run.tasks[index]}" if index < len(run.tasks) else str(index + 1): one
-            for index, one in enumerate(array[: max(run.learned, 1)])
-        }
-    )
-    return f"<h3>{text(title.capitalize())}</h3>" + figure(heat_maps.heat_maps(maps, units, name, sort=wide))
-
-
-def _overlap(names: list[str], marks: np.ndarray, heading: str) -> str:
-    """Shares of units that two tasks have in common (Jaccard), under a heading."""
-    rows = []
-    for index, name in enumerate(names):
-        cells = []
-        for other in range(len(names)):
-            either = np.logical_or(marks[index], marks[other]).sum()
-            share = np.logical_and(marks[index], marks[other]).sum() / either if either else np.nan
-            cells.append(DASH if not np.isfinite(share) else f"{100 * share:.0f}%" if other < index else "")
-        rows.append([f"{index + 1} {text(name)}", *cells])
-    if len(names) < 2:
-        return ""
-    heads = ["In common with", *(str(index + 1) for index in range(len(names) - 1))]
-    return f"<h3>{text(heading)}</h3>" + table(heads, [row[:-1] for row in rows[1:]], numbers=range(1, len(names)))
+    maps = {"": array}
+    if array.ndim == 3:
+        shown = array[: max(len(names), 1)]
+        titles = [*names, *map(str, range(len(names) + 1, len(shown) + 1))]
+        maps = {f"{place} {task}": one for place, (task, one) in enumerate(zip(titles, shown, strict=False), 1)}
+    picture = heat_maps.heat_maps(maps, units, name, sort=array.shape[-1] > _SINGLE)
+    return f"<h3>{text(title.capitalize())}</h3>" + figure(draw(picture))

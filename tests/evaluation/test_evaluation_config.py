@@ -35,3 +35,18 @@ def test_a_misspelt_metric_is_refused_with_the_nearest() -> None:
         EvaluationConfig(pairs_metric="exact-match")
     with pytest.raises(ValidationError, match="does not score labelled tasks"):
         EvaluationConfig(labelled_metric="perplexity")
+
+
+@pytest.mark.parametrize(
+    ("end_tasks", "after", "expected"),
+    [
+        ("each", 1, [True, True, True]),
+        ("last", -1, [True, True, True]),
+        ("last", 0, [True, False, False]),
+        ("last", 1, [False, True, False]),
+        ("last", 2, [True, True, True]),
+    ],
+)
+def test_when_end_tasks_are_scored(end_tasks: str, after: int, expected: list[bool]) -> None:
+    config = EvaluationConfig.model_validate({"end_tasks": end_tasks})
+    assert [config.end_task_due(after, index, last=2) for index in range(3)] == expected

@@ -8,7 +8,7 @@ from evaluation_networks import random_params
 
 from jaxcl.evaluation import end_tasks
 from jaxcl.evaluation.config import EndTaskConfig
-from jaxcl.evaluation.end_tasks import class_scores, score_end_task, with_body, with_labels
+from jaxcl.evaluation.end_tasks import EndTaskScore, class_scores, score_end_task, with_body, with_labels
 from jaxcl.models.llama import LlamaConfig
 from jaxcl.models.network import Network
 from jaxcl.models.roberta import RobertaConfig
@@ -186,3 +186,11 @@ def test_class_scores_of_a_case_computed_by_hand() -> None:
     assert scores["accuracy"] == 50
     # Over classes 0 and 1: 2 right of 3 given and 4 wanted.
     assert scores["micro_f1"] == pytest.approx(100 * 2 * 2 / (3 + 4))
+
+
+def test_deviation_of_the_repetitions() -> None:
+    runs = [{"accuracy": 60.0}, {"accuracy": 70.0}, {"accuracy": 80.0}]
+    none = np.zeros(0, np.int32)
+    score = EndTaskScore(0.0, 0.0, 70.0, runs, none, none, 0.0)
+    assert score.deviation("accuracy") == 10.0  # (100 + 0 + 100) / 2
+    assert EndTaskScore(0.0, 0.0, 60.0, runs[:1], none, none, 0.0).deviation("accuracy") is None

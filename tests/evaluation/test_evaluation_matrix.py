@@ -115,3 +115,18 @@ def test_carried_scores_are_those_of_the_row_before() -> None:
     assert matrix.initial_row() == [5.0, None, None]
     assert matrix.backward_transfer() == 0.0
     assert matrix.overall_performance() == 70.0
+
+
+def test_gain_compares_the_end_with_the_model_before_training() -> None:
+    rows = [[60.0, None], [50.0, 80.0]]
+    assert ContinualMatrix.from_lists(rows, [20.0, 30.0], [True, True]).gain() == 40.0  # (30 + 50) / 2
+    assert ContinualMatrix.from_lists(rows, [20.0, 30.0], [False, False]).gain() == -40.0
+    assert ContinualMatrix.from_lists(rows[:1], [20.0, 30.0], [True, True]).gain() == 40.0  # the task learned alone
+    assert ContinualMatrix.from_lists([[60.0, 80.0]], [20.0, 30.0], [True, True], joint=True).gain() == 45.0
+    assert np.isnan(ContinualMatrix.from_lists(rows, None, [True, True]).gain())
+
+
+def test_rows_that_were_not_measured_are_empty() -> None:
+    matrix = ContinualMatrix.empty(2, [True, True]).up_to(1).record(1, 1, 80.0)
+    assert matrix.rows() == [[None, None], [None, 80.0]]
+    assert matrix.up_to(1).rows() == matrix.rows()

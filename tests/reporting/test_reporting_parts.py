@@ -7,11 +7,11 @@ import matplotlib
 import numpy as np
 import pytest
 
-from jaxcl.reporting import heat_maps, plots
+from jaxcl.reporting import heat_maps, plots, unit_plots
 from jaxcl.reporting.matrix_table import matrix_table
 from jaxcl.reporting.run_data import RunData
 from jaxcl.reporting.samples import chosen, samples_of, task_samples
-from jaxcl.reporting.style import MINUS, per_row
+from jaxcl.reporting.style import MINUS, Picture, per_row
 from jaxcl.reporting.tables import table_sections
 
 NAN = np.nan
@@ -26,10 +26,15 @@ def pictures() -> dict[str, str]:
         "retention": plots.retention(NAMES, LOWER, "%"),
         "loss": plots.loss({"a": (steps, steps), "b": ([], [])}, [(0, "first"), (500, "second")], "loss", "loss"),
         "small": plots.small_curves({"x": (steps, steps), "y": (steps[:2], [NAN, 1.0])}, [0, 500]),
-        "heat": heat_maps.heat_maps({"one": rng.random((3, 4)), "two": rng.random((3, 4))}, "head", "heat"),
-        "wide": heat_maps.heat_maps({"one": rng.random((2, 3000))}, "unit", "wide", sort=True),
-        "flat": heat_maps.heat_maps({"zero": np.zeros((1, 1))}, "head", "flat"),
-        "selected": heat_maps.selected({"one": rng.random((3, 4)) > 0.5}),
+        "heat": heat_maps.heat_maps({"one": rng.random((3, 4)), "two": rng.random((3, 4))}, "head", "heat").svg(),
+        "wide": heat_maps.heat_maps({"one": rng.random((2, 3000))}, "unit", "wide", sort=True).svg(),
+        "flat": heat_maps.heat_maps({"zero": np.zeros((1, 1))}, "head", "flat").svg(),
+        "selected": heat_maps.selected({"one": rng.random((3, 4)) > 0.5}).svg(),
+        "overlaps": heat_maps.overlaps({"heads": rng.random((3, 2, 4)) > 0.5}, NAMES, "overlaps").svg(),
+        "sorted": unit_plots.sorted_units(
+            {"heads": rng.random((3, 2, 4))}, {"heads": rng.random((2, 4))}, NAMES, 0.5, "sorted"
+        ).svg(),
+        "needed": unit_plots.needed_shares({"heads": [20, 30, 40]}, {"heads": [20, 40, 70]}, NAMES, "needed").svg(),
         "histograms": plots.histograms({"heads": rng.random((3, 4))}, "mask"),
         "lines": plots.lines({"a": [1.0, NAN, 2.0]}, NAMES, "mean", "lines"),
         "compared": plots.compared_retention(NAMES, {"a": LOWER[None].repeat(2, 0)}, {"b": LOWER[2]}, ["b", "a"], "%"),
@@ -180,8 +185,8 @@ def test_a_long_prompt_keeps_its_end() -> None:
 
 def test_arrays_of_unknown_shape_are_left_out() -> None:
     tables = {"scalar": np.float32(1), "flat": np.ones(3), "deep": np.ones((2, 2, 2, 2)), "empty": np.ones((0, 4))}
-    assert "".join(table_sections(run_of(tables=tables))) == ""
-    shown = "".join(table_sections(run_of(tables={"agreement": np.eye(3)})))
+    assert "".join(table_sections(tables, ["a", "b"], 2)) == ""
+    shown = "".join(table_sections({"agreement": np.eye(3)}, ["a", "b"], 2))
     assert "Agreement" in shown
 
 
@@ -189,6 +194,66 @@ def test_overlap_of_selected_heads_is_counted() -> None:
     chosen_heads = np.zeros((2, 2, 4), bool)
     chosen_heads[0, 0, :3] = True
     chosen_heads[1, 0, 2:4] = True  # one in common of four
-    shown = "".join(table_sections(run_of(tables={"selected_heads": chosen_heads})))
+    shown = "".join(table_sections({"selected_heads": chosen_heads}, ["a", "b"], 2))
     assert ">25%<" in shown
     assert "1 a: 3 heads in 1 layers" in shown
+
+
+def mask_tables(general: bool) -> dict[str, np.ndarray]:
+    """Two layers of ten units; the domains need 2, 4 and 2 of them, the last a part of the second's."""
+    domains = np.zeros((4, 2, 10))
+    domains[0] = 0.1 * general
+    domains[1, 0, :2] = 1
+    domains[2, 1, :4] = 0.8
+    domains[3, 1, 2:4] = 0.6
+    return {"importance_heads": domains.max(axis=0), "domains_heads": domains}
+
+
+def test_needed_units_are_counted_by_domain_and_for_all_so_far() -> None:
+    drawn: dict[str, str] = {}
+
+    def draw(picture: Picture) -> str:
+        drawn[picture.name] = picture.svg()
+        return drawn[picture.name]
+
+    shown = "".join(table_sections(mask_tables(general=True), ["a", "b", "c", "later"], 3, draw))
+    words = {name: re.findall(r">([^<>]+)</text>", svg) for name, svg in drawn.items()}
+    assert [word for word in words["needed units"] if word in ("10", "20", "30")] == [
+        "10",
+        "20",
+        "10",
+        "10",
+        "30",
+        "30",
+    ]
+    assert "general" in words["needed units"]
+    assert "later" not in shown
+    # Nothing in common but the last two: 2 of the 4 that either needs.
+    assert sorted(word for word in words["overlap"] if "%" in word) == ["0%"] * 5 + ["50%"]
+    assert {"importance heads", "sorted units"} <= drawn.keys()
+
+
+def test_general_knowledge_that_was_not_measured_is_not_shown() -> None:
+    assert "general" not in re.sub("general knowledge", "", "".join(table_sections(mask_tables(False), ["a"] * 3, 3)))
+
+
+def test_sorted_curves_fall_and_end_where_the_units_end() -> None:
+    values = np.random.default_rng(0).random((3, 700))
+    shares, curve = unit_plots._falling(values)
+    assert curve[0] == values.max()
+    assert curve[-1] == values.min()
+    assert len(curve) == 200
+    for share, value in zip(shares, curve, strict=True):
+        assert (values > value).mean() * 100 == pytest.approx(share, abs=100 / values.size)
+
+
+def test_a_picture_is_kept_as_png_too(tmp_path: Path) -> None:
+    path = heat_maps.heat_maps({"one": np.eye(3)}, "head", "importance heads").write_png(tmp_path)
+    assert path.name == "importance_heads.png"
+    assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_deviations_stand_beside_the_scores() -> None:
+    table = matrix_table(results(deviation=[[1.5, None], [None, 0.25]], initial_deviation=[None, None]))
+    found = re.findall(r">([\d.]+) <small>± ([\d.]+)</small>", table)
+    assert found == [("80.0", "1.5"), ("90.0", "0.2")]

@@ -44,8 +44,8 @@ def test_report_of_a_task_sequence(seekr: Path) -> None:
     assert "✗ wrong" in page.text
     assert "stdlib:unicode_category" in page.text  # the configuration
     assert results["versions"]["jax"] in page.text
-    # Retention, loss, other curves, three pictures of importance, selected heads.
-    assert page.counts["svg"] == 7
+    # Retention, loss, other curves, three pictures of importance, selected heads and their overlap.
+    assert page.counts["svg"] == 8
     assert page.counts["details"] >= 6
     assert not list(seekr.glob("*.partial"))
 

@@ -1,0 +1,141 @@
+"""Which units or heads of a model matter for given tasks, measured without training a sequence."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxcl.components import Components, build, initial_params
+from jaxcl.config import ExperimentConfig, find_method, load_config, parse_config
+from jaxcl.config_file import apply_overrides, read_yaml
+from jaxcl.data.memory import Memory
+from jaxcl.errors import UserError
+from jaxcl.evaluation.results import write_arrays
+from jaxcl.methods import METHODS
+from jaxcl.methods.base import Method
+from jaxcl.reporting.importance_page import write_importance
+from jaxcl.run_folder import RunFolder
+from jaxcl.sharding.processes import initialize
+from jaxcl.tasks import remember, running_task
+from jaxcl.training.checkpoint import Checkpoints
+
+Params = Any
+
+
+class _Subject(NamedTuple):
+    """The model that is measured.
+
+    Attributes:
+      folder: keeps the tokenizer.
+      params: reads its params.
+      before: reads those it had before training; `None` for a model that was not trained here.
+      words: what it is, for the page.
+    """
+
+    folder: RunFolder
+    params: Callable[[Components], Params]
+    before: Callable[[Components], Params] | None
+    words: str
+
+
+def measure_importance(source: str, overrides: Sequence[str], out: Path | None) -> Path:
+    """Runs what the method does before and after each task, without the training between.
+
+    Of a run folder the latest checkpoint is measured, and what compares a model before and after training compares
+    where the run began to where it stands. Of a configuration the model it begins with is measured.
+
+    Args:
+      source: a YAML file or a run folder.
+      overrides: `KEY=VALUE` for the configuration (with a run folder: for that of the run).
+      out: gets `importance.npz`, a PNG a picture and `importance.html`; `None`: the configuration's `output` with
+        `_importance` behind.
+
+    Returns:
+      The page.
+
+    Raises:
+      UserError: the method measures nothing, or the configuration, data or checkpoint cannot be used.
+    """
+    initialize()
+    with tempfile.TemporaryDirectory() as scratch:
+        config, subject = _subject(source, overrides, Path(scratch))
+        method = find_method(config.method.name)
+        if method.tables is Method.tables:
+            able = ", ".join(name for name, one in METHODS.items() if one.tables is not Method.tables)
+            raise UserError(
+                f"method.name: {config.method.name} measures no importance; allowed: {able}, or a method with tables",
+                exit_code=2,
+            )
+        note = ""
+        if subject.before is None:
+            options, note = method.untrained(config.method.options)
+            section = config.method.model_copy(update={"options": options})
+            config = config.model_copy(update={"method": section})
+        parts = build(config, subject.folder)
+        tables = importance_tables(parts, subject.params(parts), subject.before)
+    out = Path(f"{config.output}_importance") if out is None else out
+    if jax.process_index() == 0:
+        write_arrays(out / "importance.npz", tables)
+        write_importance(out, tables, parts.names, title=f"{config.method.name} on {subject.words}", note=note)
+    return out / "importance.html"
+
+
+def importance_tables(
+    parts: Components, params: Params, before: Callable[[Components], Params] | None = None
+) -> dict[str, np.ndarray]:
+    """The method's tables after `prepare` and `consolidate` on every task, with the same params throughout.
+
+    Args:
+      parts: of a run over the tasks.
+      params: the model's, sharded as the run's layout says.
+      before: reads the params that count as those before each task; `None`: the same.
+    """
+    method, layout = parts.method, parts.layout
+    state, memory = parts.trainer.init_method(params), Memory(seed=parts.config.seed)
+
+    def params_before() -> Params:
+        return params if before is None else before(parts)
+
+    for index in range(parts.phases):
+        task = running_task(parts, memory, index, moment=0, params_before=params_before)
+        state = layout.place(method.prepare(params, state, task))
+        memory = remember(parts, memory, index)
+        task = running_task(parts, memory, index, moment=1, params_before=params_before)
+        state = layout.place(method.consolidate(params, state, task))
+    return {name: np.asarray(table) for name, table in method.tables(state).items()}
+
+
+def _subject(source: str, overrides: Sequence[str], scratch: Path) -> tuple[ExperimentConfig, _Subject]:
+    if not Path(source).is_dir():
+        config = load_config(source, overrides)
+        words = config.weights or "a model from scratch"
+        return config, _Subject(RunFolder(scratch), initial_params, None, words)
+    folder = RunFolder(Path(source))
+    if not folder.config.is_file():
+        raise UserError(f"{source}: not a run folder (no config.yaml)")
+    content = {**read_yaml(folder.config), "output": source}
+    config = parse_config(apply_overrides(content, overrides), str(folder.config))
+
+    def latest(parts: Components) -> Params:
+        with _reading(folder) as checkpoints:
+            saved = checkpoints.latest()
+            if saved is None:
+                raise UserError(f"{source}: the run has no checkpoint yet")
+            return checkpoints.params(parts.trainer.target.params, saved)
+
+    return config, _Subject(folder, latest, initial_params, f"the model of {source}")
+
+
+@contextmanager
+def _reading(folder: RunFolder) -> Iterator[Checkpoints]:
+    """The checkpoints of a run, none of which is removed."""
+    if not folder.checkpoints.is_dir():
+        raise UserError(f"{folder.path}: the run has no checkpoint yet")
+    with Checkpoints(folder.checkpoints, keep=10**9) as checkpoints:
+        yield checkpoints

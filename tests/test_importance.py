@@ -1,0 +1,114 @@
+"""`jaxcl importance`: what a run would have measured, without the run."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from jaxcl import experiment
+from jaxcl.config import parse_config
+from jaxcl.errors import UserError
+from jaxcl.importance import measure_importance
+
+MODEL = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 32, "num_layers": 2, "num_heads": 2}
+COMMON: dict[str, Any] = {
+    "tokenizer": {"vocab_size": 300, "train_rows": 50},
+    "optimizer": {"learning_rate": 1e-30},  # too little to move any weight
+}
+PAIRS: dict[str, Any] = {
+    **COMMON,
+    "model": {"architecture": "llama", **MODEL, "max_length": 96},
+    "data": {"prompt_length": 64, "answer_length": 24, "buckets": 1},
+    "tasks": [
+        {"name": "direction", "source": "stdlib:unicode_bidi", "train": 32, "test": 4},
+        {"name": "category", "source": "stdlib:unicode_category", "train": 24, "test": 4},
+    ],
+    "training": {"batch_size": 8, "steps": 1},
+    "evaluation": {"batch_size": 4, "max_new_tokens": 1},
+    "method": {"name": "seekr", "layer_budget": 2, "head_budget": 2, "replay": {"fraction": 0.25}},
+}
+TEXT: dict[str, Any] = {
+    **COMMON,
+    "model": {"architecture": "roberta", **MODEL, "max_length": 64},
+    "data": {"length": 48, "packing": False},
+    "tasks": [
+        {"name": "topics", "source": "stdlib:python_topics", "train": 24, "test": 8},
+        {"name": "pydantic", "source": "stdlib:docstrings:pydantic", "train": 24, "test": 8},
+    ],
+    "training": {"batch_size": 8, "steps": 1},
+    "evaluation": {"batch_size": 8},
+    "method": {"name": "das", "importance_examples": 16, "contrast_weight": 0},
+}
+
+
+def written(content: dict[str, Any], folder: Path, **changes: Any) -> str:
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump({**content, "output": str(folder / "run"), **changes}), encoding="utf-8")
+    return str(path)
+
+
+def arrays(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path) as stored:
+        return {name: stored[name] for name in stored.files}
+
+
+def run(content: dict[str, Any], folder: Path, **changes: Any) -> Path:
+    output = folder / "run"
+    experiment.run(parse_config({**content, "output": str(output), **changes}))
+    return output
+
+
+def test_das_measures_what_a_run_that_moves_nothing_measures(tmp_path: Path) -> None:
+    page = measure_importance(written(TEXT, tmp_path), [], None)
+    assert page == tmp_path / "run_importance" / "importance.html"
+    expected = arrays(run(TEXT, tmp_path) / "importance" / "after01.npz")
+    measured = arrays(page.parent / "importance.npz")
+    assert measured.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(measured[name], array, err_msg=name)
+    assert measured["domains_heads"].any(axis=(1, 2)).all()
+    shown = page.read_text(encoding="utf-8")
+    for heading in ("Soft masks and the capacity left", "Units needed by each domain", "Overlap between domains"):
+        assert heading in shown
+    pictures = {path.name for path in page.parent.glob("*.png")}
+    assert {"importance_heads.png", "importance_intermediate.png", "overlap.png", "sorted_units.png"} <= pictures
+    assert not (tmp_path / "run_importance" / "config.yaml").exists()
+
+
+def test_heads_of_an_untrained_model_are_rated_by_sensitivity_and_the_page_says_so(tmp_path: Path) -> None:
+    page = measure_importance(written(PAIRS, tmp_path), ["method.head_budget=3"], tmp_path / "out")
+    tables = arrays(tmp_path / "out" / "importance.npz")
+    sensitivity = tables["sensitivity"]
+    np.testing.assert_allclose(sensitivity.sum(axis=-1), 1, rtol=1e-6)  # every task, every layer
+    assert not tables["forgettability"].any()
+    np.testing.assert_allclose(tables["importance_heads"], sensitivity.sum(axis=0), rtol=1e-6)
+    best = np.sort(sensitivity[0].ravel())[-3]
+    np.testing.assert_array_equal(tables["selected_heads"][0], sensitivity[0] >= best)
+    shown = page.read_text(encoding="utf-8")
+    assert "rated by sensitivity alone" in shown
+    assert "Forgettability</h3>" not in shown
+    assert "Sensitivity</h3>" in shown
+
+
+def test_a_run_folder_shows_what_its_training_moved(tmp_path: Path) -> None:
+    """Of a run of one task, begin and end are those of the task: what the run measured itself."""
+    folder = run({**PAIRS, "optimizer": {"learning_rate": 1e-2}, "tasks": PAIRS["tasks"][:1]}, tmp_path)
+    before = sorted(path for path in folder.rglob("*") if path.is_file())
+    page = measure_importance(str(folder), [], tmp_path / "out")
+    measured, expected = arrays(tmp_path / "out" / "importance.npz"), arrays(folder / "importance" / "after00.npz")
+    assert measured["forgettability"].any()
+    assert measured.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(measured[name], array, err_msg=name)
+    assert "alone" not in page.read_text(encoding="utf-8")
+    assert sorted(path for path in folder.rglob("*") if path.is_file()) == before
+
+
+def test_a_method_without_tables_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="sequential measures no importance; allowed: das, seekr") as caught:
+        measure_importance(written(TEXT, tmp_path, method="sequential"), [], None)
+    assert caught.value.exit_code == 2
+    with pytest.raises(UserError, match="not a run folder"):
+        measure_importance(str(tmp_path / ".."), [], None)
