@@ -273,7 +273,7 @@ class TaskSequence:
     def _evaluate(self, state: TrainState, after: int) -> None:
         """Scores the tasks due after `after` and writes the results."""
         with self._timed("evaluation"):
-            self.board.evaluate(lambda index: state.params, after)
+            self.board.evaluate(lambda index: answering_params(self.parts, state, index), after)
         self.board.write(self.timing)
 
     # Keeping
