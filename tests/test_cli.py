@@ -8,7 +8,7 @@ import pytest
 
 from jaxcl.cli import main
 
-COMMANDS = ("run", "compare", "convert", "generate", "report")
+COMMANDS = ("run", "compare", "convert", "generate", "prepare", "report")
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -43,6 +43,7 @@ def test_every_command_shows_an_example(command: str, capsys: pytest.CaptureFixt
         ["compare", "x.yaml", "--methods", "a"],
         ["compare", "x.yaml", "--methods", ",", "--out", "o"],
         ["compare", "x.yaml", "--methods", "a", "--out", "o", "--seeds", "one"],
+        ["prepare", "trace"],
         ["report", "x", "a=b", "--c=d"],
     ],
 )
