@@ -191,7 +191,10 @@ METRICS: dict[str, Metric] = {
     for metric in (
         Metric("accuracy", "share of equal answers, outer space aside", _BOTH, example=_accuracy),
         Metric(
-            "choice_accuracy", "share of equal opening letters, whatever reasons follow", _PAIRS, example=_choice_accuracy
+            "choice_accuracy",
+            "share of equal opening letters, whatever reasons follow",
+            _PAIRS,
+            example=_choice_accuracy,
         ),
         Metric("exact_match", "share of equal answers, case and punctuation aside", _PAIRS, example=_exact_match),
         Metric("macro_f1", "F1 averaged over classes", _BOTH, corpus=functools.partial(_text_f1, "macro")),

@@ -79,7 +79,7 @@ def test_instruction_tasks_have_the_rows_of_their_files_in_order(tmp_path, sourc
 @pytest.mark.parametrize("name", ["domains/acl_papers.txt", "acl_anthology.txt", "acl_anthology.txt.gz"])
 def test_domains_are_the_lines_of_their_file(tmp_path, name):
     path = manual(tmp_path) / name
-    lines = [f"passage {i} – {'long ' * i}" for i in range(40)]
+    lines = [f"passage {i} · {'long ' * i}" for i in range(40)]
     text = "\n\n".join(f"  {line}" for line in lines) + "\n"
     write(path, text)
     if path.suffix == ".gz":
