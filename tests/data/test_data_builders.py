@@ -233,14 +233,14 @@ def test_unknown_names_are_exit_code_2(tmp_path, capsys, name, message):
 
 def test_benchmarks_are_complete():
     from jaxcl.data.builders.instructions import SUPERNI_ORDERS, TRACE_ORDERS
-    from jaxcl.data.builders.prepare import BUILDERS, GROUPS, _expand
+    from jaxcl.data.builders.prepare import BUILDERS, GROUPS, expand
 
     assert [len(set(order)) for order in TRACE_ORDERS] == [8, 8]
     assert [len(set(order)) for order in SUPERNI_ORDERS] == [12, 12]
     assert set(TRACE_ORDERS[0]) == set(TRACE_ORDERS[1])
     assert set(SUPERNI_ORDERS[0]) == set(SUPERNI_ORDERS[1])
-    assert len(_expand("trace")) == 8
-    assert len(_expand("superni")) == 12
-    assert len(_expand("das")) == 18
+    assert len(expand("trace")) == 8
+    assert len(expand("superni")) == 12
+    assert len(expand("das")) == 18
     classes = {name: len(BUILDERS[name].domain.labels) for name in GROUPS["das"]}
     assert list(classes.values()) == [3, 2, 2, 6, 7, 13]  # the paper's table 1

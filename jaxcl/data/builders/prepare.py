@@ -60,7 +60,7 @@ def prepare(names: Sequence[str], manual_dir: Path, data_dir: Path | None = None
     """
     builders = [
         BUILDERS[name](config=config, data_dir=data_dir, file_format="array_record")
-        for name, config in (pair for given in names for pair in _expand(given))
+        for name, config in (pair for given in names for pair in expand(given))
     ]
     missing = [line for builder in builders if not builder.prepared for line in builder.missing(manual_dir)]
     if missing:
@@ -73,7 +73,15 @@ def prepare(names: Sequence[str], manual_dir: Path, data_dir: Path | None = None
         yield Prepared(name, rows, dict(builder.published), Path(builder.data_path))
 
 
-def _expand(given: str) -> list[tuple[str, str]]:
+def expand(given: str) -> list[tuple[str, str]]:
+    """Builder and configuration of every data set that a name stands for.
+
+    >>> expand("das_acl")
+    [('das_acl', 'domain'), ('das_acl', 'end_task'), ('das_acl', 'end_task_original')]
+
+    Raises:
+      UserError: there is no such data set; exit code 2.
+    """
     name, _, config = given.partition("/")
     chosen = GROUPS.get(name, (name,))
     if not all(one in BUILDERS for one in chosen):
