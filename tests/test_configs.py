@@ -52,8 +52,52 @@ def test_there_are_the_papers_settings_and_the_quickstarts() -> None:
         "seekr_smollm2_superni",
         "das_roberta_base",
         "seekr_llama2_7b_trace",
+        "seekr_llama2_7b_trace_order2",
         "seekr_llama2_7b_superni",
+        "seekr_llama2_7b_superni_order2",
     }
+
+
+# As TRACE publishes them; choices are judged by their letter, code with its literals put in.
+TRACE_METRICS = {
+    "C-STANCE": "choice_accuracy",
+    "FOMC": "choice_accuracy",
+    "MeetingBank": "rouge_l",
+    "Py150": "edit_similarity",
+    "ScienceQA": "choice_accuracy",
+    "NumGLUE-cm": "accuracy",
+    "NumGLUE-ds": "accuracy",
+    "20Minuten": "sari",
+}
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("benchmark", ["trace", "superni"])
+# Of tensorflow-datasets and what it imports.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_benchmarks_are_learned_in_their_published_orders_by_their_metrics(benchmark: str, order: int) -> None:
+    from jaxcl.data.builders.instructions import SUPERNI_ORDERS, TRACE_ORDERS
+
+    suffix = "" if order == 1 else "_order2"
+    config = load(CONFIGS[0].with_name(f"seekr_llama2_7b_{benchmark}{suffix}.yaml"))
+    names = {"trace": TRACE_ORDERS, "superni": SUPERNI_ORDERS}[benchmark][order - 1]
+    assert tuple(task.name for task in config.tasks) == names
+    assert [task.source for task in config.tasks] == [f"json:{name}" for name in names]
+    metrics = [TRACE_METRICS[name] if benchmark == "trace" else "rouge_l" for name in names]
+    assert [task.metric for task in config.tasks] == metrics
+
+
+# Of tensorflow-datasets and what it imports.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_das_reads_data_sets_that_exist() -> None:
+    from jaxcl.data.builders.prepare import BUILDERS
+
+    for task in load(CONFIGS[0].with_name("das_roberta_base.yaml")).tasks:
+        assert task.source == f"tfds:das_{task.name}"
+        name, config = task.end_task.source.removeprefix("tfds:").split("/")
+        assert config in {known.name for known in BUILDERS[name].BUILDER_CONFIGS}
+        assert task.end_task.pair_field == ("aspect" if BUILDERS[name].domain.aspect else None)  # type: ignore[attr-defined]
+        assert task.end_task.metric == ("micro_f1" if task.name == "pubmed" else "macro_f1")
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -17,8 +17,8 @@ def read_tfds(rest: str, data_dir: str | None, label_field: str) -> tuple[Splits
     """Reads all splits of a TensorFlow data set as ArrayRecord files, preparing them at first use.
 
     Args:
-      rest: name of the data set as TFDS knows it, perhaps `name/config`. A name with dots is a builder of one's own:
-        the package that holds `NAME_dataset_builder.py`, by its import path.
+      rest: name of a data set of `jaxcl.data.builders` or of TFDS, perhaps `name/config`. A name with dots is a
+        builder of one's own: the package that holds `NAME_dataset_builder.py`, by its import path.
       data_dir: where prepared data is kept; none: TFDS's own folder.
       label_field: the field whose class numbers become class names.
 
@@ -39,10 +39,13 @@ def read_tfds(rest: str, data_dir: str | None, label_field: str) -> tuple[Splits
             module = importlib.import_module(f"{name}.{name.rpartition('.')[2]}_dataset_builder")
             builder = module.Builder(config=config or None, **options)
         else:
+            importlib.import_module("jaxcl.data.builders")  # which makes them known by name
             builder = tfds.builder(rest, **options)
         with contextlib.redirect_stdout(io.StringIO()):  # its progress belongs to no one here
             builder.download_and_prepare()
         splits = {split: builder.as_data_source(split) for split in builder.info.splits}
+    except UserError:
+        raise
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] == "tensorflow":
             raise UserError(f"source tfds:{rest}: this data set's builder needs TensorFlow itself") from error

@@ -98,8 +98,18 @@ def normalise(text: str) -> str:
     return " ".join(bare.split()) or folded
 
 
+# The letter that opens an answer, not the first letter of a word.
+_CHOICE = re.compile(r"\s*([^\W\d_])(?![A-Za-z])")
+_LITERAL = re.compile(r"<(STR|NUM|CHAR)_LIT(?::(.*?))?>", re.DOTALL)
+
+
 def _accuracy(prediction: str, answer: str, source: str) -> float:
     return 100.0 * (prediction.strip() == answer.strip())
+
+
+def _choice_accuracy(prediction: str, answer: str, source: str) -> float:
+    chosen, right = _CHOICE.match(prediction), _CHOICE.match(answer)
+    return 100.0 * (chosen is not None and right is not None and chosen[1] == right[1])
 
 
 def _exact_match(prediction: str, answer: str, source: str) -> float:
@@ -157,6 +167,21 @@ def _fuzzy(prediction: str, answer: str, source: str) -> float:
     return float(fuzz.ratio(prediction.strip(), answer.strip()))
 
 
+def _edit_similarity(prediction: str, answer: str, source: str) -> float:
+    return _fuzzy(with_literals(prediction), with_literals(answer), source)
+
+
+def with_literals(code: str) -> str:
+    """Code of the Py150 corpus with its placeholders replaced by the literals they stand for.
+
+    A number that is not told is 0, a string that is not told is empty.
+
+    >>> with_literals("f ( <NUM_LIT:2> , <NUM_LIT> , '<STR_LIT:a b>' , '<STR_LIT>' )")
+    "f ( 2 , 0 , 'a b' , '' )"
+    """
+    return _LITERAL.sub(lambda found: found[2] or ("0" if found[1] == "NUM" and found[2] is None else ""), code)
+
+
 _PAIRS: frozenset[Kind] = frozenset({"pairs"})
 _BOTH: frozenset[Kind] = frozenset({"pairs", "labelled"})
 _TEXT: frozenset[Kind] = frozenset({"text"})
@@ -165,11 +190,23 @@ METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
         Metric("accuracy", "share of equal answers, outer space aside", _BOTH, example=_accuracy),
+        Metric(
+            "choice_accuracy",
+            "share of equal opening letters, whatever reasons follow",
+            _PAIRS,
+            example=_choice_accuracy,
+        ),
         Metric("exact_match", "share of equal answers, case and punctuation aside", _PAIRS, example=_exact_match),
         Metric("macro_f1", "F1 averaged over classes", _BOTH, corpus=functools.partial(_text_f1, "macro")),
         Metric("micro_f1", "F1 over all decisions together", _BOTH, corpus=functools.partial(_text_f1, "micro")),
         Metric("rouge_l", "longest common subsequence of words (ROUGE-L, F-measure)", _PAIRS, example=_rouge_l),
         Metric("fuzzy", "similarity of characters (normalised indel similarity)", _PAIRS, example=_fuzzy),
+        Metric(
+            "edit_similarity",
+            "similarity of characters of code, literals put in for their placeholders",
+            _PAIRS,
+            example=_edit_similarity,
+        ),
         Metric(
             "sari",
             "words rightly added, kept and deleted in a simplification (SARI)",

@@ -178,22 +178,35 @@ def text_loss(
 @functools.lru_cache(maxsize=8)
 def _text_step(network: Network, compile: Compile) -> Callable[[Params, Batch], tuple[Array, Array, Array]]:
     def step(params: Params, batch: Batch) -> tuple[Array, Array, Array]:
-        states = network.hidden(params, batch).states
-        if batch.predict is not None:
-            states = jnp.take_along_axis(states, batch.predict[:, :, None], axis=1)
-
-        def row(
-            inputs: tuple[Float[Array, "predict embed"], Array, Float[Array, " predict"]],
-        ) -> tuple[Array, Array, Array]:
-            states, targets, weights = inputs
-            logits = network.logits(params, states).astype(jnp.float32)
-            chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-            nats = jax.nn.logsumexp(logits, axis=-1) - chosen
-            right = jnp.argmax(logits, axis=-1) == targets
-            return (nats * weights).sum(), (right * weights).sum(), weights.sum()
-
-        # A row at a time: the logits of a whole batch would be the largest array of the program by far.
-        nats, right, count = jax.lax.map(row, (states, batch.targets, batch.weights))
+        nats, right, count = row_sums(network, params, batch)
         return nats.sum(), right.sum(), count.sum()
 
     return compile(step)
+
+
+def row_sums(
+    network: Network, params: Params, batch: Batch
+) -> tuple[Float[Array, " batch"], Float[Array, " batch"], Float[Array, " batch"]]:
+    """Each row's sums over the positions it asks for, weighted: loss in nats, right predictions, positions.
+
+    Args:
+      network: any network with a language-model head.
+      params: its params.
+      batch: token rows.
+    """
+    states = network.hidden(params, batch).states
+    if batch.predict is not None:
+        states = jnp.take_along_axis(states, batch.predict[:, :, None], axis=1)
+
+    def row(
+        inputs: tuple[Float[Array, "predict embed"], Array, Float[Array, " predict"]],
+    ) -> tuple[Array, Array, Array]:
+        states, targets, weights = inputs
+        logits = network.logits(params, states).astype(jnp.float32)
+        chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+        nats = jax.nn.logsumexp(logits, axis=-1) - chosen
+        right = jnp.argmax(logits, axis=-1) == targets
+        return (nats * weights).sum(), (right * weights).sum(), weights.sum()
+
+    # A row at a time: the logits of a whole batch would be the largest array of the program by far.
+    return jax.lax.map(row, (states, batch.targets, batch.weights))

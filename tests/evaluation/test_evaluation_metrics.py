@@ -53,6 +53,18 @@ def test_f1_counts_an_invented_class_as_a_miss_only() -> None:
         ("rouge_l", "", "word", 0.0),
         # Indel: 2 of 3 letters common on each side: 2*2/6.
         ("fuzzy", "abc", "abd", 100 * 4 / 6),
+        # Both become "x = 2"; then "f ( 0 )" against "f ( 1 )": 6 of 7 characters common on each side.
+        ("edit_similarity", "x = <NUM_LIT:2>\n", "x = 2", 100.0),
+        ("edit_similarity", "f ( <NUM_LIT> )", "f ( <NUM_LIT:1> )", 100 * 12 / 14),
+        ("edit_similarity", "print '<STR_LIT:a\nb>'", "print 'a\nb<STR_LIT>'", 100.0),
+        ("edit_similarity", "", "x", 0.0),
+        ("choice_accuracy", "B", "B", 100.0),
+        ("choice_accuracy", " B. Because of the wax", "B\nBecause snow", 100.0),
+        ("choice_accuracy", "C支持", "C", 100.0),
+        ("choice_accuracy", "A", "B", 0.0),
+        ("choice_accuracy", "Answer: B", "A", 0.0),
+        ("choice_accuracy", "b", "B", 0.0),
+        ("choice_accuracy", "", "B", 0.0),
     ],
 )
 def test_score_of_one_example(metric: str, prediction: str, answer: str, expected: float) -> None:
@@ -71,7 +83,7 @@ def test_rouge_on_latin_text_is_that_of_rouge_score(texts: list[str]) -> None:
 
 
 def test_scores_are_means_over_examples() -> None:
-    for name in ("accuracy", "exact_match", "rouge_l", "fuzzy", "sari"):
+    for name in ("accuracy", "choice_accuracy", "exact_match", "rouge_l", "fuzzy", "edit_similarity", "sari"):
         metric = METRICS[name]
         predictions, answers, sources = ["a b", "c", "d e f"], ["a b", "x", "d f"], ["a a b", "c x", "d e f"]
         each = metric.each(predictions, answers, sources)

@@ -15,6 +15,7 @@ from jaxcl.data.pipeline import LabelledPipeline, Pipeline, TextPipeline
 from jaxcl.data.sources import load_source
 from jaxcl.data.spec import DataConfig
 from jaxcl.data.tokenizer import Tokenizer
+from jaxcl.errors import UserError
 
 SHARED = Path(os.environ.get("JAXCL_DATA") or Path(__file__).resolve().parents[4] / "shared" / "data")
 SUPERNI = ("task363", "task1510", "task181", "task073", "task748", "task002")
@@ -192,3 +193,76 @@ def test_end_tasks_have_their_published_splits(name):
     stream = LabelledPipeline(task.test, task.labels, domain_tokenizer(), config, masked=True, batch_size=32, name=name)
     seen = sum(int((batch["example"] >= 0).sum()) for batch in stream.once())
     assert seen == len(task.test)
+
+
+# Of tensorflow-datasets and what it imports.
+quiet = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+
+def prepared(name, folder, data_dir):
+    from jaxcl.data.builders.prepare import prepare
+
+    return {one.name: one for one in prepare([name], SHARED / folder, data_dir)}
+
+
+@needs_data
+class TestBuilders:
+    """The benchmarks as TFDS data sets, from their real files."""
+
+    pytestmark = quiet
+
+    @pytest.mark.parametrize("task", SUPERNI)
+    def test_superni(self, tmp_path, task):
+        prepared(f"superni/{task}", "superni", tmp_path)
+        found, plain = load_source(f"tfds:superni/{task}", data_dir=str(tmp_path)), superni(task)
+        assert (found.train, found.dev, found.test) == (plain.train, plain.dev, plain.test)
+
+    def test_trace(self, tmp_path):
+        prepared("trace/fomc", "trace", tmp_path)
+        found = load_source("tfds:trace/fomc", data_dir=str(tmp_path))
+        plain = load_source(f"json:{SHARED / 'trace' / 'FOMC'}")
+        assert (found.train, found.dev, found.test) == (plain.train, plain.dev, plain.test)
+
+    @pytest.mark.parametrize(
+        ("name", "own", "paper"),
+        # The paper's table 1: training and test rows.
+        [("acl", "aclarc", (1520, 421)), ("ai", "scierc", (2260, 2388)), ("pubmed", "chemprot", (2667, 7398))],
+    )
+    def test_das_end_tasks_have_the_papers_sizes(self, tmp_path, name, own, paper):
+        one = prepared(f"das_{name}/end_task", "das", tmp_path)[f"das_{name}/end_task"]
+        assert one.rows == one.published == dict(zip(("train", "test"), paper, strict=True))
+        found = load_source(f"tfds:das_{name}/end_task", data_dir=str(tmp_path))
+        prepared(f"das_{name}/end_task_original", "das", tmp_path)
+        source = load_source(f"tfds:das_{name}/end_task_original", data_dir=str(tmp_path))
+        plain = load_source(f"jsonl:{SHARED / 'das' / 'end_tasks' / own}")
+        assert (source.train, source.dev, source.test) == (plain.train, plain.dev, plain.test)
+        assert found.labels == source.labels == plain.labels
+        # No row is lost or made up.
+        whole = [sorted(map(str, [*task.train, *task.dev, *task.test])) for task in (found, plain)]
+        assert whole[0] == whole[1]
+
+    def test_das_restaurant(self, tmp_path):
+        found = prepared("das_restaurant", "das", tmp_path)
+        assert found["das_restaurant/domain"].rows == {"train": 2786}
+        assert found["das_restaurant/end_task"].rows == {"train": 3458, "validation": 150, "test": 1120}
+        plain = load_source(f"jsonl:{SHARED / 'das' / 'end_tasks' / 'restaurant'}", pair_field="aspect")
+        task = load_source("tfds:das_restaurant/end_task", pair_field="aspect", data_dir=str(tmp_path))
+        assert (task.train, task.dev, task.test, task.labels) == (plain.train, plain.dev, plain.test, plain.labels)
+        passages, lines = load_source("tfds:das_restaurant", data_dir=str(tmp_path)), domain("restaurant_reviews")
+        texts = [sorted(row["text"] for row in [*one.train, *one.dev, *one.test]) for one in (passages, lines)]
+        assert texts[0] == texts[1]
+
+    def test_missing_files_of_a_half_filled_folder(self, tmp_path):
+        with pytest.raises(UserError) as caught:
+            prepared("superni", "superni", tmp_path / "records")
+        lines = str(caught.value).split("\n")[1:]
+        absent = ("task1572", "task1290", "task511", "task591", "task195", "task875")
+        assert [line.split(":")[0].strip() for line in lines] == [
+            f"{task}/{split}.json" for task in absent for split in ("train", "test")
+        ]
+        assert not (tmp_path / "records").exists()
