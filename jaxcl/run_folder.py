@@ -10,6 +10,8 @@ from typing import IO, Any
 
 import yaml
 
+from jaxcl.config import ExperimentConfig
+from jaxcl.config_file import ConfigError, validate
 from jaxcl.errors import UserError
 
 # May differ between the first start and a resumed one: none of them changes a number.
@@ -87,7 +89,7 @@ class RunFolder:
             raise UserError(f"output {self.path}: another process is running here; name another folder") from None
 
     def _check_same(self, resolved: Mapping[str, Any]) -> None:
-        stored = dict(_flatten(yaml.safe_load(self.config.read_text(encoding="utf-8"))))
+        stored = dict(_flatten(_completed(yaml.safe_load(self.config.read_text(encoding="utf-8")))))
         wanted = dict(_flatten(resolved))
         for key in sorted(stored.keys() | wanted.keys()):
             before, now = stored.get(key), wanted.get(key)
@@ -97,6 +99,14 @@ class RunFolder:
                     "name another output, or remove the folder to start again",
                     exit_code=2,
                 )
+
+
+def _completed(content: dict[str, Any]) -> dict[str, Any]:
+    """A stored configuration with the defaults of keys that have come since it was written."""
+    try:
+        return validate(ExperimentConfig, content, "stored").plain()
+    except ConfigError:  # changed by hand, or from a version whose keys meant something else: compared as it is
+        return content
 
 
 def _flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from jaxcl import experiment
 from jaxcl.config import parse_config
@@ -121,6 +122,25 @@ def test_a_folder_of_another_configuration_is_refused(seekr_folder: Path) -> Non
     with pytest.raises(UserError, match=r"holds a run with seed=0, this one has 1"):
         run({**PAIRS, "seed": 1}, seekr_folder, SEEKR)
     assert (seekr_folder / "results.json").read_bytes() == before
+
+
+def test_a_folder_from_before_a_key_existed_is_the_same_run_if_its_default_holds(
+    seekr_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experiment, "build", lambda *_: pytest.fail("trained again"))
+    path = seekr_folder / "config.yaml"
+    text = path.read_text()
+    content = yaml.safe_load(text)
+    try:
+        del content["evaluation"]["end_tasks"]  # PAIRS leaves it at its default
+        path.write_text(yaml.safe_dump(content))
+        assert run(PAIRS, seekr_folder, SEEKR).finished
+        del content["evaluation"]["future"]
+        path.write_text(yaml.safe_dump(content))
+        with pytest.raises(UserError, match=r"evaluation.future='none', this one has 'next'"):
+            run(PAIRS, seekr_folder, SEEKR)
+    finally:
+        path.write_text(text)
 
 
 def test_a_trained_model_writes_text(seekr_folder: Path) -> None:
