@@ -76,7 +76,8 @@ class Linear(nnx.Module):
         self.bias = constant(0.0, tuple(outputs.values()), axes[len(inputs) :], compute, layers) if bias else None
         self.contracted = len(inputs)
         self.dtype = compute.dtype
-        self.lora_a = self.lora_b = self.lora_scale = None
+        self.lora_a = self.lora_b = None
+        self.lora_scale = 1.0 if lora is None else lora.scale
         if lora is not None:
             wide = compute.model_copy(update={"param_dtype": "float32"})
             sizes, std = tuple(inputs.values()), initial_std(tuple(inputs.values()))
@@ -85,7 +86,6 @@ class Linear(nnx.Module):
             self.lora_a = parameter(rngs.lora(), (*sizes, lora.rank), a_axes, std, wide, layers)
             b_axes = ("rank", *axes[len(inputs) :])
             self.lora_b = constant(0.0, (lora.rank, *outputs.values()), b_axes, wide, layers)
-            self.lora_scale = lora.scale
 
     def __call__(self, x: Array) -> Array:
         """`[..., *inputs]` to `[..., *outputs]`, in the compute dtype."""

@@ -91,7 +91,7 @@ def overlay(tree: Params, part: Params) -> Params:
     return {name: overlay(leaf, part[name]) if name in part else leaf for name, leaf in tree.items()}
 
 
-def adapted(tree: Params, prefix: str = "") -> Iterator[tuple[str, Params]]:
+def adapted(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Params]]:
     """Path and leaves of every projection that has an adapter, in the order of their names.
 
     >>> dict(adapted({"query": {"kernel": 1, "lora_a": 2, "lora_b": 3}, "out": {"kernel": 4}}))
@@ -132,11 +132,11 @@ def fold(params: Params, config: LoraConfig, key: Array) -> Params:
     return changed
 
 
-def _adapters(tree: Params) -> Params:
+def _adapters(tree: Mapping[str, Any]) -> Params:
     found: Params = {}
     for name, node in tree.items():
         if name in ADAPTER_NAMES:
             found[name] = node
-        elif isinstance(node, Mapping) and (below := _adapters(dict(node))):
+        elif isinstance(node, Mapping) and (below := _adapters(node)):
             found[name] = below
     return found
