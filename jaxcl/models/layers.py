@@ -76,16 +76,16 @@ class Linear(nnx.Module):
         self.bias = constant(0.0, tuple(outputs.values()), axes[len(inputs) :], compute, layers) if bias else None
         self.contracted = len(inputs)
         self.dtype = compute.dtype
-        self.lora_a = self.lora_b = None
-        self.lora_scale = 1.0 if lora is None else lora.scale
-        if lora is not None:
-            wide = compute.model_copy(update={"param_dtype": "float32"})
-            sizes, std = tuple(inputs.values()), initial_std(tuple(inputs.values()))
-            # Drawn from a stream of their own: the rest of the network is the same with and without adapters.
-            a_axes = (*axes[: len(inputs)], "rank")
-            self.lora_a = parameter(rngs.lora(), (*sizes, lora.rank), a_axes, std, wide, layers)
-            b_axes = ("rank", *axes[len(inputs) :])
-            self.lora_b = constant(0.0, (lora.rank, *outputs.values()), b_axes, wide, layers)
+        if lora is None:
+            self.lora_a, self.lora_b, self.lora_scale = None, None, 1.0
+            return
+        wide = compute.model_copy(update={"param_dtype": "float32"})
+        a_shape, b_shape = (*shape[: len(inputs)], lora.rank), (lora.rank, *shape[len(inputs) :])
+        a_axes, b_axes = (*axes[: len(inputs)], "rank"), ("rank", *axes[len(inputs) :])
+        # Drawn from a stream of their own: the rest of the network is the same with and without adapters.
+        self.lora_a = parameter(rngs.lora(), a_shape, a_axes, initial_std(a_shape[:-1]), wide, layers)
+        self.lora_b = constant(0.0, b_shape, b_axes, wide, layers)
+        self.lora_scale = lora.scale
 
     def __call__(self, x: Array) -> Array:
         """`[..., *inputs]` to `[..., *outputs]`, in the compute dtype."""

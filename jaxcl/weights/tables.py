@@ -64,17 +64,17 @@ class Table:
     renamed: tuple[tuple[str, str], ...] = ()
 
     def row(self, path: str) -> Row:
-        """The row of a parameter. Parts of adapters are called as in a file of PEFT's.
+        """The row of a parameter. Parts of adapters without a row of their own are called as in a file of PEFT's.
 
         Raises:
           ValueError: the table has none.
         """
-        if is_adapter(path):
-            projection, _, part = path.rpartition("/")
-            return _adapter_row(self.row(f"{projection}/kernel"), path, part)
         for row in self.rows:
             if row.path == path:
                 return row
+        if is_adapter(path):
+            projection, _, part = path.rpartition("/")
+            return _adapter_row(self.row(f"{projection}/kernel"), path, part)
         raise ValueError(f"path: no checkpoint name is known for the parameter {path!r}")
 
     def ignores(self, name: str) -> bool:
