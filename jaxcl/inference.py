@@ -8,17 +8,18 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxcl.chat import as_chat
-from jaxcl.config import ExperimentConfig
+from jaxcl.config import ExperimentConfig, find_method
 from jaxcl.config_file import read_yaml, validate
 from jaxcl.data.pairs import encode_prompts
 from jaxcl.data.tokenizer import Tokenizer
 from jaxcl.errors import UserError
+from jaxcl.methods.base import Method
 from jaxcl.models.generation import Generator
 from jaxcl.models.network import Network, Params
 from jaxcl.run_folder import RunFolder
 from jaxcl.training.checkpoint import Checkpoints
 from jaxcl.weights import convert as convert_weights
-from jaxcl.weights import load_params, locate, read_config, save_hf, save_orbax
+from jaxcl.weights import load_params, locate, read_config, save_hf, save_orbax, save_peft
 
 _BUCKET = 32  # prompts are padded to a multiple: nearby lengths share a compiled program
 
@@ -141,13 +142,13 @@ def _prompt_ids(model: Model, prompt: str, raw: bool) -> list[int]:
 
 
 def convert(source: str, destination: Path, format: str, dtype: str) -> Path:
-    """Writes a model as a Hugging Face or Orbax checkpoint, with its tokenizer.
+    """Writes a model as a Hugging Face or Orbax checkpoint, or its adapters alone, with its tokenizer.
 
     Args:
       source: see `load_model`.
       destination: a folder that does not exist yet.
-      format: `hf` or `orbax`.
-      dtype: `float32`, `bfloat16`, or for `hf` also `float16`.
+      format: `hf` (adapters merged into the weights), `orbax` (adapters kept beside them) or `peft` (adapters alone).
+      dtype: `float32`, `bfloat16`, or but for `orbax` `float16`.
 
     Returns:
       The folder.
@@ -174,5 +175,21 @@ def convert(source: str, destination: Path, format: str, dtype: str) -> Path:
         return save_hf(
             destination, model.network, model.params, dtype=dtype, tokenizer_folder=tokenizer_folder, token_ids=ids
         )
+    if format == "peft":
+        _check_base(model, source)
+        base = None if model.config is None else model.config.weights
+        return save_peft(
+            destination, model.network, model.params, base=base, dtype=dtype, tokenizer_folder=tokenizer_folder
+        )
     params = jax.tree.map(lambda leaf: leaf.astype(dtype), model.params)
     return save_orbax(destination, model.network, params, tokenizer_folder=tokenizer_folder)
+
+
+def _check_base(model: Model, source: str) -> None:
+    """Adapters alone mean something only beside the weights that the run started from."""
+    if model.config is not None and find_method(model.config.method.name).finish is not Method.finish:
+        raise UserError(
+            f"{source}: {model.config.method.name} changes the weights beside the adapters, which are nothing without "
+            "them; allowed formats are hf, orbax",
+            exit_code=2,
+        )

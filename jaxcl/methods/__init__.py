@@ -6,6 +6,7 @@ from jaxcl.methods.derpp import Derpp
 from jaxcl.methods.ewc import Ewc
 from jaxcl.methods.joint import Joint
 from jaxcl.methods.lwf import Lwf
+from jaxcl.methods.olora import Olora
 from jaxcl.methods.one import One
 from jaxcl.methods.replay import Replay
 from jaxcl.methods.seekr import Seekr
@@ -21,5 +22,6 @@ METHODS: dict[str, type[Method]] = {
     "derpp": Derpp,
     "das": Das,
     "seekr": Seekr,
+    "olora": Olora,
 }
 """Methods by the name a configuration gives them."""

@@ -121,8 +121,8 @@ class Task(Protocol):
 class Method:
     """Plain fine-tuning, one task after another. A method overrides what it changes.
 
-    All functions but `prepare` and `consolidate` are pure and traced. Those two run on the host between tasks,
-    call compiled functions and return the new state.
+    All functions but `prepare`, `consolidate` and `finish` are pure and traced. Those three run on the host between
+    tasks, call compiled functions and return the new state or params.
 
     Attributes:
       Config: the method's own section of the configuration.
@@ -193,17 +193,24 @@ class Method:
         return parts.chain()
 
     def update_args(self, params: Params, state: State) -> dict[str, Any]:
-        """Keyword arguments for the optimizer's update (the soft masks, for example)."""
+        """Keyword arguments for the optimizer's update (the soft masks, for example).
+
+        Of a tree over all params, the update sees the part that is trained; see `jaxcl.models.lora.trained`.
+        """
         return {}
 
     def consolidate(self, params: Params, state: State, task: Task) -> State:
         """After training on `task`."""
         return state
 
+    def finish(self, params: Params, state: State, task: Task) -> Params:
+        """The params the run goes on with after `task`; `state` is what `consolidate` returned."""
+        return params
+
     def signals(self, params: Params, state: State, batch: Batch, key: Array) -> dict[str, Array] | None:
         """What is stored beside each remembered row, leading axis `batch`; pure. `None` stores nothing.
 
-        Called after `consolidate`. Rows of remembered batches carry it as `batch.teacher`.
+        Called after `finish`. Rows of remembered batches carry it as `batch.teacher`.
         """
         return None
 

@@ -26,6 +26,7 @@ from jaxcl.methods.base import Method, MethodConfig, Params, State, Task, Term, 
 from jaxcl.methods.losses import example_losses
 from jaxcl.models.axes import constrain, shards
 from jaxcl.models.batch import Batch
+from jaxcl.models.lora import overlay, trained
 from jaxcl.schema import Schema
 
 
@@ -45,7 +46,7 @@ class FisherSums(NamedTuple):
     """A mean over examples in the making.
 
     Attributes:
-      total: sums of squared gradients, the params' tree, float32.
+      total: sums of squared gradients, the tree of the trained params, float32.
       examples: how many.
     """
 
@@ -60,15 +61,15 @@ class FisherSums(NamedTuple):
 class Ewc(Method):
     """Pulls params back to where the last task left them, by their Fisher information.
 
-    State: `anchor`, the params after the last task; `fisher`, float32, 0 before the first one. That is twice the
-    params' memory, and once more while a Fisher is measured.
+    State: `anchor`, the trained params after the last task; `fisher`, float32, 0 before the first one. That is twice
+    their memory, and once more while a Fisher is measured.
     """
 
     Config: ClassVar[type[Schema]] = EwcConfig
 
     def init(self, params: Params) -> State:
         """See `Method.init`."""
-        return {"anchor": params, "fisher": _zeros(params)}
+        return {"anchor": trained(params), "fisher": _zeros(trained(params))}
 
     def loss(self, params: Params, state: State, batch: Batch, key: Array) -> Terms:
         """Language-model loss and the penalty."""
@@ -76,8 +77,8 @@ class Ewc(Method):
         def penalty(param: Array, anchor: Array, fisher: Array) -> Array:
             return jnp.sum(fisher * jnp.square(param.astype(jnp.float32) - anchor.astype(jnp.float32)))
 
-        total = sum(jax.tree.leaves(jax.tree.map(penalty, params, state["anchor"], state["fisher"])), jnp.float32(0))
-        term = Term(total, jnp.float32(1), 0.5 * self.config.strength)
+        penalties = jax.tree.map(penalty, trained(params), state["anchor"], state["fisher"])
+        term = Term(sum(jax.tree.leaves(penalties), jnp.float32(0)), jnp.float32(1), 0.5 * self.config.strength)
         return {**super().loss(params, state, batch, key), "penalty": term}
 
     def consolidate(self, params: Params, state: State, task: Task) -> State:
@@ -90,20 +91,20 @@ class Ewc(Method):
 
     def no_fisher(self, params: Params) -> FisherSums:
         """No example yet; pure."""
-        return FisherSums(_zeros(params), jnp.float32(0))
+        return FisherSums(_zeros(trained(params)), jnp.float32(0))
 
     def add_fisher(self, sums: FisherSums, params: Params, batch: Batch) -> FisherSums:
         """Adds a batch's squared per-example gradients; pure.
 
-        One row a device is worked on at a time: a row's gradient is as large as the params. No dropout is used; rows
+        One row a device is worked on at a time: a row's gradient is as large as the trained params. No dropout is used; rows
         without a scored position add nothing.
         """
         ways = shards("batch")
 
-        def loss(params: Params, row: Batch) -> Array:
-            single = jax.tree.map(lambda leaf: leaf[None], row)
-            states = self.network.hidden(params, single).states
-            return example_losses(self.network, params, states, single, self.config.loss_chunk)[0]
+        def loss(part: Params, row: Batch) -> Array:
+            single, whole = jax.tree.map(lambda leaf: leaf[None], row), overlay(params, part)
+            states = self.network.hidden(whole, single).states
+            return example_losses(self.network, whole, states, single, self.config.loss_chunk)[0]
 
         def split(leaf: Array) -> Array:
             """Part i holds row i of each device, so that no row moves."""
@@ -111,7 +112,7 @@ class Ewc(Method):
             return constrain(parts, None, "batch", *[None] * (leaf.ndim - 1))
 
         def add(total: Params, rows: Batch) -> tuple[Params, None]:
-            gradients = jax.vmap(jax.grad(loss), in_axes=(None, 0))(params, rows)
+            gradients = jax.vmap(jax.grad(loss), in_axes=(None, 0))(trained(params), rows)
             squares = jax.tree.map(lambda leaf: jnp.sum(jnp.square(leaf.astype(jnp.float32)), axis=0), gradients)
             return jax.tree.map(jnp.add, total, squares), None
 
@@ -122,7 +123,7 @@ class Ewc(Method):
     def absorb(self, state: State, params: Params, sums: FisherSums) -> State:
         """Takes a finished measurement into the state; pure."""
         fisher = jax.tree.map(lambda before, now: self.config.decay * before + now, state["fisher"], sums.mean())
-        return {"anchor": params, "fisher": fisher}
+        return {"anchor": trained(params), "fisher": fisher}
 
 
 def _zeros(params: Params) -> Any:

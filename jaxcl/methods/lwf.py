@@ -21,6 +21,7 @@ from jaxcl.methods.base import Method, MethodConfig, Params, State, Task, Term, 
 from jaxcl.methods.distillation import full_divergence
 from jaxcl.methods.losses import over_positions, scored_states, token_losses
 from jaxcl.models.batch import Batch
+from jaxcl.models.lora import overlay, trained
 from jaxcl.schema import Schema
 
 
@@ -34,24 +35,25 @@ class LwfConfig(MethodConfig):
 class Lwf(Method):
     """Distils the previous model's outputs on the new task's inputs.
 
-    State: `teacher`, the params before the task at hand (the memory of the params once more); `learned`, the number
-    of tasks before it. Without any, the teacher is not run.
+    State: `teacher`, the trained params before the task at hand (their memory once more); `learned`, the number of
+    tasks before it. Without any, the teacher is not run.
     """
 
     Config: ClassVar[type[Schema]] = LwfConfig
 
     def init(self, params: Params) -> State:
         """See `Method.init`."""
-        return {"teacher": params, "learned": jnp.int32(0)}
+        return {"teacher": trained(params), "learned": jnp.int32(0)}
 
     def prepare(self, params: Params, state: State, task: Task) -> State:
         """The model as it is becomes the teacher."""
-        return {"teacher": params, "learned": jnp.int32(task.index)}
+        return {"teacher": trained(params), "learned": jnp.int32(task.index)}
 
     def loss(self, params: Params, state: State, batch: Batch, key: Array) -> Terms:
         """Language-model loss and divergence from the teacher; the latter has count 0 during the first task."""
         network, temperature, chunk = self.network, self.config.temperature, self.config.loss_chunk
         states = scored_states(network.hidden(params, batch, dropout_key=key).states, batch)
+        teacher = overlay(params, state["teacher"])
 
         def alone(states: Array) -> tuple[Array, Array]:
             def losses(part: tuple[Array, Array]) -> Array:
@@ -63,10 +65,10 @@ class Lwf(Method):
         def taught(states: Array) -> tuple[Array, Array]:
             def scores(part: tuple[Array, Array, Array]) -> tuple[Array, Array]:
                 logits = network.logits(params, part[0])
-                teacher = jax.nn.log_softmax(network.logits(state["teacher"], part[1]) / temperature, axis=-1)
-                return token_losses(logits, part[2]), full_divergence(teacher, logits / temperature)
+                softened = jax.nn.log_softmax(network.logits(teacher, part[1]) / temperature, axis=-1)
+                return token_losses(logits, part[2]), full_divergence(softened, logits / temperature)
 
-            known = scored_states(network.hidden(state["teacher"], batch).states, batch)
+            known = scored_states(network.hidden(teacher, batch).states, batch)
             return over_positions(scores, (states, known, batch.targets), chunk)
 
         has_teacher = state["learned"] > 0

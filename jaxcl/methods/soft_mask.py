@@ -6,7 +6,9 @@ intermediate units the columns into them; feed-forward outputs the columns of th
 key/value head that several heads share takes the largest importance among them. The authors' code masks the input
 axis of query, key and value, and masks each micro-batch, so that accumulation compounds.
 
-Params that belong to no single unit (embeddings, norms, output heads, the output projection's bias) are `shared`.
+Params that belong to no single unit (embeddings, norms, output heads, the output projection's bias) are `shared`. Of an
+adapter, the side that belongs to its projection's units is masked like the kernel, and the other side is `shared`: with
+`free`, a protected unit still moves with the inner directions that it shares with the others.
 """
 
 from __future__ import annotations
@@ -41,6 +43,13 @@ _UNITS: dict[str, tuple[str, int]] = {
     "mlp/up/bias": ("intermediate", 1),
     "mlp/down/kernel": ("output", 2),
     "mlp/down/bias": ("output", 1),
+    "attention/query/lora_b": ("heads", 2),
+    "attention/key/lora_b": ("kv_heads", 2),
+    "attention/value/lora_b": ("kv_heads", 2),
+    "attention/out/lora_a": ("heads", 1),
+    "mlp/gate/lora_b": ("intermediate", 2),
+    "mlp/up/lora_b": ("intermediate", 2),
+    "mlp/down/lora_b": ("output", 2),
 }
 _SHARED_IN_LAYERS = (
     "attention/out/bias",
@@ -48,6 +57,13 @@ _SHARED_IN_LAYERS = (
     "attention_norm/bias",
     "mlp_norm/scale",
     "mlp_norm/bias",
+    "attention/query/lora_a",
+    "attention/key/lora_a",
+    "attention/value/lora_a",
+    "attention/out/lora_b",
+    "mlp/gate/lora_a",
+    "mlp/up/lora_a",
+    "mlp/down/lora_a",
 )
 _SHARED = ("embed/", "final_norm/", "head/", "classifier/")
 

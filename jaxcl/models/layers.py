@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxcl.models.compute import Compute, recomputed
+from jaxcl.models.lora import LoraConfig, initial_std
 from jaxcl.models.product import product
 
 Sizes = dict[str, int]
@@ -23,7 +24,7 @@ _DRAWN_FLAT = 2**22
 
 
 def parameter(
-    rngs: nnx.Rngs, shape: Sequence[int], axes: Sequence[str | None], std: float, compute: Compute, layers: int | None
+    key: Array, shape: Sequence[int], axes: Sequence[str | None], std: float, compute: Compute, layers: int | None
 ) -> nnx.Param[Array]:
     """A parameter drawn from a normal distribution with named axes, repeated along `layers` if given."""
     lead, lead_axes = ((), ()) if layers is None else ((layers,), ("layers",))
@@ -32,7 +33,7 @@ def parameter(
     # parameter can be drawn by the devices that will hold its parts.
     size = math.prod(shape)
     drawn = (size,) if size <= _DRAWN_FLAT else shape
-    value = jax.random.normal(rngs.params(), drawn, compute.parameter_dtype).reshape(shape)
+    value = jax.random.normal(key, drawn, compute.parameter_dtype).reshape(shape)
     return nnx.Param(std * value, axes=axes)
 
 
@@ -45,7 +46,7 @@ def constant(
 
 
 class Linear(nnx.Module):
-    """A matrix product over the leading `inputs` axes of its kernel, and an optional bias.
+    """A matrix product over the leading `inputs` axes of its kernel, an optional bias and an optional adapter.
 
     Args:
       inputs: sizes by axis name that are summed over, the last dimensions of the argument.
@@ -53,6 +54,7 @@ class Linear(nnx.Module):
       bias: whether to add a bias of the shape of `outputs`.
       std: standard deviation of the initial kernel.
       kernel_axes: logical axes of the kernel where they differ from the names in `inputs` and `outputs`.
+      lora: adds an adapter of this kind; calls use it, `wide` does not.
     """
 
     def __init__(
@@ -66,18 +68,33 @@ class Linear(nnx.Module):
         compute: Compute,
         layers: int | None = None,
         kernel_axes: Sequence[str | None] | None = None,
+        lora: LoraConfig | None = None,
     ) -> None:
         axes = (*inputs, *outputs) if kernel_axes is None else tuple(kernel_axes)
         shape = (*inputs.values(), *outputs.values())
-        self.kernel = parameter(rngs, shape, axes, std, compute, layers)
+        self.kernel = parameter(rngs.params(), shape, axes, std, compute, layers)
         self.bias = constant(0.0, tuple(outputs.values()), axes[len(inputs) :], compute, layers) if bias else None
         self.contracted = len(inputs)
         self.dtype = compute.dtype
+        if lora is None:
+            self.lora_a, self.lora_b, self.lora_scale = None, None, 1.0
+            return
+        wide = compute.model_copy(update={"param_dtype": "float32"})
+        a_shape, b_shape = (*shape[: len(inputs)], lora.rank), (lora.rank, *shape[len(inputs) :])
+        a_axes, b_axes = (*axes[: len(inputs)], "rank"), ("rank", *axes[len(inputs) :])
+        # Drawn from a stream of their own: the rest of the network is the same with and without adapters.
+        self.lora_a = parameter(rngs.lora(), a_shape, a_axes, initial_std(a_shape[:-1]), wide, layers)
+        self.lora_b = constant(0.0, b_shape, b_axes, wide, layers)
+        self.lora_scale = lora.scale
 
     def __call__(self, x: Array) -> Array:
         """`[..., *inputs]` to `[..., *outputs]`, in the compute dtype."""
         dtype = jnp.dtype(self.dtype)
-        y = product(x.astype(dtype), self.kernel[...].astype(dtype), self.contracted)
+        x = x.astype(dtype)
+        y = product(x, self.kernel[...].astype(dtype), self.contracted)
+        if self.lora_a is not None and self.lora_b is not None:
+            inner = jnp.tensordot(x, self.lora_a[...].astype(dtype), axes=self.contracted)
+            y = y + self.lora_scale * jnp.tensordot(inner, self.lora_b[...].astype(dtype), axes=1)
         return y if self.bias is None else y + self.bias[...].astype(dtype)
 
     def wide(self, x: Array) -> Array:
@@ -93,7 +110,7 @@ class Embedding(nnx.Module):
     def __init__(
         self, rngs: nnx.Rngs, rows: int, embed: int, *, axes: Sequence[str | None], std: float, compute: Compute
     ) -> None:
-        self.embedding = parameter(rngs, (rows, embed), axes, std, compute, None)
+        self.embedding = parameter(rngs.params(), (rows, embed), axes, std, compute, None)
         self.dtype = compute.dtype
 
     def __call__(self, indices: Int[Array, "..."]) -> Float[Array, "... embed"]:

@@ -20,6 +20,7 @@ from jaxcl.models.compute import Compute, recomputed
 from jaxcl.models.gates import Gates, gate
 from jaxcl.models.layer import Context, Noise
 from jaxcl.models.layers import Embedding, Linear, RMSNorm
+from jaxcl.models.lora import LoraConfig, beside
 from jaxcl.models.rotary import RopeScaling, Rotary, frequencies, rotary, rotate
 from jaxcl.schema import Schema
 
@@ -45,6 +46,7 @@ class LlamaConfig(Schema):
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on attention probabilities and residual branches")
     num_labels: int = Field(0, ge=0, description="classes of the classification head; 0: no such head")
     init_std: float = Field(0.02, gt=0, description="standard deviation of initial weights")
+    lora: LoraConfig | None = Field(None, description="low-rank adapters, which are then all that is trained")
     compute: Compute = Field(Compute(), description="precision, rematerialisation, kernel")
 
     @field_validator("num_kv_heads", "head_dim", mode="before")
@@ -85,10 +87,11 @@ class LlamaAttention(nnx.Module):
         embed, depth = {"embed": c.hidden_size}, {"head_dim": c.head_dim}
         heads, kv_heads = {"heads": c.num_heads, **depth}, {"kv_heads": c.num_kv_heads, **depth}
         linear = partial(Linear, rngs, bias=c.attention_bias, compute=c.compute, layers=layers)
-        self.query = linear(embed, heads, std=c.init_std)
-        self.key = linear(embed, kv_heads, std=c.init_std)
-        self.value = linear(embed, kv_heads, std=c.init_std)
-        self.out = linear(heads, embed, std=_residual_std(c))
+        lora = partial(beside, c.lora)
+        self.query = linear(embed, heads, std=c.init_std, lora=lora("query"))
+        self.key = linear(embed, kv_heads, std=c.init_std, lora=lora("key"))
+        self.value = linear(embed, kv_heads, std=c.init_std, lora=lora("value"))
+        self.out = linear(heads, embed, std=_residual_std(c), lora=lora("out"))
 
 
 class LlamaMlp(nnx.Module):
@@ -98,9 +101,10 @@ class LlamaMlp(nnx.Module):
         c = config
         embed, mlp = {"embed": c.hidden_size}, {"mlp": c.intermediate_size}
         linear = partial(Linear, rngs, bias=c.mlp_bias, compute=c.compute, layers=layers)
-        self.gate = linear(embed, mlp, std=c.init_std)
-        self.up = linear(embed, mlp, std=c.init_std)
-        self.down = linear(mlp, embed, std=_residual_std(c))
+        lora = partial(beside, c.lora)
+        self.gate = linear(embed, mlp, std=c.init_std, lora=lora("gate"))
+        self.up = linear(embed, mlp, std=c.init_std, lora=lora("up"))
+        self.down = linear(mlp, embed, std=_residual_std(c), lora=lora("down"))
 
     def __call__(self, x: Float[Array, "batch length embed"], gates: Gates | None) -> Array:
         """Feed-forward output, gated."""

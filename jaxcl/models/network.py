@@ -114,7 +114,9 @@ class Network:
 
     def init(self, key: Array) -> Params:
         """Fresh params; can be jitted."""
-        return nnx.to_pure_dict(nnx.state(_build(self.config, nnx.Rngs(key)), nnx.Param))
+        # Adapters have a stream of their own, a fixed way from the key.
+        rngs = nnx.Rngs(key) if self.config.lora is None else nnx.Rngs(key, lora=jax.random.fold_in(key, 1 << 31))
+        return nnx.to_pure_dict(nnx.state(_build(self.config, rngs), nnx.Param))
 
     def shapes(self) -> Params:
         """The params' tree with `jax.ShapeDtypeStruct`s as leaves; computes nothing."""

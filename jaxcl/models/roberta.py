@@ -21,6 +21,7 @@ from jaxcl.models.compute import Compute, recomputed
 from jaxcl.models.gates import Gates, gate
 from jaxcl.models.layer import Context, Noise
 from jaxcl.models.layers import Embedding, LayerNorm, Linear, constant
+from jaxcl.models.lora import LoraConfig, beside
 from jaxcl.models.rotary import Rotary
 from jaxcl.schema import Schema
 
@@ -56,12 +57,15 @@ class RobertaConfig(Schema):
     attention_dropout: float = Field(0.1, ge=0, lt=1, description="dropout on attention probabilities")
     num_labels: int = Field(0, ge=0, description="classes of the classification head; 0: no such head")
     init_std: float = Field(0.02, gt=0, description="standard deviation of initial weights")
+    lora: LoraConfig | None = Field(None, description="low-rank adapters, which are then all that is trained")
     compute: Compute = Field(Compute(), description="precision, rematerialisation, kernel")
 
     @model_validator(mode="after")
     def _check(self) -> RobertaConfig:
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size ({self.hidden_size}) must be a multiple of num_heads ({self.num_heads})")
+        if self.lora is not None and "gate" in self.lora.targets:
+            raise ValueError("lora.targets: an encoder has no gate; allowed are query, key, value, out, up, down")
         return self
 
     @property
@@ -101,10 +105,11 @@ class RobertaAttention(nnx.Module):
         c = config
         embed, heads = {"embed": c.hidden_size}, {"heads": c.num_heads, "head_dim": c.head_dim}
         linear = partial(Linear, rngs, bias=True, std=c.init_std, compute=c.compute, layers=layers)
-        self.query = linear(embed, heads)
-        self.key = linear(embed, heads)
-        self.value = linear(embed, heads)
-        self.out = linear(heads, embed)
+        lora = partial(beside, c.lora)
+        self.query = linear(embed, heads, lora=lora("query"))
+        self.key = linear(embed, heads, lora=lora("key"))
+        self.value = linear(embed, heads, lora=lora("value"))
+        self.out = linear(heads, embed, lora=lora("out"))
 
 
 class RobertaMlp(nnx.Module):
@@ -114,8 +119,9 @@ class RobertaMlp(nnx.Module):
         c = config
         embed, mlp = {"embed": c.hidden_size}, {"mlp": c.intermediate_size}
         linear = partial(Linear, rngs, bias=True, std=c.init_std, compute=c.compute, layers=layers)
-        self.up = linear(embed, mlp)
-        self.down = linear(mlp, embed)
+        lora = partial(beside, c.lora)
+        self.up = linear(embed, mlp, lora=lora("up"))
+        self.down = linear(mlp, embed, lora=lora("down"))
         self.activation = c.activation
 
     def __call__(self, x: Float[Array, "batch length embed"], gates: Gates | None) -> Array:

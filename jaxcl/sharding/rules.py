@@ -28,6 +28,7 @@ PARAM_RULES: Rules = {
     "vocab": ("tensor",),
     "length": (),
     "labels": (),
+    "rank": (),
 }
 """Mesh axes that split each logical axis of params, optimizer state and method state."""
 
@@ -131,8 +132,8 @@ def shardings(axes: PyTree, shapes: PyTree, mesh: Mesh, rules: Rules = PARAM_RUL
 def mirror(tree: PyTree, params: PyTree, params_shardings: PyTree, mesh: Mesh) -> PyTree:
     """Shardings for a tree that may carry copies of the params (optimizer moments, a method's snapshots).
 
-    A subtree with the structure of the params is sharded leaf by leaf like them where the shapes agree; all else is
-    replicated.
+    A subtree with the structure of the params, or of a part of them (such as those trained), is sharded leaf by leaf
+    like them where the shapes agree; all else is replicated.
 
     Args:
       tree: any tree of arrays or of shapes.
@@ -143,23 +144,22 @@ def mirror(tree: PyTree, params: PyTree, params_shardings: PyTree, mesh: Mesh) -
     Returns:
       The structure of `tree` with `NamedSharding` leaves.
     """
-    structure: Any = jax.tree.structure(params)
+    paths, shardings = jax.tree_util.tree_flatten_with_path(params)[0], jax.tree.leaves(params_shardings)
+    known = {path: (param.shape, sharding) for (path, param), sharding in zip(paths, shardings, strict=True)}
     whole = replicated(mesh)
 
-    def same(node: PyTree) -> bool:
-        return bool(jax.tree.structure(node) == structure)
+    def part_of_params(node: PyTree) -> bool:
+        found = [path for path, _ in jax.tree_util.tree_flatten_with_path(node)[0]]
+        return bool(found) and all(path in known for path in found)
+
+    def place_leaf(path: Any, leaf: Any) -> NamedSharding:
+        shape, sharding = known[path]
+        return sharding if leaf.shape == shape else whole
 
     def place(node: PyTree) -> PyTree:
-        if not same(node):
-            return whole
-        return jax.tree.map(
-            lambda leaf, param, sharding: sharding if leaf.shape == param.shape else whole,
-            node,
-            params,
-            params_shardings,
-        )
+        return jax.tree_util.tree_map_with_path(place_leaf, node) if part_of_params(node) else whole
 
-    return jax.tree.map(place, tree, is_leaf=same)
+    return jax.tree.map(place, tree, is_leaf=part_of_params)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

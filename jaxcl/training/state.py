@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from jaxcl.sharding.layout import Layout
+from jaxcl.sharding.layout import Layout, put
 from jaxcl.training.optimizer import Clock
 
 PyTree = Any
@@ -75,22 +75,39 @@ def replace_method_state(state: TrainState, new: PyTree, layout: Layout) -> Trai
     Raises:
       ValueError: structure, a shape or a dtype differs from before; the message names the leaf.
     """
-    old = state.method_state
+    new = _successor("method state", state.method_state, new, beside=state.params)
+    return state.replace(method_state=layout.place(new))
+
+
+def replace_params(state: TrainState, new: PyTree, layout: Layout) -> TrainState:
+    """A state with what `Method.finish` returned, put where it lives.
+
+    Raises:
+      ValueError: structure, a shape or a dtype differs from before; the message names the leaf.
+    """
+    if new is state.params:
+        return state
+    new = _successor("params", state.params, new, beside=state.method_state)
+    return state.replace(params=put(new, layout.params))
+
+
+def _successor(name: str, old: PyTree, new: PyTree, beside: PyTree) -> PyTree:
+    """`new`, held against what it takes the place of, without buffers that `beside` has too."""
+    origin = {"method state": "Method.init", "params": "the network"}[name]
     expected: Any = jax.tree.structure(old)
     got: Any = jax.tree.structure(new)
     if expected != got:
-        raise ValueError(f"method state: expected structure {expected}, got {got}; Method.init decides it")
-
-    params = {id(leaf) for leaf in jax.tree.leaves(state.params)}
+        raise ValueError(f"{name}: expected structure {expected}, got {got}; {origin} decides it")
+    others = {id(leaf) for leaf in jax.tree.leaves(beside)}
 
     def check(path: Any, before: Array, after: Array) -> Array:
         if before.shape != after.shape or before.dtype != after.dtype:
             where = jax.tree_util.keystr(path, simple=True, separator="/")
             raise ValueError(
-                f"method state {where}: expected {before.dtype}{list(before.shape)}, "
-                f"got {after.dtype}{list(after.shape)}; Method.init decides shapes and dtypes"
+                f"{name} {where}: expected {before.dtype}{list(before.shape)}, "
+                f"got {after.dtype}{list(after.shape)}; {origin} decides shapes and dtypes"
             )
         # A step donates params and method state: they may not share a buffer.
-        return jnp.copy(after) if id(after) in params else after
+        return jnp.copy(after) if id(after) in others else after
 
-    return state.replace(method_state=layout.place(jax.tree_util.tree_map_with_path(check, old, new)))
+    return jax.tree_util.tree_map_with_path(check, old, new)

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from jaxcl.methods.base import Method, Terms
 from jaxcl.models.batch import Batch
+from jaxcl.models.lora import overlay, trained
 from jaxcl.sharding.layout import Layout
 from jaxcl.training.optimizer import OptimizerConfig, learning_rate
 from jaxcl.training.state import TrainState
@@ -37,6 +38,9 @@ def make_train_step(
     depend on the model, so the compiler drops the forward pass), then gradients of $\sum_i w_i s_i / C_i$ of one
     micro-batch after the other, added in float32. Clipping, masks and moments see the sum, once.
 
+    Where the network has adapters, there are gradients, moments and updates of these alone (`trained`); the method's
+    loss still sees all params.
+
     Args:
       method: the method.
       transform: what `method.transform` returned.
@@ -46,26 +50,25 @@ def make_train_step(
 
     Returns:
       `step(state, batch, key) -> (state, metrics)`. `key` is the run's: it is folded with the step's number. Metrics
-      are float32 scalars: `loss`; `term/<name>`, the mean of each term; `grad_norm` (before clipping),
-      `param_norm`, `update_norm`; `learning_rate`; `tokens`, the number of tokens that are no padding.
+      are float32 scalars: `loss`; `term/<name>`, the mean of each term; `grad_norm` (before clipping), `param_norm`
+      and `update_norm`, of what is trained; `learning_rate`; `tokens`, the number of tokens that are no padding.
     """
     gradient = _whole if accumulate == 1 else _accumulated(accumulate, layout)
 
     def step(state: TrainState, batch: Batch, key: Array) -> tuple[TrainState, Metrics]:
-        params, memory = state.params, state.method_state
+        params, memory = trained(state.params), state.method_state
 
         def loss(params: PyTree, batch: Batch, key: Array) -> Terms:
             with jax.named_scope("loss"):
-                return method.loss(params, memory, batch, key)
+                return method.loss(overlay(state.params, params), memory, batch, key)
 
         (total, means), grads = gradient(loss, params, batch, jax.random.fold_in(key, state.step))
         rate = learning_rate(optimizer, state.clock)
         with jax.named_scope("optimizer"):
             # The optimizer works in float32 whatever the params are kept in; see `Trainer.init`.
             grads = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), grads)
-            updates, opt_state = transform.update(
-                grads, state.opt_state, params, learning_rate=rate, **method.update_args(params, memory)
-            )
+            extra = _for_trained(method.update_args(state.params, memory), state.params)
+            updates, opt_state = transform.update(grads, state.opt_state, params, learning_rate=rate, **extra)
             params = optax.apply_updates(params, updates)
         with jax.named_scope("metrics"):
             metrics = {
@@ -79,9 +82,17 @@ def make_train_step(
             }
             metrics = {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
         clock = state.clock._replace(step=state.clock.step + 1)
-        return TrainState(state.step + 1, clock, params, opt_state, memory), metrics
+        return TrainState(state.step + 1, clock, overlay(state.params, params), opt_state, memory), metrics
 
     return step
+
+
+def _for_trained(arguments: dict[str, Any], params: PyTree) -> dict[str, Any]:
+    """A method's arguments for the update: of a tree over all params (masks), the part that is trained."""
+    structure: Any = jax.tree.structure(params)
+    return {
+        name: trained(value) if jax.tree.structure(value) == structure else value for name, value in arguments.items()
+    }
 
 
 def global_norm(tree: PyTree) -> Float[Array, ""]:
@@ -144,7 +155,7 @@ def _accumulated(accumulate: int, layout: Layout) -> Callable[..., tuple[tuple[A
         def add(carry: PyTree, part: tuple[Batch, Array]) -> tuple[PyTree, tuple[Array, Sums]]:
             result, grads = jax.value_and_grad(objective, has_aux=True)(params, *part)
             carry = jax.tree.map(lambda total, leaf: total + leaf.astype(jnp.float32), carry, grads)
-            return jax.lax.with_sharding_constraint(carry, layout.params), result
+            return jax.lax.with_sharding_constraint(carry, trained(layout.params)), result
 
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
         grads, results = jax.lax.scan(add, zeros, (parts, keys))

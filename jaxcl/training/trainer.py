@@ -10,11 +10,12 @@ import jax.numpy as jnp
 
 from jaxcl.methods.base import Method
 from jaxcl.models.batch import Batch
+from jaxcl.models.lora import trained
 from jaxcl.sharding.layout import Layout, put
 from jaxcl.training.compile import Compiler
 from jaxcl.training.feed import Feed, RowIterator
 from jaxcl.training.optimizer import Clock, OptimizerConfig, make_parts
-from jaxcl.training.state import TrainState, abstract, replace_method_state, state_shardings
+from jaxcl.training.state import TrainState, abstract, replace_method_state, replace_params, state_shardings
 from jaxcl.training.step import Metrics, make_train_step
 
 PyTree = Any
@@ -117,6 +118,14 @@ class Trainer:
         """
         return replace_method_state(state, new, self.layout)
 
+    def with_params(self, state: TrainState, new: PyTree) -> TrainState:
+        """The state with what `Method.finish` returned.
+
+        Raises:
+          ValueError: structure, shapes or dtypes changed.
+        """
+        return replace_params(state, new, self.layout)
+
     def feed(self, rows: RowIterator, *, prefetch: int) -> Feed:
         """Batches from rows, on this run's devices."""
         return Feed(rows, self.layout.batch, prefetch=prefetch)
@@ -129,7 +138,7 @@ class Trainer:
 
     def _init_optimizer(self, params: PyTree) -> PyTree:
         """Moments in float32, also where the params are bfloat16: a second moment in bfloat16 stops moving."""
-        return self._transform.init(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params))
+        return self._transform.init(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), trained(params)))
 
 
 def _fresh(function: Callable[[PyTree], PyTree]) -> Callable[[PyTree], PyTree]:

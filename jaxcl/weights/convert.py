@@ -15,9 +15,10 @@ from jaxcl.weights.folder import TOKENIZER_FILES
 from jaxcl.weights.load import load_params, read_config, read_token_ids
 from jaxcl.weights.locate import locate
 from jaxcl.weights.orbax import save_orbax
+from jaxcl.weights.peft import save_peft
 from jaxcl.weights.save import DTYPES, save_hf
 
-Format = Literal["hf", "orbax"]
+Format = Literal["hf", "orbax", "peft"]
 
 
 def convert(
@@ -35,8 +36,9 @@ def convert(
     Args:
       source: see `locate`.
       destination: a folder that does not exist yet or is empty.
-      format: `hf`: config.json and safetensors; `orbax`: a folder that loads shard by shard.
-      dtype: `float32`, `bfloat16`, or for `hf` also `float16`.
+      format: `hf`: config.json and safetensors, adapters merged; `orbax`: a folder that loads shard by shard, adapters
+        kept; `peft`: the adapters alone.
+      dtype: `float32`, `bfloat16`, or but for `orbax` `float16`.
       write_tokenizer: called with the finished folder where no tokenizer files lie beside the source (a GGUF file
         holds its tokenizer inside).
 
@@ -46,7 +48,7 @@ def convert(
     Raises:
       UserError: the source cannot be read or the destination not be written.
     """
-    allowed = DTYPES if format == "hf" else ("float32", "bfloat16")
+    allowed = ("float32", "bfloat16") if format == "orbax" else DTYPES
     if dtype not in allowed:
         raise UserError(f"dtype={dtype} cannot be written as {format}; allowed are {', '.join(allowed)}", exit_code=2)
     _, place = locate(source)
@@ -62,6 +64,8 @@ def convert(
     tokenizer_folder = folder if has_tokenizer else None
     if format == "orbax":
         target = save_orbax(destination, network, params, tokenizer_folder=tokenizer_folder)
+    elif format == "peft":
+        target = save_peft(destination, network, params, dtype=dtype, tokenizer_folder=tokenizer_folder)
     else:
         target = save_hf(
             destination,

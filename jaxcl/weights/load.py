@@ -95,8 +95,8 @@ def load_params(
       dtype: precision of the params; that of the network's configuration if not given.
       shardings: where each param lives, a tree like `network.shapes()` or one `Sharding` for all; the default device
         if not given.
-      key: from which heads are drawn that the network has and the checkpoint has not; without it they are an error.
-        A head of the checkpoint that the network does not have is left out.
+      key: from which heads and adapters are drawn that the network has and the checkpoint has not; without it they are
+        an error. A head of the checkpoint that the network does not have is left out.
 
     Returns:
       The params.
@@ -114,11 +114,11 @@ def load_params(
     draw = key is not None
     if kind == "orbax":
         with Orbax(place) as saved:
-            plan = match(saved, saved.table(shapes), shapes, draw_heads=draw)
+            plan = match(saved, saved.table(shapes), shapes, draw=draw)
             flat = saved.restore({path: shapes[path] for path in plan.matches}, places)
     else:
         with _open(kind, place) as source:
-            plan = match(source, _table(kind, network), shapes, draw_heads=draw)
+            plan = match(source, _table(kind, network), shapes, draw=draw)
             # Those without layers pass through the host whole, so they come first, while little else is there.
             order = sorted(plan.matches, key=lambda path: plan.matches[path].row.stacked)
             flat = {path: read_param(source, plan.matches[path], shapes[path], places[path]) for path in order}

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 from jaxcl.errors import UserError
+from jaxcl.models.lora import is_adapter
 from jaxcl.weights.tables import Row, Table
 
 _HEADS = ("head/", "classifier/")
@@ -44,21 +45,21 @@ class Plan(NamedTuple):
 
     Attributes:
       matches: by path of the parameter.
-      fresh: paths of head params that the checkpoint does not have.
+      fresh: paths of params of heads and adapters that the checkpoint does not have.
     """
 
     matches: dict[str, Match]
     fresh: tuple[str, ...]
 
 
-def match(source: Names, table: Table, shapes: Mapping[str, Any], *, draw_heads: bool) -> Plan:
+def match(source: Names, table: Table, shapes: Mapping[str, Any], *, draw: bool) -> Plan:
     """Assigns every tensor of a checkpoint to a parameter.
 
     Args:
       source: the checkpoint.
       table: its names.
       shapes: objects with a `shape` by path of the parameter.
-      draw_heads: whether params of heads may be absent from the checkpoint.
+      draw: whether params of heads and adapters may be absent from the checkpoint.
 
     Raises:
       UserError: a tensor is missing, left over or of a wrong shape; the message names it.
@@ -76,8 +77,8 @@ def match(source: Names, table: Table, shapes: Mapping[str, Any], *, draw_heads:
             missing[path] = lost[0]
         else:
             matches[path] = Match(row, tuple(present[name] for name in names))
-    fresh = tuple(path for path in missing if path.startswith(_HEADS))
-    _check_missing(source, missing, fresh, draw_heads)
+    fresh = tuple(path for path in missing if path.startswith(_HEADS) or is_adapter(path))
+    _check_missing(source, missing, fresh, draw)
     _check_extra(source, table, [name for name in present if name not in used], prefixed)
     _check_shapes(source, matches, shapes)
     if fresh:
@@ -90,15 +91,16 @@ def _names(row: Row, table: Table, prefixed: bool, layers: int) -> list[str]:
     return [name.format(layer=layer) for layer in range(layers)] if row.stacked else [name]
 
 
-def _check_missing(source: Names, missing: dict[str, str], fresh: Iterable[str], draw_heads: bool) -> None:
+def _check_missing(source: Names, missing: dict[str, str], fresh: Iterable[str], draw: bool) -> None:
     body = [name for path, name in missing.items() if path not in fresh]
     if body:
         raise UserError(f"{source.where}: the tensor {body[0]} is missing{_more(body)}")
-    heads = list(missing.values())
-    if heads and not draw_heads:
+    drawable = list(missing.values())
+    if drawable and not draw:
+        part = "an adapter" if is_adapter(next(iter(missing))) else "a head"
         raise UserError(
-            f"{source.where}: the tensor {heads[0]} is missing{_more(heads)}: the checkpoint lacks a head that the "
-            "model has (load_params draws one if it is given a key)"
+            f"{source.where}: the tensor {drawable[0]} is missing{_more(drawable)}: the checkpoint lacks {part} that "
+            "the model has (load_params draws one if it is given a key)"
         )
 
 

@@ -1,10 +1,10 @@
-"""Params to a Hugging Face checkpoint that transformers loads."""
+"""Params to a Hugging Face checkpoint that transformers loads. Adapters are added to their kernels on the way."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array
 
 from jaxcl.errors import UserError
+from jaxcl.models.lora import ADAPTER_NAMES, is_adapter, product
 from jaxcl.models.network import Network, Params
 from jaxcl.models.roberta import RobertaConfig
 from jaxcl.weights.folder import new_folder
@@ -27,7 +28,7 @@ DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 FILE_BYTES = 5 * 10**9
 
 
-class _Tensor(NamedTuple):
+class Tensor(NamedTuple):
     """A tensor of the file to be, and the part of the params it is made of."""
 
     name: str
@@ -52,8 +53,8 @@ def save_hf(
 ) -> Path:
     """Writes `config.json` and safetensors; transformers computes the same logits from them.
 
-    Tensors are written one after another, so that beside the params no more than one layer's tensor is held. With
-    several processes all of them call, and process 0 writes.
+    Tensors are written one after another, so that beside the params no more than one layer's tensor is held; adapters
+    become part of the weights. With several processes all of them call, and process 0 writes.
 
     Args:
       folder: a folder that does not exist yet or is empty.
@@ -73,45 +74,78 @@ def save_hf(
       ValueError: params that are not those of the network, or an unknown dtype.
     """
     target = Path(folder).expanduser().absolute()
-    flat = flatten(params)
-    shapes = flatten(network.shapes())
-    found = {path: tuple(leaf.shape) for path, leaf in flat.items()}
-    if found != (expected := {path: tuple(leaf.shape) for path, leaf in shapes.items()}):
-        path = min(path for path in {*found, *expected} if found.get(path) != expected.get(path))
-        raise ValueError(f"params: expected shape {expected.get(path)} at {path}, got {found.get(path)}")
-    dtype = str(next(iter(flat.values())).dtype) if dtype is None else dtype
+    flat = checked(network, params)
+    base = {path: leaf for path, leaf in flat.items() if not is_adapter(path)}
+    dtype = str(next(iter(base.values())).dtype) if dtype is None else dtype
     if dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype}")
     config = to_hf(network.config, token_ids or {}, dtype)
-    tensors = list(_tensors(_table(network), found))
+    divided = _divide(list(tensors_of(table_of(network), base)), dtype, file_bytes)
     with new_folder(target, tokenizer_folder) as partial:
-        _write_files(partial, _divide(tensors, dtype, file_bytes), flat, dtype)
+        _write_files(partial, divided, _merging(network, flat), dtype)
         if jax.process_index() == 0:
-            _write_json(partial / "config.json", config)
+            write_json(partial / "config.json", config)
     return target
 
 
-def _table(network: Network) -> Table:
+def checked(network: Network, params: Params) -> dict[str, Array]:
+    """Params by path.
+
+    Raises:
+      ValueError: they are not those of the network.
+    """
+    flat = flatten(params)
+    found = {path: tuple(leaf.shape) for path, leaf in flat.items()}
+    expected = {path: tuple(leaf.shape) for path, leaf in flatten(network.shapes()).items()}
+    if found != expected:
+        path = min(path for path in {*found, *expected} if found.get(path) != expected.get(path))
+        raise ValueError(f"params: expected shape {expected.get(path)} at {path}, got {found.get(path)}")
+    return flat
+
+
+def table_of(network: Network) -> Table:
+    """The names of a network's params in safetensors files."""
     if isinstance(network.config, RobertaConfig):
         return BERT if is_bert(network.config) else ROBERTA
     return LLAMA
 
 
-def _tensors(table: Table, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[_Tensor]:
-    for path, shape in shapes.items():
+def tensors_of(table: Table, flat: Mapping[str, Array]) -> Iterator[Tensor]:
+    """The tensors of a file for some params by path."""
+    for path, leaf in flat.items():
         row = table.row(path)
         if not row.stacked:
-            yield _Tensor(row.name, row.layout.source_shape(shape), row, None)
+            yield Tensor(row.name, row.layout.source_shape(leaf.shape), row, None)
             continue
-        inner = row.layout.source_shape(shape[1:])
-        for layer in range(shape[0]):
-            yield _Tensor(row.name.format(layer=layer), inner, row, layer)
+        inner = row.layout.source_shape(leaf.shape[1:])
+        for layer in range(leaf.shape[0]):
+            yield Tensor(row.name.format(layer=layer), inner, row, layer)
 
 
-def _divide(tensors: list[_Tensor], dtype: str, limit: int) -> list[list[_Tensor]]:
+def param_of(flat: Mapping[str, Array], tensor: Tensor) -> Array:
+    """The part of the params that a tensor is made of."""
+    array = flat[tensor.row.path]
+    return array if tensor.layer is None else _layer(array, tensor.layer)
+
+
+def _merging(network: Network, flat: Mapping[str, Array]) -> Callable[[Tensor], Array]:
+    """As `param_of`, with adapters added to the kernels they stand beside."""
+    lora = network.config.lora
+
+    def part(tensor: Tensor) -> Array:
+        array, projection = param_of(flat, tensor), tensor.row.path.removesuffix("/kernel")
+        if lora is None or tensor.layer is None or f"{projection}/lora_a" not in flat:
+            return array
+        a, b = (_layer(flat[f"{projection}/{name}"], tensor.layer) for name in ADAPTER_NAMES)
+        return _add(array, a, b, lora.scale)
+
+    return part
+
+
+def _divide(tensors: list[Tensor], dtype: str, limit: int) -> list[list[Tensor]]:
     """Consecutive tensors, in parts of at most `limit` bytes (or a single tensor)."""
     itemsize = jnp.dtype(dtype).itemsize
-    parts: list[list[_Tensor]] = [[]]
+    parts: list[list[Tensor]] = [[]]
     size = 0
     for tensor in tensors:
         if parts[-1] and size + tensor.bytes(itemsize) > limit:
@@ -122,25 +156,34 @@ def _divide(tensors: list[_Tensor], dtype: str, limit: int) -> list[list[_Tensor
     return parts
 
 
-def _write_files(folder: Path, parts: list[list[_Tensor]], flat: Mapping[str, Array], dtype: str) -> None:
+def _write_files(folder: Path, parts: list[list[Tensor]], part: Callable[[Tensor], Array], dtype: str) -> None:
     if len(parts) == 1:
-        _write_file(folder / SINGLE_FILE, parts[0], flat, dtype)
+        write_file(folder / SINGLE_FILE, parts[0], part, dtype)
         return
     weight_map: dict[str, str] = {}
     total = 0
-    for number, part in enumerate(parts, start=1):
+    for number, tensors in enumerate(parts, start=1):
         name = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
-        total += _write_file(folder / name, part, flat, dtype)
-        weight_map |= {tensor.name: name for tensor in part}
+        total += write_file(folder / name, tensors, part, dtype)
+        weight_map |= {tensor.name: name for tensor in tensors}
     if jax.process_index() == 0:
-        _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _write_file(path: Path, tensors: list[_Tensor], flat: Mapping[str, Array], dtype: str) -> int:
+def write_file(path: Path, tensors: list[Tensor], part: Callable[[Tensor], Array], dtype: str) -> int:
     """Writes one safetensors file tensor by tensor, which the safetensors package does only for a whole file at once.
 
     The format: length of the header (8 bytes, little endian), the header (JSON, padded with spaces to a multiple of
     8 bytes), the tensors.
+
+    Args:
+      path: the file; process 0 writes it.
+      tensors: what it holds.
+      part: gives the part of the params that a tensor is made of.
+      dtype: precision in the file.
+
+    Returns:
+      Bytes of all tensors.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     itemsize = jnp.dtype(dtype).itemsize
@@ -151,7 +194,7 @@ def _write_file(path: Path, tensors: list[_Tensor], flat: Mapping[str, Array], d
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     # Every process takes part in gathering, one writes.
-    values = (_gather(flat[tensor.row.path], tensor, dtype) for tensor in tensors)
+    values = (_gather(part(tensor), tensor, dtype) for tensor in tensors)
     if jax.process_index() != 0:
         for _ in values:
             pass
@@ -164,9 +207,8 @@ def _write_file(path: Path, tensors: list[_Tensor], flat: Mapping[str, Array], d
     return end
 
 
-def _gather(array: Array, tensor: _Tensor, dtype: str) -> np.ndarray:
+def _gather(part: Array, tensor: Tensor, dtype: str) -> np.ndarray:
     """One tensor on the host, as the file has it."""
-    part = array if tensor.layer is None else _layer(array, tensor.layer)
     if isinstance(part, jax.Array) and not part.is_fully_addressable:
         host = multihost_utils.process_allgather(part, tiled=True)
     else:
@@ -186,5 +228,12 @@ def _layer(array: Array, layer: int) -> Array:
     return jax.lax.dynamic_index_in_dim(array, layer, keepdims=False)
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+@jax.jit
+def _add(kernel: Array, a: Array, b: Array, scale: float) -> Array:
+    """A kernel with its adapter, rounded to the file's precision only afterwards."""
+    return kernel.astype(jnp.float32) + product(a, b, scale)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a JSON file for people to read."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

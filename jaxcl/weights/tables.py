@@ -10,7 +10,11 @@ import dataclasses
 import re
 from typing import NamedTuple
 
+from jaxcl.models.lora import is_adapter
 from jaxcl.weights.axes import Layout
+
+# What PEFT puts before the names of the model that it wraps.
+ADAPTER_PREFIX = "base_model.model."
 
 _VECTOR = "embed -> embed"
 _TABLE = "rows embed -> rows embed"
@@ -60,7 +64,7 @@ class Table:
     renamed: tuple[tuple[str, str], ...] = ()
 
     def row(self, path: str) -> Row:
-        """The row of a parameter.
+        """The row of a parameter. Parts of adapters without a row of their own are called as in a file of PEFT's.
 
         Raises:
           ValueError: the table has none.
@@ -68,6 +72,9 @@ class Table:
         for row in self.rows:
             if row.path == path:
                 return row
+        if is_adapter(path):
+            projection, _, part = path.rpartition("/")
+            return _adapter_row(self.row(f"{projection}/kernel"), path, part)
         raise ValueError(f"path: no checkpoint name is known for the parameter {path!r}")
 
     def ignores(self, name: str) -> bool:
@@ -79,6 +86,22 @@ class Table:
         for old, new in self.renamed:
             name = re.sub(old, new, name)
         return name
+
+
+def _adapter_row(kernel: Row, path: str, part: str) -> Row:
+    """The row of a part of an adapter: in the file, `[rank, inputs]` and `[outputs, rank]`.
+
+    >>> row = _adapter_row(Row("out/kernel", "o_proj.weight", _JOIN), "out/lora_a", "lora_a")
+    >>> row.name, row.text
+    ('base_model.model.o_proj.lora_A.weight', 'rank (heads head_dim) -> heads head_dim rank')
+    """
+    outputs, inputs = (" ".join(group) for group in kernel.layout.source)
+    texts = {
+        "lora_a": f"rank ({inputs}) -> {inputs} rank",
+        "lora_b": f"({outputs}) rank -> rank {outputs}",
+    }
+    name = kernel.name.removesuffix("weight") + part.replace("lora_a", "lora_A").replace("lora_b", "lora_B")
+    return Row(path, f"{ADAPTER_PREFIX}{name}.weight", texts[part])
 
 
 def _linear(path: str, name: str, kernel: str, bias: str | None = None) -> tuple[Row, ...]:

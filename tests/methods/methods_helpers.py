@@ -15,6 +15,7 @@ from jaxcl.models.network import Network
 from jaxcl.models.roberta import RobertaConfig
 
 VOCAB = 13
+ALL_TARGETS = ("query", "key", "value", "out", "gate", "up", "down")
 
 
 def tiny_llama(**changes: Any) -> Network:
@@ -120,6 +121,8 @@ UNITS = ("attention/query", "attention/key", "attention/value", "attention/out/k
 
 
 def in_unit(name: str) -> bool:
+    if "lora" in name:  # the side of the projection's own units
+        return name.endswith("lora_a" if "attention/out" in name else "lora_b")
     return any(part in name for part in UNITS)
 
 

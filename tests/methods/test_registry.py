@@ -1,5 +1,6 @@
 import json
 import sys
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ from jaxcl.methods import METHODS
 from jaxcl.methods.base import MethodConfig
 
 OPTIONS = {"seekr": {"layer_budget": 1, "head_budget": 2}}
+MODELS: dict[str, Any] = {"olora": {"lora": {"rank": 2}}}
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -20,7 +22,7 @@ def test_every_method_keeps_to_the_interface(name: str) -> None:
     assert all(field.description for field in cls.Config.model_fields.values())
     options = cls.Config(**OPTIONS.get(name, {}))
     assert cls.Config(**json.loads(options.model_dump_json())) == options
-    network = tiny_llama(num_layers=1)
+    network = tiny_llama(num_layers=1, **MODELS.get(name, {}))
     cls.check(options, network.config)
     method = cls(options, network, num_tasks=3)
     params = init(network)

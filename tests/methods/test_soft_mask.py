@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from methods_helpers import filled, in_unit, init, make_batch, named, tiny_llama, tiny_roberta
+from methods_helpers import ALL_TARGETS, filled, in_unit, init, make_batch, named, perturbed, tiny_llama, tiny_roberta
 
 from jaxcl.methods.soft_mask import soft_masks
 from jaxcl.models.gates import Gates
@@ -22,6 +22,7 @@ def random_importance(network: Network, seed: int = 0) -> Gates:
 NETWORKS = {
     "llama": tiny_llama(attention_bias=True, mlp_bias=True, num_labels=3),
     "llama_tied": tiny_llama(tie_embeddings=True, num_kv_heads=4),
+    "llama_lora": tiny_llama(lora={"rank": 2, "targets": ALL_TARGETS}),
     "roberta": tiny_roberta(num_labels=3),
 }
 
@@ -64,11 +65,11 @@ def test_masks_equal_loops_over_units() -> None:
                 np.testing.assert_allclose(masks[mlp + path][layer, ..., unit], 1 - outer[layer, unit])
 
 
-@pytest.mark.parametrize("name", ["llama", "roberta"])
+@pytest.mark.parametrize("name", ["llama", "llama_lora", "roberta"])
 def test_masks_lie_on_what_acts_through_the_unit_alone(name: str) -> None:
     # Close the gates of some units: params that act through them alone then have no gradient. Those are masked.
     network = NETWORKS[name]
-    params = init(network)
+    params = perturbed(init(network), 0.1)  # one side of a fresh adapter would be without gradient
     closed = filled(network, 0.0)
     group = network.num_heads // network.num_kv_heads
     closed = Gates(

@@ -140,6 +140,19 @@ def test_method_state_may_hold_copies_of_params_and_anything_else() -> None:
     assert got["w"].spec == P(), "a lone array that is called like a param is none"
 
 
+def test_a_part_of_the_params_is_laid_out_like_them() -> None:
+    params = {"query": {"kernel": jnp.zeros((8, 4)), "lora_a": jnp.zeros((8, 2))}, "v": jnp.zeros((4,))}
+    mesh = abstract_mesh(fsdp=2)
+    split, whole = NamedSharding(mesh, P("fsdp")), NamedSharding(mesh, P())
+    layout = {"query": {"kernel": split, "lora_a": split}, "v": whole}
+    part = {"query": {"lora_a": jnp.zeros((8, 2))}}
+    state = {"moments": part, "longer": {"query": {"lora_a": jnp.zeros((3, 8, 2))}}, "other": {"key": part["query"]}}
+    got = mirror(state, params, layout, mesh)
+    assert got["moments"] == {"query": {"lora_a": split}}
+    assert got["longer"] == {"query": {"lora_a": whole}}
+    assert got["other"] == {"key": {"lora_a": whole}}
+
+
 def test_activations_on_a_real_mesh() -> None:
     from jaxcl.models.axes import constrain, constraints, per_shard, shards
 

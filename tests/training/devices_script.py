@@ -15,6 +15,7 @@ from jaxcl.methods.base import Method, Term, Terms
 from jaxcl.methods.ewc import Ewc, EwcConfig
 from jaxcl.models.batch import Batch
 from jaxcl.models.llama import LlamaConfig
+from jaxcl.models.lora import LoraConfig
 from jaxcl.models.network import Network
 from jaxcl.sharding.layout import Layout
 from jaxcl.sharding.mesh import MeshConfig, make_mesh
@@ -25,6 +26,7 @@ from jaxcl.training.trainer import Trainer
 NETWORK = Network.create(
     LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4, num_kv_heads=2)
 )
+ADAPTED = Network.create(NETWORK.config.model_copy(update={"lora": LoraConfig(targets=("query", "out", "down"))}))
 MESHES = {"one": None, "data": {"data": 8}, "all": {"data": 2, "fsdp": 2, "tensor": 2}}
 STEPS = 4
 COLLECTIVES = re.compile(r" (all-[a-z-]+?|collective-permute|reduce-scatter)(?:-start)?\(")
@@ -55,12 +57,12 @@ def make_rows(seed: int) -> dict[str, Any]:
     }
 
 
-def train(mesh: dict[str, int] | None) -> dict[str, Any]:
+def train(mesh: dict[str, int] | None, network: Network) -> dict[str, Any]:
     devices = None if mesh else jax.devices()[:1]
-    layout = Layout.create(make_mesh(MeshConfig(**(mesh or {})), devices), NETWORK.axes(), NETWORK.shapes())
+    layout = Layout.create(make_mesh(MeshConfig(**(mesh or {})), devices), network.axes(), network.shapes())
     optimizer = OptimizerConfig(learning_rate=0.01, warmup=2, weight_decay=0.1)
-    trainer = Trainer(Plain(None, NETWORK, 1), optimizer, layout, accumulate=2, seed=0)
-    state = trainer.start_task(trainer.init(NETWORK.init(jax.random.key(1))), STEPS)
+    trainer = Trainer(Plain(None, network, 1), optimizer, layout, accumulate=2, seed=0)
+    state = trainer.start_task(trainer.init(network.init(jax.random.key(1))), STEPS)
     losses = []
     for step in range(STEPS):
         state, metrics = trainer.step(state, place_batch(make_rows(step), layout.batch))
@@ -69,7 +71,8 @@ def train(mesh: dict[str, int] | None) -> dict[str, Any]:
     if mesh == MESHES["data"]:
         batch = place_batch(make_rows(0), layout.batch)
         program = trainer.jitted_step.lower(trainer.target, batch, trainer.key).compile().as_text()
-    query = state.params["blocks"]["attention"]["query"]["kernel"]
+    name = "kernel" if network.config.lora is None else "lora_b"
+    query = state.params["blocks"]["attention"]["query"][name]
     moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.shape == query.shape]
     ewc = Ewc(EwcConfig(), NETWORK, 1)
     none = trainer.compile(ewc.no_fisher)(state.params)
@@ -85,7 +88,7 @@ def train(mesh: dict[str, int] | None) -> dict[str, Any]:
         },
         "specs": [
             str(tuple(leaf.sharding.spec))
-            for leaf in (query, state.method_state["before"]["blocks"]["attention"]["query"]["kernel"], *moments)
+            for leaf in (query, state.method_state["before"]["blocks"]["attention"]["query"][name], *moments)
         ],
         "compilations": trainer.jitted_step._cache_size(),
         "collectives": sorted(
@@ -95,4 +98,6 @@ def train(mesh: dict[str, int] | None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    json.dump({name: train(mesh) for name, mesh in MESHES.items()}, sys.stdout)
+    results = {name: train(mesh, NETWORK) for name, mesh in MESHES.items()}
+    results |= {f"{name}, adapters": train(MESHES[name], ADAPTED) for name in ("one", "all")}
+    json.dump(results, sys.stdout)

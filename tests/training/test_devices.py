@@ -22,9 +22,9 @@ def results() -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("mesh", ["data", "all"])
+@pytest.mark.parametrize("mesh", ["data", "all", "all, adapters"])
 def test_loss_gradient_and_params_agree(results: dict[str, Any], mesh: str) -> None:
-    one, many = results["one"], results[mesh]
+    one, many = results["one, adapters" if "adapters" in mesh else "one"], results[mesh]
     assert len(set(one["losses"])) > 1
     np.testing.assert_allclose(many["losses"], one["losses"], rtol=1e-5)
     assert many["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
@@ -36,6 +36,7 @@ def test_copies_of_params_in_the_state_are_split_like_them(results: dict[str, An
     specs = results["all"]["specs"]
     assert len(specs) == 4, "param, the method's copy, two moments"
     assert set(specs) == {"(None, 'fsdp', 'tensor', None)"}
+    assert results["all, adapters"]["specs"] == ["(None, None, 'tensor', None)"] * 4
 
 
 def test_the_step_is_compiled_once(results: dict[str, Any]) -> None:

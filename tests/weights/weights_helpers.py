@@ -33,6 +33,8 @@ ROBERTA = {
 BERT = {"position_offset": 0, "type_vocab_size": 2, "pad_id": 0, "layer_norm_eps": 1e-12}
 ROPE = {"type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_length": 32}
 
+LORA = {"rank": 3, "alpha": 5.0}
+
 CONFIGS: dict[str, LlamaConfig | RobertaConfig] = {
     "llama": LlamaConfig(**LLAMA),
     "llama-tied": LlamaConfig(**LLAMA, tie_embeddings=True, rope_theta=5e5, norm_eps=1e-6),

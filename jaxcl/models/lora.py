@@ -1,0 +1,142 @@
+"""Low-rank adapters: a small trained product beside a frozen kernel (LoRA, Hu et al. 2021, arXiv 2106.09685).
+
+A target with kernel `[inputs.., outputs..]` gets `lora_a` `[inputs.., rank]` and `lora_b` `[rank, outputs..]`, and adds
+`(x @ a) @ b * alpha / rank` to its output (section 4.1). They are params like all others, in the same tree, but always
+float32: a step's changes are too small for bfloat16. Where a network has adapters, training changes nothing else.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+from pydantic import Field
+
+from jaxcl.schema import Schema
+
+Target = Literal["query", "key", "value", "out", "gate", "up", "down"]
+Params = dict[str, Any]
+
+ADAPTER_NAMES = ("lora_a", "lora_b")
+
+
+class LoraConfig(Schema):
+    """Low-rank adapters beside frozen weights; with them, nothing else is trained."""
+
+    rank: int = Field(8, gt=0, description="width of an adapter")
+    alpha: float = Field(16.0, gt=0, description="an adapter's output is multiplied by alpha / rank")
+    targets: tuple[Target, ...] = Field(
+        ("query", "value"),
+        min_length=1,
+        description="projections of every layer that get one: query, key, value, out of attention; "
+        "gate (decoders only), up, down of the feed-forward part",
+    )
+
+    @property
+    def scale(self) -> float:
+        """Factor on an adapter's output."""
+        return self.alpha / self.rank
+
+
+def beside(config: LoraConfig | None, target: Target) -> LoraConfig | None:
+    """The adapter that stands beside a projection, `None` where there is none."""
+    return config if config is not None and target in config.targets else None
+
+
+def initial_std(inputs: tuple[int, ...]) -> float:
+    """Standard deviation of a fresh `lora_a`: that of the authors' code, which draws it evenly from +-1/sqrt(inputs).
+
+    >>> initial_std((4, 3))  # 12 inputs
+    0.16666666666666666
+    """
+    return (3 * math.prod(inputs)) ** -0.5
+
+
+def product(a: Array, b: Array, scale: float) -> Array:
+    """What an adapter adds to its kernel: `[inputs.., rank]`, `[rank, outputs..]` to `[inputs.., outputs..]`."""
+    return scale * jnp.tensordot(a, b, axes=1)
+
+
+def is_adapter(path: str) -> bool:
+    """Whether a param's path, such as `blocks/attention/query/lora_a`, is that of a part of an adapter."""
+    return path.rpartition("/")[2] in ADAPTER_NAMES
+
+
+def trained(tree: Params) -> Params:
+    """The part of a params tree that training changes: the adapters where there are any, else all of it.
+
+    Serves params and whatever has their tree: shapes, shardings, masks.
+
+    >>> trained({"embed": 0, "query": {"kernel": 1, "lora_a": 2, "lora_b": 3}, "norm": {"scale": 4}})
+    {'query': {'lora_a': 2, 'lora_b': 3}}
+    >>> trained({"embed": 0, "query": {"kernel": 1}})
+    {'embed': 0, 'query': {'kernel': 1}}
+    """
+    return _adapters(tree) or tree
+
+
+def overlay(tree: Params, part: Params) -> Params:
+    """`tree` with the leaves of `part` in place of its own: the inverse of `trained`.
+
+    >>> overlay({"query": {"kernel": 1, "lora_a": 2}}, {"query": {"lora_a": 5}})
+    {'query': {'kernel': 1, 'lora_a': 5}}
+    """
+    if not isinstance(part, Mapping):
+        return part
+    return {name: overlay(leaf, part[name]) if name in part else leaf for name, leaf in tree.items()}
+
+
+def adapted(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Params]]:
+    """Path and leaves of every projection that has an adapter, in the order of their names.
+
+    >>> dict(adapted({"query": {"kernel": 1, "lora_a": 2, "lora_b": 3}, "out": {"kernel": 4}}))
+    {'query': {'kernel': 1, 'lora_a': 2, 'lora_b': 3}}
+    """
+    for name in sorted(tree):
+        node = tree[name]
+        if isinstance(node, Mapping):
+            if "lora_a" in node:
+                yield f"{prefix}{name}", dict(node)
+            yield from adapted(node, f"{prefix}{name}/")
+
+
+def fold(params: Params, config: LoraConfig, key: Array) -> Params:
+    """Adds stacked adapters to their kernels and starts fresh ones; the network computes the same. Pure.
+
+    Args:
+      params: of a whole network.
+      config: its adapters.
+      key: from which the new `lora_a` are drawn; the new `lora_b` are zero.
+
+    Returns:
+      The changed leaves alone, for `overlay`. Sums are rounded to the kernels' dtype.
+    """
+    changed: Params = {}
+    for number, (path, leaves) in enumerate(adapted(params)):
+        kernel, a, b = (leaves[name] for name in ("kernel", *ADAPTER_NAMES))
+        added = jax.vmap(functools.partial(product, scale=config.scale))(a, b)
+        fresh = initial_std(a.shape[1:-1]) * jax.random.normal(jax.random.fold_in(key, number), a.shape, a.dtype)
+        node = changed
+        for name in path.split("/"):
+            node = node.setdefault(name, {})
+        node |= {
+            "kernel": (kernel.astype(jnp.float32) + added).astype(kernel.dtype),
+            "lora_a": fresh,
+            "lora_b": jnp.zeros_like(b),
+        }
+    return changed
+
+
+def _adapters(tree: Mapping[str, Any]) -> Params:
+    found: Params = {}
+    for name, node in tree.items():
+        if name in ADAPTER_NAMES:
+            found[name] = node
+        elif isinstance(node, Mapping) and (below := _adapters(node)):
+            found[name] = below
+    return found
