@@ -23,6 +23,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "das": {"importance_examples": 8},
     "ewc": {"fisher_examples": 8},
 }
+MODELS: dict[str, dict[str, Any]] = {"olora": {"lora": {"rank": 2}}}
 SHORT = {
     **PAIRS,
     "training": {"batch_size": 8, "steps": 3, "log_every": 1},
@@ -33,7 +34,8 @@ DOMAINS = {**TEXT, "evaluation": {"batch_size": 8}, "tasks": [{**task, "end_task
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_whole_run(name: str, tmp_path: Path) -> None:
-    results = run(SHORT, tmp_path / "run", {"name": name, **OPTIONS.get(name, {})})
+    content = {**SHORT, "model": {**PAIRS["model"], **MODELS.get(name, {})}}
+    results = run(content, tmp_path / "run", {"name": name, **OPTIONS.get(name, {})})
     assert results.finished
     assert results.op is not None
     rows = numbers(tmp_path / "run")
