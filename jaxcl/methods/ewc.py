@@ -96,8 +96,8 @@ class Ewc(Method):
     def add_fisher(self, sums: FisherSums, params: Params, batch: Batch) -> FisherSums:
         """Adds a batch's squared per-example gradients; pure.
 
-        One row a device is worked on at a time: a row's gradient is as large as the trained params. No dropout is used; rows
-        without a scored position add nothing.
+        One row a device is worked on at a time: a row's gradient is as large as what is trained. No dropout is used;
+        rows without a scored position add nothing.
         """
         ways = shards("batch")
 
