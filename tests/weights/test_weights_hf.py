@@ -69,7 +69,7 @@ def test_every_field_of_the_configuration_survives(tmp_path: Path) -> None:
         init_std=0.07,
     )
     defaults = LlamaConfig(vocab_size=1, hidden_size=2, intermediate_size=1, num_layers=1, num_heads=1)
-    runtime = {"architecture", "compute"}
+    runtime = {"architecture", "compute", "lora"}
     assert all(getattr(config, key) != getattr(defaults, key) for key in set(LlamaConfig.model_fields) - runtime)
     network = Network.create(config)
     save_hf(tmp_path / "a", network, random_params(network))
@@ -412,7 +412,7 @@ def test_nothing_is_overwritten_and_nothing_half_written_stays(tmp_path: Path, m
     def full_disk(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("jaxcl.weights.save._write_json", full_disk)
+    monkeypatch.setattr("jaxcl.weights.save.write_json", full_disk)
     with pytest.raises(UserError, match=r"cannot write .*other: No space left on device"):
         save_hf(tmp_path / "other", network, params)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "model"]
