@@ -27,6 +27,7 @@ from jaxcl.methods.contrast import contrast, pool
 from jaxcl.methods.importance import (
     ImportanceSums,
     Normalisation,
+    Proxy,
     accumulate,
     add_domain_importance,
     add_general_importance,
@@ -78,11 +79,21 @@ class DasConfig(MethodConfig):
         description="pass the contrast's anchor comes from; own: one of its own; "
         "language_model: that of the language-model loss, which saves a pass",
     )
+    negatives: Literal["trained", "fixed"] = Field(
+        "trained",
+        description="gated pass that gives the contrast its knowledge of the past; trained: differentiated like the "
+        "others; fixed: a constant, so that it costs a forward pass and keeps nothing for a backward one",
+    )
+    proxy: Proxy = Field(
+        "outputs",
+        description="what the two passes of the general-knowledge proxy are compared by; outputs: the distributions "
+        "over tokens; pooled: the softmax of the mean state, which needs no token scores",
+    )
     proxy_dropout: float = Field(
         0.1,
         ge=0,
         lt=1,
-        description="dropout in the passes of the general-knowledge proxy and of the contrast, "
+        description="dropout of hidden states in the passes of the general-knowledge proxy and of the contrast, "
         "for models that have none of their own",
     )
 
@@ -144,7 +155,8 @@ class Das(Method):
     def add_general(self, sums: ImportanceSums, params: Params, batch: Batch, key: Array) -> ImportanceSums:
         """Adds a batch to the importance for general knowledge; pure."""
         rate = self._noise_rate()
-        return add_general_importance(self.network, sums, params, batch, key, rate, self.config.loss_chunk)
+        c = self.config
+        return add_general_importance(self.network, sums, params, batch, key, rate, c.loss_chunk, c.proxy)
 
     def add_domain(self, sums: ImportanceSums, params: Params, batch: Batch, key: Array) -> ImportanceSums:
         """Adds a batch to the importance for the domain at hand; pure."""
@@ -164,22 +176,24 @@ class Das(Method):
         return task.compile(self.absorb)(state, sums, jnp.int32(place))
 
     def _contrast(self, params: Params, importance: Gates, batch: Batch, anchor: Array | None, key: Array) -> Term:
-        """One pass over all rows of the contrast: every example stands in it two or three times, side by side."""
-        copies = 2 if anchor is not None else 3
-        rows = jax.tree.map(lambda leaf: jnp.repeat(leaf, copies, axis=0), batch)
+        """One pass each for the positives, the past and, if there is none yet, the anchors.
 
-        def gates_of_rows(past: Array) -> Array:
-            """The last copy of each example is gated, the others are whole."""
-            gates = jnp.ones((past.shape[0], batch.size, copies, past.shape[1])).at[:, :, -1].set(past[:, None])
-            return gates.reshape(past.shape[0], batch.size * copies, past.shape[1])
-
-        gates = jax.tree.map(gates_of_rows, importance)
-        hidden = self.network.hidden(params, rows, gates=gates, dropout_key=key, dropout_rate=self._noise_rate())
-        pooled = pool(hidden.states, rows.segments).reshape(batch.size, copies, -1)
+        As one batch, with gates of 1 on the rows that need none, they take longer and hold more
+        (`benchmarks/das_cost.py`).
+        """
+        anchor_key, positive_key, past_key = jax.random.split(key, 3)
+        anchor = self._pooled(params, batch, None, anchor_key) if anchor is None else anchor
+        positive = self._pooled(params, batch, None, positive_key)
+        known = jax.lax.stop_gradient(params) if self.config.negatives == "fixed" else params
+        past = self._pooled(known, batch, importance, past_key)
         real = jnp.any(batch.segments != 0, axis=1)
-        anchor = pooled[:, 0] if anchor is None else anchor
-        total, count = contrast(anchor, pooled[:, -2], pooled[:, -1], real, self.config.temperature)
+        total, count = contrast(anchor, positive, past, real, self.config.temperature)
         return Term(total, count, self.config.contrast_weight)
+
+    def _pooled(self, params: Params, batch: Batch, gates: Gates | None, key: Array) -> Array:
+        rate = self._noise_rate()
+        states = self.network.hidden(params, batch, gates=gates, dropout_key=key, dropout_rate=rate).states
+        return pool(states, batch.segments)
 
     def _noise_rate(self) -> float | None:
         return None if _own_dropout(self.network.config) > 0 else self.config.proxy_dropout

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxcl.methods.base import Params
+from jaxcl.methods.contrast import pool
 from jaxcl.methods.losses import example_losses, example_means, over_positions, scored_states
 from jaxcl.models.axes import constrain
 from jaxcl.models.batch import Batch
@@ -23,6 +24,7 @@ from jaxcl.models.gates import Gates
 from jaxcl.models.network import Network
 
 Normalisation = Literal["tanh", "quantile"]
+Proxy = Literal["outputs", "pooled"]
 
 
 class ImportanceSums(NamedTuple):
@@ -74,6 +76,7 @@ def add_general_importance(
     key: Array,
     dropout_rate: float | None,
     chunk: int,
+    proxy: Proxy = "outputs",
 ) -> ImportanceSums:
     """Adds a batch to the importance for what the model knew before (general knowledge, DAS equation 2).
 
@@ -85,12 +88,13 @@ def add_general_importance(
       params: the network's params.
       batch: token rows.
       key: for the two dropout masks.
-      dropout_rate: overrides the model's own rates; `None` keeps them. Static.
+      dropout_rate: see `Network.hidden`; `None` keeps the model's own rates. Static.
       chunk: see `losses.over_positions`; static.
+      proxy: see `dropout_divergence`; static.
     """
 
     def losses(gates: Gates) -> Array:
-        return dropout_divergence(network, params, batch, key, gates, dropout_rate, chunk)
+        return dropout_divergence(network, params, batch, key, gates, dropout_rate, chunk, proxy)
 
     return _add(sums, gate_gradients(network, losses, batch.size), batch)
 
@@ -118,8 +122,9 @@ def dropout_divergence(
     gates: Gates | None,
     dropout_rate: float | None,
     chunk: int,
+    proxy: Proxy = "outputs",
 ) -> Float[Array, " batch"]:
-    """`KL(f1(x) || f2(x))` of the output distributions of two passes under different dropout, in nats.
+    """`KL(f1(x) || f2(x))` of two passes under different dropout, in nats.
 
     Both passes run as one batch in which every row stands twice: rows draw their dropout independently. (In the
     authors' code the passes run in evaluation mode, so that they are equal, on hidden states.)
@@ -130,22 +135,26 @@ def dropout_divergence(
       batch: token rows.
       key: for dropout.
       gates: with a batch axis, or none; both passes of an example share its gates.
-      dropout_rate: overrides the model's own rates; `None` keeps them. Static.
+      dropout_rate: see `Network.hidden`; `None` keeps the model's own rates. Static.
       chunk: see `losses.over_positions`; static.
+      proxy: what f is. `outputs`: the distributions over tokens at the scored positions; their mean divergence is
+        taken. `pooled`: the softmax over the units of the row's mean state (`contrast.pool`). Static.
 
     Returns:
-      Each row's mean over its scored positions.
+      Each row's divergence; 0 for rows without scored positions (`outputs`) or tokens (`pooled`).
     """
     twice = jax.tree.map(lambda leaf: jnp.repeat(leaf, 2, axis=0), batch)
     if gates is not None:
         gates = jax.tree.map(lambda gate: jnp.repeat(gate, 2, axis=1), gates)
     states = network.hidden(params, twice, gates=gates, dropout_key=key, dropout_rate=dropout_rate).states
+    if proxy == "pooled":
+        pooled = pool(states, twice.segments)
+        return _divergence(pooled[0::2], pooled[1::2])
     states = scored_states(states, twice)
     states = states.reshape(batch.size, 2, *states.shape[1:])
 
     def divergence(part: tuple[Array, Array]) -> Array:
-        first, second = (jax.nn.log_softmax(network.logits(params, side), axis=-1) for side in part)
-        return jnp.sum(jnp.exp(first) * (first - second), axis=-1)
+        return _divergence(*(network.logits(params, side) for side in part))
 
     return example_means(over_positions(divergence, (states[:, 0], states[:, 1]), chunk), batch.weights)
 
@@ -197,6 +206,12 @@ def normalise_quantile(scores: Float[Array, "layers units"], share: float) -> Fl
 def accumulate(before: Gates, now: Gates) -> Gates:
     """What all domains so far need: the element-wise maximum (DAS, equation 4)."""
     return jax.tree.map(jnp.maximum, before, now)
+
+
+def _divergence(first: Float[Array, "... units"], second: Float[Array, "... units"]) -> Float[Array, "..."]:
+    """`KL(softmax(first) || softmax(second))` over the last axis."""
+    first, second = jax.nn.log_softmax(first, axis=-1), jax.nn.log_softmax(second, axis=-1)
+    return jnp.sum(jnp.exp(first) * (first - second), axis=-1)
 
 
 def _add(sums: ImportanceSums, gradients: Any, batch: Batch) -> ImportanceSums:

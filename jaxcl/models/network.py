@@ -151,7 +151,8 @@ class Network:
           tap: stands in every layer's attention, on the explicit path.
           probe: computes something beside every layer's attention, which stays on the fast kernel.
           dropout_key: key to draw dropout from; without one nothing is dropped.
-          dropout_rate: overrides all of the configuration's rates. Static.
+          dropout_rate: noise for models without dropout, in place of the configuration's rates: the rate on hidden
+            states. Attention probabilities are left alone, so that attention stays on the fast kernel. Static.
 
         Returns:
           Final states and what the probe computed.
@@ -271,9 +272,7 @@ class Network:
     def _noise(self, key: Array | None, rate: float | None) -> Noise | None:
         if key is None:
             return None
-        hidden, attention = (
-            (self.config.hidden_dropout, self.config.attention_dropout) if rate is None else (rate, rate)
-        )
+        hidden, attention = (self.config.hidden_dropout, self.config.attention_dropout) if rate is None else (rate, 0.0)
         return Noise(key, hidden, attention) if hidden > 0 or attention > 0 else None
 
 

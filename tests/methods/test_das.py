@@ -104,6 +104,65 @@ def test_contrast_equals_separate_passes(network: Network) -> None:
         assert padded[name].count == term.count
 
 
+def test_fixed_negatives_leave_only_the_slope_through_the_full_network() -> None:
+    """Against finite differences of a contrast in NumPy whose past is held, or moves along."""
+    network = tiny_roberta(num_layers=1)
+    batch, params = make_batch((6, 4)), init(network)
+    importance = jax.tree.map(
+        lambda leaf: 0.2 + 0.6 * (jnp.arange(leaf.size) % 2).reshape(leaf.shape), filled(network, 1)
+    )
+    # Gradients of the whole tree are compared along one direction, in which the past moves as much as the rest.
+    direction = jax.tree.map(lambda one, other: one - other, perturbed(params, 1.0), params)
+    states = jax.jit(lambda params, gates: network.hidden(params, batch, gates=gates).states)
+
+    def pooled(step: float, gates: Gates | None) -> np.ndarray:
+        moved = jax.tree.map(lambda leaf, along: leaf + step * along, params, direction)
+        found = np.asarray(states(moved, gates), np.float64)
+        mean = np.stack([found[row, :count].mean(axis=0) for row, count in enumerate((6, 4))])
+        return mean / np.linalg.norm(mean, axis=1, keepdims=True)
+
+    def total(step: float, past_step: float) -> float:
+        full, past = pooled(step, None), pooled(past_step, importance)
+        scores = np.exp(np.concatenate([full @ full.T, full @ past.T], axis=1))
+        return float(-np.log(np.diagonal(scores) / scores.sum(axis=1)).sum())
+
+    small = 2e-3
+    slopes = {
+        "trained": (total(small, small) - total(-small, -small)) / (2 * small),
+        "fixed": (total(small, 0.0) - total(-small, 0.0)) / (2 * small),
+    }
+    assert abs(slopes["trained"] - slopes["fixed"]) > 0.1 * abs(slopes["trained"])
+    values = set()
+    for negatives, slope in slopes.items():
+        method = Das(DasConfig(proxy_dropout=0.0, temperature=1.0, negatives=negatives), network, 1)
+        state = {**method.init(params), "importance": importance}
+
+        def contrast(params: Any, method: Das = method, state: Any = state) -> jax.Array:
+            return method.loss(params, state, batch, jax.random.key(0))["contrast"].sum
+
+        value, gradient = jax.jit(jax.value_and_grad(contrast))(params)
+        along = jax.tree.map(lambda one, other: float(jnp.vdot(one, other)), gradient, direction)
+        np.testing.assert_allclose(sum(jax.tree.leaves(along)), slope, rtol=1e-2)
+        values.add(float(value))
+    # What is differentiated changes no value.
+    np.testing.assert_allclose(max(values), min(values), rtol=1e-6)
+
+
+def test_proxy_is_a_choice() -> None:
+    network = tiny_llama(num_layers=1)
+    params, batches = init(network), [make_batch()]
+    found = []
+    for proxy in ("outputs", "pooled"):
+        method = Das(DasConfig(proxy=proxy), network, 1)
+        task = StandInTask(batches)
+        found.append(method.prepare(params, method.init(params), task)["importance"])
+        sums = add_general_importance(
+            network, ImportanceSums.zero(network), params, batches[0], jax.random.fold_in(task.key, 0), 0.1, 0, proxy
+        )
+        assert_close(found[-1], normalise(sums.mean(), "tanh", 0.5), rtol=1e-3)
+    assert not np.allclose(found[0].output, found[1].output, rtol=1e-2)
+
+
 def test_passes_of_the_contrast_draw_noise_of_their_own() -> None:
     network = tiny_llama(num_layers=1)
     params, batch = init(network), make_batch()
@@ -125,16 +184,29 @@ def test_a_model_with_dropout_keeps_its_own() -> None:
     assert Das(DasConfig(), tiny_roberta(attention_dropout=0.2), 1)._noise_rate() is None
 
 
-def test_no_contrast_no_pass() -> None:
+def test_each_variant_runs_its_passes_and_no_other() -> None:
+    """A pass over the layers is a scan; one more for each that is differentiated."""
     network = tiny_llama(num_layers=1)
     params, batch = network.shapes(), make_batch()
-    sizes = {}
-    for weight in (0.0, 1.0):
-        method = Das(DasConfig(contrast_weight=weight), network, 1)
+    variants: dict[tuple[Any, ...], DasConfig] = {
+        (1, 1): DasConfig(contrast_weight=0),
+        (4, 4): DasConfig(anchor="own", negatives="trained"),
+        (4, 3): DasConfig(anchor="own", negatives="fixed"),
+        (3, 3): DasConfig(anchor="language_model", negatives="trained"),
+        (3, 2): DasConfig(anchor="language_model", negatives="fixed"),
+    }
+    for (forward, backward), options in variants.items():
+        method = Das(options, network, 1)
         state = jax.eval_shape(method.init, params)
-        program = jax.make_jaxpr(method.loss)(params, state, batch, jax.random.key(0))
-        sizes[weight] = [equation.primitive.name for equation in program.jaxpr.eqns].count("scan")
-    assert sizes == {0.0: 1, 1.0: 2}
+
+        def loss(params: Any, state: Any, method: Das = method) -> jax.Array:
+            return sum(term.sum for term in method.loss(params, state, batch, jax.random.key(0)).values())
+
+        found = []
+        for function in (loss, jax.grad(loss)):
+            program = jax.make_jaxpr(function)(params, state)
+            found.append([equation.primitive.name for equation in program.jaxpr.eqns].count("scan"))
+        assert found == [forward, forward + backward], options
 
 
 def test_options_are_held_against_the_model() -> None:

@@ -8,6 +8,7 @@ from methods_helpers import init, log_softmax, make_batch, pad_batch, take_rows,
 
 from jaxcl.methods.importance import (
     ImportanceSums,
+    Proxy,
     accumulate,
     add_domain_importance,
     add_general_importance,
@@ -120,16 +121,31 @@ def test_divergence_equals_numpy(network: Network, params: Params) -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 
+def test_divergence_of_pooled_states_equals_numpy(network: Network, params: Params) -> None:
+    lengths = (6, 4, 0)
+    batch, key = make_batch(lengths), jax.random.key(3)
+    twice = take_rows(batch, [0, 0, 1, 1, 2, 2])
+    states = jax.jit(lambda: network.hidden(params, twice, dropout_key=key, dropout_rate=0.2).states)()
+    expected = [0.0, 0.0, 0.0]
+    for row, count in enumerate(lengths[:2]):
+        first, second = (log_softmax(np.asarray(states)[2 * row + side, :count].mean(axis=0)) for side in (0, 1))
+        expected[row] = (np.exp(first) * (first - second)).sum()
+    assert min(expected[:2]) > 1e-4
+    found = jax.jit(lambda: dropout_divergence(network, params, batch, key, None, 0.2, 2, "pooled"))()
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-6)
+
+
 def test_divergence_of_equal_passes_is_zero(network: Network, params: Params) -> None:
     found = jax.jit(lambda: dropout_divergence(network, params, make_batch(), jax.random.key(0), None, 0.0, 0))()
     np.testing.assert_allclose(found, 0.0, atol=1e-6)
 
 
-def test_general_importance_equals_finite_differences(network: Network, params: Params) -> None:
+@pytest.mark.parametrize("proxy", ["outputs", "pooled"])
+def test_general_importance_equals_finite_differences(network: Network, params: Params, proxy: Proxy) -> None:
     batch, key, step = make_batch((6, 4)), jax.random.key(3), 1e-2
 
     def divergence(gates: Gates) -> jax.Array:
-        return dropout_divergence(network, params, batch, key, gates, 0.2, 0)
+        return dropout_divergence(network, params, batch, key, gates, 0.2, 0, proxy)
 
     compiled = jax.jit(divergence)
     ones = Gates.ones(network.config, batch=2)
@@ -140,7 +156,7 @@ def test_general_importance_equals_finite_differences(network: Network, params: 
             for sign in (1, -1)
         ]
         slopes.append((moved[0] - moved[1]) / (2 * step))
-    add = jax.jit(lambda sums: add_general_importance(network, sums, params, batch, key, 0.2, 0))
+    add = jax.jit(lambda sums: add_general_importance(network, sums, params, batch, key, 0.2, 0, proxy))
     sums = add(ImportanceSums.zero(network))
     assert sums.examples == 2
     np.testing.assert_allclose(sums.total.heads[0], np.abs(slopes).sum(axis=1), rtol=2e-2, atol=1e-3)

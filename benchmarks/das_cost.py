@@ -1,0 +1,309 @@
+"""What DAS costs: its importance beside a forward/backward pass, its step beside a plain one, in every variant.
+
+    python -m benchmarks.das_cost [--model roberta] [--rounds 10] [--batch 32] [--only own_trained,...]
+
+Prints one JSON object. Everything is compiled first and then run in turn, round by round, so that all see the same
+moods of the machine. `ratio` is the median over the rounds of seconds divided by those of the plain step (of the
+forward/backward pass, for importance) of the same round, with quartiles; `processor_ratio` is the same for processor
+time, which neighbours on a shared machine disturb less. `temporary_megabytes` is what the compiled program holds
+beside its arguments and results.
+
+Variants of the step, by pass of the anchor and gradient of the gated pass: `own_trained` is the plain recipe of four
+passes. `contrast_in_one_batch` and `all_in_one_batch` are `own_trained` with three or all four passes fused to one
+pass over a batch in which every example stands three or four times, gated in its last copy: the same loss
+(`fused_difference`: largest relative difference of its gradient on a small network without noise).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcl.methods.base import Method, Term, Terms
+from jaxcl.methods.contrast import contrast, pool
+from jaxcl.methods.das import Das, DasConfig
+from jaxcl.methods.importance import ImportanceSums
+from jaxcl.methods.losses import language_model_loss, language_model_terms
+from jaxcl.methods.sequential import Sequential
+from jaxcl.methods.soft_mask import soft_masks
+from jaxcl.models.batch import Batch
+from jaxcl.models.gates import Gates
+from jaxcl.models.layers import dropout
+from jaxcl.models.llama import LlamaConfig
+from jaxcl.models.network import Network
+from jaxcl.models.roberta import RobertaConfig
+from jaxcl.sharding.layout import Layout
+from jaxcl.sharding.mesh import MeshConfig, make_mesh
+from jaxcl.training.feed import place_batch
+from jaxcl.training.optimizer import OptimizerConfig
+from jaxcl.training.trainer import Trainer
+
+VOCAB, LENGTH, MASKED = 8192, 128, 0.15
+SHAPES: dict[str, dict[str, Any]] = {
+    "roberta": {"hidden_size": 256, "intermediate_size": 1024, "num_layers": 6, "num_heads": 4},
+    "llama": {"hidden_size": 256, "intermediate_size": 688, "num_layers": 8, "num_heads": 4, "tie_embeddings": True},
+}
+
+
+class Program:
+    """A compiled program, what it holds, and how long it took in each round."""
+
+    def __init__(self, function: Any, *args: Any, carried: bool = False) -> None:
+        """Compiles.
+
+        Args:
+          function: jitted.
+          args: its arguments.
+          carried: whether its first result takes the place of its first argument, as for a training step.
+        """
+        started = time.perf_counter()
+        self._run = function.lower(*args).compile()
+        self.compile_seconds = time.perf_counter() - started
+        self.temporary = self._run.memory_analysis().temp_size_in_bytes
+        self._args, self._carried = list(args), carried
+        self.seconds: list[float] = []
+        self.processor: list[float] = []
+
+    def round(self) -> None:
+        """Runs once."""
+        processor, started = time.process_time(), time.perf_counter()
+        result = jax.block_until_ready(self._run(*self._args))
+        self.seconds.append(time.perf_counter() - started)
+        self.processor.append(time.process_time() - processor)
+        if self._carried:
+            self._args[0] = result[0]
+
+    def facts(self, base: Program) -> dict[str, Any]:
+        """What is reported; the first round only warms up."""
+        ratios = [a / b for a, b in zip(self.seconds[1:], base.seconds[1:], strict=True)]
+        processor = [a / b for a, b in zip(self.processor[1:], base.processor[1:], strict=True)]
+        return {
+            "ratio": statistics.median(ratios),
+            "ratio_quartiles": statistics.quantiles(ratios, n=4)[::2],
+            "processor_ratio": statistics.median(processor),
+            "processor_ratio_quartiles": statistics.quantiles(processor, n=4)[::2],
+            "seconds": statistics.median(self.seconds[1:]),
+            "temporary_megabytes": self.temporary / 1e6,
+            "temporary_ratio": self.temporary / base.temporary,
+            "compile_seconds": self.compile_seconds,
+        }
+
+
+def make_network(model: str, **changes: Any) -> Network:
+    values = {"vocab_size": VOCAB, "max_length": LENGTH, **SHAPES[model], **changes}
+    return Network.create(RobertaConfig(**values) if model == "roberta" else LlamaConfig(**values))
+
+
+def rows(model: str, batch: int, vocab: int = VOCAB) -> dict[str, Any]:
+    """Random tokens; 15% of the positions are scored for the encoder, all for the decoder."""
+    random = np.random.default_rng(0)
+    tokens = random.integers(0, vocab, (batch, LENGTH + 1))
+    fields: dict[str, Any] = {
+        "tokens": tokens[:, :-1],
+        "segments": np.ones((batch, LENGTH)),
+        "positions": np.tile(np.arange(LENGTH), (batch, 1)),
+        "task": np.zeros(batch),
+        "example": np.arange(batch),
+        "packed": False,
+    }
+    if model == "llama":
+        return {**fields, "targets": tokens[:, 1:], "weights": np.ones((batch, LENGTH))}
+    count = round(MASKED * LENGTH)
+    predict = np.sort(np.argsort(random.random((batch, LENGTH)), axis=1)[:, :count], axis=1)
+    targets = np.take_along_axis(tokens, predict, axis=1)
+    return {**fields, "predict": predict, "targets": targets, "weights": np.ones((batch, count))}
+
+
+class ContrastInOneBatch(Das):
+    """Anchors, positives and past in one pass."""
+
+    def _contrast(self, params: Any, importance: Gates, batch: Batch, anchor: Any, key: Any) -> Term:
+        states = _side_by_side(self, params, importance, batch, 3, key)
+        return _contrast_of(self, states, batch)
+
+
+class AllInOneBatch(Das):
+    """The language-model pass in the same pass as well. For models with dropout: all its rows draw alike."""
+
+    def loss(self, params: Any, state: Any, batch: Batch, key: Any) -> Terms:
+        """See `Method.loss`."""
+        states = _side_by_side(self, params, state["importance"], batch, 4, key)
+        loss = language_model_loss(self.network, params, states[:, 0], batch, self.config.loss_chunk)
+        return {"loss": loss, "contrast": _contrast_of(self, states[:, 1:], batch)}
+
+
+def _side_by_side(method: Das, params: Any, importance: Gates, batch: Batch, copies: int, key: Any) -> Any:
+    """States `[batch, copies, length, embed]`; the last copy is gated."""
+    repeated = jax.tree.map(lambda leaf: jnp.repeat(leaf, copies, axis=0), batch)
+
+    def gates_of_rows(past: Any) -> Any:
+        layers, units = past.shape
+        gates = jnp.ones((layers, batch.size, copies, units)).at[:, :, -1].set(past[:, None])
+        return gates.reshape(layers, batch.size * copies, units)
+
+    states = method.network.hidden(
+        params,
+        repeated,
+        gates=jax.tree.map(gates_of_rows, importance),
+        dropout_key=key,
+        dropout_rate=method._noise_rate(),
+    ).states
+    return states.reshape(batch.size, copies, *states.shape[1:])
+
+
+def _contrast_of(method: Das, states: Any, batch: Batch) -> Term:
+    pooled = [pool(states[:, copy], batch.segments) for copy in range(3)]
+    total, count = contrast(*pooled, jnp.any(batch.segments != 0, axis=1), method.config.temperature)
+    return Term(total, count, method.config.contrast_weight)
+
+
+STEPS: dict[str, Callable[[Network], Method]] = {
+    "plain": lambda network: Sequential(Sequential.Config(), network, 1),
+    "no_contrast": lambda network: Das(DasConfig(contrast_weight=0), network, 1),
+    "own_trained": lambda network: Das(DasConfig(anchor="own"), network, 1),
+    "own_fixed": lambda network: Das(DasConfig(anchor="own", negatives="fixed"), network, 1),
+    "language_model_trained": lambda network: Das(DasConfig(anchor="language_model"), network, 1),
+    "language_model_fixed": lambda network: Das(DasConfig(anchor="language_model", negatives="fixed"), network, 1),
+    "contrast_in_one_batch": lambda network: ContrastInOneBatch(DasConfig(anchor="own"), network, 1),
+    "all_in_one_batch": lambda network: AllInOneBatch(DasConfig(anchor="own"), network, 1),
+}
+
+
+def step_program(method: Method, layout: Layout, params: Any, batch: Batch) -> Program:
+    """The step of `jaxcl run`, with half of every unit's importance taken."""
+    optimizer = OptimizerConfig(learning_rate=1e-4, weight_decay=0.01)
+    trainer = Trainer(method, optimizer, layout, accumulate=1, seed=0)
+    state = trainer.start_task(trainer.init(jax.tree.map(jnp.copy, params)), 1000)
+    if isinstance(method, Das):
+        half = jax.tree.map(lambda leaf: jnp.full_like(leaf, 0.5), state.method_state["importance"])
+        state = trainer.with_method_state(state, {**state.method_state, "importance": half})
+    return Program(trainer.jitted_step, state, batch, trainer.key, carried=True)
+
+
+def importance_programs(network: Network, params: Any, batch: Batch) -> dict[str, Program]:
+    key = jax.random.key(0)
+    das = {proxy: Das(DasConfig(proxy=proxy), network, 1) for proxy in ("outputs", "pooled")}
+    sums = ImportanceSums.zero(network)
+
+    def loss(params: Any, batch: Batch, key: Any) -> Any:
+        term = language_model_terms(network, params, batch, key, DasConfig().loss_chunk)["loss"]
+        return term.sum / term.count
+
+    return {
+        "forward_backward": Program(jax.jit(jax.value_and_grad(loss)), params, batch, key),
+        "forward": Program(jax.jit(loss), params, batch, key),
+        "domain": Program(jax.jit(das["outputs"].add_domain), sums, params, batch, key),
+        "general_outputs": Program(jax.jit(das["outputs"].add_general), sums, params, batch, key),
+        "general_pooled": Program(jax.jit(das["pooled"].add_general), sums, params, batch, key),
+    }
+
+
+def dropout_programs(network: Network, batch: int) -> dict[str, Program]:
+    """Dropout of one layer's attention probabilities, and the same drawn by `jax.random`."""
+    probabilities = jnp.ones((batch, network.num_heads, LENGTH, LENGTH))
+
+    def by_bernoulli(x: Any, key: Any) -> Any:
+        return jnp.where(jax.random.bernoulli(key, 0.9, x.shape), x / 0.9, 0.0)
+
+    return {
+        "bernoulli": Program(jax.jit(by_bernoulli), probabilities, jax.random.key(0)),
+        "dropout": Program(jax.jit(lambda x, key: dropout(x, 0.1, key)), probabilities, jax.random.key(0)),
+    }
+
+
+def fused_difference(model: str) -> float:
+    """Largest difference of gradients between separate and fused passes, relative to the largest gradient."""
+    small = {"hidden_size": 16, "intermediate_size": 24, "num_layers": 2, "vocab_size": 32}
+    silent = {"hidden_dropout": 0.0, "attention_dropout": 0.0} if model == "roberta" else {}
+    network = make_network(model, **small, **silent)
+    params = network.init(jax.random.key(0))
+    batch = place_batch(
+        rows(model, 4, 32), Layout.create(make_mesh(MeshConfig()), network.axes(), network.shapes()).batch
+    )
+    gates = jax.tree.map(
+        lambda leaf: 0.2 + 0.6 * (jnp.arange(leaf.size) % 2).reshape(leaf.shape), Gates.ones(network.config)
+    )
+
+    gradients = []
+    for kind in (Das, ContrastInOneBatch, AllInOneBatch):
+        method = kind(DasConfig(anchor="own", proxy_dropout=0.0), network, 1)
+
+        def total(params: Any, method: Das = method) -> Any:
+            terms = method.loss(params, {"importance": gates}, batch, jax.random.key(0))
+            return sum(term.weight * term.sum / term.count for term in terms.values())
+
+        gradients.append(jax.tree.leaves(jax.jit(jax.grad(total))(params)))
+    largest = max(float(jnp.max(jnp.abs(leaf))) for leaf in gradients[0])
+    return max(
+        float(jnp.max(jnp.abs(one - other))) / largest
+        for fused in gradients[1:]
+        for one, other in zip(gradients[0], fused, strict=True)
+    )
+
+
+def measure(model: str, options: argparse.Namespace) -> dict[str, Any]:
+    network = make_network(model)
+    layout = Layout.create(make_mesh(MeshConfig()), network.axes(), network.shapes())
+    params = jax.jit(network.init)(jax.random.key(0))
+    batch = place_batch(rows(model, options.batch), layout.batch)
+    wanted = set(options.only.split(",")) | {"plain"} if options.only else set(STEPS)
+    if model == "llama":
+        wanted.discard("all_in_one_batch")  # the decoder's own loss has no noise, the contrast has
+    groups = {
+        "importance": importance_programs(network, params, batch),
+        "step": {name: step_program(STEPS[name](network), layout, params, batch) for name in STEPS if name in wanted},
+        "dropout": dropout_programs(network, options.batch),
+    }
+    programs = [program for group in groups.values() for program in group.values()]
+    for number in range(options.rounds + 1):
+        for place in range(len(programs)):
+            programs[(place + number) % len(programs)].round()
+    masks = jax.eval_shape(lambda: soft_masks(network, Gates.ones(network.config), "mean"))
+    size = {
+        name: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+        for name, tree in (("params", params), ("masks", masks))
+    }
+    return {
+        **{
+            group: {name: program.facts(next(iter(members.values()))) for name, program in members.items()}
+            for group, members in groups.items()
+        },
+        "fused_difference": fused_difference(model),
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "bytes": {**size, "masks_share": size["masks"] / size["params"]},
+        "config": network.config.model_dump(exclude_defaults=True),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=("roberta", "llama"), help="one of the two shapes; default: both")
+    parser.add_argument("--rounds", type=int, default=10, help="times everything is run, after one to warm up")
+    parser.add_argument("--batch", type=int, default=32, help="rows of 128 tokens")
+    parser.add_argument("--only", default="", help="variants of the step, with commas between; default: all")
+    options = parser.parse_args()
+    models = [options.model] if options.model else ["roberta", "llama"]
+    result = {
+        "settings": {"batch": options.batch, "length": LENGTH, "masked": MASKED, "rounds": options.rounds},
+        **{model: measure(model, options) for model in models},
+        "cores": os.cpu_count(),
+        "machine": platform.machine(),
+        "device": jax.devices()[0].device_kind,
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")},
+    }
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()
