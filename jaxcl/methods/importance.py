@@ -179,7 +179,9 @@ def normalise_tanh(scores: Float[Array, "layers units"]) -> Float[Array, "layers
       >>> [f"{x:.4f}" for x in normalise_tanh(jnp.array([[1.0, 3.0]]))[0]]  # standardised: -1 and 1
       ['0.7616', '0.7616']
     """
-    centred = scores - jnp.mean(scores, axis=-1, keepdims=True)
+    # Equal scores give exactly 0: the mean of what is left of them after their first is not rounded.
+    shifted = scores - scores[..., :1]
+    centred = shifted - jnp.mean(shifted, axis=-1, keepdims=True)
     deviation = jnp.sqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True))
     return jnp.abs(jnp.tanh(centred / jnp.where(deviation == 0, 1.0, deviation)))
 

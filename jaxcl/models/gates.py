@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxcl.models.compute import recomputed
+
 if TYPE_CHECKING:
     from jaxcl.models.llama import LlamaConfig
     from jaxcl.models.roberta import RobertaConfig
@@ -62,4 +64,11 @@ def gate(x: Float[Array, "batch length ..."], factor: Float[Array, "*batch units
     shape[axis] = factor.shape[-1]
     if factor.ndim == 2:
         shape[0] = factor.shape[0]
-    return x * factor.reshape(shape).astype(x.dtype)
+    factor = factor.reshape(shape)
+    return x * factor if x.dtype == factor.dtype else _wide_product(x, factor)
+
+
+@recomputed
+def _wide_product(x: Array, factor: Array) -> Array:
+    """In float32, so that the gradient of a factor, which is a sum over tokens, is summed in float32."""
+    return (x.astype(factor.dtype) * factor).astype(x.dtype)
