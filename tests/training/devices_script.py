@@ -74,12 +74,13 @@ def train(mesh: dict[str, int] | None, network: Network) -> dict[str, Any]:
     name = "kernel" if network.config.lora is None else "lora_b"
     query = state.params["blocks"]["attention"]["query"][name]
     moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.shape == query.shape]
-    ewc = Ewc(EwcConfig(), NETWORK, 1)
+    ewc = Ewc(EwcConfig(), network, 1)
     none = trainer.compile(ewc.no_fisher)(state.params)
     sums = trainer.compile(ewc.add_fisher)(none, state.params, place_batch(make_rows(0), layout.batch))
+    fisher = sums.total["blocks"]["attention"]["query"][name]
     return {
-        "fisher": np.asarray(sums.total["blocks"]["mlp"]["down"]["kernel"]).ravel().tolist(),
-        "fisher_spec": str(tuple(sums.total["blocks"]["mlp"]["down"]["kernel"].sharding.spec)),
+        "fisher": np.asarray(fisher).ravel().tolist(),
+        "fisher_spec": str(tuple(fisher.sharding.spec)),
         "losses": losses,
         "grad_norm": float(metrics["grad_norm"]),
         "params": {
