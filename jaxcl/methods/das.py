@@ -8,8 +8,11 @@ from what the important units alone would say. No domain id is needed afterwards
 Where the authors' code departs from the paper, the paper is followed: absolute values of gate gradients are taken per
 example, not of their sum; the general proxy compares two real dropout passes by their output distributions; domain
 importance sees the masked inputs the loss is defined on; masks lie on the heads' own axis and act once a step; a
-contrast's positive is the same example; pooling leaves padding out. The paper leaves decoders open: here they work
-alike, with `proxy_dropout` where the model has no dropout of its own. All passes see the same (masked) input.
+contrast's positive is the same example; pooling leaves padding out. All passes see the same (masked) input.
+
+The paper leaves decoders open: here they work alike. Where the model has no dropout of its own, the passes that need
+noise drop hidden states (`proxy_dropout`) and leave attention probabilities alone: dropping those as well would take
+attention off its fast kernel and hold an array `[batch, heads, length, length]` a layer.
 """
 
 from __future__ import annotations
@@ -76,8 +79,8 @@ class DasConfig(MethodConfig):
     temperature: float = Field(0.05, gt=0, description="temperature of the contrastive loss")
     anchor: Literal["own", "language_model"] = Field(
         "own",
-        description="pass the contrast's anchor comes from; own: one of its own; "
-        "language_model: that of the language-model loss, which saves a pass",
+        description="pass the contrast's anchor comes from; own: one of its own; language_model: that of the "
+        "language-model loss, which saves a pass and, where the model has dropout, changes no expected gradient",
     )
     negatives: Literal["trained", "fixed"] = Field(
         "trained",

@@ -144,7 +144,8 @@ def masked_optimizer(parts: OptimizerParts, mask_on: MaskOn) -> optax.GradientTr
     a constant factor out again, so it acts through epsilon, through masks of exactly 0 and through the masked decay.
     Either way importance 0 is the plain optimizer to the bit. With `update` this holds for compiled programs too: the
     mask stands before the learning rate, where a compiler that contracts products and sums contracts the same ones
-    with and without it. With `gradient` such a compiler may round Adam's sums differently in the last bit.
+    with and without it. With `gradient` such a compiler may round Adam's sums differently in the last bit, and moments
+    that outlive a task (`optimizer.reset_optimizer: false`) go on moving what has become important since.
 
     Args:
       parts: the optimizer in pieces. Gradients are clipped before they are masked: the clip sees what plain training

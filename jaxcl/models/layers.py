@@ -173,9 +173,9 @@ def dropout(x: Array, rate: float, key: Array) -> Array:
 def place_hash(words: UInt32[Array, "2"], shape: Sequence[int]) -> UInt32[Array, "..."]:
     """Uniform 32-bit words, one a place of an array, for dropout.
 
-    A keyed hash of the place: element-wise, so that it fuses with what reads it and splits over devices like it. Drawn
-    by threefry, the dropout of a layer takes a third of the layer's time on a CPU; by this, a fiftieth. Rows hash with
-    keys of their own, so that a place is counted within its row and does not overflow.
+    A keyed hash of the place: element-wise, so that it fuses with what reads it and splits over devices like it. On a
+    CPU dropout takes more than ten times as long with `jax.random.bernoulli` (`benchmarks/das_cost.py`). Rows hash
+    with keys of their own, so that a place is counted within its row and does not overflow.
 
     Args:
       words: the key.
