@@ -163,14 +163,14 @@ def noise(shape: tuple[int, ...]) -> np.ndarray:
 
 def test_general_importance_under_equal_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     """`KL(f1(x) || f2(x))` of two passes under different dropout, which is replaced by known factors."""
-    network = make_network("roberta")
+    network = make_network("roberta", hidden_dropout=RATE, attention_dropout=RATE)
     params = random_params(network)
     model = to_torch(network, params)
     monkeypatch.setattr("jaxcl.models.layer.dropout", lambda x, rate, key: x * noise(x.shape).astype(x.dtype))
     monkeypatch.setattr(functional, "dropout", lambda x, p, training, *_: x * torch.as_tensor(noise(tuple(x.shape))))
 
     singles, sums = [], ImportanceSums.zero(network)
-    for example in EXAMPLES:
+    for example in EXAMPLES[:2]:
         gates = ones(model)
         with gated(model.train(), gates):
             first, second = logits_of(model, example, times=2).log_softmax(-1)
@@ -178,9 +178,9 @@ def test_general_importance_under_equal_noise(monkeypatch: pytest.MonkeyPatch) -
         assert divergence > 0.01
         singles.append(torch.autograd.grad(divergence, gates))
         # A batch of one: its two passes are two rows.
-        add = jax.jit(lambda sums, batch: add_general_importance(network, sums, params, batch, KEY, RATE, 0))
+        add = jax.jit(lambda sums, batch: add_general_importance(network, sums, params, batch, KEY, None, 0))
         sums = add(sums, to_batch([example]))
-    assert sums.examples == len(EXAMPLES)
+    assert sums.examples == 2
     assert_units(sums.mean(), Units(*(torch.stack(kind).abs().mean(0) for kind in zip(*singles, strict=True))))
 
 

@@ -28,10 +28,12 @@ _CLASSES = {
 }
 
 
-def make_network(name: str) -> Network:
+def make_network(name: str, **changes: Any) -> Network:
     if name == "llama":
-        return Network.create(LlamaConfig(**_SHAPE, num_heads=4, num_kv_heads=2, attention_bias=True, mlp_bias=True))
-    return Network.create(RobertaConfig(**_SHAPE, num_heads=2, hidden_dropout=0.0, attention_dropout=0.0))
+        grouped = {"num_heads": 4, "num_kv_heads": 2, "attention_bias": True, "mlp_bias": True}
+        return Network.create(LlamaConfig(**{**_SHAPE, **grouped, **changes}))
+    quiet = {"num_heads": 2, "hidden_dropout": 0.0, "attention_dropout": 0.0}
+    return Network.create(RobertaConfig(**{**_SHAPE, **quiet, **changes}))
 
 
 def random_params(network: Network, seed: int = 0) -> Any:
