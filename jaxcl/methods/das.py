@@ -181,8 +181,7 @@ class Das(Method):
     def _contrast(self, params: Params, importance: Gates, batch: Batch, anchor: Array | None, key: Array) -> Term:
         """One pass each for the positives, the past and, if there is none yet, the anchors.
 
-        As one batch, with gates of 1 on the rows that need none, they take longer and hold more
-        (`benchmarks/das_cost.py`).
+        One batch of all their rows, with gates of 1 where none are needed, is no faster (`benchmarks/das_cost.py`).
         """
         anchor_key, positive_key, past_key = jax.random.split(key, 3)
         anchor = self._pooled(params, batch, None, anchor_key) if anchor is None else anchor
