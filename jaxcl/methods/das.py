@@ -78,9 +78,9 @@ class DasConfig(MethodConfig):
     )
     temperature: float = Field(0.05, gt=0, description="temperature of the contrastive loss")
     anchor: Literal["own", "language_model"] = Field(
-        "own",
-        description="pass the contrast's anchor comes from; own: one of its own; language_model: that of the "
-        "language-model loss, which saves a pass and, where the model has dropout, changes no expected gradient",
+        "language_model",
+        description="pass the contrast's anchor comes from; language_model: that of the language-model loss, which "
+        "saves a pass and, where the model has dropout, changes no expected gradient; own: one of its own",
     )
     negatives: Literal["trained", "fixed"] = Field(
         "trained",
