@@ -35,7 +35,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.records import over_seeds, run_all
+from benchmarks.records import over_seeds, run_all, spread, table
 
 LIMITS = {"train": 640, "dev": 160, "test": 480}
 DOMAINS = [
@@ -170,14 +170,41 @@ def summary(results: list[dict[str, Any]]) -> dict[str, Any]:
         "training_seconds": over_seeds([one["timing"]["training"] for one in results]),
         "method_seconds": over_seeds([one["timing"].get("method", 0.0) for one in results]),
     }
-    scores = [end_task_scores(one) for one in results if one["further"]]
-    if scores:
+    if any(name.startswith("end task") for name in results[0]["further"]):
+        scores = [end_task_scores(one) for one in results]
         found |= {
             "f1": over_seeds([one[2].mean() for one in scores]),
             "forgetting_rate": over_seeds([np.mean(one[1, :-1] - one[2, :-1]) for one in scores]),
             "end_tasks": over_seeds(scores),
         }
     return found
+
+
+def tables(found: dict[str, dict[str, Any]]) -> str:
+    """The summaries of all variants as Markdown tables."""
+
+    def each(value: dict[str, Any], row: int | None = None, digits: int = 1) -> list[str]:
+        pairs = zip(*(value[part] if row is None else value[part][row] for part in ("mean", "deviation")), strict=True)
+        return [spread({"mean": mean, "deviation": deviation}, digits) for mean, deviation in pairs]
+
+    names = [domain["name"] for domain in DOMAINS]
+    rows = []
+    for variant, one in found.items():
+        at_end = each(one["matrix"], -1)
+        if not np.isnan(one["initial"]["mean"][0]):
+            rows.append(["before", "", "", *each(one["initial"]), "", ""])
+        numbers = [spread(one["perplexity"]), spread(one["growth"], 3), *at_end]
+        rows.append([f"`{variant}`", *numbers, spread(one["training_seconds"], 0), spread(one["method_seconds"], 0)])
+    head = ["method", "perplexity", "growth", *names[: len(at_end)], "training, s", "between domains, s"]
+    parts = [table(head, rows)]
+    if all("f1" in one for one in found.values()):
+        rows = []
+        for variant, one in found.items():
+            if not np.isnan(one["end_tasks"]["mean"][0][0]):
+                rows.append(["no adaptation", "", "", *each(one["end_tasks"], 0)])
+            rows.append([f"`{variant}`", spread(one["f1"]), spread(one["forgetting_rate"]), *each(one["end_tasks"], 2)])
+        parts.append(table(["method", "F1", "forgetting rate", *names], rows))
+    return "\n\n".join(parts)
 
 
 def end_task_scores(results: dict[str, Any]) -> np.ndarray:
@@ -203,6 +230,7 @@ def main() -> None:
     parser.add_argument("--preparation", type=int, default=400, help="steps on news")
     parser.add_argument("--steps", type=int, default=60, help="steps a domain")
     parser.add_argument("--layers", type=int, default=3, help="layers of the model")
+    parser.add_argument("--tables", action="store_true", help="print Markdown tables instead of JSON")
     options = parser.parse_args()
     variants = options.variants.split(";")
     if unknown := set(variants) - set(VARIANTS):
@@ -214,7 +242,8 @@ def main() -> None:
     setting = {"model": options.model, "layers": options.layers, "preparation": options.preparation}
     config = partial(domains_config, options.model, weights, options.steps)
     results = run_all(variants, [int(seed) for seed in options.seeds.split(",")], config, out, records, setting)
-    print(json.dumps({variant: summary(rows) for variant, rows in results.items()}, indent=1))
+    found = {variant: summary(rows) for variant, rows in results.items()}
+    print(tables(found) if options.tables else json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

@@ -89,3 +89,19 @@ def run_all(
             one = recorded_run(config(variant, seed, out / name), records / f"{name}.json", setting=setting)
             results[variant].append(one)
     return results
+
+
+def spread(value: dict[str, Any], digits: int = 1) -> str:
+    """Mean and deviation of a single number as a cell of a table.
+
+    >>> spread({"mean": 1.25, "deviation": 0.5}), spread({"mean": 1.25, "deviation": float("nan")})
+    ('1.2 ± 0.5', '1.2')
+    """
+    mean, deviation = value["mean"], value["deviation"]
+    return f"{mean:.{digits}f}" if np.isnan(deviation) else f"{mean:.{digits}f} ± {deviation:.{digits}f}"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

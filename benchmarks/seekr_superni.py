@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.records import over_seeds, run_all
+from benchmarks.records import over_seeds, run_all, spread, table
 
 TASKS = {"sentiment": "task363", "relation": "task1510", "commonsense": "task073", "causes": "task748"}
 REPLAY = {"fraction": 0.0, "minimum": 8}
@@ -75,6 +75,22 @@ def summary(results: list[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def tables(found: dict[str, dict[str, Any]]) -> str:
+    """The summaries of all variants as a Markdown table."""
+    head = ["method", "OP", "BWT", *TASKS, "training, min", "method, min", "stored, MB"]
+    first = next(iter(found.values()))
+    rows = [["before", f"{sum(first['initial']['mean']) / len(TASKS):.1f}", "", *map(str, first["initial"]["mean"])]]
+    rows[0] += [""] * (len(head) - len(rows[0]))
+    for variant, one in found.items():
+        last = zip(one["matrix"]["mean"][-1], one["matrix"]["deviation"][-1], strict=True)
+        cells = [spread({"mean": mean, "deviation": deviation}) for mean, deviation in last]
+        minutes = [spread(one["minutes"][part]) for part in ("training", "method")]
+        bwt = spread(one["bwt"]) if "bwt" in one else ""
+        rows.append([f"`{variant}`", spread(one["op"]), bwt, *cells, *minutes])
+        rows[-1].append(f"{one['stored_bytes']['mean'] / 1e6:.2f}")
+    return table(head, rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/seekr_superni"), help="run folders")
@@ -84,6 +100,7 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=64, help="training examples a task")
     parser.add_argument("--test", type=int, default=20, help="test examples a task")
     parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--tables", action="store_true", help="print a Markdown table instead of JSON")
     options = parser.parse_args()
     variants = options.variants.split(";")
     if unknown := set(variants) - set(VARIANTS):
@@ -92,7 +109,8 @@ def main() -> None:
     config = partial(config_of, options.train, options.test, options.learning_rate)
     seeds = [int(seed) for seed in options.seeds.split(",")]
     results = run_all(variants, seeds, config, options.out, options.records, setting={})
-    print(json.dumps({variant: summary(rows) for variant, rows in results.items()}, indent=1))
+    found = {variant: summary(rows) for variant, rows in results.items()}
+    print(tables(found) if options.tables else json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":
