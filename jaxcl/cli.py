@@ -57,6 +57,25 @@ def _compare(args: argparse.Namespace) -> None:
     print(compare(args.config, args.overrides, args.methods, args.seeds, Path(args.out)))
 
 
+def _plan(args: argparse.Namespace) -> None:
+    # Plans are made for hardware that is not here: what is here must not get in the way.
+    for name, value in {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_MIN_LOG_LEVEL": "3"}.items():
+        os.environ.setdefault(name, value)
+    from jaxcl.config import load_config
+    from jaxcl.plan import as_json, plan
+    from jaxcl.plan_table import as_table
+
+    overrides = [*args.overrides, *(f"mesh.{one.strip()}" for one in args.mesh.split(",") if one)]
+    config = load_config(args.config, overrides)
+    if args.search:
+        from jaxcl.plan_search import search
+
+        found = search(config, args.topology, args.search)
+    else:
+        found = plan(config, args.topology, args.steps)
+    print(as_json(found) if args.json else as_table(found))
+
+
 def _convert(args: argparse.Namespace) -> None:
     from jaxcl.inference import convert
 
@@ -187,6 +206,30 @@ def build_parser() -> argparse.ArgumentParser:
     compare.add_argument("--methods", type=_names, required=True, metavar="A,B,C", help="names of methods")
     compare.add_argument("--seeds", type=_seeds, default=None, metavar="0,1,2", help="default: the config's seed")
     compare.add_argument("--out", required=True, metavar="DIR", help="gets a run folder a method and seed")
+
+    planned = _command(
+        commands,
+        "plan",
+        _plan,
+        "compile a configuration's steps for TPUs that are not here: memory, time and traffic of a chip; fits or not",
+        "jaxcl plan configs/seekr_llama2_7b_trace.yaml --topology v5p:4x4x4 --mesh fsdp=16,tensor=4",
+    )
+    planned.add_argument("config", metavar="CONFIG")
+    planned.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    planned.add_argument(
+        "--topology", required=True, metavar="KIND:GRID", help="chips: v4, v5e, v5p or v6e, and the grid"
+    )
+    planned.add_argument(
+        "--mesh", default="", metavar="AXIS=N,...", help="ways of each mesh axis; short for mesh.AXIS=N"
+    )
+    planned.add_argument("--steps", type=_names, default=None, metavar="A,B", help="train, replay, ...; default: all")
+    planned.add_argument(
+        "--search",
+        choices=("train", "replay"),
+        default=None,
+        help="find the mesh, rematerialisation and accumulation under which this step fits and is fastest",
+    )
+    planned.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
     convert = _command(
         commands,

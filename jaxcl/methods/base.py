@@ -242,6 +242,10 @@ class Method:
         """
         return params
 
+    def measurements(self, params: Params, state: State, batch: Batch, key: Array) -> dict[str, Any]:
+        """What `prepare` and `consolidate` compute of one batch, by name; pure. `jaxcl plan` compiles each."""
+        return {}
+
     def tables(self, state: State) -> dict[str, Array]:
         """Arrays worth a picture in the report: importance, masks, selected heads."""
         return {}

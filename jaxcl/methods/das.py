@@ -155,6 +155,14 @@ class Das(Method):
         tables = {f"importance_{name}": value for name, value in vars(state["importance"]).items()}
         return tables | {f"domains_{name}": value for name, value in vars(state["history"]).items()}
 
+    def measurements(self, params: Params, state: State, batch: Batch, key: Array) -> dict[str, Any]:
+        """See `Method.measurements`."""
+        zero = ImportanceSums.zero(self.network)
+        found = {"importance": self.add_domain(zero, params, batch, key)}
+        if self.config.general_knowledge:
+            found["general importance"] = self.add_general(zero, params, batch, key)
+        return found
+
     def add_general(self, sums: ImportanceSums, params: Params, batch: Batch, key: Array) -> ImportanceSums:
         """Adds a batch to the importance for general knowledge; pure."""
         rate = self._noise_rate()

@@ -243,6 +243,14 @@ class Seekr(Method):
             "selected_heads": selected.at[task, layer, head].set(True, mode="drop"),
         }
 
+    def measurements(self, params: Params, state: State, batch: Batch, key: Array) -> dict[str, Any]:
+        """See `Method.measurements`; forgettability reads two sets of params, here the same one twice."""
+        zero = HeadSums.zero(self.network)
+        return {
+            "sensitivity": self.add_sensitivity(zero, params, batch),
+            "forgettability": self.add_forgettability(zero, params, params, batch),
+        }
+
     def add_sensitivity(self, sums: HeadSums, params: Params, batch: Batch) -> HeadSums:
         """Adds a batch to the sensitivity of the task at hand; pure."""
         return add_sensitivity(self.network, sums, params, batch, self.config.loss_chunk)

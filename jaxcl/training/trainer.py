@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from jaxcl.methods.base import Method
 from jaxcl.models.batch import Batch
@@ -52,7 +54,7 @@ class Trainer:
         shapes = jax.eval_shape(self._init, layout.shapes)
         self.shardings = state_shardings(shapes, layout)
         self.target: TrainState = abstract(shapes, self.shardings)
-        self.key = put(jax.random.key(seed), layout.replicated)
+        self._seed = seed
         self._reset = jax.jit(_fresh(self._init_optimizer), out_shardings=self.shardings.opt_state)
         step = make_train_step(method, self._transform, optimizer, accumulate=accumulate, layout=layout)
         self.jitted_step = jax.jit(
@@ -61,6 +63,11 @@ class Trainer:
             in_shardings=(self.shardings, layout.batch, layout.replicated),
             out_shardings=(self.shardings, layout.replicated),
         )
+
+    @functools.cached_property
+    def key(self) -> Array:
+        """What everything random within steps comes from, on all devices; not made before a step runs."""
+        return put(jax.random.key(self._seed), self.layout.replicated)
 
     def init(self, params: PyTree) -> TrainState:
         """The state before the first task.

@@ -1,0 +1,152 @@
+"""Which mesh, rematerialisation and accumulation make a configuration's step fastest on a topology.
+
+Every arrangement is first estimated by hand-written rules, the most promising are then compiled for real: a compilation
+takes minutes, and most arrangements are hopeless at a glance.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from jaxcl.config import ExperimentConfig
+from jaxcl.errors import UserError
+from jaxcl.models.network import Network
+from jaxcl.plan import Plan, plan, row_shape
+from jaxcl.sharding.hardware import Chip, parse_topology
+from jaxcl.sharding.mesh import MeshConfig
+
+logger = logging.getLogger(__name__)
+
+# What the compiler needs beside what is counted here: buffers in flight, fragments, code.
+_MARGIN = 0.9
+
+
+class Arrangement(NamedTuple):
+    """One way to run a step.
+
+    Attributes:
+      data: copies of the params.
+      fsdp: ways params and batch are split together.
+      tensor: ways a layer is split.
+      remat: rematerialisation policy.
+      accumulate: micro-batches.
+    """
+
+    data: int
+    fsdp: int
+    tensor: int
+    remat: str
+    accumulate: int
+
+
+class Estimate(NamedTuple):
+    """What an arrangement takes, roughly: bytes a chip, and seconds a step."""
+
+    bytes: float
+    seconds: float
+
+
+def search(config: ExperimentConfig, topology_name: str, step: str, compile_at_most: int = 3) -> Plan:
+    """The fastest arrangement found that fits; the batch size stays.
+
+    Args:
+      config: the configuration; its mesh, `model.compute.remat` and `training.accumulate` are set by the search.
+      topology_name: such as `v5e:4x4`.
+      step: the step that counts, `train` or `replay`.
+      compile_at_most: how many arrangements are compiled.
+
+    Raises:
+      UserError: nothing fits, by the estimate or by the compiler.
+    """
+    topology = parse_topology(topology_name)
+    ways = [(one, estimate(config, one, topology.chip)) for one in arrangements(config, topology.chips)]
+    if not ways:
+        raise UserError(
+            f"training.batch_size: {config.training.batch_size} rows cannot be split over {topology.chips} chips by "
+            "any mesh that splits whole heads",
+            exit_code=2,
+        )
+    possible = [pair for pair in ways if pair[1].bytes <= _MARGIN * topology.chip.memory]
+    possible = sorted(possible or [min(ways, key=lambda pair: pair[1].bytes)], key=lambda pair: pair[1].seconds)
+    best: Plan | None = None
+    for one, guess in possible[:compile_at_most]:
+        logger.info("%s: %.1f GB and %.3f s by estimate; compiling", one, guess.bytes / 1e9, guess.seconds)
+        found = plan(arranged(config, one), topology_name, [step])
+        if found.fits and (best is None or (found.roofline_seconds or 0) < (best.roofline_seconds or 0)):
+            best = found
+    if best is None:
+        tried = ", ".join(str(tuple(one)) for one, _ in possible[:compile_at_most])
+        raise UserError(
+            f"{topology_name}: no arrangement fits; compiled (data, fsdp, tensor, remat, accumulate): {tried}"
+        )
+    return best
+
+
+def arranged(config: ExperimentConfig, one: Arrangement) -> ExperimentConfig:
+    """The configuration, arranged so."""
+    compute = config.model.compute.model_copy(update={"remat": one.remat})
+    return config.model_copy(
+        update={
+            "mesh": MeshConfig(data=one.data, fsdp=one.fsdp, tensor=one.tensor),
+            "model": config.model.model_copy(update={"compute": compute}),
+            "training": config.training.model_copy(update={"accumulate": one.accumulate}),
+        }
+    )
+
+
+def arrangements(config: ExperimentConfig, chips: int) -> Iterator[Arrangement]:
+    """All that split heads, mlp and batch evenly, params in one copy or one a group of `tensor` chips."""
+    model, rows = config.model, config.training.batch_size
+    for tensor in (size for size in range(1, chips + 1) if chips % size == 0):
+        if model.num_heads % tensor or model.intermediate_size % tensor:
+            continue
+        rest = chips // tensor
+        for data, fsdp in {(1, rest), (rest, 1)}:
+            if model.hidden_size % fsdp:
+                continue
+            for accumulate in (size for size in (1, 2, 4, 8, 16) if rows % (size * rest) == 0):
+                for remat in ("none", "dots", "full"):
+                    yield Arrangement(data, fsdp, tensor, remat, accumulate)
+
+
+def estimate(config: ExperimentConfig, one: Arrangement, chip: Chip) -> Estimate:
+    """Memory and time of a plain training step, by rules of thumb.
+
+    Memory: params, moments and gradient, split `fsdp * tensor` ways, and what a layer keeps for its backward pass:
+    its input (`full`), its matrix products as well (`dots`), or all of its activations (`none`). Time: the largest of
+    6 operations a param and token (8 with `full`, whose forward pass runs twice), gathering the params for each pass
+    and scattering the gradient, and two sums over `tensor` a layer and pass.
+    """
+    model, shape = config.model, row_shape(config, Network.create(config.model).causal)
+    params = sum(int(np.prod(leaf.shape, dtype=np.int64)) for leaf in jax.tree.leaves(Network.create(model).shapes()))
+    width = 2 if model.compute.dtype == "bfloat16" else 4
+    kept = 2 if model.compute.param_dtype == "bfloat16" else 4
+    first = 2 if config.optimizer.moment_dtype == "bfloat16" else 4
+    moments = {"adamw": first + 4, "lion": first, "rmsprop": 4}.get(
+        config.optimizer.name, first if config.optimizer.b1 else 0
+    )
+    gradient = 4 if one.accumulate > 1 else kept
+    state = params * (kept + moments + gradient) / (one.fsdp * one.tensor)
+
+    rows = config.training.batch_size // (one.data * one.fsdp * one.accumulate)
+    tokens = rows * shape.length
+    hidden, wide = model.hidden_size, model.intermediate_size / one.tensor
+    split = hidden / one.tensor
+    per_token = {"full": hidden, "dots": 2 * hidden + 4 * split + 3 * wide, "none": 6 * hidden + 8 * split + 6 * wide}
+    working = tokens * (6 * hidden + 8 * split + 6 * wide) * width
+    scored = rows * min(shape.predict or shape.length, 512)
+    activations = model.num_layers * tokens * per_token[one.remat] * width + working + 8 * scored * model.vocab_size
+
+    work = tokens * one.accumulate
+    compute = (8 if one.remat == "full" else 6) * params / one.tensor * work / chip.flops
+    passes = 3 if one.remat == "full" else 2
+    gathered = (passes * one.accumulate * width + 4) * params / one.tensor if one.fsdp > 1 else 0.0
+    if one.data > 1:
+        gathered += 2 * 4 * params / (one.fsdp * one.tensor)
+    summed = 2 * passes * model.num_layers * 2 * work * hidden * width * (one.tensor - 1) / one.tensor
+    return Estimate(state + activations, max(compute, (gathered + summed) / chip.interconnect))

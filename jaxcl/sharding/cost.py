@@ -1,0 +1,257 @@
+"""What one call of a compiled program costs a chip: operations, bytes of memory, bytes between chips.
+
+The compiler's own count takes the body of a loop once, however often it runs, and knows nothing of Pallas kernels. Here
+loops count as often as they turn and splash attention by its products.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from jaxcl.sharding.hlo import Computation, Instruction, Program, Shape, times
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+# These move nothing: they name, wait, or stand for what is counted where it happens.
+_FREE = frozenset(
+    {
+        *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"),
+        *("while", "call", "conditional", "opt-barrier", "copy-done", "async-start", "async-update", "async-done"),
+    }
+)
+_SLICES = ("dynamic-slice", "slice", "gather")
+# Products of a kernel, each 2 * rows * length * length * head_dim operations (Dao, 2023: FlashAttention-2, section 3).
+_SPLASH = {"fwd": 2, "dq": 3, "dkv": 4}
+
+
+class Collective(NamedTuple):
+    """All collectives of one kind.
+
+    Attributes:
+      runs: how often one runs.
+      bytes: bytes that a chip sends in all.
+    """
+
+    runs: float
+    bytes: float
+
+
+class Cost(NamedTuple):
+    """One call, for one chip.
+
+    Attributes:
+      flops: of matrix products and attention.
+      bytes: read from and written to main memory.
+      collectives: by kind.
+    """
+
+    flops: float
+    bytes: float
+    collectives: Mapping[str, Collective]
+
+    @property
+    def sent(self) -> float:
+        """Bytes a chip sends to others."""
+        return sum(one.bytes for one in self.collectives.values())
+
+
+def count_cost(program: Program, *, causal: bool) -> Cost:
+    """The cost of a program.
+
+    Args:
+      program: as parsed.
+      causal: whether splash attention leaves out the blocks of later keys, which are half of all.
+    """
+    flops = memory = 0.0
+    collectives: dict[str, Collective] = defaultdict(lambda: Collective(0.0, 0.0))
+    started = _started(program)
+    for name, count, fused in times(program):
+        computation = program.computations[name]
+        for one in computation.values():
+            flops += count * _flops(one, computation, causal)
+            if not fused:
+                memory += count * _traffic(one, computation, program)
+            kind = _collective(one, name)
+            if kind is None or name not in started.get(_channel(one), {name}):
+                continue
+            before = collectives[kind]
+            collectives[kind] = Collective(before.runs + count, before.bytes + count * _sent(kind, one, computation))
+    return Cost(flops, memory, dict(collectives))
+
+
+def _flops(one: Instruction, computation: Computation, causal: bool) -> float:
+    if one.opcode == "dot":
+        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", one.text)
+        left = computation[one.operands[0]].results[0].sizes
+        axes = [int(axis) for axis in contracted[1].split(",") if axis] if contracted else []
+        return 2.0 * math.prod(one.results[0].sizes) * math.prod(left[axis] for axis in axes)
+    if one.opcode == "convolution":
+        return _convolution(one, computation)
+    kernel = re.match(r"splash_\w*?_(fwd|dq|dkv)", one.name) if one.opcode == "custom-call" else None
+    if kernel:
+        return _splash(one, computation, _SPLASH[kernel[1]], causal)
+    return 0.0
+
+
+def _convolution(one: Instruction, computation: Computation) -> float:
+    """Operations of a convolution, which on TPUs is also what a matrix product becomes.
+
+    Positions that are padding or fall between stretched inputs cost nothing.
+    """
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.text)
+    if labels is None:
+        return 0.0
+    source, kernel = (computation[name].results[0].sizes for name in one.operands[:2])
+    window = {key: value.split("x") for key, value in re.findall(r"(\w+)=([\dx_\-]+)", _window(one.text))}
+    total = 2.0 * kernel[labels[2].index("i")]
+    total *= math.prod(one.results[0].sizes[labels[3].index(letter)] for letter in "bf")
+    for axis, letter in enumerate(sorted(letter for letter in labels[1] if letter.isdigit())):
+        size = source[labels[1].index(letter)]
+        taps, outputs = kernel[labels[2].index(letter)], one.results[0].sizes[labels[3].index(letter)]
+        stride, left, right = (int(window[key][axis]) if key in window else 1 for key in ("stride", "lhs", "rhs"))
+        before = int(window["pad"][axis].split("_")[0]) if "pad" in window else 0
+        places = (out * stride + tap * right - before for out in range(outputs) for tap in range(taps))
+        total *= sum(0 <= place <= (size - 1) * left and place % left == 0 for place in places)
+    return total
+
+
+def _window(text: str) -> str:
+    found = re.search(r"window=\{([^}]*)\}", text)
+    return found[1].replace("lhs_dilate", "lhs").replace("rhs_dilate", "rhs") if found else ""
+
+
+def _splash(one: Instruction, computation: Computation, products: int, causal: bool) -> float:
+    arrays = [shape for name in one.operands if name in computation for shape in computation[name].results]
+    query = next(shape.sizes for shape in arrays if len(shape.sizes) == 4 and shape.dtype != "s8")
+    rows, length, head_dim = math.prod(query[:-2]), query[-2], query[-1]
+    return products * 2.0 * rows * length * length * head_dim * (0.5 if causal else 1.0)
+
+
+def _traffic(one: Instruction, computation: Computation, program: Program) -> float:
+    """Bytes of main memory an instruction reads and writes."""
+    if one.opcode in _FREE:
+        return 0.0
+    read = sum(
+        _slow(shape)
+        for name in dict.fromkeys(one.operands)
+        if name in computation and len(computation[name].results) == 1
+        for shape in computation[name].results
+    )
+    written = sum(_slow(shape) for shape in one.results)
+    if one.opcode in _SLICES:
+        return min(read, written) + written
+    if one.opcode == "dynamic-update-slice":
+        update = computation[one.operands[1]].results[0]
+        return 2 * _slow(update)
+    inner = program.computations.get(one.called[0]) if one.opcode == "fusion" and one.called else None
+    return read + written if inner is None else _fusion_traffic(one, computation, inner)
+
+
+def _fusion_traffic(one: Instruction, computation: Computation, inner: Computation) -> float:
+    """A fusion reads of an operand no more than the slices it takes, and writes in place what it updates."""
+    total = 0.0
+    for parameter in (inside for inside in inner.values() if inside.opcode == "parameter"):
+        number = int(parameter.text.split("parameter(")[1].split(")")[0])
+        if number >= len(one.operands) or len(parameter.results) != 1:
+            continue
+        given = computation.get(one.operands[number])
+        if given is not None and len(given.results) == 1 and not given.results[0].fast:
+            total += min(parameter.results[0].bytes, _used(parameter.name, inner))
+    roots = [inside for inside in inner.values() if inside.root]
+    if roots and roots[0].opcode == "tuple":
+        roots = [inner[name] for name in roots[0].operands if name in inner]
+    for root, result in zip(roots, one.results, strict=False):
+        updated = _behind_bitcasts(root, inner)
+        if result.fast:
+            continue
+        if updated.opcode == "dynamic-update-slice":
+            total += inner[updated.operands[1]].results[0].bytes
+        else:
+            total += result.bytes
+    return total
+
+
+def _used(name: str, inner: Computation) -> float:
+    """Bytes that the instructions of a fusion take of a value."""
+    total = 0.0
+    for one in inner.values():
+        if name not in one.operands:
+            continue
+        if one.opcode == "bitcast":
+            total += _used(one.name, inner)
+        elif one.opcode in _SLICES and one.operands[0] == name:
+            total += one.results[0].bytes
+        elif one.opcode == "dynamic-update-slice" and one.operands[0] == name:
+            total += 0.0  # written in place, and counted as the result
+        else:
+            return math.inf
+    return total
+
+
+def _behind_bitcasts(one: Instruction, inner: Computation) -> Instruction:
+    while one.opcode in ("bitcast", "copy") and one.operands and one.operands[0] in inner:
+        one = inner[one.operands[0]]
+    return one
+
+
+def _slow(shape: Shape) -> float:
+    return 0.0 if shape.fast else shape.bytes
+
+
+def _collective(one: Instruction, computation: str) -> str | None:
+    kind = one.opcode.removesuffix("-start")
+    if kind not in COLLECTIVES:
+        return None
+    # How the TPU compiler writes a reduction of which each chip keeps a part.
+    return "reduce-scatter" if kind == "all-reduce" and "all-reduce-scatter" in computation else kind
+
+
+def _started(program: Program) -> dict[str, set[str]]:
+    """Collectives that run beside other work, by channel: the computations that start one.
+
+    Such a collective stands in the text again wherever work goes on beside it, and where it is waited for.
+    """
+    found: dict[str, set[str]] = defaultdict(set)
+    for name, computation in program.computations.items():
+        if any('"AsyncCollectiveStart"' in one.text for one in computation.values()):
+            for one in computation.values():
+                if channel := _channel(one):
+                    found[channel].add(name)
+    return found
+
+
+def _channel(one: Instruction) -> str:
+    found = re.search(r"channel_id=(\d+)", one.text)
+    return found[1] if found else ""
+
+
+def _sent(kind: str, one: Instruction, computation: Computation) -> float:
+    """Bytes a chip sends in a ring (all-to-all: directly) of the chips that take part."""
+    peers = group_size(one.text)
+    given = sum(shape.bytes for name in one.operands if name in computation for shape in computation[name].results)
+    share = (peers - 1) / peers if peers else 1.0
+    if kind == "all-gather":
+        return given * (peers - 1) if peers else given
+    return given * (2 * share if kind == "all-reduce" else 1.0 if kind == "collective-permute" else share)
+
+
+def group_size(text: str) -> int:
+    """Number of chips that take part in each group of a collective; 0 where the text does not say.
+
+    Examples:
+      >>> group_size("replica_groups={{0,1},{2,3}}"), group_size("replica_groups=[2,4]<=[8]")
+      (2, 4)
+      >>> group_size("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}")
+      4
+    """
+    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
+        return len(found[1].split(","))
+    if found := re.search(r"replica_groups=\[\d+,(\d+)\]<=", text):
+        return int(found[1])
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", text):
+        sizes = dict(re.findall(r"'?(\w+)'?=(\d+)", found[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'?(\w+)'?", found[2]) if axis in sizes)
+    return 0

@@ -1,0 +1,92 @@
+"""What a chip can do, and topologies of chips by name."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any, NamedTuple
+
+from jaxcl.errors import UserError
+
+
+class Chip(NamedTuple):
+    """One chip's limits.
+
+    Attributes:
+      memory: bytes a program can use.
+      flops: bfloat16 operations a second.
+      bandwidth: bytes a second between chip and its memory.
+      interconnect: bytes a second out of one chip into the others, all links together.
+    """
+
+    memory: float
+    flops: float
+    bandwidth: float
+    interconnect: float
+
+
+# https://cloud.google.com/tpu/docs, pages "TPU v4", "TPU v5e", "TPU v5p" and "TPU v6e" (peak compute, HBM, HBM
+# bandwidth, interchip interconnect); memory as far as the compiler gives it out, which keeps a part for itself.
+CHIPS = {
+    "v4": Chip(31.75 * 2**30, 275e12, 1.2e12, 300e9),
+    "v5e": Chip(15.75 * 2**30, 197e12, 819e9, 200e9),
+    "v5p": Chip(94.75 * 2**30, 459e12, 2.765e12, 600e9),
+    "v6e": Chip(31.25 * 2**30, 918e12, 1.64e12, 448e9),
+}
+
+
+class Topology(NamedTuple):
+    """Chips in a grid.
+
+    Attributes:
+      name: as the user wrote it, such as `v5p:4x4x4`.
+      kind: key of `CHIPS`.
+      chips: how many.
+    """
+
+    name: str
+    kind: str
+    chips: int
+
+    @property
+    def chip(self) -> Chip:
+        """What one of them can do."""
+        return CHIPS[self.kind]
+
+
+def parse_topology(name: str) -> Topology:
+    """A topology by name.
+
+    Examples:
+      >>> parse_topology("v5p:4x4x4").chips
+      64
+
+    Raises:
+      UserError: an unknown kind of chip, or no grid.
+    """
+    match = re.fullmatch(r"(\w+):(\d+(?:x\d+){1,2})", name)
+    if match is None or match[1] not in CHIPS:
+        raise UserError(
+            f"topology {name!r}: expected KIND:AxB or KIND:AxBxC, such as v5e:4x4 or v5p:4x4x4; kinds: "
+            f"{', '.join(CHIPS)}",
+            exit_code=2,
+        )
+    return Topology(name, match[1], math.prod(map(int, match[2].split("x"))))
+
+
+def find_devices(topology: Topology) -> Any:
+    """The topology's devices, to compile for; needs no TPU, but `libtpu`. `None` where that is not installed.
+
+    Raises:
+      UserError: libtpu knows no such grid.
+    """
+    import importlib.util
+
+    if importlib.util.find_spec("libtpu") is None:
+        return None
+    from jax.experimental import topologies
+
+    try:
+        return topologies.get_topology_desc(topology_name=topology.name, platform="tpu")
+    except Exception as error:  # what libtpu raises is of no one type
+        raise UserError(f"topology {topology.name}: {str(error).splitlines()[0]}", exit_code=2) from error

@@ -1,0 +1,153 @@
+"""Compiled programs as text: what is computed how often."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+_BYTES = {"pred": 1, "token": 0, "c64": 8, "c128": 16, "s4": 0.5, "u4": 0.5}
+_SHAPE = re.compile(r"\b([a-z][a-z0-9]*)\[([\d,]*)\](\{[^}]*\})?")
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
+_INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.*)$")
+_OPCODE = re.compile(r"(?:^|[\s)}])([a-z][a-z0-9\-]*)\(")
+_CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_TRIPS = re.compile(r'known_trip_count[^}]*?"n":"(\d+)"')
+_CONSTANT = re.compile(r"\bs32\[\][^ ]* constant\((\d+)\)")
+
+
+class Shape(NamedTuple):
+    """An array.
+
+    Attributes:
+      dtype: as in the text, `bf16` for example.
+      sizes: size of each axis.
+      fast: it lies in the chip's fast memory, not in its main memory.
+    """
+
+    dtype: str
+    sizes: tuple[int, ...]
+    fast: bool
+
+    @property
+    def bytes(self) -> float:
+        """Its size, without padding."""
+        known = _BYTES.get(self.dtype)
+        digits = re.search(r"\d+", self.dtype)
+        each = known if known is not None else int(digits[0]) / 8 if digits else 0
+        return math.prod(self.sizes) * each
+
+
+class Instruction(NamedTuple):
+    """One instruction.
+
+    Attributes:
+      name: its name, the same nowhere else in the computation.
+      opcode: what it does.
+      results: the arrays it makes; several for a tuple.
+      operands: names of what it reads.
+      called: names of computations it runs.
+      text: the whole line.
+      root: it is the computation's result.
+    """
+
+    name: str
+    opcode: str
+    results: tuple[Shape, ...]
+    operands: tuple[str, ...]
+    called: tuple[str, ...]
+    text: str
+    root: bool
+
+
+Computation = dict[str, Instruction]
+
+
+class Program(NamedTuple):
+    """A compiled program.
+
+    Attributes:
+      computations: by name.
+      entry: name of the one that is run.
+    """
+
+    computations: dict[str, Computation]
+    entry: str
+
+
+def parse(text: str) -> Program:
+    """Reads what `compiled.as_text()` wrote."""
+    computations: dict[str, Computation] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        if header := _HEADER.match(line):
+            current = computations.setdefault(header[2], {})
+            entry = header[2] if header[1] else entry
+        elif current is not None and (found := _INSTRUCTION.match(line)):
+            instruction = _instruction(found[2], found[3], bool(found[1]), line)
+            current[instruction.name] = instruction
+    return Program(computations, entry)
+
+
+def times(program: Program) -> Iterator[tuple[str, float, bool]]:
+    """How often each computation is run in one call of the program.
+
+    Yields:
+      Name of a computation, how often it runs, and whether it is a part of one fused instruction. One that is called
+      from several places comes several times. Of branches, each is counted as if taken.
+    """
+    todo = [(program.entry, 1.0, False)]
+    while todo:
+        name, count, fused = todo.pop()
+        yield name, count, fused
+        for one in program.computations[name].values():
+            repeated = count * trips(program, one) if one.opcode == "while" else count
+            inside = fused or one.opcode not in ("while", "call", "conditional")
+            todo += [(called, repeated, inside) for called in one.called if called in program.computations]
+
+
+def trips(program: Program, loop: Instruction) -> int:
+    """Turns of a `while`: what the compiler noted, else the largest integer its condition compares with.
+
+    A loop that may end early (writing text) is counted to its bound.
+    """
+    if noted := _TRIPS.search(loop.text):
+        return int(noted[1])
+    condition = re.search(r"condition=%?([\w.\-]+)", loop.text)
+    bounds, todo = [1], [condition[1]] if condition else []
+    while todo:
+        for one in program.computations.get(todo.pop(), {}).values():
+            todo += one.called
+            if constant := _CONSTANT.search(one.text):
+                bounds.append(int(constant[1]))
+    return max(bounds)
+
+
+def _instruction(name: str, rest: str, root: bool, line: str) -> Instruction:
+    kind = _OPCODE.search(rest)
+    before = rest[: kind.start(1)] if kind else rest
+    after = rest[kind.end() :] if kind else ""
+    results = tuple(_shape(found) for found in _SHAPE.finditer(before))
+    inside, attributes = _closing(after)
+    operands = tuple(re.findall(r"%([\w.\-]+)", inside))
+    called = tuple(_CALLED.findall(attributes))
+    if branches := _BRANCHES.search(attributes):
+        called += tuple(re.findall(r"%?([\w.\-]+)", branches[1]))
+    return Instruction(name, kind[1] if kind else "", results, operands, called, line, root)
+
+
+def _shape(found: re.Match[str]) -> Shape:
+    sizes = tuple(int(size) for size in found[2].split(",") if size)
+    return Shape(found[1], sizes, "S(" in (found[3] or ""))
+
+
+def _closing(text: str) -> tuple[str, str]:
+    """Splits behind an opening bracket, at the bracket that closes it."""
+    depth = 1
+    for place, letter in enumerate(text):
+        depth += (letter == "(") - (letter == ")")
+        if depth == 0:
+            return text[:place], text[place + 1 :]
+    return text, ""

@@ -1,0 +1,117 @@
+"""A program compiled for chips that are not here: what it needs of their memory and time."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from pydantic import Field
+
+from jaxcl.schema import Schema
+from jaxcl.sharding.cost import count_cost
+from jaxcl.sharding.hardware import Chip
+from jaxcl.sharding.hlo import parse
+
+_NEEDED = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", re.IGNORECASE)
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+class Traffic(Schema):
+    """All collectives of one kind in one call."""
+
+    runs: float = Field(description="how often one runs")
+    bytes: float = Field(description="bytes that a chip sends")
+
+
+class StepPlan(Schema):
+    """What one call of one program needs of one chip."""
+
+    fits: bool = Field(description="the compiler finds room for it in the chip's memory")
+    bytes_per_chip: float = Field(description="memory needed: arguments, results, temporaries and code")
+    activations: float | None = Field(None, description="temporaries among them; none where the compiler gave up")
+    arguments: dict[str, float] = Field(description="bytes of what the program is given, by part")
+    flops: float | None = Field(None, description="operations of matrix products and attention")
+    bytes: float | None = Field(None, description="bytes read from and written to main memory")
+    collectives: dict[str, Traffic] = Field({}, description="by kind")
+    seconds: dict[str, float] = Field({}, description="least time for compute, memory and interconnect, each alone")
+    roofline_seconds: float | None = Field(None, description="the largest of these: all three overlap at best")
+    utilisation: float | None = Field(None, description="share of the chip's peak compute at that time")
+    compile_seconds: float = Field(description="how long the compiler took here")
+
+
+def plan_step(
+    lowered: Any, arguments: Mapping[str, Any], chip: Chip, *, causal: bool, text_to: str | None = None
+) -> StepPlan:
+    """Compiles a program and reads what it needs.
+
+    Args:
+      lowered: what `jax.jit(...).lower` returned.
+      arguments: the program's arguments by part, as `jax.ShapeDtypeStruct` with shardings.
+      chip: the limits.
+      causal: see `count_cost`.
+      text_to: a file that gets the compiled program.
+    """
+    started = time.monotonic()
+    parts = {name: bytes_per_device(tree) for name, tree in arguments.items()}
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        found = _NEEDED.search(str(error))
+        if found is None:
+            raise
+        needed = float(found[1]) * _UNITS[found[2].upper()]
+        return StepPlan(
+            fits=False, bytes_per_chip=needed, arguments=parts, compile_seconds=round(time.monotonic() - started, 1)
+        )
+    seconds = round(time.monotonic() - started, 1)
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    if text_to is not None:
+        with open(text_to, "w", encoding="utf-8") as file:
+            file.write(text)
+    total = (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.generated_code_size_in_bytes
+    )
+    cost = count_cost(parse(text), causal=causal)
+    least = {
+        "compute": cost.flops / chip.flops,
+        "memory": cost.bytes / chip.bandwidth,
+        "interconnect": cost.sent / chip.interconnect,
+    }
+    roofline = max(least.values())
+    return StepPlan(
+        fits=total <= chip.memory,
+        bytes_per_chip=total,
+        activations=memory.temp_size_in_bytes,
+        arguments=parts,
+        flops=cost.flops,
+        bytes=cost.bytes,
+        collectives={kind: Traffic(runs=one.runs, bytes=one.bytes) for kind, one in cost.collectives.items()},
+        seconds=least,
+        roofline_seconds=roofline,
+        utilisation=least["compute"] / roofline if roofline else None,
+        compile_seconds=seconds,
+    )
+
+
+def bytes_per_device(tree: Any) -> float:
+    """Bytes of a device's own part of sharded arrays, given as `jax.ShapeDtypeStruct`."""
+    total = 0.0
+    for leaf in jax.tree.leaves(tree):
+        shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+        dtype = jax.dtypes.canonicalize_dtype("uint32") if _is_key(leaf) else leaf.dtype
+        size = 1
+        for axis in shape:
+            size *= axis
+        total += size * dtype.itemsize * (2 if _is_key(leaf) else 1)
+    return total
+
+
+def _is_key(leaf: Any) -> bool:
+    return bool(jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key))

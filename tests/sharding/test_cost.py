@@ -1,0 +1,155 @@
+"""What programs cost, against counts by hand."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxcl.sharding.cost import Collective, count_cost
+from jaxcl.sharding.hlo import parse, times, trips
+
+
+def cost_of(function, *shapes):
+    compiled = jax.jit(function).lower(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)).compile()
+    return count_cost(parse(compiled.as_text()), causal=False)
+
+
+def test_products_in_a_loop_count_as_often_as_it_turns() -> None:
+    def function(w, x):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
+
+    assert cost_of(function, (7, 32, 32), (16, 32)).flops == 7 * 2 * 16 * 32 * 32
+
+
+def test_loops_within_loops_multiply() -> None:
+    def inner(x, w):
+        return jax.lax.fori_loop(0, 5, lambda _, x: jnp.tanh(x @ w), x)
+
+    def function(w, x):
+        return jax.lax.scan(lambda x, w: (inner(x, w), None), x, w)[0]
+
+    assert cost_of(function, (3, 8, 8), (4, 8)).flops == 3 * 5 * 2 * 4 * 8 * 8
+
+
+def test_a_loop_reads_a_slice_of_stacked_weights_each_turn_and_not_all_of_them() -> None:
+    """Were the whole stack counted each turn, it would be 64 times the stack's size."""
+
+    def function(w, x):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x * w), None), x, w)[0]
+
+    stack = 64 * 1000 * 4
+    assert stack <= cost_of(function, (64, 1000), (1000,)).bytes <= 6 * stack
+
+
+def test_a_plain_product_moves_its_operands_and_its_result() -> None:
+    cost = cost_of(lambda a, b: a @ b, (64, 128), (128, 256))
+    assert cost.bytes == 4 * (64 * 128 + 128 * 256 + 64 * 256)
+    assert cost.collectives == {}
+
+
+# In the manner of the TPU compiler: a product as a convolution, one inside a loop; a gather that runs beside it, which
+# stands in the text where it starts and where it is waited for; a reduction of which each chip keeps a part.
+TPU = """HloModule step, is_scheduled=true
+
+%start (p: bf16[8,16]) -> (bf16[8,16], bf16[32,16]) {
+  %p = bf16[8,16]{1,0:T(8,128)(2,1)} parameter(0)
+  %gather.1 = bf16[32,16]{1,0} all-gather(%p), channel_id=3, replica_groups=[2,4]<=[8], dimensions={0}
+  ROOT %c = (bf16[8,16]{1,0}, bf16[32,16]{1,0}) custom-call(%gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%done (q: bf16[8,16]) -> bf16[32,16] {
+  %q = bf16[8,16]{1,0} parameter(0)
+  %gather.2 = bf16[32,16]{1,0} all-gather(%q), channel_id=3, replica_groups=[2,4]<=[8], dimensions={0}
+  ROOT %d = bf16[32,16]{1,0} custom-call(%q, %gather.2), custom_call_target="AsyncCollectiveDone"
+}
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %s = f32[] add(%a, %b)
+}
+
+%all-reduce-scatter (r: f32[64]) -> f32[16] {
+  %r = f32[64]{0} parameter(0)
+  %sum = f32[64]{0} all-reduce(%r), channel_id=4, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  %zero = s32[] constant(0)
+  ROOT %part = f32[16]{0} dynamic-slice(%sum, %zero), dynamic_slice_sizes={16}
+}
+
+%body (t: (s32[], bf16[8,16], f32[64], f32[4,8,32], f32[4,32,2])) -> (s32[], bf16[8,16], f32[64], f32[4,8,32], f32[4,32,2]) {
+  %t = (s32[], bf16[8,16]{1,0}, f32[64]{0}, f32[4,8,32]{2,1,0}, f32[4,32,2]{2,1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%t), index=0
+  %w = bf16[8,16]{1,0} get-tuple-element(%t), index=1
+  %g = f32[64]{0} get-tuple-element(%t), index=2
+  %lhs = f32[4,8,32]{2,1,0} get-tuple-element(%t), index=3
+  %rhs = f32[4,32,2]{2,1,0} get-tuple-element(%t), index=4
+  %begin = (bf16[8,16]{1,0}, bf16[32,16]{1,0}) fusion(%w), kind=kCustom, calls=%start
+  %dots = f32[4,8,2]{2,1,0} convolution(%lhs, %rhs), window={size=4 stride=3 pad=0_3 lhs_dilate=4}, dim_labels=0bf_0io->0bf
+  %end = bf16[32,16]{1,0} fusion(%w), kind=kCustom, calls=%done
+  %scattered = f32[16]{0} fusion(%g), kind=kCustom, calls=%all-reduce-scatter
+  %one = s32[] constant(1)
+  %next = s32[] add(%i, %one)
+  ROOT %out = (s32[], bf16[8,16]{1,0}, f32[64]{0}, f32[4,8,32]{2,1,0}, f32[4,32,2]{2,1,0}) tuple(%next, %w, %g, %lhs, %rhs)
+}
+
+%condition (u: (s32[], bf16[8,16], f32[64], f32[4,8,32], f32[4,32,2])) -> pred[] {
+  %u = (s32[], bf16[8,16]{1,0}, f32[64]{0}, f32[4,8,32]{2,1,0}, f32[4,32,2]{2,1,0}) parameter(0)
+  %j = s32[] get-tuple-element(%u), index=0
+  %limit = s32[]{:T(128)} constant(10)
+  ROOT %less = pred[] compare(%j, %limit), direction=LT
+}
+
+ENTRY %main (x: (s32[], bf16[8,16], f32[64], f32[4,8,32], f32[4,32,2])) -> (s32[], bf16[8,16], f32[64], f32[4,8,32], f32[4,32,2]) {
+  %x = (s32[], bf16[8,16]{1,0}, f32[64]{0}, f32[4,8,32]{2,1,0}, f32[4,32,2]{2,1,0}) parameter(0)
+  ROOT %loop = (s32[], bf16[8,16]{1,0}, f32[64]{0}, f32[4,8,32]{2,1,0}, f32[4,32,2]{2,1,0}) while(%x), condition=%condition, body=%body
+}
+"""  # noqa: E501
+
+
+def test_turns_are_read_from_the_condition() -> None:
+    program = parse(TPU)
+    assert trips(program, program.computations["main"]["loop"]) == 10
+    assert {name: count for name, count, _ in times(program)}["start"] == 10
+
+
+def test_a_collective_beside_other_work_counts_once() -> None:
+    """Rings of 4: a gather of parts of 8 x 16 bfloat16 sends 3 parts, a scattered sum of 64 float32 three quarters."""
+    cost = count_cost(parse(TPU), causal=False)
+    assert cost.collectives == {
+        "all-gather": Collective(10, 10 * 3 * 8 * 16 * 2),
+        "reduce-scatter": Collective(10, 10 * 64 * 4 * 3 / 4),
+    }
+    assert cost.sent == 10 * (768 + 192)
+
+
+def test_a_product_with_a_batch_axis_as_a_convolution_counts_no_padding() -> None:
+    """Of the 4 x 4 pairs of places, only the 4 that meet an input cost anything: 4 products of [8, 32] and [32, 2]."""
+    assert count_cost(parse(TPU), causal=False).flops == 10 * 4 * 2 * 8 * 32 * 2
+
+
+@pytest.mark.parametrize(("causal", "share"), [(False, 1.0), (True, 0.5)])
+@pytest.mark.parametrize(("kernel", "products"), [("fwd", 2), ("dq", 3), ("dkv", 4)])
+def test_splash_attention_counts_by_its_products(kernel: str, products: int, causal: bool, share: float) -> None:
+    text = f"""HloModule attention
+
+ENTRY %main (q: bf16[2,4,256,64]) -> bf16[2,4,256,64] {{
+  %q = bf16[2,4,256,64]{{3,2,1,0}} parameter(0)
+  %mask = s8[1,2,2]{{2,1,0}} constant({{...}})
+  ROOT %splash_mha_{kernel}_no_residuals.1 = bf16[2,4,256,64]{{3,2,1,0}} custom-call(%mask, %q, %q, %q), custom_call_target="tpu_custom_call"
+}}
+"""  # noqa: E501
+    one_product = 2 * 2 * 4 * 256 * 256 * 64
+    assert count_cost(parse(text), causal=causal).flops == products * one_product * share
+
+
+def test_values_in_fast_memory_cost_no_traffic() -> None:
+    text = """HloModule add
+
+ENTRY %main (a: f32[100]) -> f32[100] {
+  %a = f32[100]{0} parameter(0)
+  %b = f32[100]{0:T(128)S(1)} negate(%a)
+  ROOT %c = f32[100]{0} add(%b, %b)
+}
+"""
+    assert count_cost(parse(text), causal=False).bytes == 2 * 400
