@@ -125,7 +125,8 @@ def _window(text: str) -> str:
 
 def _splash(one: Instruction, computation: Computation, products: int, causal: bool) -> float:
     arrays = [shape for name in one.operands if name in computation for shape in computation[name].results]
-    query = next(shape.sizes for shape in arrays if len(shape.sizes) == 4 and shape.dtype != "s8")
+    # Of masks, segments and row sums, none is as large as queries, keys and values; a batch of one has no axis.
+    query = max(arrays, key=lambda shape: math.prod(shape.sizes)).sizes
     rows, length, head_dim = math.prod(query[:-2]), query[-2], query[-1]
     return products * 2.0 * rows * length * length * head_dim * (0.5 if causal else 1.0)
 

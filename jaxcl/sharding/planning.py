@@ -42,9 +42,7 @@ class StepPlan(Schema):
     compile_seconds: float = Field(description="how long the compiler took here")
 
 
-def plan_step(
-    lowered: Any, arguments: Mapping[str, Any], chip: Chip, *, causal: bool, text_to: str | None = None
-) -> StepPlan:
+def plan_step(lowered: Any, arguments: Mapping[str, Any], chip: Chip, *, causal: bool) -> StepPlan:
     """Compiles a program and reads what it needs.
 
     Args:
@@ -52,7 +50,6 @@ def plan_step(
       arguments: the program's arguments by part, as `jax.ShapeDtypeStruct` with shardings.
       chip: the limits.
       causal: see `count_cost`.
-      text_to: a file that gets the compiled program.
     """
     started = time.monotonic()
     parts = {name: bytes_per_device(tree) for name, tree in arguments.items()}
@@ -68,9 +65,6 @@ def plan_step(
         )
     seconds = round(time.monotonic() - started, 1)
     memory, text = compiled.memory_analysis(), compiled.as_text()
-    if text_to is not None:
-        with open(text_to, "w", encoding="utf-8") as file:
-            file.write(text)
     total = (
         memory.argument_size_in_bytes
         + memory.output_size_in_bytes

@@ -1,0 +1,158 @@
+"""Plans: what they say of a small model, and that the kept ones hold together."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from jaxcl import plan as planning
+from jaxcl.cli import main
+from jaxcl.config import parse_config
+from jaxcl.errors import UserError
+from jaxcl.plan import as_json, plan, programs
+from jaxcl.plan_search import Arrangement, arranged, arrangements, estimate
+from jaxcl.plan_table import as_table
+from jaxcl.sharding.hardware import CHIPS
+from jaxcl.sharding.mesh import make_mesh
+
+GOLDEN = sorted((Path(__file__).parent / "golden" / "plans").glob("*.json"))
+LLAMA = {
+    "architecture": "llama",
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_layers": 3,
+    "num_heads": 4,
+    "num_kv_heads": 4,
+    "max_length": 64,
+}
+
+
+def config_of(method: dict[str, Any], **changes: Any) -> Any:
+    return parse_config(
+        {
+            "output": "runs/none",
+            "model": LLAMA,
+            "data": {"prompt_length": 24, "answer_length": 8},
+            "tasks": [{"name": "a", "source": "json:nowhere/a"}, {"name": "b", "source": "json:nowhere/b"}],
+            "method": method,
+            "training": {"batch_size": 4},
+            "evaluation": {"batch_size": 4, "max_new_tokens": 4},
+            **changes,
+        }
+    )
+
+
+SEEKR = {"name": "seekr", "layer_budget": 2, "head_budget": 3, "query_budget": 5}
+
+
+@pytest.fixture(autouse=True)
+def without_libtpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "find_devices", lambda topology: None)
+
+
+def test_every_step_of_a_method_is_planned_without_its_data() -> None:
+    config = config_of(SEEKR)
+    assert set(programs(config, make_mesh(config.mesh, jax.devices()[:1]))) == {
+        "train",
+        "replay",
+        "sensitivity",
+        "forgettability",
+        "generate",
+    }
+    das = config_of({"name": "das"}, tasks=[{"name": "a", "source": "text:nowhere/a.txt"}], data={"length": 32})
+    assert set(programs(das, make_mesh(das.mesh, jax.devices()[:1]))) == {"train", "importance", "general importance"}
+
+
+def test_plan_of_a_small_model_adds_up() -> None:
+    found = plan(config_of(SEEKR), "v5e:1x1", ["train", "replay"])
+    params = 4 * found.parameters
+    train = found.steps["train"]
+    assert train.arguments["params"] == params
+    # Two moments; and the count of steps with them.
+    assert 2 * params <= train.arguments["optimizer"] <= 2 * params + 64
+    # 6 operations a token for each param in a matrix: all but embedding and norms, and the head at scored positions.
+    tokens, scored, attention = 4 * 32, 4 * 8, 3 * 6 * 2 * 4 * 32 * 32 * 16
+    layers = 3 * (4 * 16 * 16 + 3 * 16 * 32)
+    assert train.flops == pytest.approx(6 * (layers * tokens + 64 * 16 * scored) + attention, rel=0.15)
+    assert found.steps["replay"].flops > train.flops
+    assert found.fits
+    assert found.compiler == "host"
+    assert found.roofline_seconds == max(found.steps["replay"].seconds.values())
+    content = json.loads(as_json(found))
+    assert {"fits", "bytes_per_chip", "chip_memory", "flops", "roofline_seconds"} <= content.keys()
+    table = as_table(found)
+    assert "not for a TPU" in table
+    assert "fits:" in table
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--topology", "v9:2x2"], "kinds: v4, v5e, v5p, v6e"),
+        (["--topology", "v5e"], "such as v5e:4x4"),
+        (["--topology", "v5e:2x2", "--mesh", "fsdp=3"], "mesh: data=-1, fsdp=3"),
+    ],
+)
+def test_bad_usage_is_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    config = Path(__file__).parents[1] / "configs" / "quickstart_seekr.yaml"
+    assert main(["plan", str(config), *words]) == 2
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert len(errors) == 1
+    assert message in errors[0]
+
+
+def test_search_splits_whole_heads_and_whole_batches() -> None:
+    config = config_of({"name": "sequential"}, training={"batch_size": 8})
+    found = list(arrangements(config, 8))
+    assert found
+    for one in found:
+        assert one.data * one.fsdp * one.tensor == 8
+        assert 4 % one.tensor == 0
+        assert 8 % (one.data * one.fsdp * one.accumulate) == 0
+    assert arranged(config, found[0]).mesh.tensor == found[0].tensor
+
+
+def test_estimates_know_what_saves_memory() -> None:
+    config = config_of({"name": "sequential"}, training={"batch_size": 8})
+    chip = CHIPS["v5e"]
+
+    def needs(*arrangement: Any) -> float:
+        return estimate(config, Arrangement(*arrangement), chip).bytes
+
+    assert needs(1, 8, 1, "full", 1) < needs(1, 8, 1, "dots", 1) < needs(1, 8, 1, "none", 1)
+    assert needs(1, 4, 1, "none", 2) < needs(1, 4, 1, "none", 1)
+    assert needs(1, 8, 1, "full", 1) < needs(8, 1, 1, "full", 1)
+    twice = Arrangement(1, 8, 1, "full", 1)
+    once = Arrangement(1, 8, 1, "dots", 1)
+    assert estimate(config, twice, chip).seconds > estimate(config, once, chip).seconds
+
+
+def test_search_says_when_nothing_can_be_split() -> None:
+    from jaxcl.plan_search import search
+
+    with pytest.raises(UserError, match=r"training.batch_size: 4 rows cannot be split over 64 chips"):
+        search(config_of({"name": "sequential"}), "v5p:4x4x4", "train")
+
+
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
+def test_kept_plans_hold_together(path: Path) -> None:
+    """Independent of the compiler: sums, and operations against 6 or 8 a param and token."""
+    content = json.loads(path.read_text())
+    found = content["plan"]
+    assert content["command"].startswith("jaxcl plan ")
+    assert found["compiler"] == "tpu"
+    assert found["fits"] == all(step["fits"] for step in found["steps"].values())
+    chips = found["mesh"]["data"] * found["mesh"]["fsdp"] * found["mesh"]["tensor"]
+    for step in found["steps"].values():
+        assert step["fits"] == (step["bytes_per_chip"] <= found["chip_memory"])
+        assert step["bytes_per_chip"] >= sum(step["arguments"].values()) * 0.99
+        assert step["roofline_seconds"] == pytest.approx(max(step["seconds"].values()), rel=1e-4)
+    if "tokens" in content:
+        passes = content["passes"]
+        expected = passes * 2 * found["parameters"] * content["tokens"] / chips
+        assert found["steps"]["train"]["flops"] == pytest.approx(expected, rel=0.2)
