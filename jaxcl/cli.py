@@ -59,8 +59,7 @@ def _compare(args: argparse.Namespace) -> None:
 
 def _plan(args: argparse.Namespace) -> None:
     # Plans are made for hardware that is not here: what is here must not get in the way.
-    for name, value in {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_MIN_LOG_LEVEL": "3"}.items():
-        os.environ.setdefault(name, value)
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from jaxcl.config import load_config
     from jaxcl.plan import as_json, plan
     from jaxcl.plan_table import as_table

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import os
 import re
 from typing import Any, NamedTuple
 
@@ -33,6 +35,9 @@ CHIPS = {
     "v5p": Chip(94.75 * 2**30, 459e12, 2.765e12, 600e9),
     "v6e": Chip(31.25 * 2**30, 918e12, 1.64e12, 448e9),
 }
+
+
+_LIBTPU = {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1", "TPU_MIN_LOG_LEVEL": "3"}
 
 
 class Topology(NamedTuple):
@@ -80,12 +85,13 @@ def find_devices(topology: Topology) -> Any:
     Raises:
       UserError: libtpu knows no such grid.
     """
-    import importlib.util
-
     if importlib.util.find_spec("libtpu") is None:
         return None
     from jax.experimental import topologies
 
+    # Nothing is run: no chip to look for or to keep to oneself, and nothing to log about their absence.
+    for variable, value in _LIBTPU.items():
+        os.environ.setdefault(variable, value)
     try:
         return topologies.get_topology_desc(topology_name=topology.name, platform="tpu")
     except Exception as error:  # what libtpu raises is of no one type
