@@ -51,12 +51,9 @@ pass_on_signals() {
 
 interrupt() {
   interrupted=$((interrupted + 1))
-  local index
-  if ((interrupted == 1)); then
-    for index in "${!members[@]}"; do stop_member "$index" TERM; done
-  else
-    for index in "${!members[@]}"; do stop_member "$index" KILL; done
-  fi
+  local index signal=TERM
+  ((interrupted == 1)) || signal=KILL
+  for index in "${!members[@]}"; do stop_member "$index" "$signal" & done
 }
 
 # Waits for all. The first that fails decides the exit code, and the others get `GRACE` seconds (default 10) before
@@ -67,7 +64,7 @@ wait_for_members() {
     status=0
     pid=""
     wait -n -p pid "${members[@]}" || status=$?
-    [[ -n $pid ]] || continue # a signal came, no program ended
+    [[ -n ${pid:-} ]] || continue # a signal came, no program ended
     for index in "${!members[@]}"; do
       [[ ${members[$index]} != "$pid" ]] || unset "members[$index]"
     done
@@ -92,4 +89,37 @@ end_the_rest() {
   for index in "${!members[@]}"; do stop_member "$index" TERM; done
   sleep 10
   for index in "${!members[@]}"; do stop_member "$index" KILL; done
+}
+
+# --- Programs on other machines ----------------------------------------------------------------------------------
+#
+# A remote shell gets one line: a fixed script, and all that varies as quoted words behind it. The program runs in a
+# session of its own with a log under DIRECTORY/.launch, so that it outlives a lost connection; the connection follows
+# the log and returns the program's exit code.
+
+# Words: DIRECTORY NAME PREFIX PROGRAM [ARGUMENT...]; PREFIX `host` puts the machine's name before each line.
+# shellcheck disable=SC2016,SC2034 # expanded by the remote shell; used by those who source this
+remote_start='cd -- "$1" && mkdir -p .launch || exit 1
+log=.launch/$2.log; file=.launch/$2.pid; prefix=; test "$3" != host || prefix="[$(hostname)] "
+if test -f "$file" && kill -0 "$(cat "$file")" 2>/dev/null; then
+  echo "$2 is already running on $(hostname), process $(cat "$file")" >&2; exit 1
+fi
+shift 3
+setsid "$@" >"$log" 2>&1 </dev/null &
+pid=$!
+echo "$pid" >"$file"
+tail --pid="$pid" -n +1 -f "$log" | sed -u "s/^/$prefix/"
+wait "$pid"; status=$?
+rm -f "$file"
+exit "$status"'
+
+# Words: DIRECTORY NAME SIGNAL.
+# shellcheck disable=SC2016,SC2034
+remote_signal='kill -"$3" "$(cat "$1/.launch/$2.pid")"'
+
+# The line for a remote shell: $1 is one of the scripts above or any other, the rest its words.
+remote_line() {
+  local script=$1
+  shift
+  quoted_for_sh sh -c "$script" jaxcl "$@"
 }

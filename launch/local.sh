@@ -55,7 +55,7 @@ command_of() {
     "JAX_NUM_PROCESSES=$count" "JAX_PROCESS_ID=$1" "${PYTHON:-python3}" -m jaxcl "${arguments[@]}")
 }
 
-stop_member() { kill "-$2" -- "-${members[$1]}" 2>/dev/null || true; }
+stop_member() { kill "-$2" "${members[$1]}" 2>/dev/null || true; }
 
 arguments=("$@")
 if ((dry_run)); then
