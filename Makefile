@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 JOBS ?= 2
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
 
-.PHONY: help install quickstart test lint format test-parity docs clean
+.PHONY: help install quickstart test lint format test-parity test-system docs clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -48,6 +48,9 @@ test: lint  ## lint, types, unit and property tests, doctests
 
 test-parity: $(VENV)/.installed-parity  ## against torch and transformers, SmolLM2, real data and the TPU compiler
 	JAX_PLATFORMS=cpu $(BIN)/pytest -n $(JOBS) --dist loadfile -o addopts="--strict-markers -ra" tests/parity
+
+test-system: $(VENV)/.installed  ## a real run under SLURM on this machine, as root; installs Debian's slurm-wlm
+	PYTHON=$(abspath $(BIN))/python tests/system/slurm_run.sh
 
 docs: $(VENV)/.installed  ## regenerate the configuration reference from the types
 	$(BIN)/python -m jaxcl.config > docs/configuration.md

@@ -32,29 +32,37 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         self._action_max_length = len("    importance")
 
 
+def _say(result: object) -> None:
+    """Prints what a command made, once for all processes."""
+    from jaxcl.sharding.processes import is_first
+
+    if is_first():
+        print(result)
+
+
 def _run(args: argparse.Namespace) -> None:
     from jaxcl.config import load_config
     from jaxcl.experiment import run
 
-    print(run(load_config(args.config, args.overrides)).report)
+    _say(run(load_config(args.config, args.overrides)).report)
 
 
 def _extend(args: argparse.Namespace) -> None:
     from jaxcl.extension import extend
 
-    print(extend(Path(args.run), args.overrides, args.length).report)
+    _say(extend(Path(args.run), args.overrides, args.length).report)
 
 
 def _importance(args: argparse.Namespace) -> None:
     from jaxcl.importance import measure_importance
 
-    print(measure_importance(args.config, args.overrides, None if args.out is None else Path(args.out)))
+    _say(measure_importance(args.config, args.overrides, None if args.out is None else Path(args.out)))
 
 
 def _compare(args: argparse.Namespace) -> None:
     from jaxcl.comparison import compare
 
-    print(compare(args.config, args.overrides, args.methods, args.seeds, Path(args.out)))
+    _say(compare(args.config, args.overrides, args.methods, args.seeds, Path(args.out)))
 
 
 def _plan(args: argparse.Namespace) -> None:
@@ -313,27 +321,37 @@ def main(argv: Sequence[str] | None = None) -> int:
       The exit code: 0 done, 1 failed, 2 bad usage or configuration, 130 interrupted.
     """
     args = _parse(argv)
-    # A scheduler's SIGTERM is handled like Ctrl-C: save, then stop.
-    previous = signal.signal(signal.SIGTERM, _interrupt)
+    # A scheduler's signals are handled like Ctrl-C: save, then stop.
+    previous = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGUSR1)}
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    code, alone = EXIT_FAILURE, True
     try:
         args.action(args)
+        code = 0
     except UserError as error:
         print(f"jaxcl {args.command}: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
+        code = error.exit_code
+    except KeyboardInterrupt as error:
         print(f"jaxcl {args.command}: interrupted; run the same command again to go on", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        code, alone = EXIT_INTERRUPTED, type(error) is KeyboardInterrupt
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_FAILURE
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
         print(f"jaxcl {args.command}: {error.strerror or error}{where}", file=sys.stderr)
-        return EXIT_FAILURE
     finally:
-        signal.signal(signal.SIGTERM, previous)
-    return 0
+        if code and alone:
+            _leave_others(code)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    return code
+
+
+def _leave_others(code: int) -> None:
+    """Ends a process of several that failed by itself; does nothing where it is the only one."""
+    processes = sys.modules.get("jaxcl.sharding.processes")
+    if processes is not None:
+        processes.leave(code)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from jaxcl.config import ExperimentConfig, find_method, parse_config
 from jaxcl.config_file import ConfigError, apply_overrides, read_yaml
 from jaxcl.experiment import run
 from jaxcl.reporting.comparison import comparison_table, read_comparison, write_comparison
+from jaxcl.sharding.processes import initialize, is_first, on_first
 
 
 def compare(
@@ -33,6 +34,7 @@ def compare(
     Raises:
       UserError: the configuration is wrong for one of the methods (before anything runs), or a run fails.
     """
+    initialize()
     content = apply_overrides(read_yaml(Path(config)), overrides)
     seeds = [int(content.get("seed", 0))] if seeds is None else seeds
     runs = [
@@ -41,11 +43,13 @@ def compare(
         for seed in dict.fromkeys(seeds)
     ]
     for name, seed, variant in runs:
-        print(f"{name}, seed {seed}: {variant.output}", flush=True)
+        if is_first():
+            print(f"{name}, seed {seed}: {variant.output}", flush=True)
         run(variant)
-    page = write_comparison(out, [Path(variant.output) for _, _, variant in runs])
-    print(f"\n{comparison_table(read_comparison(out))}", flush=True)
-    return page
+    on_first(lambda: write_comparison(out, [Path(variant.output) for _, _, variant in runs]))
+    if is_first():
+        print(f"\n{comparison_table(read_comparison(out))}", flush=True)
+    return out / "comparison.html"
 
 
 def _variant(content: dict[str, Any], origin: str, method: str, seed: int, output: Path) -> ExperimentConfig:

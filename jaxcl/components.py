@@ -25,6 +25,7 @@ from jaxcl.models.network import Network
 from jaxcl.run_folder import RunFolder
 from jaxcl.sharding.layout import Layout
 from jaxcl.sharding.mesh import make_mesh
+from jaxcl.sharding.processes import on_first
 from jaxcl.training.config import check_batch_size
 from jaxcl.training.trainer import Trainer
 
@@ -104,14 +105,20 @@ class Components:
 
 
 class ProcessShare:
-    """A pipeline's single pass, this process's rows only; what `RunningTask` reads."""
+    """A pipeline, this process's rows of each batch only."""
 
     def __init__(self, pipeline: Pipeline) -> None:
         self._pipeline = pipeline
+        self.steps_per_epoch = pipeline.steps_per_epoch
 
-    def once(self, limit: int | None, seed: int) -> Iterator[dict[str, Any]]:
+    def once(self, limit: int | None = None, seed: int | None = None) -> Iterator[dict[str, Any]]:
         """See `Pipeline.once`."""
         return self._pipeline.once(limit, seed, jax.process_index(), jax.process_count())
+
+    def batch_at(self, step: int, *, seed: int) -> dict[str, Any]:
+        """See `Pipeline.batch_at`."""
+        here, all_of_them = jax.process_index(), jax.process_count()
+        return self._pipeline.batch_at(step, seed=seed, process_index=here, process_count=all_of_them)
 
 
 def build(config: ExperimentConfig, folder: RunFolder) -> Components:
@@ -129,6 +136,9 @@ def build(config: ExperimentConfig, folder: RunFolder) -> Components:
     processes = jax.process_count()
     check_batch_size(config.training.batch_size, config.training.accumulate, layout.batch_ways, processes)
     check_batch_size(config.evaluation.batch_size, 1, layout.batch_ways, processes, key="evaluation.batch_size")
+    if any(spec.end_task is not None for spec in config.tasks):
+        size = config.evaluation.end_task.batch_size
+        check_batch_size(size, 1, layout.batch_ways, processes, key="evaluation.end_task.batch_size")
     tasks = tuple(load_task(rooted(spec, config.data_root)) for spec in config.tasks)
     _check_tasks(config, tasks, causal=network.causal)
     tokenizer = load_tokenizer(config, tasks, folder.tokenizer)
@@ -180,6 +190,12 @@ def rooted(spec: Spec, root: str) -> Spec:
 
 def load_tokenizer(config: ExperimentConfig, tasks: tuple[TaskData, ...], folder: Path) -> Tokenizer:
     """The run's tokenizer, kept in `folder`: the configured one, that of the weights, or one trained on the tasks."""
+    if jax.process_count() > 1:  # process 0 writes it, the others find it
+        on_first(lambda: _load_tokenizer(config, tasks, folder))
+    return _load_tokenizer(config, tasks, folder)
+
+
+def _load_tokenizer(config: ExperimentConfig, tasks: tuple[TaskData, ...], folder: Path) -> Tokenizer:
     settings = config.tokenizer
     if settings.path is None and config.weights is not None:
         from jaxcl.weights import locate

@@ -56,7 +56,7 @@ class Evaluator:
         self.parts = parts
         self.settings = parts.config.evaluation
         self._texts: dict[int, ProcessShare] = {}
-        self._end_tasks: dict[int, tuple[TaskData, dict[str, LabelledPipeline]]] = {}
+        self._end_tasks: dict[int, tuple[TaskData, dict[str, ProcessShare]]] = {}
 
     @functools.cached_property
     def metrics(self) -> list[str]:
@@ -128,6 +128,7 @@ class Evaluator:
             max_new_tokens=self.settings.max_new_tokens,
             eos_id=tokenizer.eos_id,
             pad_id=tokenizer.pad_id,
+            trace=self.parts.trainer.compile.trace,
         )
 
     def _answer(self, params: Params, prompts: list[str]) -> list[str]:
@@ -171,7 +172,7 @@ class Evaluator:
             for name, one in ((f"{_END_TASK} accuracy", "accuracy"), (self._end_task_measure, metric))
         }
 
-    def _end_task(self, index: int) -> tuple[TaskData, dict[str, LabelledPipeline]]:
+    def _end_task(self, index: int) -> tuple[TaskData, dict[str, ProcessShare]]:
         if index not in self._end_tasks:
             spec = self.parts.config.tasks[index].end_task
             assert spec is not None
@@ -180,14 +181,16 @@ class Evaluator:
             self._end_tasks[index] = (
                 task,
                 {
-                    split: LabelledPipeline(
-                        getattr(task, split),
-                        task.labels,
-                        self.parts.tokenizer,
-                        data,
-                        masked=not self.parts.network.causal,
-                        batch_size=self.settings.end_task.batch_size,
-                        name=task.name,
+                    split: ProcessShare(
+                        LabelledPipeline(
+                            getattr(task, split),
+                            task.labels,
+                            self.parts.tokenizer,
+                            data,
+                            masked=not self.parts.network.causal,
+                            batch_size=self.settings.end_task.batch_size,
+                            name=task.name,
+                        )
                     )
                     for split in ("train", "dev", "test")
                     if getattr(task, split)

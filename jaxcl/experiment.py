@@ -25,7 +25,7 @@ from jaxcl.evaluator import answering_params
 from jaxcl.reporting.report import write_report
 from jaxcl.run_folder import RunFolder
 from jaxcl.scoreboard import Scoreboard
-from jaxcl.sharding.processes import initialize
+from jaxcl.sharding.processes import initialize, on_first, wait_for_all
 from jaxcl.tasks import memory_pipeline, remember, running_task
 from jaxcl.training.checkpoint import Checkpoints, Saved
 from jaxcl.training.compile import enable_compilation_cache
@@ -34,6 +34,9 @@ from jaxcl.training.loop import train_task
 from jaxcl.training.sinks import Sink, open_sinks
 from jaxcl.training.state import TrainState
 from jaxcl.training.task import RunningTask, collect_signals
+
+# How long a file may take to be seen by another machine.
+_VISIBLE_SECONDS = 30
 
 Stream = Pipeline | Mixture
 Record = dict[str, np.ndarray]
@@ -68,21 +71,39 @@ def run(config: ExperimentConfig, *, grown_from: ExperimentConfig | None = None)
     _keep_compiled_programs()
     folder = RunFolder(Path(config.output))
     try:
-        if jax.process_index() == 0:
-            folder.claim((grown_from or config).plain())
+        on_first(lambda: folder.claim((grown_from or config).plain()))
+        _check_shared(folder)
         names = [task.name for task in config.tasks]
         if folder.results.is_file() and (results := Results.read(folder.results)).finished and results.tasks == names:
-            return Outcome(results, write_report(folder.path))
+            return Outcome(results, _report(folder))
         parts = build(config, folder)
         keep = config.training.keep, config.training.keep_tasks
         with Checkpoints(folder.checkpoints, keep=keep[0], keep_marked=keep[1]) as checkpoints:
             sequence = TaskSequence(parts, folder, checkpoints)
-            if grown_from is not None and jax.process_index() == 0:
-                folder.describe(config.plain())  # not before everything that can be wrong with the new task is known
+            if grown_from is not None:
+                # Not before everything that can be wrong with the new task is known.
+                on_first(lambda: folder.describe(config.plain()))
             results = sequence.run()
-        return Outcome(results, write_report(folder.path))
+        return Outcome(results, _report(folder))
     finally:
         folder.release()
+
+
+def _check_shared(folder: RunFolder) -> None:
+    """Whether this process sees what process 0 wrote: checkpoints, memory and teacher store are read by all."""
+    for _ in range(_VISIBLE_SECONDS):
+        if folder.config.is_file():
+            return
+        time.sleep(1.0)  # network file systems may be late
+    raise UserError(
+        f"output {folder.path}: process {jax.process_index()} does not see what process 0 wrote there; "
+        "name a folder on storage that all processes share"
+    )
+
+
+def _report(folder: RunFolder) -> Path:
+    on_first(lambda: write_report(folder.path))
+    return folder.report
 
 
 def _keep_compiled_programs() -> None:
@@ -217,8 +238,10 @@ class TaskSequence:
             for row, example in enumerate(examples):
                 records.append((int(example), method.trim({name: value[row] for name, value in batch.items()})))
 
+        on_first(lambda: self._remove_stores(index))
         if collect_signals(self.parts.trainer, state, task, keep):
             write_records(self._store(index, jax.process_index()), records)
+        wait_for_all(f"stored beside task {index}")
         if self.main and (tables := method.tables(state.method_state)):
             write_tables(self.folder.importance, index, {name: np.asarray(value) for name, value in tables.items()})
         return state
@@ -265,8 +288,16 @@ class TaskSequence:
     def _store(self, index: int, process: int) -> Path:
         return self.folder.teacher / f"task{index:02d}_process{process:03d}.array_record"
 
+    def _stores(self, index: int) -> list[Path]:
+        return sorted(self.folder.teacher.glob(f"task{index:02d}_process*.array_record"))
+
+    def _remove_stores(self, index: int) -> None:
+        """Removes what an interrupted attempt stored: there may have been more processes then."""
+        for path in self._stores(index):
+            path.unlink()
+
     def _open_store(self, index: int) -> TeacherStore | None:
-        paths = sorted(self.folder.teacher.glob(f"task{index:02d}_process*.array_record"))
+        paths = self._stores(index)
         return TeacherStore.open(paths) if paths else None
 
     # Evaluation and results

@@ -37,6 +37,7 @@ class RunFolder:
         self._lock: IO[str] | None = None
 
     config = property(lambda self: self.path / "config.yaml")
+    report = property(lambda self: self.path / "report.html")
     results = property(lambda self: self.path / "results.json")
     metrics = property(lambda self: self.path / "metrics.jsonl")
     predictions = property(lambda self: self.path / "predictions")

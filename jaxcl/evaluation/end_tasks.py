@@ -76,7 +76,7 @@ class _State(NamedTuple):
 class _Programs(NamedTuple):
     start: Callable[[Params, Array, Array], _State]
     train: Callable[[_State, Batch, Array], _State]
-    classify: Callable[[Params, Batch], Int[Array, " batch"]]
+    classify: Callable[[Params, Batch], tuple[Array, Array | None, Array]]
 
 
 def score_end_task(
@@ -194,9 +194,10 @@ def _classify_all(
     predictions, labels = [], []
     for fields in rows.once():
         batch = place(fields)
-        real = np.asarray(jax.device_get(batch.weights))[:, 0] > 0
-        predictions.append(np.asarray(jax.device_get(programs.classify(params, batch)))[real])
-        labels.append(np.asarray(jax.device_get(batch.labels))[real])
+        # What is compiled is whole in every process; the batch itself need not be.
+        predicted, expected, real = jax.device_get(programs.classify(params, batch))
+        predictions.append(predicted[real])
+        labels.append(expected[real])
     return np.concatenate(predictions), np.concatenate(labels)
 
 
@@ -224,8 +225,10 @@ def _programs(network: Network, config: EndTaskConfig, compile: Compile) -> _Pro
         params = jax.tree.map(lambda leaf, by: (leaf - rate * by).astype(leaf.dtype), state.params, direction)
         return _State(params, moments, state.step + 1, state.total)
 
-    def classify(params: Params, batch: Batch) -> Int[Array, " batch"]:
-        return jnp.argmax(network.classify(params, network.hidden(params, batch).states, batch), axis=-1)
+    def classify(params: Params, batch: Batch) -> tuple[Array, Array | None, Array]:
+        """Class of each row, the class expected, and whether the row counts."""
+        scores = network.classify(params, network.hidden(params, batch).states, batch)
+        return jnp.argmax(scores, axis=-1), batch.labels, batch.weights[:, 0] > 0
 
     return _Programs(compile(start), compile(train), compile(classify))
 

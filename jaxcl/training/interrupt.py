@@ -14,11 +14,17 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class StoppedTogether(KeyboardInterrupt):
+    """All processes have agreed to stop, and what was done is saved."""
 
 
 class Interrupts:
-    """While active, the first SIGINT or SIGTERM only sets `requested`; a second one raises `KeyboardInterrupt` at once.
+    """While active, the first signal only sets `requested`; a second one raises `KeyboardInterrupt` at once.
+
+    Signals are SIGINT, SIGTERM and SIGUSR1, by which schedulers tell that a time limit is near.
 
     A step donates its input, so an exception in the middle of a step would leave no state to save.
 

@@ -11,7 +11,7 @@ import jax
 
 from jaxcl.errors import UserError
 from jaxcl.training.feed import Feed
-from jaxcl.training.interrupt import Agreement, Interrupts
+from jaxcl.training.interrupt import Agreement, Interrupts, StoppedTogether
 from jaxcl.training.sinks import Progress, Sink
 from jaxcl.training.state import TrainState
 from jaxcl.training.step import Metrics
@@ -68,7 +68,8 @@ def train_task(
 
     Raises:
       UserError: a loss or gradient is not finite, or the feed ends early. Names the task and the steps.
-      KeyboardInterrupt: SIGINT or SIGTERM came; the state after the last finished step has been saved.
+      StoppedTogether: a `KeyboardInterrupt`: SIGINT, SIGTERM or SIGUSR1 came to a process; the state after the last
+        finished step has been saved.
     """
     first = int(state.clock.step)
     log = _Log(name, task, sinks, log_every, total, offset=int(state.step) - first, first=first)
@@ -100,7 +101,7 @@ def train_task(
                     if save is not None:
                         save(state, feed.get_state())
                 if stop:
-                    raise KeyboardInterrupt
+                    raise StoppedTogether
             read(pending)
         finally:
             log.flush()

