@@ -21,8 +21,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.program import Program, run_in_turn
 from jaxcl.methods.base import Method, Term, Terms
 from jaxcl.methods.contrast import contrast, pool
 from jaxcl.methods.das import Das, DasConfig
@@ -54,50 +53,6 @@ SHAPES: dict[str, dict[str, Any]] = {
     "roberta": {"hidden_size": 256, "intermediate_size": 1024, "num_layers": 6, "num_heads": 4},
     "llama": {"hidden_size": 256, "intermediate_size": 688, "num_layers": 8, "num_heads": 4, "tie_embeddings": True},
 }
-
-
-class Program:
-    """A compiled program, what it holds, and how long it took in each round."""
-
-    def __init__(self, function: Any, *args: Any, carried: bool = False) -> None:
-        """Compiles.
-
-        Args:
-          function: jitted.
-          args: its arguments.
-          carried: whether its first result takes the place of its first argument, as for a training step.
-        """
-        started = time.perf_counter()
-        self._run = function.lower(*args).compile()
-        self.compile_seconds = time.perf_counter() - started
-        self.temporary = self._run.memory_analysis().temp_size_in_bytes
-        self._args, self._carried = list(args), carried
-        self.seconds: list[float] = []
-        self.processor: list[float] = []
-
-    def round(self) -> None:
-        """Runs once."""
-        processor, started = time.process_time(), time.perf_counter()
-        result = jax.block_until_ready(self._run(*self._args))
-        self.seconds.append(time.perf_counter() - started)
-        self.processor.append(time.process_time() - processor)
-        if self._carried:
-            self._args[0] = result[0]
-
-    def facts(self, base: Program) -> dict[str, Any]:
-        """What is reported; the first round only warms up."""
-        ratios = [a / b for a, b in zip(self.seconds[1:], base.seconds[1:], strict=True)]
-        processor = [a / b for a, b in zip(self.processor[1:], base.processor[1:], strict=True)]
-        return {
-            "ratio": statistics.median(ratios),
-            "ratio_quartiles": statistics.quantiles(ratios, n=4)[::2],
-            "processor_ratio": statistics.median(processor),
-            "processor_ratio_quartiles": statistics.quantiles(processor, n=4)[::2],
-            "seconds": statistics.median(self.seconds[1:]),
-            "temporary_megabytes": self.temporary / 1e6,
-            "temporary_ratio": self.temporary / base.temporary,
-            "compile_seconds": self.compile_seconds,
-        }
 
 
 def make_network(model: str, **changes: Any) -> Network:
@@ -265,10 +220,7 @@ def measure(model: str, options: argparse.Namespace) -> dict[str, Any]:
         "step": {name: step_program(STEPS[name](network), layout, params, batch) for name in STEPS if name in wanted},
         "dropout": dropout_programs(network, options.batch),
     }
-    programs = [program for group in groups.values() for program in group.values()]
-    for number in range(options.rounds + 1):
-        for place in range(len(programs)):
-            programs[(place + number) % len(programs)].round()
+    run_in_turn([program for group in groups.values() for program in group.values()], options.rounds)
     masks = jax.eval_shape(lambda: soft_masks(network, Gates.ones(network.config), "mean"))
     size = {
         name: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -59,6 +59,12 @@ def _importance(args: argparse.Namespace) -> None:
     _say(measure_importance(args.config, args.overrides, None if args.out is None else Path(args.out)))
 
 
+def _teacher(args: argparse.Namespace) -> None:
+    from jaxcl.teacher_report import describe_teacher
+
+    print(describe_teacher(Path(args.run)))
+
+
 def _compare(args: argparse.Namespace) -> None:
     from jaxcl.comparison import compare
 
@@ -200,6 +206,15 @@ def build_parser() -> argparse.ArgumentParser:
     importance.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="values that replace those of the file")
     out_help = "gets the arrays, heat maps and a page; default: the config's output + _importance"
     importance.add_argument("--out", default=None, metavar="DIR", help=out_help)
+
+    teacher = _command(
+        commands,
+        "teacher",
+        _teacher,
+        "show what a run stores beside its remembered samples: bytes, and what its compact form loses",
+        "jaxcl teacher runs/quickstart_seekr",
+    )
+    teacher.add_argument("run", metavar="RUN", help="a run folder; training.keep_tasks: null lets it show all tasks")
 
     compare = _command(
         commands,

@@ -16,7 +16,7 @@ import numpy as np
 from jaxcl.components import Components, build, initial_params
 from jaxcl.config import ExperimentConfig
 from jaxcl.data.memory import Memory
-from jaxcl.data.mix import Mixture
+from jaxcl.data.mix import Interleaved, Mixed
 from jaxcl.data.pipeline import Pipeline
 from jaxcl.data.teacher_store import TeacherStore, write_records
 from jaxcl.errors import UserError
@@ -38,7 +38,7 @@ from jaxcl.training.task import RunningTask, collect_signals
 # How long a file may take to be seen by another machine.
 _VISIBLE_SECONDS = 30
 
-Stream = Pipeline | Mixture
+Stream = Pipeline | Interleaved | Mixed
 Record = dict[str, np.ndarray]
 
 
@@ -184,7 +184,7 @@ class TaskSequence:
                 prepared = parts.method.prepare(state.params, state.method_state, self._task(index, moment=0))
             state = parts.trainer.with_method_state(state, prepared)
         with self._timed("data"):
-            stream = self._stream(index, state.method_state)
+            stream = self._stream(index)
         total = self._steps(index, stream)
         if position is None:
             state = parts.trainer.start_task(state, total)
@@ -240,14 +240,14 @@ class TaskSequence:
 
         on_first(lambda: self._remove_stores(index))
         if collect_signals(self.parts.trainer, state, task, keep):
-            write_records(self._store(index, jax.process_index()), records)
+            write_records(self.folder.store(index, jax.process_index()), records)
         wait_for_all(f"stored beside task {index}")
         if self.main and (tables := method.tables(state.method_state)):
             write_tables(self.folder.importance, index, {name: np.asarray(value) for name, value in tables.items()})
         return state
 
-    def _stream(self, index: int, method_state: Any) -> Stream:
-        """The batches of a task, with those of the memory between them where there are any."""
+    def _stream(self, index: int) -> Stream:
+        """The batches of a task, with those of the memory between or beside them where there are any."""
         parts, replay = self.parts, self.parts.method.replay
         if parts.method.joint:
             return parts.pipeline(list(parts.train_rows))
@@ -256,10 +256,12 @@ class TaskSequence:
         if replay is None or not earlier:
             return pipeline
         stores = {task.task: store for task in earlier if (store := self._open_store(task.task)) is not None}
-        collate = parts.method.collator(method_state) if stores else None
+        collate = parts.method.collate if stores else None
         tasks = [task.task for task in earlier]
         memory = memory_pipeline(parts, self.memory, tasks, stores=stores or None, collate=collate)
-        return Mixture(pipeline, memory, mode=replay.mode, every=replay.every)  # type: ignore[arg-type]
+        if replay.mode == "mix":
+            return Mixed(pipeline, memory)
+        return Interleaved(pipeline, memory, every=replay.every)
 
     def _task(self, index: int, moment: int) -> RunningTask:
         """The task as the method sees it before (`moment` 0) or after (1) training on it."""
@@ -285,19 +287,13 @@ class TaskSequence:
         parts = [self.parts.pipeline([rows]).steps_per_epoch for rows in self.parts.train_rows]
         return sum(task_steps(training, task, count, steps) for task, steps in enumerate(parts))
 
-    def _store(self, index: int, process: int) -> Path:
-        return self.folder.teacher / f"task{index:02d}_process{process:03d}.array_record"
-
-    def _stores(self, index: int) -> list[Path]:
-        return sorted(self.folder.teacher.glob(f"task{index:02d}_process*.array_record"))
-
     def _remove_stores(self, index: int) -> None:
         """Removes what an interrupted attempt stored: there may have been more processes then."""
-        for path in self._stores(index):
+        for path in self.folder.stores(index):
             path.unlink()
 
     def _open_store(self, index: int) -> TeacherStore | None:
-        paths = self._stores(index)
+        paths = self.folder.stores(index)
         return TeacherStore.open(paths) if paths else None
 
     # Evaluation and results

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -123,19 +122,10 @@ def _subject(source: str, overrides: Sequence[str], scratch: Path) -> tuple[Expe
     config = parse_config(apply_overrides(content, overrides), str(folder.config))
 
     def latest(parts: Components) -> Params:
-        with _reading(folder) as checkpoints:
+        with Checkpoints.reading(folder.checkpoints) as checkpoints:
             saved = checkpoints.latest()
             if saved is None:
                 raise UserError(f"{source}: the run has no checkpoint yet")
             return checkpoints.params(parts.trainer.target.params, saved)
 
     return config, _Subject(folder, latest, initial_params, f"the model of {source}")
-
-
-@contextmanager
-def _reading(folder: RunFolder) -> Iterator[Checkpoints]:
-    """The checkpoints of a run, none of which is removed."""
-    if not folder.checkpoints.is_dir():
-        raise UserError(f"{folder.path}: the run has no checkpoint yet")
-    with Checkpoints(folder.checkpoints, keep=10**9) as checkpoints:
-        yield checkpoints

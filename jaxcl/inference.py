@@ -57,9 +57,7 @@ def load_model(name: str) -> Model:
         return Model(network, load_params(name, network), Tokenizer.load(place), None)
     config = validate(ExperimentConfig, read_yaml(folder.config), str(folder.config))
     network = Network.create(config.model)
-    if not folder.checkpoints.is_dir():
-        raise UserError(f"{name}: the run has no checkpoint yet")
-    with Checkpoints(folder.checkpoints, keep=10**9) as checkpoints:
+    with Checkpoints.reading(folder.checkpoints) as checkpoints:
         saved = checkpoints.latest()
         if saved is None:
             raise UserError(f"{name}: the run has no checkpoint yet")

@@ -47,6 +47,15 @@ class RunFolder:
     memory = property(lambda self: self.path / "memory.json")
     teacher = property(lambda self: self.path / "teacher")
 
+    def store(self, task: int, process: int) -> Path:
+        """The file of what a process stores beside the remembered rows of a task."""
+        return self.teacher / f"task{task:02d}_process{process:03d}.array_record"
+
+    def stores(self, task: int | None = None) -> list[Path]:
+        """The files of all processes, of one task or of all."""
+        which = "*" if task is None else f"{task:02d}"
+        return sorted(self.teacher.glob(f"task{which}_process*.array_record"))
+
     def claim(self, resolved: Mapping[str, Any]) -> None:
         """Creates the folder for a configuration, or checks that it already belongs to it.
 

@@ -28,13 +28,15 @@ def remember(parts: Components, memory: Memory, index: int) -> Memory:
     )
 
 
-def memory_pipeline(parts: Components, memory: Memory, tasks: Sequence[int], **options: Any) -> MemoryPipeline:
-    """Batches of what is remembered of some tasks; see `MemoryPipeline` for the options."""
+def memory_pipeline(
+    parts: Components, memory: Memory, tasks: Sequence[int], *, batch_size: int | None = None, **options: Any
+) -> MemoryPipeline:
+    """Batches of what is remembered of some tasks, by default as large as the run's; see `MemoryPipeline`."""
     return MemoryPipeline(
         memory,
         dict(enumerate(parts.train_rows)),
         parts.config.data,
-        batch_size=parts.config.training.batch_size,
+        batch_size=batch_size or parts.config.training.batch_size,
         shapes=parts.shapes,
         tasks=tasks,
         **options,

@@ -1,17 +1,15 @@
-"""The stream of a task's batches with batches from the memory in between."""
+"""The stream of a task's batches with batches from the memory between them or beside them."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from jaxcl.data.pipeline import CheckpointableIterator, Pipeline, iterate
 
-Mode = Literal["interleave", "mix"]
 
-
-class Mixture:
+class Interleaved:
     """A task's batches and memory batches in a fixed, repeating order.
 
     Attributes:
@@ -20,30 +18,22 @@ class Mixture:
       order: one period of the order: True where a memory batch stands.
     """
 
-    def __init__(self, task: Pipeline, memory: Pipeline, *, mode: Mode = "interleave", every: int = 0) -> None:
+    def __init__(self, task: Pipeline, memory: Pipeline, *, every: int = 0) -> None:
         """Lays down the order.
 
         Args:
           task: the task's pipeline.
           memory: the memory's pipeline.
-          mode: `interleave`: a memory batch after every `every` task batches; `mix`: after every task batch.
-          every: see `mode`; 0 spreads one pass over the memory evenly over each epoch of the task, however large
-            either is.
+          every: a memory batch after so many task batches; 0 spreads one pass over the memory evenly over each epoch
+            of the task, however large either is.
         """
-        if mode not in ("interleave", "mix"):
-            raise ValueError(f"mode: expected interleave or mix, got {mode!r}")
         if every < 0:
             raise ValueError(f"every: expected 0 or more, got {every}")
         self.task = task
         self.memory = memory
         self.prefetch = task.prefetch
         self.threads = task.threads
-        if mode == "mix":
-            steps, memories = 1, 1
-        elif every:
-            steps, memories = every, 1
-        else:
-            steps, memories = task.steps_per_epoch, memory.steps_per_epoch
+        steps, memories = (every, 1) if every else (task.steps_per_epoch, memory.steps_per_epoch)
         # Memory batch j stands right after task batch ceil(j * steps / memories): the last ends the period.
         after = -(-np.arange(1, memories + 1) * steps // memories)
         self.order = np.zeros(steps + memories, bool)
@@ -83,6 +73,47 @@ class Mixture:
         return {
             "steps_per_epoch": self.steps_per_epoch,
             "memory_steps_per_epoch": self.steps_per_epoch - self.task.steps_per_epoch,
+            "task": self.task.describe(),
+            "memory": self.memory.describe(),
+        }
+
+
+class Mixed:
+    """A task's batches, each with a memory batch beside it, under `memory`.
+
+    Attributes:
+      task: the task's pipeline.
+      memory: the memory's pipeline; its passes follow each other, whatever the task's.
+    """
+
+    def __init__(self, task: Pipeline, memory: Pipeline) -> None:
+        self.task = task
+        self.memory = memory
+        self.prefetch = task.prefetch
+        self.threads = task.threads
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches in one epoch of the task."""
+        return self.task.steps_per_epoch
+
+    def batch_at(self, step: int, *, seed: int, process_index: int = 0, process_count: int = 1) -> dict[str, Any]:
+        """The batch of a step, the rows of one process: a pure function of its arguments."""
+        of_task, of_memory = (
+            stream.batch_at(step, seed=seed, process_index=process_index, process_count=process_count)
+            for stream in (self.task, self.memory)
+        )
+        return {**of_task, "memory": of_memory}
+
+    def train(self, seed: int, process_index: int = 0, process_count: int = 1) -> CheckpointableIterator:
+        """An endless iterator over the batches; see `iterate`."""
+        return iterate(self, seed, process_index, process_count)
+
+    def describe(self) -> dict[str, Any]:
+        """Steps of an epoch, all of which bring a memory batch, and the counts of both pipelines."""
+        return {
+            "steps_per_epoch": self.steps_per_epoch,
+            "memory_steps_per_epoch": self.steps_per_epoch,
             "task": self.task.describe(),
             "memory": self.memory.describe(),
         }

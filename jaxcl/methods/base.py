@@ -52,10 +52,13 @@ class Replay(Schema):
     mode: str = Field(
         "interleave",
         pattern="^(interleave|mix)$",
-        description="interleave: a whole memory batch every so many steps; mix: memory batch after every task batch",
+        description="interleave: a step on a memory batch every so many steps; mix: every step is on a task batch and "
+        "a memory batch, and minimises the sum of both losses",
     )
     every: int = Field(
-        0, ge=0, description="steps between memory batches; 0: so that each epoch of the task sees the memory once"
+        0,
+        ge=0,
+        description="interleave: steps between memory batches; 0: so that each epoch of the task sees the memory once",
     )
 
     def check(self) -> None:
@@ -218,16 +221,11 @@ class Method:
         """One row of `signals` as it is stored, without its padding; on the host."""
         return record
 
-    def collator(self, state: State) -> Callable[[Sequence[Mapping[str, np.ndarray]], RowShape], Record]:
-        """What puts stored records together to the `teacher` of a batch, for as long as `state` holds; on the host.
-
-        The shapes of its results follow from `state` and the batch's shape, never from the records at hand: all
-        processes must agree on them.
-        """
-        return self.collate
-
     def collate(self, records: Sequence[Mapping[str, np.ndarray]], shape: RowShape) -> Record:
         """The records of a batch's rows as arrays with leading axis `batch`; on the host.
+
+        The shapes of the results follow from the batch's shape, never from the records at hand: all processes must
+        agree on them.
 
         Args:
           records: what `trim` returned for each row; all zeros for rows that only fill the batch.

@@ -1,4 +1,4 @@
-r"""Distillation of attention rows and of output distributions, and the compact forms teachers are kept in (SEEKR, 3.4).
+r"""Distillation of output distributions, and the compact forms that teachers are kept in (SEEKR, section 3.4).
 
 Divergences are $KL(\text{teacher} \,\|\, \text{student})$ in nats. Teachers are data: no gradient flows into them.
 """
@@ -11,11 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from jaxcl.models.probe import AttentionView, selected_rows
-
-# Float32 resolves neither smaller attention weights nor smaller remainders of 1; both sides of a divergence are
-# limited alike.
-_TINY = float(jnp.finfo(jnp.float32).tiny)
+# Float32 resolves no smaller remainders of 1; both sides of a divergence are limited alike.
 _EPSILON = float(jnp.finfo(jnp.float32).eps)
 
 
@@ -29,20 +25,6 @@ class TopScores(NamedTuple):
 
     ids: Int[Array, "... top"]
     values: Float[Array, "... top"]
-
-
-class AttentionTeacher(NamedTuple):
-    """One layer's stored attention rows.
-
-    Attributes:
-      rows: weights, float32, or coded by `encode_rows`.
-      heads: which head each slot holds, -1 for none.
-      queries: which query positions, -1 for none.
-    """
-
-    rows: Float[Array, "batch slots queries length"] | UInt8[Array, "batch slots queries length"]
-    heads: Int[Array, "batch slots"]
-    queries: Int[Array, "batch queries"]
 
 
 def top_scores(logits: Float[Array, "... vocab"], count: int) -> TopScores:
@@ -97,27 +79,6 @@ def decode_rows(coded: UInt8[Array, "... length"]) -> Float[Array, "... length"]
     return weights / jnp.where(total == 0, 1.0, total)
 
 
-def attention_divergence(
-    view: AttentionView, teacher: AttentionTeacher
-) -> tuple[Float[Array, " batch"], Bool[Array, " batch"]]:
-    """KL of stored attention rows and this layer's own: a `Probe.function`.
-
-    The rows are computed again in the backward pass instead of being kept for it.
-
-    Args:
-      view: queries and keys of the layer.
-      teacher: its stored rows.
-
-    Returns:
-      Each example's mean over its (head, query) pairs, 0 if it has none, and whether it has any.
-    """
-
-    def divergence(query: Array, key: Array, segments: Array) -> tuple[Array, Array]:
-        return _attention_divergence(view._replace(query=query, key=key, segments=segments), teacher)
-
-    return jax.checkpoint(divergence)(view.query, view.key, view.segments)
-
-
 def example_divergence(
     layer_means: Float[Array, "layers batch"], present: Bool[Array, "layers batch"]
 ) -> tuple[Float[Array, " batch"], Bool[Array, " batch"]]:
@@ -144,18 +105,6 @@ def sample_queries(key: Array, segments: Int[Array, "batch length"], budget: int
     drawn = jnp.sort(jnp.where(values >= 0, drawn, length), axis=1)
     drawn = jnp.where(drawn < length, drawn, -1).astype(jnp.int32)
     return jnp.pad(drawn, ((0, 0), (0, budget - drawn.shape[1])), constant_values=-1)
-
-
-def _attention_divergence(view: AttentionView, teacher: AttentionTeacher) -> tuple[Array, Array]:
-    rows = decode_rows(teacher.rows) if teacher.rows.dtype == jnp.uint8 else teacher.rows
-    student = selected_rows(view, teacher.heads, teacher.queries)
-    logs = jnp.log(jnp.maximum(rows, _TINY)) - jnp.log(jnp.maximum(student, _TINY))
-    divergence = jnp.sum(jnp.where(rows > 0, rows * logs, 0.0), axis=-1)
-
-    segment = jnp.take_along_axis(view.segments, jnp.maximum(teacher.queries, 0), axis=1)
-    real = ((teacher.queries >= 0) & (segment != 0))[:, None] & (teacher.heads >= 0)[:, :, None]
-    count = jnp.sum(real, axis=(1, 2))
-    return jnp.sum(jnp.where(real, divergence, 0.0), axis=(1, 2)) / jnp.maximum(count, 1), count > 0
 
 
 def _remainder(probs: Float[Array, "... top"]) -> Float[Array, "..."]:

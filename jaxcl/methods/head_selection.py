@@ -204,33 +204,6 @@ def select_heads(importance: Heads, layers: int, heads: int, per_layer: int) -> 
     return jnp.stack([best // importance.shape[1], best % importance.shape[1]], axis=-1).astype(jnp.int32)
 
 
-def places_in_layer(heads: Int[Array, "*batch selected 2"]) -> Int[Array, "*batch selected"]:
-    """Which head of its layer each selected head is, counted from 0 in the order of selection.
-
-    Examples:
-      >>> places_in_layer(jnp.array([[0, 2], [0, 5], [3, 1]])).tolist()
-      [0, 1, 0]
-    """
-    layer = heads[..., 0]
-    same = layer[..., :, None] == layer[..., None, :]
-    earlier = jnp.tril(jnp.ones(same.shape[-2:], bool), k=-1)
-    return jnp.sum(same & earlier, axis=-1)
-
-
-def by_layer(heads: Int[Array, "batch selected 2"], layers: int, slots: int) -> Int[Array, "layers batch slots"]:
-    """Selected heads sorted into a fixed number of slots a layer, -1 where a slot stays empty.
-
-    Args:
-      heads: (layer, head) pairs, -1 for none.
-      layers: number of layers.
-      slots: slots of a layer; further heads of a layer are left out.
-    """
-    rows = jnp.arange(heads.shape[0])[:, None]
-    layer = jnp.where(heads[..., 0] < 0, layers, heads[..., 0])
-    empty = jnp.full((layers, heads.shape[0], slots), -1, jnp.int32)
-    return empty.at[layer, rows, places_in_layer(heads)].set(heads[..., 1], mode="drop")
-
-
 def _all_rows(view: AttentionView, _: Any) -> Float[Array, "batch heads query length"]:
     batch, length, heads, _ = view.query.shape
     every_head = jnp.broadcast_to(jnp.arange(heads), (batch, heads))

@@ -13,8 +13,7 @@ of some drawn twice. Attention maps are never stored or gathered whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -26,10 +25,7 @@ from pydantic import Field
 from jaxcl.errors import UserError
 from jaxcl.methods.base import Method, MethodConfig, Params, Record, Replay, RowShape, State, Task, Term, Terms
 from jaxcl.methods.distillation import (
-    AttentionTeacher,
     TopScores,
-    attention_divergence,
-    encode_rows,
     example_divergence,
     full_divergence,
     sample_queries,
@@ -41,18 +37,17 @@ from jaxcl.methods.head_selection import (
     Importance,
     add_forgettability,
     add_sensitivity,
-    by_layer,
     combine,
     normalise_sensitivity,
-    places_in_layer,
     resolve_budget,
     select_heads,
 )
 from jaxcl.methods.losses import extent, over_positions, scored_states, token_losses
-from jaxcl.methods.teacher import collate_records, slots_needed, trim_record
+from jaxcl.methods.selected_attention import AttentionTeacher, attention_divergence, heads_of_layers, write_rows
+from jaxcl.methods.teacher import collate_records, trim_record
 from jaxcl.models.batch import Batch
 from jaxcl.models.network import ModelConfig, Network
-from jaxcl.models.probe import AttentionView, Probe, selected_rows
+from jaxcl.models.probe import Probe
 from jaxcl.schema import Schema
 
 
@@ -131,6 +126,11 @@ class Seekr(Method):
         )
         return config.model_copy(update={"importance": "sensitivity"}), missing
 
+    def exact(self) -> Seekr:
+        """The same method with a store that loses nothing."""
+        changes = {"store_logits": 0, "store_attention": "float32"}
+        return type(self)(self.config.model_copy(update=changes), self.network, self.num_tasks)
+
     def init(self, params: Params) -> State:
         """See `Method.init`."""
         scores = jnp.zeros((self.num_tasks, self.network.num_layers, self.network.num_heads))
@@ -159,9 +159,12 @@ class Seekr(Method):
         teacher, terms = batch.teacher, {}
         probe = None
         if self.config.attention_weight > 0:
-            rows, heads = (jnp.moveaxis(teacher[name], 1, 0) for name in ("rows", "heads"))
-            queries = jnp.broadcast_to(teacher["queries"], (len(heads), *teacher["queries"].shape))
-            probe = Probe(attention_divergence, AttentionTeacher(rows, heads, queries))
+            probe = Probe(
+                lambda view, heads: attention_divergence(
+                    view, AttentionTeacher(teacher["rows"], heads, teacher["queries"])
+                ),
+                heads_of_layers(teacher["heads"], self.network.num_layers),
+            )
         hidden = self.network.hidden(params, batch, probe=probe, dropout_key=key)
         if probe is not None:
             divergence, present = example_divergence(*hidden.probed)
@@ -190,41 +193,47 @@ class Seekr(Method):
         """
         heads = state["heads"][batch.task]
         queries = sample_queries(key, batch.segments, self.config.query_budget)
-        slots = by_layer(heads, self.network.num_layers, self.per_layer)
-        read = _coded_rows if self.config.store_attention == "uint8" else _exact_rows
-        probe = Probe(read, (slots, jnp.broadcast_to(queries, (len(slots), *queries.shape))))
-        hidden = self.network.hidden(params, batch, probe=probe)
+        signals = self.read(params, batch, heads, queries)
+        return signals | {"length": extent(batch.segments), "predicted": extent(batch.weights)}
 
-        by_slot = jnp.moveaxis(hidden.probed, 0, 1).reshape(batch.size, -1, *hidden.probed.shape[3:])
-        place = jnp.maximum(heads[..., 0], 0) * self.per_layer + places_in_layer(heads)
+    def read(self, params: Params, batch: Batch, heads: Array, queries: Array) -> dict[str, Array]:
+        """What the store holds of attention at given heads and queries, and of the outputs; pure.
+
+        Args:
+          params: the teacher's params.
+          batch: token rows.
+          heads: (layer, head) pairs `[batch, selected, 2]`, -1 for none.
+          queries: query positions `[batch, queries]`, -1 for none.
+
+        Returns:
+          See `signals`.
+        """
+        network, context = self.network, self.network.context(batch)
+        dtype = jnp.uint8 if self.config.store_attention == "uint8" else jnp.float32
+        rows = jnp.zeros((*heads.shape[:2], queries.shape[1], batch.tokens.shape[1]), dtype)
+
+        def body(carry: tuple[Array, Array], layer: tuple[Params, Array]) -> tuple[tuple[Array, Array], None]:
+            x, rows = carry
+            probe = Probe(write_rows, AttentionTeacher(rows, layer[1], queries))
+            return network.block(layer[0], x, batch, context=context, probe=probe), None
+
+        layers = network.blocks(params), heads_of_layers(heads, network.num_layers)
+        (x, rows), _ = jax.lax.scan(body, (network.embed(params, batch), rows), layers)
         outputs = over_positions(
-            lambda states: self._teacher_outputs(self.network.logits(params, states)),
-            scored_states(hidden.states, batch),
+            lambda states: self._teacher_outputs(network.logits(params, states)),
+            scored_states(network.finish(params, x), batch),
             self.config.loss_chunk,
         )
-        return {
-            "heads": heads.astype(jnp.int16),
-            "queries": queries,
-            "rows": jnp.take_along_axis(by_slot, place[..., None, None], axis=1),
-            "length": extent(batch.segments),
-            "predicted": extent(batch.weights),
-            **outputs,
-        }
+        return {"heads": heads.astype(jnp.int16), "queries": queries, "rows": rows, **outputs}
 
     def trim(self, record: Record) -> Record:
         """See `Method.trim` and `teacher.trim_record`."""
         return trim_record(record)
 
-    def collator(self, state: State) -> Callable[[Sequence[Mapping[str, np.ndarray]], RowShape], Record]:
-        """See `Method.collator`: `collate` with as few slots a layer as the heads selected so far need."""
-        return partial(self.collate, slots=slots_needed(np.asarray(state["heads"])))
-
-    def collate(self, records: Sequence[Mapping[str, np.ndarray]], shape: RowShape, slots: int | None = None) -> Record:
-        """See `Method.collate` and `teacher.collate_records`; without `slots`, a layer has room for all it may have."""
+    def collate(self, records: Sequence[Mapping[str, np.ndarray]], shape: RowShape) -> Record:
+        """See `Method.collate` and `teacher.collate_records`."""
         return collate_records(
             records,
-            layers=self.network.num_layers,
-            slots=slots or self.per_layer,
             queries=min(self.config.query_budget or shape.length, shape.length),
             length=shape.length,
             predict=shape.length if shape.predict is None else shape.predict,
@@ -285,11 +294,3 @@ class Seekr(Method):
         if not self.config.store_logits:
             return full_divergence(outputs["scores"], logits)
         return top_divergence(TopScores(outputs["top_ids"], outputs["top_values"]), logits)
-
-
-def _exact_rows(view: AttentionView, inputs: tuple[Array, Array]) -> Array:
-    return selected_rows(view, *inputs)
-
-
-def _coded_rows(view: AttentionView, inputs: tuple[Array, Array]) -> Array:
-    return encode_rows(selected_rows(view, *inputs))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Int
 
 from jaxcl.methods.base import Record
 
@@ -29,47 +28,35 @@ def trim_record(record: Record) -> Record:
     }
 
 
-def slots_needed(heads: Int[np.ndarray, "tasks selected 2"]) -> int:
-    """The largest number of heads that any task selected in one layer; (layer, head) pairs are -1 for tasks to come."""
-    learned = [task[:, 0] for task in heads if task[0, 0] >= 0]
-    return max((int(np.bincount(layers).max()) for layers in learned), default=1)
-
-
-def collate_records(
-    records: Sequence[Mapping[str, np.ndarray]], *, layers: int, slots: int, queries: int, length: int, predict: int
-) -> Record:
+def collate_records(records: Sequence[Mapping[str, np.ndarray]], *, queries: int, length: int, predict: int) -> Record:
     """Trimmed records as arrays of a given shape.
 
     Args:
       records: as `trim_record` returned them; all zeros for rows that only fill a batch, whose tokens are padding.
-      layers: number of layers.
-      slots: heads of a layer that there is room for.
       queries: query positions that there is room for.
       length: tokens of a row.
       predict: scored positions of a row.
 
     Returns:
-      `heads [batch, layers, slots]` and `queries [batch, queries]`, -1 for none; `rows [batch, layers, slots,
+      `heads [batch, selected, 2]` (layer, head) and `queries [batch, queries]`, -1 for none; `rows [batch, selected,
       queries, length]`; outputs `[batch, predict, ...]`.
     """
     size, first = len(records), records[0]
+    selected = len(first["heads"])
     outputs = sorted(first.keys() - _ATTENTION)
     batch = {
-        "heads": np.full((size, layers, slots), -1, np.int32),
+        "heads": np.full((size, selected, 2), -1, np.int32),
         "queries": np.full((size, queries), -1, np.int32),
-        "rows": np.zeros((size, layers, slots, queries, length), first["rows"].dtype),
+        "rows": np.zeros((size, selected, queries, length), first["rows"].dtype),
         **{name: np.zeros((size, predict, *first[name].shape[1:]), first[name].dtype) for name in outputs},
     }
     for row, record in enumerate(records):
+        if not record["rows"].any():  # a filler row
+            continue
         real_queries, real_length = record["rows"].shape[1:]
+        batch["heads"][row] = record["heads"]
         batch["queries"][row, :real_queries] = record["queries"]
-        filled = np.zeros(layers, int)
-        for (layer, head), rows in zip(record["heads"], record["rows"], strict=True):
-            slot = filled[layer]
-            if slot < slots:  # only a filler row, all of whose heads are (0, 0), has more
-                batch["heads"][row, layer, slot] = head
-                batch["rows"][row, layer, slot, :real_queries, :real_length] = rows
-                filled[layer] += 1
+        batch["rows"][row, :, :real_queries, :real_length] = record["rows"]
         for name in outputs:
             batch[name][row, : len(record[name])] = record[name]
     return batch

@@ -53,6 +53,7 @@ class Batch:
     types: Int[Array, "batch length"] | None = None
     packed: bool = dataclasses.field(default=True, metadata={"static": True})
     kind: str = dataclasses.field(default="task", metadata={"static": True})
+    memory: Batch | None = None
 
     @property
     def size(self) -> int:

@@ -73,17 +73,28 @@ def selected_rows(
     Returns:
       Probabilities, float32. Rows whose head or query is -1, or whose query is padding, are zero.
     """
-    batch, length, num_heads, _ = view.query.shape
-    group = num_heads // view.key.shape[2]
-    row = jnp.arange(batch)[:, None]
-    head, position = jnp.maximum(heads, 0), jnp.maximum(queries, 0)
-    query = view.query[row[..., None], position[:, :, None], head[:, None, :]]
-    key = view.key[row, :, head // group]
-    scores = jnp.einsum("bqsd,bsld->bsql", query, key, preferred_element_type=jnp.float32) * view.scale
+    scores = jnp.einsum("bsqd,bsld->bsql", *selected_pairs(view, heads, queries), preferred_element_type=jnp.float32)
+    seen = visible_keys(view, queries)[:, None] & (heads >= 0)[:, :, None, None]
+    return jax.nn.softmax(scores * view.scale, axis=-1, where=seen)
 
+
+def selected_pairs(
+    view: AttentionView, heads: Int[Array, "batch selected"], queries: Int[Array, "batch queries"]
+) -> tuple[Float[Array, "batch selected queries head_dim"], Float[Array, "batch selected length head_dim"]]:
+    """Queries of some heads at some positions, and all keys of these heads; anything where an index is -1."""
+    group = view.query.shape[2] // view.key.shape[2]
+
+    def pairs(query: Array, key: Array, heads: Array, queries: Array) -> tuple[Array, Array]:
+        return query[queries[None, :], heads[:, None]], key[:, heads // group].swapaxes(0, 1)
+
+    return jax.vmap(pairs)(view.query, view.key, jnp.maximum(heads, 0), jnp.maximum(queries, 0))
+
+
+def visible_keys(view: AttentionView, queries: Int[Array, "batch queries"]) -> Bool[Array, "batch queries length"]:
+    """Which keys some query positions see; none for a query that is -1 or padding."""
+    position = jnp.maximum(queries, 0)
     own = jnp.take_along_axis(view.segments, position, axis=1)
     seen = (own[:, :, None] == view.segments[:, None, :]) & (own != 0)[:, :, None] & (queries >= 0)[:, :, None]
     if view.causal:
-        seen &= position[:, :, None] >= jnp.arange(length)
-    seen = seen[:, None] & (heads >= 0)[:, :, None, None]
-    return jax.nn.softmax(scores, axis=-1, where=seen)
+        seen &= position[:, :, None] >= jnp.arange(view.segments.shape[1])
+    return seen

@@ -162,6 +162,17 @@ class Checkpoints:
             if (mark := self._read(number).mark) is not None:
                 self._kept.marks[number] = mark
 
+    @classmethod
+    def reading(cls, folder: Path) -> Checkpoints:
+        """The checkpoints of a run that is over or rests; none of them is removed.
+
+        Raises:
+          UserError: there are none.
+        """
+        if not folder.is_dir():
+            raise UserError(f"{folder.parent}: the run has no checkpoint yet")
+        return cls(folder, keep=sys.maxsize)
+
     def __enter__(self) -> Checkpoints:
         return self
 

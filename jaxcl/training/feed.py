@@ -39,7 +39,7 @@ def place_batch(rows: Rows, sharding: NamedSharding) -> Batch:
 
     Args:
       rows: numpy arrays by `Batch` field name, leading axis the process's share of the batch; must not be changed
-        afterwards. What has a default in `Batch`, and `predict`, may be absent or `None`.
+        afterwards. What has a default in `Batch`, and `predict`, may be absent or `None`; `memory` is rows likewise.
       sharding: `Layout.batch`.
 
     Returns:
@@ -49,6 +49,8 @@ def place_batch(rows: Rows, sharding: NamedSharding) -> Batch:
       ValueError: a field is unknown or missing.
     """
     fields = {name: value for name, value in rows.items() if value is not None}
+    if "memory" in fields:
+        fields["memory"] = place_batch(fields["memory"], sharding)
     for name in _INTEGERS & fields.keys():
         fields[name] = np.asarray(fields[name], np.int32)
     if "weights" in fields:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -60,7 +61,7 @@ def make_train_step(
 
         def loss(params: PyTree, batch: Batch, key: Array) -> Terms:
             with jax.named_scope("loss"):
-                return method.loss(overlay(state.params, params), memory, batch, key)
+                return all_terms(method, overlay(state.params, params), memory, batch, key)
 
         (total, means), grads = gradient(loss, params, batch, jax.random.fold_in(key, state.step))
         rate = learning_rate(optimizer, state.clock)
@@ -78,13 +79,24 @@ def make_train_step(
                 "param_norm": global_norm(params),
                 "update_norm": global_norm(updates),
                 "learning_rate": rate,
-                "tokens": jnp.sum(batch.segments > 0),
+                "tokens": jnp.sum(batch.segments > 0)
+                + (0 if batch.memory is None else jnp.sum(batch.memory.segments > 0)),
             }
             metrics = {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
         clock = state.clock._replace(step=state.clock.step + 1)
         return TrainState(state.step + 1, clock, overlay(state.params, params), opt_state, memory), metrics
 
     return step
+
+
+def all_terms(method: Method, params: PyTree, state: PyTree, batch: Batch, key: Array) -> Terms:
+    """The method's terms of a batch; those of the remembered rows beside it have `memory_` before their names."""
+    if batch.memory is None:
+        return method.loss(params, state, batch, key)
+    keys = jax.random.split(key)
+    terms = method.loss(params, state, dataclasses.replace(batch, memory=None), keys[0])
+    remembered = method.loss(params, state, batch.memory, keys[1])
+    return {**terms, **{f"memory_{name}": term for name, term in remembered.items()}}
 
 
 def _for_trained(arguments: dict[str, Any], params: PyTree) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxcl.data.memory import Memory, MemoryPipeline
-from jaxcl.data.mix import Mixture
+from jaxcl.data.mix import Interleaved, Mixed
 from jaxcl.data.pipeline import PairPipeline
 from jaxcl.data.spec import DataConfig
 
@@ -18,12 +18,16 @@ def pairs(count):
     return [{"prompt": f"number {i}", "answer": "plan"} for i in range(count)]
 
 
-def mixture(tasks=20, memories=6, batch=2, **options):
+def streams(tasks=20, memories=6, batch=2):
     new = PairPipeline(pairs(tasks), small_tokenizer(), CONFIG, batch_size=batch, task=1)
     old = PairPipeline(pairs(memories), small_tokenizer(), CONFIG, batch_size=batch, task=0)
     memory = Memory(seed=0).with_task(0, "old", count=memories, fraction=1.0, minimum=1)
     remembered = MemoryPipeline(memory, {0: old.sources[0]}, CONFIG, batch_size=batch, shapes=new.shapes)
-    return Mixture(new, remembered, **options)
+    return new, remembered
+
+
+def mixture(tasks=20, memories=6, **options):
+    return Interleaved(*streams(tasks, memories), **options)
 
 
 def kinds(mixed, count):
@@ -35,8 +39,7 @@ def kinds(mixed, count):
 
 def test_the_order_is_as_asked():
     assert kinds(mixture(every=3), 12) == "tttmtttmtttm"
-    assert kinds(mixture(mode="mix"), 6) == "tmtmtm"
-    assert kinds(mixture(mode="mix", every=5), 6) == "tmtmtm"
+    assert kinds(mixture(every=1), 6) == "tmtmtm"
     # 10 task batches and 3 memory batches: after batch ceil(10/3), ceil(20/3), 10.
     assert kinds(mixture(), 26) == "ttttmtttmtttm" * 2
 
@@ -58,7 +61,7 @@ def test_replay_is_never_off_and_by_default_passes_once_an_epoch(tasks, memories
         assert sorted(seen) == list(range(memories))
 
 
-@pytest.mark.parametrize("options", [{}, {"every": 3}, {"mode": "mix"}])
+@pytest.mark.parametrize("options", [{}, {"every": 3}, {"every": 1}])
 def test_steps_for_counts_what_comes_before_the_next_task_batch(options):
     mixed = mixture(**options)
     order = kinds(mixed, 60)
@@ -68,7 +71,7 @@ def test_steps_for_counts_what_comes_before_the_next_task_batch(options):
         assert order[length] == "t"
 
 
-@pytest.mark.parametrize("options", [{}, {"every": 3}, {"mode": "mix"}])
+@pytest.mark.parametrize("options", [{}, {"every": 3}, {"every": 1}])
 def test_both_streams_run_on_in_their_own_order(options):
     mixed = mixture(**options)
     found: dict[str, list] = {"task": [], "memory": []}
@@ -80,28 +83,51 @@ def test_both_streams_run_on_in_their_own_order(options):
             assert_same_batch(batch, stream.batch_at(number, seed=4))
 
 
-def test_a_saved_position_gives_the_identical_continuation():
-    iterator = mixture().train(seed=3)
+def mixed():
+    return Mixed(*streams())
+
+
+def test_mixed_batches_bring_the_memory_along():
+    stream = mixed()
+    assert stream.steps_per_epoch == stream.task.steps_per_epoch == 10
+    assert stream.memory.steps_per_epoch == 3
+    for step in range(25):
+        batch = stream.batch_at(step, seed=4)
+        assert_same_batch(batch.pop("memory"), stream.memory.batch_at(step, seed=4))
+        assert_same_batch(batch, stream.task.batch_at(step, seed=4))
+    first_pass = [i for step in range(3) for i in stream.batch_at(step, seed=4)["memory"]["example"] if i >= 0]
+    assert sorted(first_pass) == list(range(6))
+
+
+def flat(batch):
+    """A batch, and the one beside it if there is one."""
+    batch = dict(batch)
+    beside = batch.pop("memory", None)
+    return [batch] if beside is None else [batch, beside]
+
+
+@pytest.mark.parametrize("make", [mixture, mixed])
+def test_a_saved_position_gives_the_identical_continuation(make):
+    iterator = make().train(seed=3)
     for _ in range(11):
         next(iterator)
     state = json.loads(json.dumps(iterator.get_state()))
-    fresh = mixture().train(seed=3)
+    fresh = make().train(seed=3)
     fresh.set_state(state)
     for _ in range(40):
         assert_same_batch(next(iterator), next(fresh))
 
 
-def test_processes_share_each_batch():
-    whole = mixture().train(3)
-    parts = [mixture().train(3, index, 2) for index in range(2)]
+@pytest.mark.parametrize("make", [mixture, mixed])
+def test_processes_share_each_batch(make):
+    whole = make().train(3)
+    parts = [make().train(3, index, 2) for index in range(2)]
     for _ in range(30):
-        expected, left, right = next(whole), next(parts[0]), next(parts[1])
-        assert expected["kind"] == left["kind"] == right["kind"]
-        np.testing.assert_array_equal(expected["tokens"], np.concatenate([left["tokens"], right["tokens"]]))
+        for expected, left, right in zip(*(flat(next(stream)) for stream in (whole, *parts)), strict=True):
+            assert expected["kind"] == left["kind"] == right["kind"]
+            np.testing.assert_array_equal(expected["tokens"], np.concatenate([left["tokens"], right["tokens"]]))
 
 
 def test_wrong_arguments_are_programming_errors():
-    with pytest.raises(ValueError, match="interleave or mix, got 'both'"):
-        mixture(mode="both")
     with pytest.raises(ValueError, match="0 or more, got -1"):
         mixture(every=-1)

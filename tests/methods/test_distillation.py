@@ -9,9 +9,7 @@ from hypothesis import strategies as st
 from methods_helpers import log_softmax
 
 from jaxcl.methods.distillation import (
-    AttentionTeacher,
     TopScores,
-    attention_divergence,
     decode_rows,
     encode_rows,
     example_divergence,
@@ -20,7 +18,6 @@ from jaxcl.methods.distillation import (
     top_divergence,
     top_scores,
 )
-from jaxcl.models.probe import AttentionView, selected_rows
 
 RNG = np.random.default_rng(0)
 
@@ -118,75 +115,6 @@ def test_coding_loses_little_information() -> None:
     logs = np.log(np.maximum(coded, 1e-300))
     lost = (np.where(coded > 0, coded * (logs - student), 0)).sum(-1).mean() / kl(np.log(exact), student).mean() - 1
     assert abs(lost) < 0.01
-
-
-@pytest.fixture(scope="module", params=[True, False])
-def view(request: pytest.FixtureRequest) -> AttentionView:
-    query = RNG.normal(size=(3, 6, 4, 2)).astype(np.float32)
-    key = RNG.normal(size=(3, 6, 2, 2)).astype(np.float32)
-    segments = np.array([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0], [0, 0, 0, 0, 0, 0]])
-    return AttentionView(jnp.asarray(query), jnp.asarray(key), jnp.asarray(segments), request.param, 0.7)
-
-
-def brute_row(view: AttentionView, row: int, head: int, query: int) -> np.ndarray:
-    keys = [
-        key
-        for key in range(6)
-        if view.segments[row, key] == view.segments[row, query] and (key <= query or not view.causal)
-    ]
-    group = view.query.shape[2] // view.key.shape[2]
-    scores = np.array([np.dot(view.query[row, query, head], view.key[row, key, head // group]) for key in keys]) * 0.7
-    out = np.zeros(6)
-    out[keys] = np.exp(log_softmax(scores))
-    return out
-
-
-HEADS = jnp.array([[3, 0], [1, -1], [2, 0]])
-QUERIES = jnp.array([[0, 2, 5], [1, 3, -1], [0, 1, 2]])
-
-
-def test_attention_divergence_equals_numpy(view: AttentionView) -> None:
-    teacher = view._replace(query=view.query * 1.3 + 0.2)
-    stored = selected_rows(teacher, HEADS, QUERIES)
-    values, present = attention_divergence(view, AttentionTeacher(stored, HEADS, QUERIES))
-    assert present.tolist() == [True, True, False]
-    for row, heads, queries in ((0, [3, 0], [0, 2, 5]), (1, [1], [1, 3])):
-        expected = []
-        for head in heads:
-            for query in queries:
-                p, s = brute_row(teacher, row, head, query), brute_row(view, row, head, query)
-                expected.append(np.sum(p[p > 0] * np.log(p[p > 0] / s[p > 0])))
-        np.testing.assert_allclose(values[row], np.mean(expected), rtol=1e-4, atol=1e-6)
-        assert values[row] > 1e-4
-    assert values[2] == 0
-
-
-def test_attention_divergence_of_equal_rows_is_zero(view: AttentionView) -> None:
-    stored = selected_rows(view, HEADS, QUERIES)
-
-    def total(query: jax.Array, rows: jax.Array) -> jax.Array:
-        teacher = AttentionTeacher(rows, HEADS, QUERIES)
-        return jnp.sum(attention_divergence(view._replace(query=query), teacher)[0])
-
-    value, gradient = jax.value_and_grad(total)(view.query, stored)
-    np.testing.assert_allclose(value, 0.0, atol=1e-6)
-    np.testing.assert_allclose(gradient, 0.0, atol=1e-6)
-    assert total(view.query, encode_rows(stored)) < 1e-4
-    moved = total(view.query * 1.3 + 0.2, stored)
-    assert moved > 1e-3
-    np.testing.assert_allclose(total(view.query * 1.3 + 0.2, encode_rows(stored)), moved, rtol=0.05)
-
-
-def test_attention_divergence_is_finite_where_the_student_sees_nothing_of_it() -> None:
-    query = jnp.array([[[[0.0]], [[200.0]]]])
-    view = AttentionView(query, jnp.array([[[[1.0]], [[-1.0]]]]), jnp.ones((1, 2), jnp.int32), True, 1.0)
-    teacher = AttentionTeacher(jnp.array([[[[0.0, 1.0]]]]), jnp.array([[0]]), jnp.array([[1]]))
-    value, gradient = jax.value_and_grad(lambda query: attention_divergence(view._replace(query=query), teacher)[0][0])(
-        query
-    )
-    assert np.isfinite(value)
-    assert value > 80
-    assert np.all(np.isfinite(gradient))
 
 
 def test_layers_without_heads_do_not_count() -> None:

@@ -13,10 +13,8 @@ from jaxcl.methods.head_selection import (
     HeadSums,
     add_forgettability,
     add_sensitivity,
-    by_layer,
     combine,
     normalise_sensitivity,
-    places_in_layer,
     resolve_budget,
     select_heads,
 )
@@ -223,12 +221,3 @@ def test_selection_equals_brute_force(grid: list[list[int]], budgets: tuple[int,
 
 def test_ties_go_to_the_first() -> None:
     assert select_heads(jnp.ones((3, 2)), 2, 3, 2).tolist() == [[0, 0], [0, 1], [1, 0]]
-
-
-def test_heads_by_layer() -> None:
-    heads = jnp.array([[[0, 3], [2, 0], [2, 1]], [[1, 1], [1, 2], [-1, -1]]])
-    assert places_in_layer(heads).tolist() == [[0, 0, 1], [0, 1, 0]]
-    found = by_layer(heads, layers=3, slots=2)
-    assert found[:, 0].tolist() == [[3, -1], [-1, -1], [0, 1]]
-    assert found[:, 1].tolist() == [[-1, -1], [1, 2], [-1, -1]]
-    assert by_layer(heads, layers=3, slots=1)[:, 1].tolist() == [[-1], [1], [-1]]

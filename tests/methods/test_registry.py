@@ -48,6 +48,5 @@ def test_every_method_opens_with_what_it_is(name: str) -> None:
 
 def test_plain_records_are_stacked() -> None:
     method = METHODS["sequential"](MethodConfig(), tiny_llama(), 1)
-    collate = method.collator(None)
     records = [method.trim({"x": np.full(2, value)}) for value in (1, 2)]
-    assert collate(records, None)["x"].tolist() == [[1, 1], [2, 2]]  # type: ignore[arg-type]
+    assert method.collate(records, None)["x"].tolist() == [[1, 1], [2, 2]]  # type: ignore[arg-type]

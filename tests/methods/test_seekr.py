@@ -97,7 +97,7 @@ def exact(params: Any) -> tuple[Batch, Any, dict[str, Any]]:
     batch = dataclasses.replace(BATCH, task=jnp.array([0, 1, 0]))
     method = make_method()
     records = records_of(method, params, batch)
-    teacher = method.collator(state_of(method, params))(records, Shape(7, 3))
+    teacher = method.collate(records, Shape(7, 3))
     after = perturbed(params, 0.1)
 
     old, new = attention_maps(params, batch), attention_maps(after, batch)
@@ -147,17 +147,15 @@ def test_a_model_has_no_divergence_from_itself(params: Any, exact: tuple[Batch, 
     np.testing.assert_allclose([found["attention"][0], found["logits"][0]], 0.0, atol=1e-5)
 
 
-def test_neither_slots_nor_padding_nor_fillers_change_the_terms(params: Any, exact: tuple[Batch, Any, Any]) -> None:
+def test_neither_padding_nor_fillers_change_the_terms(params: Any, exact: tuple[Batch, Any, Any]) -> None:
     batch, after, expected = exact
     method = make_method()
     plain = dataclasses.replace(batch, kind="task", teacher=None)
     records = records_of(method, params, plain)
     filler = {name: np.zeros_like(value) for name, value in records[0].items()}
-    # As many slots as there can be, longer rows, more scored positions, a row that only fills the batch.
+    # Longer rows, more scored positions, a row that only fills the batch.
     teacher = method.collate([*records, filler], Shape(9, 4))
-    assert teacher["heads"].shape == (4, 2, 3)
-    assert batch.teacher is not None
-    assert batch.teacher["heads"].shape == (3, 2, 3)
+    assert teacher["rows"].shape == (4, 3, 3, 9)
     longer = remembered(pad_batch(plain, rows=1, length=2, predict=1), teacher)
     assert_terms(terms_of(method, after, longer), expected)
 
@@ -185,7 +183,7 @@ def test_compact_teacher_is_close(params: Any, exact: tuple[Batch, Any, Any]) ->
     records = records_of(method, params, dataclasses.replace(batch, kind="task", teacher=None))
     assert records[0]["rows"].dtype == np.uint8
     assert records[0]["top_ids"].shape == (3, 6)
-    teacher = method.collator(state_of(method, params))(records, Shape(7, 3))
+    teacher = method.collate(records, Shape(7, 3))
     found = terms_of(method, after, remembered(batch, teacher))
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-4)
     assert found["attention"] == pytest.approx(expected["attention"], rel=0.02)

@@ -1,7 +1,6 @@
 import numpy as np
-import pytest
 
-from jaxcl.methods.teacher import collate_records, slots_needed, trim_record
+from jaxcl.methods.teacher import collate_records, trim_record
 
 
 def make_record(length: int, queries: list[int], heads: list[tuple[int, int]], predicted: int) -> dict[str, np.ndarray]:
@@ -41,44 +40,31 @@ def test_padding_is_not_stored() -> None:
     assert not np.any(stored["top_ids"] == 99)
 
 
-@pytest.mark.parametrize("slots", [2, 3])
-def test_records_come_back_in_their_places(slots: int) -> None:
+def test_records_come_back_in_their_places() -> None:
     filler = {name: np.zeros_like(value) for name, value in trim_record(ONE).items()}
-    batch = collate_records(
-        [trim_record(ONE), trim_record(OTHER), filler], layers=3, slots=slots, queries=4, length=7, predict=4
-    )
-    assert batch["rows"].shape == (3, 3, slots, 4, 7)
+    batch = collate_records([trim_record(ONE), trim_record(OTHER), filler], queries=4, length=7, predict=4)
+    assert batch["rows"].shape == (3, 3, 4, 7)
     assert batch["rows"].dtype == np.uint8
-    assert batch["heads"][:2, :, :2].tolist() == [[[1, -1], [-1, -1], [0, 3]], [[-1, -1], [1, 2], [0, -1]]]
-    assert np.all(batch["heads"][:2, :, 2:] == -1)
+    assert batch["heads"][:2].tolist() == [[[0, 1], [2, 0], [2, 3]], [[1, 1], [1, 2], [2, 0]]]
     assert batch["queries"].tolist()[:2] == [[0, 2, 4, -1], [1, 2, -1, -1]]
     for row, record, length in ((0, ONE, 5), (1, OTHER, 3)):
-        for layer in range(3):
-            for slot in range(slots):
-                head = batch["heads"][row, layer, slot]
-                for place, query in enumerate(batch["queries"][row]):
-                    expected = np.zeros(7)
-                    if head >= 0 and query >= 0:
-                        expected[:length] = 1 + 10 * (4 * layer + head) + place
-                    np.testing.assert_array_equal(batch["rows"][row, layer, slot, place], expected)
+        for number, (layer, head) in enumerate(record["heads"]):
+            for place, query in enumerate(batch["queries"][row]):
+                expected = np.zeros(7)
+                if query >= 0:
+                    expected[:length] = 1 + 10 * (4 * layer + head) + place
+                np.testing.assert_array_equal(batch["rows"][row, number, place], expected)
         kept = int(record["predicted"])
         np.testing.assert_array_equal(batch["top_values"][row, :kept], record["top_values"][:kept])
         np.testing.assert_array_equal(batch["top_values"][row, kept:], 0)
     assert not np.any(batch["rows"][2])
+    assert np.all(batch["heads"][2] == -1)
+    assert np.all(batch["queries"][2] == -1)
 
 
 def test_exact_outputs_are_records_too() -> None:
     record = {**ONE, "scores": np.ones((3, 9), np.float32)}
     del record["top_ids"], record["top_values"]
-    batch = collate_records([trim_record(record)], layers=3, slots=2, queries=4, length=6, predict=5)
+    batch = collate_records([trim_record(record)], queries=4, length=6, predict=5)
     assert batch["scores"].shape == (1, 5, 9)
     assert batch["scores"].sum() == 18
-
-
-def test_slots_follow_from_the_fullest_layer_of_any_task() -> None:
-    heads = np.full((3, 3, 2), -1)
-    assert slots_needed(heads) == 1
-    heads[0] = [(0, 0), (1, 0), (2, 1)]
-    assert slots_needed(heads) == 1
-    heads[1] = [(0, 0), (0, 3), (2, 1)]
-    assert slots_needed(heads) == 2

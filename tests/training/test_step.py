@@ -65,6 +65,26 @@ def test_loss_and_gradient_are_those_of_the_formula(accumulate: int) -> None:
         assert got == pytest.approx(expected, rel=2e-3, abs=2e-3), (outer, inner)
 
 
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_remembered_rows_beside_a_batch_add_their_own_loss(accumulate: int) -> None:
+    """Each term is a mean over its own rows, whatever the other batch counts, and the gradient is the sum of both."""
+    rows, remembered = make_rows(3, uneven=True), make_rows(5, kind="memory", uneven=True)
+    assert rows["weights"].sum() != remembered["weights"].sum()
+    options = {"name": "sgd", "b1": 0, "clip_norm": None, "schedule": "constant", "warmup": 0, "learning_rate": 1e-2}
+    state, metrics = step_once(make_trainer(accumulate=accumulate, **options), {**rows, "memory": remembered})
+    params = host(make_params())
+    task, memory = reference_loss(params, rows), reference_loss(params, remembered)
+    assert float(metrics["loss"]) == pytest.approx(task["loss"] + memory["loss"], rel=1e-5)
+    for name in ("lm", "size"):
+        assert float(metrics[f"term/{name}"]) == pytest.approx(task[f"term/{name}"], rel=1e-5)
+        assert float(metrics[f"term/memory_{name}"]) == pytest.approx(memory[f"term/{name}"], rel=1e-5)
+    assert float(metrics["tokens"]) == (rows["segments"] > 0).sum() + (remembered["segments"] > 0).sum()
+    apart = [host(step_once(make_trainer(**options), part)[0].params) for part in (rows, remembered)]
+    moved = jax.tree.map(lambda start, *ends: sum(end - start for end in ends), params, *apart)
+    for found, start, expected in zip(*map(jax.tree.leaves, (host(state.params), params, moved)), strict=True):
+        np.testing.assert_allclose(found - start, expected, atol=2e-6)
+
+
 def test_accumulation_changes_no_number() -> None:
     rows = make_rows(5, batch=12, uneven=True)
     weights = rows["weights"].reshape(3, 4, -1).sum((0, 2))

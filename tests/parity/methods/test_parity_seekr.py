@@ -170,7 +170,7 @@ def remembered() -> tuple[Seekr, Any, Batch]:
     signals = jax.jit(method.signals)(BEFORE, state, batch, jax.random.key(0))
     host = {name: np.asarray(value) for name, value in signals.items()}
     records = [method.trim({name: value[row] for name, value in host.items()}) for row in range(batch.size)]
-    teacher = method.collator(state)(records, Shape(7, batch.targets.shape[1]))
+    teacher = method.collate(records, Shape(7, batch.targets.shape[1]))
     teacher = jax.tree.map(jnp.asarray, teacher)
     return method, state, dataclasses.replace(batch, kind="memory", teacher=teacher)
 

@@ -1,0 +1,206 @@
+"""What lies in a run's teacher store: bytes a sample, and how far its compact form changes the loss."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxcl.components import Components, build, initial_params
+from jaxcl.config import parse_config
+from jaxcl.config_file import read_yaml
+from jaxcl.data.memory import Memory, TaskMemory
+from jaxcl.data.teacher_store import TeacherStore
+from jaxcl.errors import UserError
+from jaxcl.methods.base import Method
+from jaxcl.methods.seekr import Seekr
+from jaxcl.run_folder import RunFolder
+from jaxcl.sharding.processes import initialize
+from jaxcl.tasks import memory_pipeline
+from jaxcl.training.checkpoint import Checkpoints
+from jaxcl.training.feed import place_batch
+
+Params = Any
+_ROWS = 8  # of a batch: an exact store's outputs are large
+
+
+class Size(NamedTuple):
+    """What a task's samples take, in bytes; means over the samples.
+
+    Attributes:
+      samples: how many there are.
+      fields: by name.
+      disk: in the compressed files.
+      full: float32 attention maps of all heads and float32 logits at the scored positions would take, without padding.
+    """
+
+    samples: int
+    fields: dict[str, float]
+    disk: float
+    full: float
+
+
+class Term(NamedTuple):
+    """A mean term of the loss of remembered samples, under an exact store and under the run's."""
+
+    exact: float
+    stored: float
+
+    @property
+    def change(self) -> float:
+        """Relative to the exact one; 0 where both are 0."""
+        return 0.0 if self.exact == self.stored else self.stored / self.exact - 1 if self.exact else float("inf")
+
+
+class Loss(NamedTuple):
+    """What the store's compact form changes.
+
+    Attributes:
+      student: which model is held against the task's own.
+      terms: by name.
+    """
+
+    student: str
+    terms: dict[str, Term]
+
+
+def describe_teacher(path: Path) -> str:
+    """The report of `jaxcl teacher` on a run folder.
+
+    Raises:
+      UserError: it is no run folder, or the run stores nothing (yet).
+    """
+    initialize()
+    folder = RunFolder(path)
+    if not folder.config.is_file():
+        raise UserError(f"{path}: not a run folder (no config.yaml)")
+    config = parse_config({**read_yaml(folder.config), "output": str(path)}, str(folder.config))
+    if not folder.memory.is_file() or not folder.stores():
+        raise UserError(f"{path}: nothing is stored beside remembered samples; method {config.method.name}")
+    parts, memory = build(config, folder), Memory.load(folder.memory)
+    lines = [f"{path}: {config.method.name}"]
+    with Checkpoints.reading(folder.checkpoints) as checkpoints:
+        models = _Models(parts, checkpoints)
+        for task in memory.tasks:
+            if paths := folder.stores(task.task):
+                store = TeacherStore.open(paths)
+                size = measure_size(parts, task, store, sum(path.stat().st_size for path in paths))
+                lines += ["", f"{task.name}: {size.samples} samples", *_size_lines(size)]
+                lines += _loss_lines(models, memory, task, store)
+    return "\n".join(lines)
+
+
+def measure_size(parts: Components, task: TaskMemory, store: TeacherStore, disk: int) -> Size:
+    """What a task's samples take; see `Size`.
+
+    Args:
+      parts: of the run.
+      task: the kept samples of the task.
+      store: what is stored beside them.
+      disk: bytes of the store's files.
+    """
+    network, rows = parts.network, parts.train_rows[task.task]
+    tokens, scored = np.asarray(rows.sizes[list(task.examples)], float).T
+    if not scored.any():  # running text: masked tokens, or all of a decoder's
+        scored = tokens
+    full = 4 * (network.num_layers * network.num_heads * np.mean(tokens**2) + network.vocab_size * np.mean(scored))
+    records = [store.get(example) for example in task.examples]
+    fields = {name: float(np.mean([record[name].nbytes for record in records])) for name in store.fields}
+    return Size(len(records), fields, disk / len(records), float(full))
+
+
+def measure_loss(
+    parts: Components, memory: Memory, task: TaskMemory, store: TeacherStore, teacher: Params, student: Params
+) -> dict[str, Term]:
+    """The terms of the replay loss on a task's samples, with what is stored and with an exact store.
+
+    The exact store holds the same heads and queries, read from the task's model again.
+
+    Args:
+      parts: of a run by a method that is, or extends, `seekr`.
+      memory: the run's.
+      task: the kept samples of the task.
+      store: what is stored beside them.
+      teacher: params of the task's model.
+      student: params that are held against it.
+    """
+    method, compiler = parts.method, parts.trainer.compile
+    assert isinstance(method, Seekr)
+    exact = method.exact()
+    read = compiler.per_row(exact.read)
+    sums_of = {name: compiler(_sums(one)) for name, one in (("stored", method), ("exact", exact))}
+    state = parts.trainer.init_method(student)
+    ways = parts.layout.batch_ways
+    pipeline = memory_pipeline(
+        parts,
+        memory,
+        [task.task],
+        batch_size=ways * -(-min(_ROWS, parts.config.training.batch_size) // ways),
+        stores={task.task: store},
+        collate=method.collate,
+    )
+    totals: dict[str, dict[str, np.ndarray]] = {name: {} for name in sums_of}
+    for rows in pipeline.once(process_index=jax.process_index(), process_count=jax.process_count()):
+        batch = place_batch(rows, parts.layout.batch)
+        assert batch.teacher is not None
+        again = read(teacher, batch, batch.teacher["heads"], batch.teacher["queries"])
+        for name, batch_of in (("stored", batch), ("exact", dataclasses.replace(batch, teacher=again))):
+            for term, pair in sums_of[name](student, state, batch_of, jax.random.key(0)).items():
+                totals[name][term] = totals[name].get(term, 0) + np.asarray(pair, np.float64)
+    means = {name: {term: float(a / max(b, 1.0)) for term, (a, b) in found.items()} for name, found in totals.items()}
+    return {term: Term(value, means["stored"][term]) for term, value in means["exact"].items()}
+
+
+def _sums(method: Method) -> Callable[..., dict[str, Any]]:
+    """Sum and count of each term of the method's loss."""
+
+    def sums(*args: Any) -> dict[str, Any]:
+        return {name: (term.sum, term.count) for name, term in method.loss(*args).items()}
+
+    return sums
+
+
+class _Models:
+    """The models of a run that can still be had: those after some tasks, and the one it began with."""
+
+    def __init__(self, parts: Components, checkpoints: Checkpoints) -> None:
+        self.parts = parts
+        self._checkpoints = checkpoints
+
+    def after(self, task: int) -> Params | None:
+        """Params after a task, `None` if they are not kept."""
+        saved = self._checkpoints.find(f"after task {task}")
+        return None if saved is None else self._checkpoints.params(self.parts.trainer.target.params, saved)
+
+    def later(self, task: int) -> tuple[Params, str]:
+        """Params that have moved since a task, and whose they are; without any, those that the run began with."""
+        latest = self._checkpoints.latest()
+        if latest is None or latest.mark == f"after task {task}":
+            return initial_params(self.parts), "the model that the run began with"
+        return self._checkpoints.params(self.parts.trainer.target.params, latest), "the run's latest model"
+
+
+def _size_lines(size: Size) -> Iterator[str]:
+    fields = ", ".join(f"{name} {number:,.0f}" for name, number in size.fields.items())
+    yield f"  bytes a sample: {sum(size.fields.values()):,.0f} ({fields}), {size.disk:,.0f} on disk"
+    times = size.full / size.disk
+    yield f"  full float32 maps and logits: {size.full:,.0f} bytes a sample, {times:,.0f} times what is on disk"
+
+
+def _loss_lines(models: _Models, memory: Memory, task: TaskMemory, store: TeacherStore) -> list[str]:
+    parts = models.parts
+    if not isinstance(parts.method, Seekr):
+        return [f"  loss of information: none; {parts.config.method.name} stores its signals as they are"]
+    teacher = models.after(task.task)
+    if teacher is None:
+        return ["  loss of information: not measured, the task's model is not kept (training.keep_tasks)"]
+    student, words = models.later(task.task)
+    terms = measure_loss(parts, memory, task, store, teacher, student)
+    lines = [f"  loss of information, {words} held against the task's:"]
+    for name, term in terms.items():
+        lines.append(f"    {name:<10} exact {term.exact:.6g}, as stored {term.stored:.6g}: {100 * term.change:+.3f}%")
+    return lines

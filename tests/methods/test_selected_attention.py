@@ -1,0 +1,123 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from methods_helpers import log_softmax
+
+from jaxcl.methods.distillation import decode_rows, encode_rows
+from jaxcl.methods.selected_attention import AttentionTeacher, attention_divergence, write_rows
+from jaxcl.models.probe import AttentionView, selected_rows
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(scope="module", params=[True, False])
+def view(request: pytest.FixtureRequest) -> AttentionView:
+    query = RNG.normal(size=(3, 6, 4, 2)).astype(np.float32)
+    key = RNG.normal(size=(3, 6, 2, 2)).astype(np.float32)
+    segments = np.array([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0], [0, 0, 0, 0, 0, 0]])
+    return AttentionView(jnp.asarray(query), jnp.asarray(key), jnp.asarray(segments), request.param, 0.7)
+
+
+def brute_row(view: AttentionView, row: int, head: int, query: int) -> np.ndarray:
+    keys = [
+        key
+        for key in range(6)
+        if view.segments[row, key] == view.segments[row, query] and (key <= query or not view.causal)
+    ]
+    group = view.query.shape[2] // view.key.shape[2]
+    scores = np.array([np.dot(view.query[row, query, head], view.key[row, key, head // group]) for key in keys]) * 0.7
+    out = np.zeros(6)
+    out[keys] = np.exp(log_softmax(scores))
+    return out
+
+
+HEADS = jnp.array([[3, 0], [1, -1], [2, 0]])
+QUERIES = jnp.array([[0, 2, 5], [1, 3, -1], [0, 1, 2]])
+
+
+def test_attention_divergence_equals_numpy(view: AttentionView) -> None:
+    teacher = view._replace(query=view.query * 1.3 + 0.2)
+    stored = selected_rows(teacher, HEADS, QUERIES)
+    values, present = attention_divergence(view, AttentionTeacher(stored, HEADS, QUERIES))
+    assert present.tolist() == [True, True, False]
+    for row, heads, queries in ((0, [3, 0], [0, 2, 5]), (1, [1], [1, 3])):
+        expected = []
+        for head in heads:
+            for query in queries:
+                p, s = brute_row(teacher, row, head, query), brute_row(view, row, head, query)
+                expected.append(np.sum(p[p > 0] * np.log(p[p > 0] / s[p > 0])))
+        np.testing.assert_allclose(values[row], np.mean(expected), rtol=1e-4, atol=1e-6)
+        assert values[row] > 1e-4
+    assert values[2] == 0
+
+
+def test_attention_divergence_of_equal_rows_is_zero(view: AttentionView) -> None:
+    stored = selected_rows(view, HEADS, QUERIES)
+
+    def total(query: jax.Array, rows: jax.Array) -> jax.Array:
+        teacher = AttentionTeacher(rows, HEADS, QUERIES)
+        return jnp.sum(attention_divergence(view._replace(query=query), teacher)[0])
+
+    value, gradient = jax.value_and_grad(total)(view.query, stored)
+    np.testing.assert_allclose(value, 0.0, atol=1e-6)
+    np.testing.assert_allclose(gradient, 0.0, atol=1e-6)
+    assert total(view.query, encode_rows(stored)) < 1e-4
+    moved = total(view.query * 1.3 + 0.2, stored)
+    assert moved > 1e-3
+    np.testing.assert_allclose(total(view.query * 1.3 + 0.2, encode_rows(stored)), moved, rtol=0.05)
+
+
+def test_attention_divergence_is_finite_where_the_student_sees_nothing_of_it() -> None:
+    query = jnp.array([[[[0.0]], [[200.0]]]])
+    view = AttentionView(query, jnp.array([[[[1.0]], [[-1.0]]]]), jnp.ones((1, 2), jnp.int32), True, 1.0)
+    teacher = AttentionTeacher(jnp.array([[[[0.0, 1.0]]]]), jnp.array([[0]]), jnp.array([[1]]))
+    value, gradient = jax.value_and_grad(lambda query: attention_divergence(view._replace(query=query), teacher)[0][0])(
+        query
+    )
+    assert np.isfinite(value)
+    assert value > 80
+    assert np.all(np.isfinite(gradient))
+
+
+@pytest.mark.parametrize("coded", [False, True])
+def test_gradients_are_those_of_the_formula(view: AttentionView, coded: bool) -> None:
+    """Against automatic differentiation of the divergence spelled out, one row at a time."""
+    stored = selected_rows(view._replace(query=view.query * 1.3 + 0.2), HEADS, QUERIES)
+    stored = encode_rows(stored) if coded else stored
+    weights = np.asarray(decode_rows(stored) if coded else stored, np.float32)
+    factors = jnp.array([2.0, -3.0, 5.0])
+
+    def by_formula(query: jax.Array, key: jax.Array) -> jax.Array:
+        total = jnp.float32(0)
+        for row, heads, queries in ((0, (0, 1), (0, 1, 2)), (1, (0,), (0, 1))):
+            for h in heads:
+                for q in queries:
+                    head, position = int(HEADS[row, h]), int(QUERIES[row, q])
+                    keys = np.flatnonzero(brute_row(view, row, head, position))
+                    scores = key[row, keys, head // 2] @ query[row, position, head] * view.scale
+                    p = weights[row, h, q, keys]
+                    logs = np.log(p, where=p > 0, out=np.zeros_like(p)) - jax.nn.log_softmax(scores)
+                    total += factors[row] * jnp.sum(p * logs) / (len(heads) * len(queries))
+        return total
+
+    def found(query: jax.Array, key: jax.Array) -> jax.Array:
+        moved = view._replace(query=query, key=key)
+        return jnp.sum(factors * attention_divergence(moved, AttentionTeacher(stored, HEADS, QUERIES))[0])
+
+    expected, gradients = (
+        jax.value_and_grad(f, argnums=(0, 1))(view.query, view.key) for f in (by_formula, jax.jit(found))
+    )
+    np.testing.assert_allclose(gradients[0], expected[0], rtol=1e-5)
+    assert np.abs(expected[1][0]).max() > 1e-2
+    for one, other in zip(gradients[1], expected[1], strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_rows_are_written_in_the_places_of_the_layer_s_heads(view: AttentionView) -> None:
+    for before in (jnp.full((3, 2, 3, 6), 7, jnp.uint8), jnp.full((3, 2, 3, 6), 7.0)):
+        exact = selected_rows(view, HEADS, QUERIES)
+        expected = encode_rows(exact) if before.dtype == jnp.uint8 else exact
+        found = write_rows(view, AttentionTeacher(before, HEADS, QUERIES))
+        assert found.dtype == before.dtype
+        np.testing.assert_allclose(found, np.where(HEADS[..., None, None] >= 0, expected, 7), atol=1e-6)

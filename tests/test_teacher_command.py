@@ -1,0 +1,134 @@
+"""`jaxcl teacher`: what a run's store takes and loses, from its folder alone."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jaxcl import experiment
+from jaxcl.components import build
+from jaxcl.config import load_config, parse_config
+from jaxcl.data.memory import Memory
+from jaxcl.data.teacher_store import TeacherStore
+from jaxcl.errors import UserError
+from jaxcl.run_folder import RunFolder
+from jaxcl.teacher_report import describe_teacher
+
+LAYERS, HEADS, VOCAB = 2, 2, 300
+CONFIG: dict[str, Any] = {
+    "model": {
+        "architecture": "llama",
+        "vocab_size": VOCAB,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_layers": LAYERS,
+        "num_heads": HEADS,
+        "max_length": 96,
+    },
+    "tokenizer": {"vocab_size": VOCAB, "train_rows": 50},
+    "data": {"prompt_length": 64, "answer_length": 24, "buckets": 1},
+    "tasks": [
+        {"name": "direction", "source": "stdlib:unicode_bidi", "train": 32, "test": 2},
+        {"name": "category", "source": "stdlib:unicode_category", "train": 24, "test": 2},
+    ],
+    "training": {"batch_size": 8, "steps": 4, "keep_tasks": None},
+    "optimizer": {"learning_rate": 1e-2},
+    "evaluation": {"batch_size": 2, "max_new_tokens": 1},
+    "method": {"name": "seekr", "layer_budget": 2, "head_budget": 2, "query_budget": 8, "replay": {"fraction": 0.25}},
+}
+
+
+def run(folder: Path, **changes: Any) -> Path:
+    content = {**CONFIG, "output": str(folder), "method": {**CONFIG["method"], **changes}}
+    experiment.run(parse_config(content))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run(tmp_path_factory.mktemp("runs") / "compact", store_logits=4)
+
+
+@pytest.fixture(scope="module")
+def report(folder: Path) -> str:
+    before = sorted(path for path in folder.rglob("*") if path.is_file())
+    text = describe_teacher(folder)
+    assert sorted(path for path in folder.rglob("*") if path.is_file()) == before
+    return text
+
+
+def block(report: str, task: str) -> str:
+    (found,) = (part for part in report.split("\n\n") if part.startswith(f"{task}: "))
+    return found
+
+
+def numbers(pattern: str, text: str) -> list[float]:
+    found = re.search(pattern, text)
+    assert found, text
+    return [float(number.replace(",", "")) for number in found.groups()]
+
+
+def changes(text: str) -> dict[str, tuple[float, float, float]]:
+    """Exact value, stored value and relative change of each term."""
+    found = re.findall(r"(\w+) +exact (\S+), as stored (\S+): (\S+)%", text)
+    return {name: (float(exact), float(stored), float(change) / 100) for name, exact, stored, change in found}
+
+
+@pytest.mark.parametrize(("index", "task", "samples"), [(0, "direction", 8), (1, "category", 6)])
+def test_bytes_are_those_on_disk(folder: Path, report: str, index: int, task: str, samples: int) -> None:
+    paths = RunFolder(folder).stores(index)
+    store, text = TeacherStore.open(paths), block(report, task)
+    assert text.startswith(f"{task}: {samples} samples\n")
+    assert len(store) == samples
+    means = {name: np.mean([store[i][name].nbytes for i in range(samples)]) for name in store.fields}
+    for name, mean in means.items():
+        assert numbers(rf"{name} ([\d,]+)", text)[0] == pytest.approx(mean, abs=0.51)
+    disk = sum(path.stat().st_size for path in paths) / samples
+    assert numbers(r"bytes a sample: ([\d,]+) \(", text)[0] == pytest.approx(sum(means.values()), abs=0.51)
+    assert numbers(r"([\d,]+) on disk", text)[0] == pytest.approx(disk, abs=0.51)
+    # Maps of all heads and logits of all answer tokens, of rows without padding.
+    rows = build(load_config(folder / "config.yaml"), RunFolder(folder)).train_rows[index]
+    kept = Memory.load(RunFolder(folder).memory).tasks[index].examples
+    batches = [rows.sizes[example] for example in kept]
+    full = np.mean([4 * (LAYERS * HEADS * tokens**2 + VOCAB * scored) for tokens, scored in batches])
+    assert numbers(r"logits: ([\d,]+) bytes", text)[0] == pytest.approx(full, abs=0.51)
+
+
+def test_loss_of_information_is_that_of_each_form(report: str) -> None:
+    first, last = (block(report, name) for name in ("direction", "category"))
+    assert "the run's latest model held against" in first
+    assert "the model that the run began with held against" in last
+    for text in (first, last):
+        found = changes(text)
+        assert found.keys() == {"attention", "loss", "logits"}
+        assert found["attention"][0] > 1e-4
+        assert 0 < abs(found["attention"][2]) < 0.02
+        assert found["loss"][2] == 0
+        # Four of 300 tokens and the rest as one: never more than the whole divergence, and here far less.
+        assert -1 < found["logits"][2] < -0.01
+        for exact, stored, change in found.values():
+            assert change == pytest.approx(stored / exact - 1, abs=2e-5)
+
+
+def test_an_exact_store_loses_nothing(tmp_path: Path) -> None:
+    text = describe_teacher(run(tmp_path / "exact", store_logits=0, store_attention="float32"))
+    for task in ("direction", "category"):
+        for exact, stored, change in changes(block(text, task)).values():
+            assert exact > 1e-4
+            assert abs(change) < 1e-5
+            assert stored == pytest.approx(exact, rel=1e-5)
+
+
+def test_what_cannot_be_told_is_said(tmp_path: Path, folder: Path) -> None:
+    with pytest.raises(UserError, match="not a run folder"):
+        describe_teacher(tmp_path)
+    (store,) = RunFolder(folder).stores(0)
+    content = store.read_bytes()
+    try:
+        store.write_bytes(content[: len(content) // 2])
+        with pytest.raises(UserError, match=r"task00_process000\.array_record is truncated"):
+            describe_teacher(folder)
+    finally:
+        store.write_bytes(content)
