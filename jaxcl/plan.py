@@ -56,10 +56,12 @@ class Program(NamedTuple):
     Attributes:
       lower: gives the lowered program.
       arguments: what it is given, by part.
+      unknown_turns: see `Method.turns`.
     """
 
     lower: Callable[[], Any]
     arguments: Mapping[str, Any]
+    unknown_turns: int = 1
 
 
 def plan(config: ExperimentConfig, topology_name: str, steps: Sequence[str] | None = None) -> Plan:
@@ -122,7 +124,7 @@ def programs(config: ExperimentConfig, mesh: Mesh) -> dict[str, Program]:
     parts = {"params": target.params, "optimizer": target.opt_state, "method": target.method_state}
 
     def step(batch: Batch) -> Program:
-        return Program(lambda: trainer.jitted_step.lower(target, batch, key), {**parts, "batch": batch})
+        return Program(lambda: trainer.jitted_step.lower(target, batch, key), {**parts, "batch": batch}, method.turns)
 
     found = {"train": step(batch)}
     if method.replay is not None and not method.joint:

@@ -133,12 +133,14 @@ class Method:
       joint: train on all tasks at once instead of one after another.
       individual: train a model of its own for each task, from the params the run began with; each task is answered by
         its own model.
+      turns: how often a loop of the step whose length depends on the batch turns, as `jaxcl plan` counts it.
     """
 
     Config: ClassVar[type[Schema]] = MethodConfig
     replay: Replay | None = None
     joint: bool = False
     individual: bool = False
+    turns: int = 1
 
     @classmethod
     def check(cls, config: Any, model: ModelConfig) -> None:

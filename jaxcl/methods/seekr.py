@@ -97,6 +97,8 @@ class Seekr(Method):
         self.layers = resolve_budget(config.layer_budget, network.num_layers)
         self.heads = resolve_budget(config.head_budget, network.num_layers * network.num_heads)
         self.per_layer = min(config.heads_per_layer or network.num_heads, self.heads)
+        # Over all layers a head of each example is compared as often as there are heads, where all select the same.
+        self.turns = max(1, round(self.heads / network.num_layers))
 
     @classmethod
     def check(cls, config: Any, model: ModelConfig) -> None:

@@ -37,7 +37,14 @@ CHIPS = {
 }
 
 
-_LIBTPU = {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1", "TPU_MIN_LOG_LEVEL": "3"}
+_LIBTPU = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+}
 
 
 class Topology(NamedTuple):
@@ -93,6 +100,8 @@ def find_devices(topology: Topology) -> Any:
     for variable, value in _LIBTPU.items():
         os.environ.setdefault(variable, value)
     try:
-        return topologies.get_topology_desc(topology_name=topology.name, platform="tpu")
+        # Without it a v4 chip would be two devices.
+        options = {"chip_config_name": "megacore"} if topology.kind == "v4" else {}
+        return topologies.get_topology_desc(topology_name=topology.name, platform="tpu", **options)
     except Exception as error:  # what libtpu raises is of no one type
         raise UserError(f"topology {topology.name}: {str(error).splitlines()[0]}", exit_code=2) from error

@@ -91,8 +91,12 @@ def parse(text: str) -> Program:
     return Program(computations, entry)
 
 
-def times(program: Program) -> Iterator[tuple[str, float, bool]]:
+def times(program: Program, unknown: int = 1) -> Iterator[tuple[str, float, bool]]:
     """How often each computation is run in one call of the program.
+
+    Args:
+      program: as parsed.
+      unknown: turns of loops whose number the program computes.
 
     Yields:
       Name of a computation, how often it runs, and whether it is a part of one fused instruction. One that is called
@@ -103,26 +107,26 @@ def times(program: Program) -> Iterator[tuple[str, float, bool]]:
         name, count, fused = todo.pop()
         yield name, count, fused
         for one in program.computations[name].values():
-            repeated = count * trips(program, one) if one.opcode == "while" else count
+            repeated = count * trips(program, one, unknown) if one.opcode == "while" else count
             inside = fused or one.opcode not in ("while", "call", "conditional")
             todo += [(called, repeated, inside) for called in one.called if called in program.computations]
 
 
-def trips(program: Program, loop: Instruction) -> int:
-    """Turns of a `while`: what the compiler noted, else the largest integer its condition compares with.
+def trips(program: Program, loop: Instruction, unknown: int = 1) -> int:
+    """Turns of a `while`: what the compiler noted, else the largest integer its condition holds, else `unknown`.
 
     A loop that may end early (writing text) is counted to its bound.
     """
     if noted := _TRIPS.search(loop.text):
         return int(noted[1])
     condition = re.search(r"condition=%?([\w.\-]+)", loop.text)
-    bounds, todo = [1], [condition[1]] if condition else []
+    bounds, todo = [], [condition[1]] if condition else []
     while todo:
         for one in program.computations.get(todo.pop(), {}).values():
             todo += one.called
             if constant := _CONSTANT.search(one.text):
                 bounds.append(int(constant[1]))
-    return max(bounds)
+    return max(bounds, default=unknown)
 
 
 def _instruction(name: str, rest: str, root: bool, line: str) -> Instruction:

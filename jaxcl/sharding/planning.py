@@ -42,7 +42,9 @@ class StepPlan(Schema):
     compile_seconds: float = Field(description="how long the compiler took here")
 
 
-def plan_step(lowered: Any, arguments: Mapping[str, Any], chip: Chip, *, causal: bool) -> StepPlan:
+def plan_step(
+    lowered: Any, arguments: Mapping[str, Any], chip: Chip, *, causal: bool, unknown_turns: int = 1
+) -> StepPlan:
     """Compiles a program and reads what it needs.
 
     Args:
@@ -50,6 +52,7 @@ def plan_step(lowered: Any, arguments: Mapping[str, Any], chip: Chip, *, causal:
       arguments: the program's arguments by part, as `jax.ShapeDtypeStruct` with shardings.
       chip: the limits.
       causal: see `count_cost`.
+      unknown_turns: see `count_cost`.
     """
     started = time.monotonic()
     parts = {name: bytes_per_device(tree) for name, tree in arguments.items()}
@@ -72,7 +75,7 @@ def plan_step(lowered: Any, arguments: Mapping[str, Any], chip: Chip, *, causal:
         + memory.temp_size_in_bytes
         + memory.generated_code_size_in_bytes
     )
-    cost = count_cost(parse(text), causal=causal)
+    cost = count_cost(parse(text), causal=causal, unknown_turns=unknown_turns)
     least = {
         "compute": cost.flops / chip.flops,
         "memory": cost.bytes / chip.bandwidth,

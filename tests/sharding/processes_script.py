@@ -6,6 +6,8 @@ import signal
 import sys
 from pathlib import Path
 
+import pytest
+
 from jaxcl.errors import UserError
 from jaxcl.sharding import processes
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 import pytest
 
-from jaxcl.config import parse_config
+from jaxcl.config import ExperimentConfig, parse_config
 from jaxcl.errors import UserError
 from jaxcl.plan import plan
 from jaxcl.plan_search import search
@@ -16,7 +17,10 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reas
 LAYERS, HIDDEN, WIDE, VOCAB, HEADS, LENGTH, SCORED, ROWS = 3, 512, 1024, 1024, 4, 256, 64, 4
 
 
-def config_of(remat: str = "full", **mesh: int):
+PLAIN = {"name": "sequential"}
+
+
+def config_of(method: dict[str, Any] = PLAIN, **mesh: int) -> ExperimentConfig:
     return parse_config(
         {
             "output": "runs/none",
@@ -30,11 +34,11 @@ def config_of(remat: str = "full", **mesh: int):
                 "num_kv_heads": HEADS,
                 "max_length": 512,
                 "tie_embeddings": False,
-                "compute": {"dtype": "bfloat16", "remat": remat},
+                "compute": {"dtype": "bfloat16", "remat": "full"},
             },
             "data": {"prompt_length": LENGTH - SCORED, "answer_length": SCORED},
-            "tasks": [{"name": "a", "source": "json:a"}],
-            "method": {"name": "sequential"},
+            "tasks": [{"name": "a", "source": "json:a"}, {"name": "b", "source": "json:b"}],
+            "method": method,
             "training": {"batch_size": ROWS},
             "mesh": mesh,
         }
@@ -58,6 +62,20 @@ def test_a_step_for_a_tpu_counts_every_layer_and_its_attention() -> None:
     assert step.collectives["all-gather"].bytes >= 2 * gathered
     assert step.collectives["all-reduce"].runs >= 2 * LAYERS
     assert 0 < step.utilisation <= 1
+
+
+def test_distilling_heads_gathers_no_queries_and_keys_over_tensor() -> None:
+    """Beside what a plain step sends, only the selected heads' rows go round: a head of each example a turn."""
+    queries, turns = 20, 1
+    method = {"name": "seekr", "layer_budget": LAYERS, "head_budget": LAYERS, "query_budget": queries}
+    found = plan(config_of(method, fsdp=2, tensor=2), "v5e:2x2", ["train", "replay"])
+    plain, replay = (found.steps[name].collectives for name in ("train", "replay"))
+    assert replay["all-gather"].bytes == pytest.approx(plain["all-gather"].bytes, rel=0.02)
+    row = (ROWS // 2) * (LENGTH + queries) * (HIDDEN // HEADS) * 2  # bytes of a head's keys and queries, bfloat16
+    # Forward and backward; the gradient of the keys goes back in float32.
+    extra = replay["all-reduce"].bytes - plain["all-reduce"].bytes
+    assert 0 < extra < LAYERS * turns * row * 4 * 2
+    assert LAYERS * turns * row * 4 * 2 < LAYERS * (ROWS // 2) * LENGTH * HIDDEN * 2 * 2 * 3  # whole, thrice a step
 
 
 def test_search_finds_an_arrangement_that_fits() -> None:
