@@ -20,7 +20,7 @@ from jaxcl.models.mask import visible
 from jaxcl.models.network import Network
 from jaxcl.models.probe import AttentionView, Probe, Tap, selected_rows
 
-Importance = Literal["product_of_sums", "sum_of_products", "sensitivity", "forgettability"]
+Importance = Literal["product_of_sums", "sum_of_products", "sensitivity", "forgettability", "random"]
 Heads = Float[Array, "layers heads"]
 
 
@@ -138,14 +138,19 @@ def combine(
     sensitivity: Float[Array, "tasks layers heads"],
     forgettability: Float[Array, "tasks layers heads"],
     how: Importance,
+    key: Array | None = None,
 ) -> Heads:
     """Importance of heads over the tasks so far (SEEKR, equation 5).
 
     Args:
       sensitivity: normalised, by task; zeros for tasks to come.
       forgettability: by task; zeros for tasks to come.
-      how: `product_of_sums` is the paper's, `sum_of_products` that of the authors' code; the others take one of the
-        two alone.
+      how: `product_of_sums` is the paper's, `sum_of_products` that of the authors' code; `sensitivity` and
+        `forgettability` take one of the two alone; `random` draws from [0, 1) and looks at neither.
+      key: what `random` draws from.
+
+    Raises:
+      ValueError: `random` without a key.
 
     Examples:
       >>> s, f = jnp.array([[[1.0]], [[2.0]]]), jnp.array([[[3.0]], [[4.0]]])
@@ -158,6 +163,10 @@ def combine(
         "sensitivity": lambda: jnp.sum(sensitivity, axis=0),
         "forgettability": lambda: jnp.sum(forgettability, axis=0),
     }
+    if how == "random":
+        if key is None:
+            raise ValueError("key: random importance needs one to draw from")
+        return jax.random.uniform(key, sensitivity.shape[1:])
     return rules[how]()
 
 

@@ -46,6 +46,7 @@ from jaxcl.methods.losses import extent, over_positions, scored_states, token_lo
 from jaxcl.methods.selected_attention import AttentionTeacher, attention_divergence, heads_of_layers, write_rows
 from jaxcl.methods.teacher import collate_records, trim_record
 from jaxcl.models.batch import Batch
+from jaxcl.models.lora import overlay, trained
 from jaxcl.models.network import ModelConfig, Network
 from jaxcl.models.probe import Probe
 from jaxcl.schema import Schema
@@ -54,10 +55,21 @@ from jaxcl.schema import Schema
 class SeekrConfig(MethodConfig):
     """Options of `seekr`; the defaults are the paper's for LLaMA-2-7B."""
 
+    distil_on: Literal["memory", "task"] = Field(
+        "memory",
+        description="rows that are distilled; memory: remembered ones; task: those of the task at hand, by the model "
+        "as it was before it: no example is kept",
+    )
     replay: Replay = Field(Replay(), description="which examples are kept and how they come back")
+    importance_examples: int = Field(
+        64, gt=0, description="examples of a task that heads are rated on where none is kept (distil_on: task)"
+    )
     layer_budget: int | float = Field(24, gt=0, description="layers that are distilled: a number, or a share up to 1.0")
     head_budget: int | float = Field(
-        128, gt=0, description="heads that are distilled, in all layers together: a number, or a share of all heads"
+        128,
+        gt=0,
+        description="heads that are distilled, in all layers together: a number, or a share of all heads; "
+        "1.0 with layer_budget 1.0 distils all",
     )
     heads_per_layer: int = Field(
         0, ge=0, description="at most so many of them in one layer, which bounds the memory a step needs; 0: no limit"
@@ -67,7 +79,7 @@ class SeekrConfig(MethodConfig):
         "product_of_sums",
         description="importance of a head over tasks, from sensitivity S and forgettability F; product_of_sums: "
         "sum of S times sum of F (the paper); sum_of_products: sum of S times F (the authors' code); "
-        "sensitivity, forgettability: one of them alone",
+        "sensitivity, forgettability: one of them alone; random: heads drawn anew for every task",
     )
     logit_weight: float = Field(
         0.5, ge=0, le=1, description="a: weight of output distillation; cross-entropy of remembered rows gets 1 - a"
@@ -85,7 +97,8 @@ class Seekr(Method):
     """Replay with selective attention distillation.
 
     State: `sensitivity` (normalised) and `forgettability` `[tasks, layers, heads]`, zeros for tasks to come; `heads`
-    `[tasks, selected, 2]`, the (layer, head) pairs selected when each task was learned, -1 for tasks to come.
+    `[tasks, selected, 2]`, the (layer, head) pairs selected when each task was learned, -1 for tasks to come. With
+    `distil_on: task` also `teacher`, the trained params before the task at hand, and `learned`, the tasks before it.
     """
 
     Config: ClassVar[type[Schema]] = SeekrConfig
@@ -93,7 +106,7 @@ class Seekr(Method):
     def __init__(self, config: Any, network: Network, num_tasks: int) -> None:
         super().__init__(config, network, num_tasks)
         self.check(config, network.config)
-        self.replay = config.replay
+        self.replay = config.replay if config.distil_on == "memory" else None
         self.layers = resolve_budget(config.layer_budget, network.num_layers)
         self.heads = resolve_budget(config.head_budget, network.num_layers * network.num_heads)
         self.per_layer = min(config.heads_per_layer or network.num_heads, self.heads)
@@ -110,7 +123,8 @@ class Seekr(Method):
                 budgets[name] = resolve_budget(getattr(config, name), size)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
-        config.replay.check()
+        if config.distil_on == "memory":
+            config.replay.check()
         if config.heads_per_layer > model.num_heads:
             raise ValueError(f"heads_per_layer: {config.heads_per_layer} is over the model's {model.num_heads}")
         room = budgets["layer_budget"] * (config.heads_per_layer or model.num_heads)
@@ -137,28 +151,68 @@ class Seekr(Method):
         """See `Method.init`."""
         scores = jnp.zeros((self.num_tasks, self.network.num_layers, self.network.num_heads))
         heads = jnp.full((self.num_tasks, self.heads, 2), -1, jnp.int32)
-        return {"sensitivity": scores, "forgettability": scores, "heads": heads}
+        state: dict[str, Any] = {"sensitivity": scores, "forgettability": scores, "heads": heads}
+        if self.config.distil_on == "task":
+            state |= {"teacher": trained(params), "learned": jnp.int32(0)}
+        return state
+
+    def prepare(self, params: Params, state: State, task: Task) -> State:
+        """With `distil_on: task`, the model as it is becomes the teacher."""
+        if self.config.distil_on == "memory":
+            return state
+        return state | {"teacher": trained(params), "learned": jnp.int32(task.index)}
 
     def consolidate(self, params: Params, state: State, task: Task) -> State:
-        """Rates the heads on the task's memory, and selects those its memory keeps."""
+        """Rates the heads on the task's memory (or examples, where none is kept), and selects some for the task."""
         add_sensitivity, add_forgettability = task.compile(self.add_sensitivity), task.compile(self.add_forgettability)
         before = task.params_before()
         sensitivity = forgettability = HeadSums.zero(self.network)
-        for batch in task.memory():
+        kept = self.config.distil_on == "memory"
+        for batch in task.memory() if kept else task.examples(self.config.importance_examples):
             sensitivity = add_sensitivity(sensitivity, params, batch)
             forgettability = add_forgettability(forgettability, before, params, batch)
-        return task.compile(self.select)(state, sensitivity, forgettability, jnp.int32(task.index))
+        return task.compile(self.select)(state, sensitivity, forgettability, jnp.int32(task.index), task.key)
 
     def loss(self, params: Params, state: State, batch: Batch, key: Array) -> Terms:
         """Language-model loss; on remembered rows with both divergences (SEEKR, equation 9)."""
         if batch.kind != "memory":
+            if self.config.distil_on == "task":
+                return self._taught(params, state, batch, key)
             return super().loss(params, state, batch, key)
         if batch.teacher is None:
             raise UserError(
                 "seekr: nothing is stored beside the remembered rows; it needs rows of one example each: for text, "
                 "set data.packing to false"
             )
-        teacher, terms = batch.teacher, {}
+        return self._distilled(params, batch, batch.teacher, key)
+
+    def _taught(self, params: Params, state: State, batch: Batch, key: Array) -> Terms:
+        """Rows of the task at hand, taught by the model before it; during the first task, divergences count nothing.
+
+        These rows are there to be learned, so their cross-entropy weighs 1; a and b are those of equation 9.
+        """
+        model_key, query_key = jax.random.split(key)
+        known = state["learned"] > 0
+        heads = state["heads"][jnp.maximum(state["learned"] - 1, 0)]
+        heads = jnp.broadcast_to(heads, (batch.size, *heads.shape))
+        queries = sample_queries(query_key, batch.segments, self.config.query_budget)
+
+        def read() -> dict[str, Array]:
+            return self.read(overlay(params, state["teacher"]), batch, heads, queries)
+
+        nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(read))
+        teacher = jax.lax.stop_gradient(jax.lax.cond(known, read, lambda: nothing))
+        terms = self._distilled(params, batch, teacher | {"heads": heads, "queries": queries}, model_key)
+        return {
+            name: term._replace(weight=1.0)
+            if name == "loss"
+            else Term(term.sum * known, term.count * known, term.weight)
+            for name, term in terms.items()
+        }
+
+    def _distilled(self, params: Params, batch: Batch, teacher: Mapping[str, Array], key: Array) -> dict[str, Term]:
+        """Cross-entropy and both divergences from a teacher (SEEKR, equation 9)."""
+        terms = {}
         probe = None
         if self.config.attention_weight > 0:
             probe = Probe(
@@ -247,10 +301,12 @@ class Seekr(Method):
         task = jnp.arange(self.num_tasks)[:, None]
         layer, head = state["heads"][..., 0], state["heads"][..., 1]
         layer = jnp.where(layer < 0, self.network.num_layers, layer)
+        # Where heads are drawn, what would have been chosen otherwise is worth a picture.
+        how: Importance = "product_of_sums" if self.config.importance == "random" else self.config.importance
         return {
             "sensitivity": state["sensitivity"],
             "forgettability": state["forgettability"],
-            "importance_heads": self._importance(state),
+            "importance_heads": combine(state["sensitivity"], state["forgettability"], how),
             "selected_heads": selected.at[task, layer, head].set(True, mode="drop"),
         }
 
@@ -270,17 +326,20 @@ class Seekr(Method):
         """Adds a batch to the forgettability of the task at hand; pure."""
         return add_forgettability(self.network, sums, before, params, batch)
 
-    def select(self, state: State, sensitivity: HeadSums, forgettability: HeadSums, index: Array) -> State:
-        """Takes finished measurements into the state and selects the heads of task `index`; pure."""
+    def select(
+        self, state: State, sensitivity: HeadSums, forgettability: HeadSums, index: Array, key: Array | None = None
+    ) -> State:
+        """Takes finished measurements into the state and selects the heads of task `index`; pure.
+
+        `key` is what importance `random` draws from.
+        """
         state = state | {
             "sensitivity": state["sensitivity"].at[index].set(normalise_sensitivity(sensitivity.mean())),
             "forgettability": state["forgettability"].at[index].set(forgettability.mean()),
         }
-        heads = select_heads(self._importance(state), self.layers, self.heads, self.per_layer)
+        importance = combine(state["sensitivity"], state["forgettability"], self.config.importance, key)
+        heads = select_heads(importance, self.layers, self.heads, self.per_layer)
         return state | {"heads": state["heads"].at[index].set(heads)}
-
-    def _importance(self, state: State) -> Array:
-        return combine(state["sensitivity"], state["forgettability"], self.config.importance)
 
     @property
     def _outputs(self) -> tuple[str, ...]:

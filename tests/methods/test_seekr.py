@@ -245,6 +245,70 @@ def test_heads_are_selected_over_tasks(params: Any) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_equal((a.shape, a.dtype), (b.shape, b.dtype)), state, start)
 
 
+def test_random_heads_are_drawn_by_the_key_and_by_nothing_else(params: Any) -> None:
+    method = make_method(importance="random", head_budget=2, layer_budget=1)
+    state = method.init(params)
+    one = HeadSums(jnp.ones_like(state["sensitivity"][0]), jnp.float32(1))
+    other = HeadSums(jnp.arange(8.0).reshape(2, 4), jnp.float32(1))
+    chosen = []
+    for seed in range(6):
+        key = jax.random.key(seed)
+        heads = method.select(state, one, one, jnp.int32(1), key)["heads"][1]
+        assert heads.tolist() == method.select(state, other, other, jnp.int32(1), key)["heads"][1].tolist()
+        draws = np.asarray(jax.random.uniform(key, (2, 4)))
+        layer = int(draws.sum(axis=1).argmax())
+        assert heads.tolist() == [[layer, head] for head in sorted(np.argsort(-draws[layer])[:2].tolist())]
+        chosen.append(str(heads.tolist()))
+    assert len(set(chosen)) > 2
+
+
+TAUGHT = {"distil_on": "task", "query_budget": 0}
+
+
+def test_without_a_memory_the_model_before_the_task_teaches_on_its_rows(params: Any) -> None:
+    """What is held against it on a row equals what a remembered row with its signals beside it would be."""
+    method, known = make_method(**TAUGHT), perturbed(params, 0.1, seed=1)
+    batch = dataclasses.replace(BATCH, task=jnp.zeros_like(BATCH.task))
+    state = method.prepare(known, state_of(method, params), StandInTask([batch], index=1))
+    student = perturbed(params, 0.3, seed=2)
+    found = jax.jit(method.loss)(student, state, batch, jax.random.key(0))
+
+    keeper = make_method(query_budget=0)
+    signals = jax.jit(keeper.signals)(known, state, batch, jax.random.key(1))
+    host = {name: np.asarray(value) for name, value in signals.items()}
+    records = [keeper.trim({name: value[row] for name, value in host.items()}) for row in range(batch.size)]
+    teacher = keeper.collate(records, Shape(batch.tokens.shape[1], batch.targets.shape[1]))
+    expected = jax.jit(keeper.loss)(student, state, remembered(batch, teacher), jax.random.key(0))
+    assert found.keys() == expected.keys()
+    for name, term in found.items():
+        np.testing.assert_allclose((term.sum, term.count), (expected[name].sum, expected[name].count), rtol=1e-4)
+    assert (found["loss"].weight, found["logits"].weight) == (1.0, 0.5)
+    assert float(found["logits"].sum) > 0
+    assert float(found["attention"].sum) > 0
+
+
+def test_at_the_start_of_a_task_its_teacher_agrees_and_before_the_first_there_is_none(params: Any) -> None:
+    method = make_method(**TAUGHT)
+    assert method.replay is None
+    first = method.prepare(params, method.init(params), StandInTask([BATCH], index=0))
+    terms = jax.jit(method.loss)(perturbed(params, 0.3), first, BATCH, jax.random.key(0))
+    assert float(terms["logits"].count) == float(terms["attention"].count) == 0
+    assert float(terms["logits"].sum) == float(terms["attention"].sum) == 0
+
+    later = method.prepare(params, state_of(method, params), StandInTask([BATCH], index=1))
+    terms = jax.jit(method.loss)(params, later, BATCH, jax.random.key(0))
+    assert float(terms["logits"].count) > 0
+    np.testing.assert_allclose((terms["logits"].sum, terms["attention"].sum), 0, atol=1e-4)
+
+
+def test_without_a_memory_heads_are_rated_on_the_tasks_examples(params: Any) -> None:
+    method, after = make_method(**TAUGHT), perturbed(params, 0.1, seed=1)
+    state = method.consolidate(after, method.init(params), StandInTask([BATCH], before=params, memory=[]))
+    keeper = make_method()
+    expected = keeper.consolidate(after, keeper.init(params), StandInTask([], before=params, memory=[BATCH]))
+    np.testing.assert_array_equal(state["heads"], expected["heads"])
+
+
 def test_shares_as_budgets() -> None:
     method = Seekr(SeekrConfig(layer_budget=0.5, head_budget=0.5), tiny_llama(num_layers=4), 1)
     assert (method.layers, method.heads, method.per_layer) == (2, 8, 4)
