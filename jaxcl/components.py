@@ -27,6 +27,7 @@ from jaxcl.sharding.layout import Layout
 from jaxcl.sharding.mesh import make_mesh
 from jaxcl.sharding.processes import on_first
 from jaxcl.training.config import check_batch_size
+from jaxcl.training.privacy import check_private
 from jaxcl.training.trainer import Trainer
 
 Params = Any
@@ -144,8 +145,26 @@ def build(config: ExperimentConfig, folder: RunFolder) -> Components:
     tokenizer = load_tokenizer(config, tasks, folder.tokenizer)
     tokenizer.check_vocab(network.vocab_size)
     method = find_method(config.method.name)(config.method.options, network, len(tasks))
-    trainer = Trainer(method, config.optimizer, layout, accumulate=config.training.accumulate, seed=config.seed)
-    return Components(config, tasks, tokenizer, network, method, layout, trainer)
+    return Components(config, tasks, tokenizer, network, method, layout, make_trainer(config, method, layout))
+
+
+def make_trainer(config: ExperimentConfig, method: Method, layout: Layout) -> Trainer:
+    """The method's compiled step, as the configuration says.
+
+    Raises:
+      UserError: the method cannot be trained privately and shall be.
+    """
+    training = config.training
+    if training.privacy is not None:
+        check_private(method, config.method.name)
+    return Trainer(
+        method,
+        config.optimizer,
+        layout,
+        accumulate=training.accumulate,
+        seed=config.seed,
+        privacy=training.privacy,
+    )
 
 
 def _check_tasks(config: ExperimentConfig, tasks: tuple[TaskData, ...], *, causal: bool) -> None:

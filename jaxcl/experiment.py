@@ -31,6 +31,7 @@ from jaxcl.training.checkpoint import Checkpoints, Saved
 from jaxcl.training.compile import enable_compilation_cache
 from jaxcl.training.config import task_steps
 from jaxcl.training.loop import train_task
+from jaxcl.training.privacy import spent
 from jaxcl.training.sinks import Sink, open_sinks
 from jaxcl.training.state import TrainState
 from jaxcl.training.task import RunningTask, collect_signals
@@ -212,6 +213,8 @@ class TaskSequence:
         with self._timed("method"):
             state = self._conclude(state, index)
         self.board.note_task(index, steps=total, described=stream.describe())
+        if (privacy := self.config.training.privacy) is not None:
+            self.board.note_privacy(index, spent(privacy, steps=total, steps_per_epoch=stream.steps_per_epoch))
         self._save(state, task=index, phase="learned", mark=f"after task {index}")
         return state
 

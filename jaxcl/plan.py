@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from pydantic import Field
 
+from jaxcl.components import make_trainer
 from jaxcl.config import ExperimentConfig, find_method
 from jaxcl.data.plan import Shape
 from jaxcl.errors import UserError
@@ -116,7 +117,7 @@ def programs(config: ExperimentConfig, mesh: Mesh) -> dict[str, Program]:
     training, evaluation = config.training, config.evaluation
     check_batch_size(training.batch_size, training.accumulate, layout.batch_ways)
     method = find_method(config.method.name)(config.method.options, network, len(config.tasks))
-    trainer = Trainer(method, config.optimizer, layout, accumulate=training.accumulate, seed=config.seed)
+    trainer = make_trainer(config, method, layout)
     shape = row_shape(config, network.causal)
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=layout.replicated)

@@ -65,6 +65,12 @@ class Scoreboard:
             stored_bytes=stored,
         )
 
+    def note_privacy(self, index: int, spent: Mapping[str, float]) -> None:
+        """Notes what training on a task told about any one of its examples; see `jaxcl.training.privacy.spent`."""
+        before = self.results.extra.get("privacy", {})
+        privacy = {name: [*before.get(name, [])[:index], round(value, 4)] for name, value in spent.items()}
+        self._update(extra={**self.results.extra, "privacy": privacy})
+
     def write(self, timing: Mapping[str, float], *, finished: bool = False) -> None:
         """Writes `results.json` with the seconds spent so far, by part."""
         rounded = {name: round(seconds, 3) for name, seconds in timing.items()}

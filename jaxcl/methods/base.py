@@ -142,6 +142,11 @@ class Method:
     individual: bool = False
     turns: int = 1
 
+    @property
+    def couples_examples(self) -> bool:
+        """Whether the loss of an example depends on the others of its batch."""
+        return False
+
     @classmethod
     def check(cls, config: Any, model: ModelConfig) -> None:
         """Holds the method's options against the model's shape.

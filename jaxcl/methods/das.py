@@ -110,6 +110,11 @@ class Das(Method):
 
     Config: ClassVar[type[Schema]] = DasConfig
 
+    @property
+    def couples_examples(self) -> bool:
+        """The contrast does."""
+        return bool(self.config.contrast_weight > 0)
+
     @classmethod
     def check(cls, config: Any, model: ModelConfig) -> None:
         """See `Method.check`."""

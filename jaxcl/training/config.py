@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from jaxcl.errors import UserError
 from jaxcl.schema import Schema
+from jaxcl.training.privacy import PrivacyConfig
 
 
 class TrainingConfig(Schema):
@@ -32,6 +33,10 @@ class TrainingConfig(Schema):
         1, ge=1, description="how many checkpoints of ends of tasks are kept beside the latest ones; null: all"
     )
     prefetch: int = Field(2, ge=0, description="batches sent to the devices ahead of the step that needs them")
+
+    privacy: PrivacyConfig | None = Field(
+        None, description="differentially private training, for methods that keep no examples; none: plain gradients"
+    )
 
     @model_validator(mode="after")
     def _length(self) -> TrainingConfig:

@@ -15,7 +15,9 @@ from jaxcl.methods.base import Method, Terms
 from jaxcl.models.batch import Batch
 from jaxcl.models.lora import overlay, trained
 from jaxcl.sharding.layout import Layout
+from jaxcl.training.micro_batches import micro_batches
 from jaxcl.training.optimizer import OptimizerConfig, learning_rate
+from jaxcl.training.privacy import PrivacyConfig, private_gradient
 from jaxcl.training.state import TrainState
 
 PyTree = Any
@@ -31,6 +33,7 @@ def make_train_step(
     *,
     accumulate: int,
     layout: Layout,
+    privacy: PrivacyConfig | None = None,
 ) -> Step:
     r"""The training step of a method; pure, not compiled.
 
@@ -48,6 +51,7 @@ def make_train_step(
       optimizer: the optimizer section, for the schedule.
       accumulate: micro-batches of a batch; the batch size must be a multiple of it.
       layout: the run's layout.
+      privacy: clip each example's gradient and add noise; see `private_gradient`.
 
     Returns:
       `step(state, batch, key) -> (state, metrics)`. `key` is the run's: it is folded with the step's number. Metrics
@@ -55,6 +59,8 @@ def make_train_step(
       and `update_norm`, of what is trained; `learning_rate`; `tokens`, the number of tokens that are no padding.
     """
     gradient = _whole if accumulate == 1 else _accumulated(accumulate, layout)
+    if privacy is not None:
+        gradient = private_gradient(privacy, accumulate, layout)
 
     def step(state: TrainState, batch: Batch, key: Array) -> tuple[TrainState, Metrics]:
         params, memory = trained(state.params), state.method_state
@@ -111,22 +117,6 @@ def global_norm(tree: PyTree) -> Float[Array, ""]:
     """Euclidean norm over all leaves, summed in float32."""
     squares = [jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)]
     return jnp.sqrt(sum(squares, jnp.float32(0)))
-
-
-def micro_batches(batch: Batch, accumulate: int) -> Batch:
-    """Splits rows into micro-batches: leaves `[batch, ...]` to `[accumulate, batch / accumulate, ...]`.
-
-    Micro-batch i takes rows i, i + accumulate, ..., so that the rows of a micro-batch lie on all devices and nothing
-    moves between them.
-
-    Raises:
-      ValueError: the number of rows is no multiple of `accumulate`.
-    """
-    if batch.size % accumulate:
-        raise ValueError(f"batch: expected a multiple of accumulate={accumulate} rows, got {batch.size}")
-    return jax.tree.map(
-        lambda leaf: leaf.reshape(leaf.shape[0] // accumulate, accumulate, *leaf.shape[1:]).swapaxes(0, 1), batch
-    )
 
 
 def weighted_loss(terms: Terms, counts: Sums) -> Float[Array, ""]:

@@ -17,6 +17,7 @@ from jaxcl.sharding.layout import Layout, put
 from jaxcl.training.compile import Compiler
 from jaxcl.training.feed import Feed, RowIterator
 from jaxcl.training.optimizer import Clock, OptimizerConfig, make_parts
+from jaxcl.training.privacy import PrivacyConfig
 from jaxcl.training.state import TrainState, abstract, replace_method_state, replace_params, state_shardings
 from jaxcl.training.step import Metrics, make_train_step
 
@@ -35,7 +36,14 @@ class Trainer:
     """
 
     def __init__(
-        self, method: Method, optimizer: OptimizerConfig, layout: Layout, *, accumulate: int, seed: int
+        self,
+        method: Method,
+        optimizer: OptimizerConfig,
+        layout: Layout,
+        *,
+        accumulate: int,
+        seed: int,
+        privacy: PrivacyConfig | None = None,
     ) -> None:
         """Prepares the step; nothing is computed or compiled yet.
 
@@ -45,6 +53,7 @@ class Trainer:
           layout: where arrays live.
           accumulate: micro-batches of a batch.
           seed: seed of everything random within steps (dropout, sampled queries).
+          privacy: train with clipped gradients and noise.
         """
         self.method = method
         self.optimizer = optimizer
@@ -56,7 +65,9 @@ class Trainer:
         self.target: TrainState = abstract(shapes, self.shardings)
         self._seed = seed
         self._reset = jax.jit(_fresh(self._init_optimizer), out_shardings=self.shardings.opt_state)
-        step = make_train_step(method, self._transform, optimizer, accumulate=accumulate, layout=layout)
+        step = make_train_step(
+            method, self._transform, optimizer, accumulate=accumulate, layout=layout, privacy=privacy
+        )
         self.jitted_step = jax.jit(
             self.compile.trace(step),
             donate_argnums=0,

@@ -12,7 +12,7 @@ from training_standins import TinyMethod, assert_same, host, make_params, make_r
 from jaxcl.methods.base import OptimizerParts, Term, Terms
 from jaxcl.models.batch import Batch
 from jaxcl.training.feed import place_batch
-from jaxcl.training.step import micro_batches
+from jaxcl.training.micro_batches import micro_batches
 from jaxcl.training.trainer import Trainer
 
 

@@ -1,0 +1,131 @@
+r"""Differentially private training: each example's gradient is clipped, noise is added to their sum (DP-SGD).
+
+Abadi et al., CCS 2016 (arXiv 1607.00133), algorithm 1, with optax's clipping: with the gradients $g_n$ of a batch of
+$B$ examples, clip $C$ and noise multiplier $\sigma$, the optimizer sees
+$\frac{1}{B} (\sum_n g_n \min(1, C / \lVert g_n \rVert) + \sigma C \, \mathcal{N}(0, I))$.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+from pydantic import Field
+
+from jaxcl.errors import UserError
+from jaxcl.methods.base import Method, Terms
+from jaxcl.models.batch import Batch
+from jaxcl.models.lora import trained
+from jaxcl.schema import Schema
+from jaxcl.sharding.layout import Layout
+from jaxcl.training.micro_batches import micro_batches
+
+PyTree = Any
+
+
+class PrivacyConfig(Schema):
+    """Noise on the gradients, so that the model tells next to nothing about any one example."""
+
+    clip: float = Field(gt=0, description="largest norm of one example's gradient")
+    noise_multiplier: float = Field(ge=0, description="standard deviation of the noise, in multiples of clip; 0: none")
+    delta: float = Field(1e-5, gt=0, lt=1, description="the delta that epsilon is given for; well below 1 / examples")
+
+
+def check_private(method: Method, name: str) -> None:
+    """Whether a method's training can be private at all.
+
+    Raises:
+      UserError: it keeps earlier examples, or its loss holds examples against each other.
+    """
+    if method.couples_examples:
+        raise UserError(
+            f"training.privacy: the loss of {name} holds the examples of a batch against each other, so that none has "
+            "a gradient of its own; for das, set method.contrast_weight to 0",
+            exit_code=2,
+        )
+    if method.replay is not None or method.joint:
+        raise UserError(
+            f"training.privacy: {name} trains on examples of earlier tasks again, which is not accounted for; allowed: "
+            "methods that keep none, such as sequential, lwf, or seekr with method.distil_on=task",
+            exit_code=2,
+        )
+
+
+def private_gradient(config: PrivacyConfig, accumulate: int, layout: Layout) -> Callable[..., Any]:
+    r"""The noised mean of clipped gradients; serves in place of the plain gradient in the step.
+
+    An example's gradient is that of its own loss, $\sum_i w_i s_i / c_i$ over the method's terms with sum and count of
+    this example alone. Gradients of single examples exist for one of `accumulate` micro-batches at a time.
+
+    Returns:
+      `gradient(loss, params, batch, key) -> ((total, means), gradient)`: totals and means over the examples.
+    """
+
+    def gradient(
+        loss: Callable[..., Terms], params: PyTree, batch: Batch, key: Array
+    ) -> tuple[tuple[Array, Mapping[str, Array]], PyTree]:
+        noise_key, loss_key = jax.random.split(key)
+
+        def of_example(params: PyTree, row: Batch, key: Array) -> tuple[Array, Mapping[str, Array]]:
+            terms = loss(params, jax.tree.map(lambda leaf: leaf[None], row), key)
+            means = {name: term.sum / jnp.where(term.count == 0, 1.0, term.count) for name, term in terms.items()}
+            return sum((terms[name].weight * mean for name, mean in means.items()), jnp.float32(0)), means
+
+        def add(total: PyTree, part: tuple[Batch, Array]) -> tuple[PyTree, Any]:
+            rows, key = part
+            keys = jax.random.split(key, rows.size)
+            results, grads = jax.vmap(jax.value_and_grad(of_example, has_aux=True), (None, 0, 0))(params, rows, keys)
+            grads = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), grads)
+            clipped, _ = optax.per_example_global_norm_clip(grads, config.clip)
+            total = jax.tree.map(jnp.add, total, clipped)
+            return jax.lax.with_sharding_constraint(total, trained(layout.params)), jax.tree.map(jnp.sum, results)
+
+        parts = micro_batches(batch, accumulate), jax.random.split(loss_key, accumulate)
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
+        summed, results = jax.lax.scan(add, zeros, parts)
+        noise = optax.tree.random_like(noise_key, zeros, sampler=jax.random.normal)
+        scale = config.clip * config.noise_multiplier
+        mean = jax.tree.map(lambda leaf, random: (leaf + scale * random) / batch.size, summed, noise)
+        return jax.tree.map(lambda leaf: jnp.sum(leaf) / batch.size, results), mean
+
+    return gradient
+
+
+def spent(config: PrivacyConfig, *, steps: int, steps_per_epoch: int) -> dict[str, float]:
+    """What training on a task tells about one of its examples.
+
+    Args:
+      config: the privacy section.
+      steps: optimizer steps of the task.
+      steps_per_epoch: steps in which each example comes once.
+
+    Returns:
+      `epsilon`: of as many Gaussian mechanisms as an example takes part in steps. Every epoch takes each example once,
+      in whatever order, so it holds as it stands. `epsilon_poisson`: as usually reported, as if each step drew its
+      examples independently. Infinite without noise.
+
+    Raises:
+      UserError: `dp-accounting` is not installed.
+    """
+    if config.noise_multiplier == 0:
+        return {"epsilon": math.inf, "epsilon_poisson": math.inf}
+    try:
+        from dp_accounting import dp_event
+        from dp_accounting.rdp import RdpAccountant
+    except ImportError:
+        raise UserError("training.privacy: pip install 'jaxcl[dp]' (dp-accounting) to account for epsilon") from None
+    noise = dp_event.GaussianDpEvent(config.noise_multiplier)
+
+    def epsilon(event: Any, times: int) -> float:
+        return float(RdpAccountant().compose(dp_event.SelfComposedDpEvent(event, times)).get_epsilon(config.delta))
+
+    sampled = dp_event.PoissonSampledDpEvent(min(1.0, 1 / steps_per_epoch), noise)
+    return {
+        "epsilon": epsilon(noise, math.ceil(steps / steps_per_epoch)),
+        "epsilon_poisson": epsilon(sampled, steps),
+    }

@@ -1,0 +1,30 @@
+"""A private run, from the configuration to its results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_experiment import PAIRS, run
+
+from jaxcl.errors import UserError
+
+PRIVACY = {"clip": 1.0, "noise_multiplier": 1.0, "delta": 1e-3}
+PRIVATE: dict[str, Any] = {**PAIRS, "training": {**PAIRS["training"], "privacy": PRIVACY}}
+
+
+def test_results_say_what_each_task_has_told(tmp_path: Path) -> None:
+    results = run(PRIVATE, tmp_path / "private", "sequential")
+    content = json.loads((tmp_path / "private" / "results.json").read_text())["extra"]["privacy"]
+    assert results.finished
+    assert set(content) == {"epsilon", "epsilon_poisson"}
+    assert len(content["epsilon"]) == len(results.tasks)
+    assert all(0 < value < 100 for value in content["epsilon"])
+    assert "epsilon" in (tmp_path / "private" / "report.html").read_text()
+
+
+def test_methods_that_keep_examples_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"training\.privacy: replay trains on examples of earlier tasks"):
+        run(PRIVATE, tmp_path / "kept", "replay")
