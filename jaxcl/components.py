@@ -145,6 +145,7 @@ def build(config: ExperimentConfig, folder: RunFolder) -> Components:
     tokenizer = load_tokenizer(config, tasks, folder.tokenizer)
     tokenizer.check_vocab(network.vocab_size)
     method = find_method(config.method.name)(config.method.options, network, len(tasks))
+    _check_written(method, tasks)
     return Components(config, tasks, tokenizer, network, method, layout, make_trainer(config, method, layout))
 
 
@@ -187,6 +188,18 @@ def _check_tasks(config: ExperimentConfig, tasks: tuple[TaskData, ...], *, causa
         if tokens > window:
             raise UserError(
                 f"data.{key}: {tokens} tokens exceed the model's window, model.max_length={window} (task {task.name})",
+                exit_code=2,
+            )
+
+
+def _check_written(method: Method, tasks: tuple[TaskData, ...]) -> None:
+    """Only prompts and answers can be told from what a model writes."""
+    if method.replay is None or method.replay.source == "kept":
+        return
+    for task in tasks:
+        if task.kind != "pairs":
+            raise UserError(
+                f"method.replay.source: synthetic needs prompts and answers; task {task.name} is {task.kind}",
                 exit_code=2,
             )
 

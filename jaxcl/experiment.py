@@ -26,6 +26,7 @@ from jaxcl.reporting.report import write_report
 from jaxcl.run_folder import RunFolder
 from jaxcl.scoreboard import Scoreboard
 from jaxcl.sharding.processes import initialize, on_first, wait_for_all
+from jaxcl.synthesis import write_samples
 from jaxcl.tasks import memory_pipeline, remember, running_task
 from jaxcl.training.checkpoint import Checkpoints, Saved
 from jaxcl.training.compile import enable_compilation_cache
@@ -228,7 +229,7 @@ class TaskSequence:
     def _conclude(self, state: TrainState, index: int) -> TrainState:
         """Chooses the task's memory, lets the method consolidate, and stores what it wants beside the memory."""
         method = self.parts.method
-        self.memory = remember(self.parts, self.memory, index)
+        self.memory = self._remember(state, index)
         if self.main and self.memory.tasks:
             self.memory.save(self.folder.memory)
         task = self._task(index, moment=1)
@@ -248,6 +249,15 @@ class TaskSequence:
         if self.main and (tables := method.tables(state.method_state)):
             write_tables(self.folder.importance, index, {name: np.asarray(value) for name, value in tables.items()})
         return state
+
+    def _remember(self, state: TrainState, index: int) -> Memory:
+        replay = self.parts.method.replay
+        if replay is None or replay.source == "kept":
+            return remember(self.parts, self.memory, index)
+        key = jax.random.fold_in(jax.random.key(self.config.seed), index)
+        return self.memory.with_written(
+            index, self.parts.phase_name(index), *write_samples(self.parts, state.params, index, key)
+        )
 
     def _stream(self, index: int) -> Stream:
         """The batches of a task, with those of the memory between or beside them where there are any."""

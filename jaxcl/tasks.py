@@ -8,7 +8,9 @@ from typing import Any
 import jax
 
 from jaxcl.components import Components, ProcessShare
-from jaxcl.data.memory import Memory, MemoryPipeline
+from jaxcl.data.memory import Memory, MemoryPipeline, TaskMemory
+from jaxcl.data.pairs import PairRows
+from jaxcl.data.rows import Rows
 from jaxcl.training.task import RunningTask
 
 Params = Any
@@ -28,13 +30,21 @@ def remember(parts: Components, memory: Memory, index: int) -> Memory:
     )
 
 
+def remembered_rows(parts: Components, task: TaskMemory) -> Rows:
+    """What a task's memory chooses from: its training examples, or what the model wrote for it."""
+    if not task.written:
+        return parts.train_rows[task.task]
+    data = parts.config.data.model_copy(update={"on_long_answer": "cut"})
+    return PairRows(task.written, parts.tokenizer, data, task=task.task, name=task.name)
+
+
 def memory_pipeline(
     parts: Components, memory: Memory, tasks: Sequence[int], *, batch_size: int | None = None, **options: Any
 ) -> MemoryPipeline:
     """Batches of what is remembered of some tasks, by default as large as the run's; see `MemoryPipeline`."""
     return MemoryPipeline(
         memory,
-        dict(enumerate(parts.train_rows)),
+        {one.task: remembered_rows(parts, one) for one in memory.tasks},
         parts.config.data,
         batch_size=batch_size or parts.config.training.batch_size,
         shapes=parts.shapes,

@@ -20,7 +20,7 @@ from jaxcl.methods.base import Method
 from jaxcl.methods.seekr import Seekr
 from jaxcl.run_folder import RunFolder
 from jaxcl.sharding.processes import initialize
-from jaxcl.tasks import memory_pipeline
+from jaxcl.tasks import memory_pipeline, remembered_rows
 from jaxcl.training.checkpoint import Checkpoints
 from jaxcl.training.feed import place_batch
 
@@ -103,7 +103,7 @@ def measure_size(parts: Components, task: TaskMemory, store: TeacherStore, disk:
       store: what is stored beside them.
       disk: bytes of the store's files.
     """
-    network, rows = parts.network, parts.train_rows[task.task]
+    network, rows = parts.network, remembered_rows(parts, task)
     tokens, scored = np.asarray(rows.sizes[list(task.examples)], float).T
     if not scored.any():  # running text: masked tokens, or all of a decoder's
         scored = tokens

@@ -38,8 +38,17 @@ def draw_examples(count: int, fraction: float, minimum: int, *, seed: int, task:
     >>> len(draw_examples(250, 0.01, 1, seed=0, task=0)), len(draw_examples(250, 0.0, 1, seed=0, task=0))
     (2, 1)
     """
-    kept = min(count, max(minimum, round(fraction * count)))
+    kept = draw_count(count, fraction, minimum)
     return sorted(np.random.default_rng((seed, task)).choice(count, kept, replace=False).tolist())
+
+
+def draw_count(count: int, fraction: float, minimum: int) -> int:
+    """How many of `count` examples are kept; see `draw_examples`.
+
+    >>> draw_count(250, 0.01, 1), draw_count(2, 0.0, 8)
+    (2, 2)
+    """
+    return min(count, max(minimum, round(fraction * count)))
 
 
 class TaskMemory(Schema):
@@ -49,6 +58,10 @@ class TaskMemory(Schema):
     name: str = Field(description="name of the task")
     count: int = Field(ge=0, description="examples the task has")
     examples: tuple[int, ...] = Field(description="numbers of the kept examples, rising")
+    written: tuple[dict[str, str], ...] = Field(
+        (), description="prompts and answers that the model wrote, which are remembered instead of examples"
+    )
+    dropped: dict[str, int] = Field({}, description="written samples that are not remembered, by reason")
 
 
 class Memory(Schema):
@@ -66,8 +79,19 @@ class Memory(Schema):
     def with_task(self, task: int, name: str, *, count: int, fraction: float, minimum: int) -> Memory:
         """This memory and the examples drawn from one more task; a task already there is drawn anew."""
         examples = draw_examples(count, fraction, minimum, seed=self.seed, task=task)
-        new = TaskMemory(task=task, name=name, count=count, examples=tuple(examples))
-        kept = tuple(one for one in self.tasks if one.task != task)
+        return self._with(TaskMemory(task=task, name=name, count=count, examples=tuple(examples)))
+
+    def with_written(
+        self, task: int, name: str, rows: Sequence[Mapping[str, str]], dropped: Mapping[str, int]
+    ) -> Memory:
+        """This memory and samples that the model wrote for one more task."""
+        texts = tuple(dict(row) for row in rows)
+        numbers = tuple(range(len(texts)))
+        new = TaskMemory(task=task, name=name, count=len(texts), examples=numbers, written=texts, dropped=dict(dropped))
+        return self._with(new)
+
+    def _with(self, new: TaskMemory) -> Memory:
+        kept = tuple(one for one in self.tasks if one.task != new.task)
         return self.model_copy(update={"tasks": tuple(sorted((*kept, new), key=lambda one: one.task))})
 
     def save(self, path: str | Path) -> None:

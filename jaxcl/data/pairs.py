@@ -59,6 +59,12 @@ def encode_prompts(prompts: Sequence[str], tokenizer: Tokenizer, config: DataCon
     return EncodedPrompts([row or [tokenizer.pad_id if start is None else start] for row in ids], cut)
 
 
+def open_prompts(beginnings: Sequence[str], tokenizer: Tokenizer, config: DataConfig) -> list[list[int]]:
+    """Token ids of prompts that are yet to be continued: the template's opening and what there is of the prompt."""
+    head, _ = _template(config)
+    return encode_prompts(beginnings, tokenizer, config.model_copy(update={"template": head + "{prompt}"})).ids
+
+
 def encode_answers(
     answers: Sequence[str], prompts: Sequence[str], tokenizer: Tokenizer, config: DataConfig
 ) -> list[list[int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -44,9 +44,29 @@ class OptimizerParts(NamedTuple):
         return optax.with_extra_args_support(optax.chain(*self))
 
 
+class Synthetic(Schema):
+    """How a model writes samples of a task it has learned."""
+
+    candidates: int = Field(4, ge=1, description="samples written for each one that is kept")
+    temperature: float = Field(0.8, gt=0, description="divides the scores that prompts are drawn by")
+    top_p: float = Field(0.95, gt=0, le=1, description="prompts are drawn among the likeliest tokens of this mass")
+    similarity: float = Field(
+        0.8, ge=0, le=1, description="share of equal letters from which a sample counts as a copy of another prompt"
+    )
+    prefix: str | None = Field(
+        None, description="what each prompt begins with; none: the longest beginning that a task's prompts share"
+    )
+
+
 class Replay(Schema):
     """How examples of earlier tasks are kept and fed back."""
 
+    source: Literal["kept", "synthetic"] = Field(
+        "kept",
+        description="what is remembered; kept: examples; synthetic: samples that the model writes before it moves on, "
+        "so that nothing of an earlier task's data is kept (prompt-answer tasks)",
+    )
+    synthetic: Synthetic = Field(Synthetic(), description="how samples are written")
     fraction: float = Field(0.01, ge=0, le=1, description="share of each task's training examples that is kept")
     minimum: int = Field(1, ge=0, description="smallest number of examples kept from a task")
     mode: str = Field(

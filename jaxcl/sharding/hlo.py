@@ -15,7 +15,7 @@ _OPCODE = re.compile(r"(?:^|[\s)}])([a-z][a-z0-9\-]*)\(")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'known_trip_count[^}]*?"n":"(\d+)"')
-_CONSTANT = re.compile(r"\bs32\[\][^ ]* constant\((\d+)\)")
+_CONSTANT = re.compile(r"\b[su](?:8|16|32|64)\[\][^ ]* constant\((\d+)\)")
 
 
 class Shape(NamedTuple):
@@ -113,20 +113,44 @@ def times(program: Program, unknown: int = 1) -> Iterator[tuple[str, float, bool
 
 
 def trips(program: Program, loop: Instruction, unknown: int = 1) -> int:
-    """Turns of a `while`: what the compiler noted, else the largest integer its condition holds, else `unknown`.
+    """Turns of a `while`: what the compiler noted, else what follows from its counter, else `unknown`.
 
     A loop that may end early (writing text) is counted to its bound.
     """
     if noted := _TRIPS.search(loop.text):
         return int(noted[1])
-    condition = re.search(r"condition=%?([\w.\-]+)", loop.text)
-    bounds, todo = [], [condition[1]] if condition else []
-    while todo:
-        for one in program.computations.get(todo.pop(), {}).values():
-            todo += one.called
-            if constant := _CONSTANT.search(one.text):
-                bounds.append(int(constant[1]))
-    return max(bounds, default=unknown)
+    names = dict(re.findall(r"(condition|body)=%?([\w.\-]+)", loop.text))
+    condition, body = (program.computations.get(names.get(part, ""), {}) for part in ("condition", "body"))
+    bounds = list(_constants(program, condition))
+    if not bounds:
+        return unknown
+    step = 1
+    for one in condition.values():
+        counter = condition.get(one.operands[0]) if one.opcode == "compare" and one.operands else None
+        if counter is not None and (place := re.search(r"index=(\d+)", counter.text)):
+            step = _step(body, int(place[1]))
+    return -(-max(bounds) // step)
+
+
+def _constants(program: Program, computation: Computation) -> Iterator[int]:
+    """Whole numbers in a computation and in those it runs."""
+    for one in computation.values():
+        if constant := _CONSTANT.search(one.text):
+            yield int(constant[1])
+        for called in one.called:
+            yield from _constants(program, program.computations.get(called, {}))
+
+
+def _step(body: Computation, place: int) -> int:
+    """By how much a turn advances the counter at a place of what the loop carries; 1 where that cannot be read."""
+    root = next((one for one in body.values() if one.root), None)
+    if root is None or root.opcode != "tuple" or place >= len(root.operands):
+        return 1
+    advanced = body.get(root.operands[place])
+    if advanced is None or advanced.opcode != "add":
+        return 1
+    added = (_CONSTANT.search(body[name].text) for name in advanced.operands if name in body)
+    return max((int(one[1]) for one in added if one is not None), default=1)
 
 
 def _instruction(name: str, rest: str, root: bool, line: str) -> Instruction:

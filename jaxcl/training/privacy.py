@@ -48,10 +48,10 @@ def check_private(method: Method, name: str) -> None:
             "a gradient of its own; for das, set method.contrast_weight to 0",
             exit_code=2,
         )
-    if method.replay is not None or method.joint:
+    if (method.replay is not None and method.replay.source == "kept") or method.joint:
         raise UserError(
             f"training.privacy: {name} trains on examples of earlier tasks again, which is not accounted for; allowed: "
-            "methods that keep none, such as sequential, lwf, or seekr with method.distil_on=task",
+            "methods that keep none, such as sequential, lwf, or seekr with method.distil_on=task or synthetic replay",
             exit_code=2,
         )
 

@@ -113,6 +113,45 @@ def test_turns_are_read_from_the_condition() -> None:
     assert {name: count for name, count, _ in times(program)}["start"] == 10
 
 
+@pytest.mark.parametrize(("limit", "step", "turns"), [(8, 2, 4), (7, 2, 4), (8, 1, 8)])
+def test_a_counter_may_advance_by_more_than_one(limit: int, step: int, turns: int) -> None:
+    """As in the TPU compiler's products that gather one operand part by part."""
+    text = f"""HloModule windowed
+
+%body (t: (f32[4], u32[])) -> (f32[4], u32[]) {{
+  %t = (f32[4]{{0}}, u32[]) parameter(0)
+  %x = f32[4]{{0}} get-tuple-element(%t), index=0
+  %i = u32[] get-tuple-element(%t), index=1
+  %step = u32[]{{:T(128)}} constant({step})
+  %next = u32[]{{:T(128)}} add(%i, %step)
+  ROOT %out = (f32[4]{{0}}, u32[]) tuple(%x, %next)
+}}
+
+%condition (u: (f32[4], u32[])) -> pred[] {{
+  %u = (f32[4]{{0}}, u32[]) parameter(0)
+  %j = u32[] get-tuple-element(%u), index=1
+  %limit = u32[]{{:T(128)}} constant({limit})
+  ROOT %less = pred[] compare(%j, %limit), direction=LT
+}}
+
+ENTRY %main (x: (f32[4], u32[])) -> (f32[4], u32[]) {{
+  %x = (f32[4]{{0}}, u32[]) parameter(0)
+  ROOT %loop = (f32[4]{{0}}, u32[]) while(%x), condition=%condition, body=%body
+}}
+"""
+    program = parse(text)
+    assert trips(program, program.computations["main"]["loop"]) == turns
+
+
+def test_a_loop_whose_length_the_program_computes_counts_as_told() -> None:
+    def function(n, x):
+        return jax.lax.while_loop(lambda c: c[0] < n[0], lambda c: (c[0] + 1, c[1] @ c[1]), (jnp.int32(0), x))[1]
+
+    shapes = jax.ShapeDtypeStruct((1,), jnp.int32), jax.ShapeDtypeStruct((8, 8), jnp.float32)
+    program = parse(jax.jit(function).lower(*shapes).compile().as_text())
+    assert count_cost(program, causal=False, unknown_turns=3).flops == 3 * 2 * 8 * 8 * 8
+
+
 def test_a_collective_beside_other_work_counts_once() -> None:
     """Rings of 4: a gather of parts of 8 x 16 bfloat16 sends 3 parts, a scattered sum of 64 float32 three quarters."""
     cost = count_cost(parse(TPU), causal=False)

@@ -1,0 +1,132 @@
+"""A model writes samples of the task it has just learned, to remember it by instead of its examples.
+
+The instruction that all prompts of the task share is continued by sampling, the prompt so found is answered greedily,
+and `jaxcl.data.synthetic` says which samples are kept. Every process writes the same samples.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array
+
+from jaxcl.components import Components
+from jaxcl.data.memory import draw_count
+from jaxcl.data.pairs import PairRows, encode_prompts, open_prompts
+from jaxcl.data.synthetic import Frame, Sample, choose_samples, read_body, shared_frame
+from jaxcl.errors import UserError
+from jaxcl.methods.base import Synthetic
+from jaxcl.methods.losses import example_losses
+from jaxcl.models.batch import Batch
+from jaxcl.models.generation import Generator
+from jaxcl.training.feed import place_batch
+
+Params = Any
+logger = logging.getLogger(__name__)
+
+
+def write_samples(
+    parts: Components, params: Params, index: int, key: Array
+) -> tuple[list[dict[str, str]], dict[str, int]]:
+    """Samples of a task, as many as its memory would hold examples.
+
+    Args:
+      parts: the parts of the run.
+      params: the model that has learned the task.
+      index: which task.
+      key: what prompts are drawn from.
+
+    Returns:
+      Rows with `prompt` and `answer`, and how many samples were dropped by what; see `Chosen.dropped`.
+
+    Raises:
+      UserError: none is any good.
+    """
+    replay, task = parts.method.replay, parts.tasks[index]
+    if replay is None:
+        raise ValueError("write_samples: the method keeps nothing")
+    settings = replay.synthetic
+    prompts = [str(row["prompt"]) for row in task.train]
+    frame = shared_frame(prompts)
+    if settings.prefix is not None:
+        frame = Frame(settings.prefix, frame.suffix)
+    bodies = [prompt[len(frame.prefix) : len(prompt) - len(frame.suffix)] for prompt in prompts]
+    wanted = draw_count(len(prompts), replay.fraction, replay.minimum)
+    written = _continue(parts, params, frame, prompts, settings, wanted * settings.candidates, key)
+    samples = _answer(parts, params, frame, written, index)
+    chosen = choose_samples(samples, bodies, wanted, settings.similarity)
+    reasons = ", ".join(f"{number} {reason}" for reason, number in chosen.dropped.items() if number)
+    logger.info("task %s: kept %d of %d written samples (%s)", task.name, len(chosen.samples), len(samples), reasons)
+    if not chosen.samples:
+        raise UserError(
+            f"method.replay.source: none of {len(samples)} samples that the model wrote for task {task.name} can be "
+            f"kept ({reasons}); raise method.replay.synthetic.candidates"
+        )
+    rows = [{"prompt": f"{frame.prefix}{one.body}{frame.suffix}", "answer": one.answer} for one in chosen.samples]
+    return rows, chosen.dropped
+
+
+def _continue(
+    parts: Components, params: Params, frame: Frame, prompts: list[str], settings: Synthetic, count: int, key: Array
+) -> list[str | None]:
+    """Bodies of prompts that the model writes behind the prefix; `None` where it never came to the suffix."""
+    tokenizer, data = parts.tokenizer, parts.config.data
+    opening = open_prompts([frame.prefix], tokenizer, data)[0]
+    longest = max(len(ids) for ids in encode_prompts(prompts, tokenizer, data).ids)
+    generator = _generator(parts, len(opening), max(8, longest - len(opening)))
+    texts = generator(params, [opening] * count, key, settings.temperature, settings.top_p)
+    return [read_body(tokenizer.decode(ids), frame.suffix) for ids in texts]
+
+
+def _answer(parts: Components, params: Params, frame: Frame, bodies: list[str | None], index: int) -> list[Sample]:
+    """Greedy answers to the prompts, with their likelihood under the model."""
+    finished = [body for body in bodies if body is not None]
+    unfinished = [Sample(None, "", -np.inf)] * (len(bodies) - len(finished))
+    if not finished:
+        return unfinished
+    tokenizer, data = parts.tokenizer, parts.config.data
+    prompts = [f"{frame.prefix}{body}{frame.suffix}" for body in finished]
+    ids = encode_prompts(prompts, tokenizer, data).ids
+    generator = _generator(parts, data.prompt_length, data.answer_length - 1)
+    # An answer that never ended is none.
+    written = [answer if len(answer) < generator.max_new_tokens else [] for answer in generator(params, ids)]
+    answers = [tokenizer.decode(answer).strip() for answer in written]
+    rows = [{"prompt": prompt, "answer": answer} for prompt, answer in zip(prompts, answers, strict=True)]
+    likelihoods = _likelihoods(parts, params, rows, index)
+    return [Sample(*one) for one in zip(finished, answers, likelihoods, strict=True)] + unfinished
+
+
+def _likelihoods(parts: Components, params: Params, rows: list[dict[str, str]], index: int) -> list[float]:
+    """Mean log-probability of each answer's tokens."""
+    data = parts.config.data.model_copy(update={"on_long_answer": "cut"})
+    encoded = PairRows(rows, parts.tokenizer, data, task=index, name="samples")
+    network, chunk = parts.network, parts.method.config.loss_chunk
+
+    def losses(params: Params, batch: Batch) -> Mapping[str, Array]:
+        states = network.hidden(params, batch).states
+        return {"losses": example_losses(network, params, states, batch, chunk), "example": batch.example}
+
+    compiled = parts.trainer.compile(losses)
+    found = np.zeros(len(rows))
+    for batch in parts.pipeline([encoded]).once(None, 0, jax.process_index(), jax.process_count()):
+        result = compiled(params, place_batch(batch, parts.layout.batch))
+        examples = np.asarray(result["example"])
+        found[examples[examples >= 0]] = -np.asarray(result["losses"])[examples >= 0]
+    return found.tolist()
+
+
+def _generator(parts: Components, prompt_length: int, max_new_tokens: int) -> Generator:
+    return Generator(
+        parts.network,
+        batch_size=parts.config.evaluation.batch_size,
+        prompt_length=prompt_length,
+        max_new_tokens=max_new_tokens,
+        eos_id=parts.tokenizer.eos_id,
+        pad_id=parts.tokenizer.pad_id,
+        buckets=[prompt_length],
+        trace=parts.trainer.compile.trace,
+    )

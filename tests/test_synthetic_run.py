@@ -1,0 +1,94 @@
+"""Runs that remember what the model wrote."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_experiment import PAIRS, SEEKR, TEXT, numbers, run
+
+from jaxcl import synthesis
+from jaxcl.components import build
+from jaxcl.config import parse_config
+from jaxcl.data.synthetic import Sample
+from jaxcl.data.teacher_store import TeacherStore
+from jaxcl.errors import UserError
+from jaxcl.run_folder import RunFolder
+
+WRITTEN: dict[str, Any] = {**SEEKR, "replay": {"fraction": 0.25, "source": "synthetic", "synthetic": {"candidates": 2}}}
+BODIES = ["RED ALPHA", "GREEN BETA", "BLUE GAMMA", "WHITE DELTA", "GREY EPSILON", "PINK ZETA", "TEAL ETA", "RUST THETA"]
+
+
+@pytest.fixture
+def bodies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model this small ends neither a prompt nor an answer."""
+
+    def written(parts: Any, params: Any, frame: Any, prompts: Any, settings: Any, count: int, key: Any) -> list[Any]:
+        return [*BODIES, None][:count]
+
+    def answered(parts: Any, params: Any, frame: Any, bodies: list[str | None], index: int) -> list[Sample]:
+        return [Sample(body, "L", -float(place)) for place, body in enumerate(bodies)]
+
+    monkeypatch.setattr(synthesis, "_continue", written)
+    monkeypatch.setattr(synthesis, "_answer", answered)
+
+
+@pytest.mark.usefixtures("bodies")
+def test_a_run_keeps_written_samples_with_their_signals_and_nothing_else(tmp_path: Path) -> None:
+    folder = tmp_path / "written"
+    results = run(PAIRS, folder, WRITTEN)
+    assert results.finished
+    memory = json.loads((folder / "memory.json").read_text())
+    parts = build(parse_config({**PAIRS, "output": str(folder), "method": WRITTEN}), RunFolder(folder))
+    first = memory["tasks"][0]
+    assert 0 < len(first["written"]) <= 8
+    prompts = {str(row["prompt"]) for row in parts.tasks[0].train}
+    for row in first["written"]:
+        assert row["prompt"] not in prompts
+        assert any(body in row["prompt"] for body in BODIES)
+    store = TeacherStore.open(sorted((folder / "teacher").glob("task00*")))
+    assert sorted(store.keys) == list(range(len(first["written"])))
+    rows = numbers(folder)
+    assert any(row["task"] == 1 and np.isfinite(row.get("term/attention", np.nan)) for row in rows)
+
+
+def test_likelihood_is_the_mean_log_probability_of_the_answer(tmp_path: Path) -> None:
+    import jax
+
+    from jaxcl.components import initial_params
+
+    folder = RunFolder(tmp_path)
+    parts = build(parse_config({**PAIRS, "output": str(tmp_path), "method": WRITTEN}), folder)
+    params = initial_params(parts)
+    rows = [{"prompt": f"{body}\nCategory:", "answer": answer} for body, answer in zip(BODIES, "abcdefgh", strict=True)]
+    found = synthesis._likelihoods(parts, params, rows, 0)
+    encoded = synthesis.PairRows(rows, parts.tokenizer, parts.config.data, task=0, name="rows")
+    for index in (0, 3, 7):
+        prompt, answer = encoded.prompts[index], encoded.answers[index]
+        tokens = np.concatenate([prompt, answer])[None]
+        ones = np.ones_like(tokens)
+        batch = synthesis.Batch(
+            tokens, ones, np.arange(tokens.shape[1])[None], None, tokens, ones, ones[:, 0], ones[:, 0]
+        )
+        states = parts.network.hidden(params, batch).states
+        scores = jax.nn.log_softmax(parts.network.logits(params, states), axis=-1)[0]
+        expected = np.mean([scores[len(prompt) + place - 1, token] for place, token in enumerate(answer)])
+        assert found[index] == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_text_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    method = {"name": "replay", "replay": {"source": "synthetic"}}
+    with pytest.raises(
+        UserError, match=r"method.replay.source: synthetic needs prompts and answers; task topics is text"
+    ):
+        run(TEXT, tmp_path / "text", method)
+
+
+@pytest.mark.usefixtures("bodies")
+def test_nothing_worth_keeping_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(synthesis, "_continue", lambda *_: [None] * 4)
+    with pytest.raises(UserError, match="none of 4 samples that the model wrote for task direction can be kept"):
+        run(PAIRS, tmp_path / "nothing", WRITTEN)
