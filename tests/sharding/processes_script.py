@@ -6,6 +6,8 @@ import signal
 import sys
 from pathlib import Path
 
+import pytest
+
 from jaxcl.errors import UserError
 from jaxcl.sharding import processes
 
@@ -18,12 +20,9 @@ def together(file: Path) -> None:
     def refuse() -> None:
         raise UserError("no room: ä", exit_code=7)
 
-    try:
+    with pytest.raises(UserError, match=r"^no room: ä$") as caught:
         processes.on_first(refuse)
-    except UserError as error:
-        assert (str(error), error.exit_code) == ("no room: ä", 7)
-    else:
-        raise AssertionError("expected an error in every process")
+    assert caught.value.exit_code == 7
     assert signal.getsignal(signal.SIGTERM) is handler
     signal.raise_signal(signal.SIGTERM)  # jax's runtime has not taken it
     assert came == [signal.SIGTERM]
