@@ -33,6 +33,7 @@ from jaxcl.training.compile import enable_compilation_cache
 from jaxcl.training.config import task_steps
 from jaxcl.training.loop import train_task
 from jaxcl.training.privacy import spent
+from jaxcl.training.profile import Profiler
 from jaxcl.training.sinks import Sink, open_sinks
 from jaxcl.training.state import TrainState
 from jaxcl.training.task import RunningTask, collect_signals
@@ -128,6 +129,7 @@ class TaskSequence:
         self.main = jax.process_index() == 0
         self.memory = Memory.load(folder.memory) if folder.memory.is_file() else Memory(seed=self.config.seed)
         self.sinks: list[Sink] = []
+        self.profiler = Profiler(folder.tensorboard, self.config.training.profile if self.main else None)
         self.timing: dict[str, float] = dict(self.board.results.timing)
 
     def run(self) -> Results:
@@ -208,6 +210,7 @@ class TaskSequence:
                     save=lambda state, data: self._save(state, task=index, phase="training", data=data),
                     save_every=self.config.training.checkpoint_every,
                     progress=self.main,
+                    profiler=self.profiler,
                 )
         finally:
             rows.close()

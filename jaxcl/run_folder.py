@@ -22,6 +22,7 @@ _FREE_KEYS = (
     "training.keep",
     "training.keep_tasks",
     "training.prefetch",
+    "training.profile",
 )
 
 
@@ -39,6 +40,7 @@ class RunFolder:
     config = property(lambda self: self.path / "config.yaml")
     report = property(lambda self: self.path / "report.html")
     results = property(lambda self: self.path / "results.json")
+    tensorboard = property(lambda self: self.path / "tensorboard")
     metrics = property(lambda self: self.path / "metrics.jsonl")
     predictions = property(lambda self: self.path / "predictions")
     importance = property(lambda self: self.path / "importance")
@@ -103,7 +105,7 @@ class RunFolder:
         wanted = dict(_flatten(resolved))
         for key in sorted(stored.keys() | wanted.keys()):
             before, now = stored.get(key), wanted.get(key)
-            if before != now and key not in _FREE_KEYS:
+            if before != now and not any(f"{key}.".startswith(f"{free}.") for free in _FREE_KEYS):
                 raise UserError(
                     f"output {self.path}: holds a run with {key}={before!r}, this one has {now!r}; "
                     "name another output, or remove the folder to start again",

@@ -1,5 +1,6 @@
 """Every shipped configuration is valid, and its real step can be lowered at its real size."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from jaxcl.config import find_method, load_config
 from jaxcl.data.plan import Shape
 from jaxcl.evaluation.config import EvaluationConfig
+from jaxcl.methods.importance import ImportanceSums
 from jaxcl.models.batch import Batch
 from jaxcl.models.network import Network
 from jaxcl.sharding.layout import Layout
@@ -142,3 +144,35 @@ def test_both_kinds_of_step_lower(path: Path) -> None:
         lowered = trainer.jitted_step.lower(trainer.target, batch, trainer.key)
         # The layers are scanned: the program must not grow with depth.
         assert len(lowered.as_text()) < 5_000_000
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "scopes"),
+    [
+        ("quickstart_das", "task", {"attention", "mlp", "logits", "contrast", "soft_mask"}),
+        ("quickstart_seekr", "memory", {"attention", "mlp", "logits", "probe", "probe/distil", "distil"}),
+    ],
+)
+def test_parts_of_a_step_have_their_names_in_a_trace(name: str, kind: str, scopes: set[str]) -> None:
+    config = load(CONFIGS[0].with_name(f"{name}.yaml"))
+    network = Network.create(config.model)
+    layout = Layout.create(make_mesh(config.mesh), network.axes(), network.shapes())
+    method = find_method(config.method.name)(config.method.options, network, len(config.tasks))
+    trainer = Trainer(method, config.optimizer, layout, accumulate=1, seed=0)
+    batch = batch_shapes(2, 64, 16, kind=kind)
+    if kind == "memory":
+        batch = batch_shapes(2, 64, 16, kind=kind, teacher=teacher_shapes(method, trainer.target, batch, Shape(64, 16)))
+    text = trainer.jitted_step.lower(trainer.target, batch, trainer.key).as_text(debug_info=True)
+    places = {place.replace("checkpoint/", "") for place in re.findall(r'loc\("([^"]*)"', text)}
+    for scope in scopes | {"loss", "optimizer", "metrics", "embed"}:
+        # An operation carries the scopes around it, those of the backward pass within transpose(jvp(...)).
+        assert any(re.search(rf"(^|/|\(){scope}\)*/", place) for place in places), f"{scope} in {sorted(places)[:40]}"
+
+
+def test_measuring_importance_has_its_name_in_a_trace() -> None:
+    config = load(CONFIGS[0].with_name("quickstart_das.yaml"))
+    network = Network.create(config.model)
+    sums = jax.eval_shape(lambda: ImportanceSums.zero(network))
+    method = find_method("das")(config.method.options, network, 3)
+    lowered = jax.jit(method.add_domain).lower(sums, network.shapes(), batch_shapes(2, 64, 16), jax.random.key(0))
+    assert '"jit(add_domain)/importance/' in lowered.as_text(debug_info=True)

@@ -191,6 +191,7 @@ class Das(Method):
             sums = add(sums, params, batch, jax.random.fold_in(task.key, number))
         return task.compile(self.absorb)(state, sums, jnp.int32(place))
 
+    @jax.named_scope("contrast")
     def _contrast(self, params: Params, importance: Gates, batch: Batch, anchor: Array | None, key: Array) -> Term:
         """One pass each for the positives, the past and, if there is none yet, the anchors.
 

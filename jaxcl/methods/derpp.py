@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -103,5 +104,6 @@ class Derpp(Method):
         return {"outputs": outputs}
 
 
+@jax.named_scope("distil")
 def _mean_square(one: Float[Array, "... features"], other: Float[Array, "... features"]) -> Float[Array, "..."]:
     return jnp.mean(jnp.square(one.astype(jnp.float32) - other.astype(jnp.float32)), axis=-1)

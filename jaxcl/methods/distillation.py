@@ -33,6 +33,7 @@ def top_scores(logits: Float[Array, "... vocab"], count: int) -> TopScores:
     return TopScores(ids.astype(jnp.int32), values)
 
 
+@jax.named_scope("distil")
 def top_divergence(teacher: TopScores, logits: Float[Array, "... vocab"]) -> Float[Array, "..."]:
     r"""KL over the teacher's likeliest tokens and one more outcome, all other tokens together.
 
@@ -47,6 +48,7 @@ def top_divergence(teacher: TopScores, logits: Float[Array, "... vocab"]) -> Flo
     return divergence + rest * (jnp.log(rest) - jnp.log(_remainder(jnp.exp(student))))
 
 
+@jax.named_scope("distil")
 def full_divergence(teacher: Float[Array, "... vocab"], logits: Float[Array, "... vocab"]) -> Float[Array, "..."]:
     """KL of the whole distributions.
 
@@ -79,6 +81,7 @@ def decode_rows(coded: UInt8[Array, "... length"]) -> Float[Array, "... length"]
     return weights / jnp.where(total == 0, 1.0, total)
 
 
+@jax.named_scope("distil")
 def example_divergence(
     layer_means: Float[Array, "layers batch"], present: Bool[Array, "layers batch"]
 ) -> tuple[Float[Array, " batch"], Bool[Array, " batch"]]:

@@ -77,7 +77,8 @@ class Ewc(Method):
         def penalty(param: Array, anchor: Array, fisher: Array) -> Array:
             return jnp.sum(fisher * jnp.square(param.astype(jnp.float32) - anchor.astype(jnp.float32)))
 
-        penalties = jax.tree.map(penalty, trained(params), state["anchor"], state["fisher"])
+        with jax.named_scope("penalty"):
+            penalties = jax.tree.map(penalty, trained(params), state["anchor"], state["fisher"])
         term = Term(sum(jax.tree.leaves(penalties), jnp.float32(0)), jnp.float32(1), 0.5 * self.config.strength)
         return {**super().loss(params, state, batch, key), "penalty": term}
 
@@ -93,6 +94,7 @@ class Ewc(Method):
         """No example yet; pure."""
         return FisherSums(_zeros(trained(params)), jnp.float32(0))
 
+    @jax.named_scope("importance")
     def add_fisher(self, sums: FisherSums, params: Params, batch: Batch) -> FisherSums:
         """Adds a batch's squared per-example gradients; pure.
 

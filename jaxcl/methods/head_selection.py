@@ -75,6 +75,7 @@ def watch(
     return _watch(probs, seen, dummy)
 
 
+@jax.named_scope("importance")
 def add_sensitivity(network: Network, sums: HeadSums, params: Params, batch: Batch, chunk: int) -> HeadSums:
     r"""Adds a batch to the mean square of d(loss) / d(attention weight) (SEEKR, equation 3).
 
@@ -100,6 +101,7 @@ def add_sensitivity(network: Network, sums: HeadSums, params: Params, batch: Bat
     return HeadSums(sums.total + squares, sums.triples + _pairs(network, batch))
 
 
+@jax.named_scope("importance")
 def add_forgettability(network: Network, sums: HeadSums, before: Params, after: Params, batch: Batch) -> HeadSums:
     """Adds a batch to the mean squared change of attention weights between two sets of params (SEEKR, equation 4).
 
@@ -189,6 +191,7 @@ def resolve_budget(budget: int | float, total: int) -> int:
     return budget
 
 
+@jax.named_scope("importance")
 def select_heads(importance: Heads, layers: int, heads: int, per_layer: int) -> Int[Array, "selected 2"]:
     """The most important heads of the most important layers.
 

@@ -48,6 +48,7 @@ class ImportanceSums(NamedTuple):
         return jax.tree.map(lambda total: total / jnp.maximum(self.examples, 1.0), self.total)
 
 
+@jax.named_scope("importance")
 def add_domain_importance(
     network: Network, sums: ImportanceSums, params: Params, batch: Batch, chunk: int
 ) -> ImportanceSums:
@@ -68,6 +69,7 @@ def add_domain_importance(
     return _add(sums, gate_gradients(network, losses, batch.size), batch)
 
 
+@jax.named_scope("importance")
 def add_general_importance(
     network: Network,
     sums: ImportanceSums,
@@ -159,6 +161,7 @@ def dropout_divergence(
     return example_means(over_positions(divergence, (states[:, 0], states[:, 1]), chunk), batch.weights)
 
 
+@jax.named_scope("importance")
 def normalise(importance: Gates, how: Normalisation, share: float) -> Gates:
     """Importance to [0, 1], layer by layer and kind of unit by kind of unit.
 

@@ -239,6 +239,7 @@ class Seekr(Method):
         terms["logits"] = Term(sums[1], count, self.config.logit_weight)
         return terms
 
+    @jax.named_scope("teacher")
     def signals(self, params: Params, state: State, batch: Batch, key: Array) -> dict[str, Array]:
         """Attention rows of the selected heads at sampled queries, and output distributions.
 

@@ -71,6 +71,7 @@ def write_rows(view: AttentionView, teacher: AttentionTeacher) -> Rows:
     return _over_heads(teacher.heads, add, teacher.rows)
 
 
+@jax.named_scope("distil")
 def attention_divergence(
     view: AttentionView, teacher: AttentionTeacher
 ) -> tuple[Float[Array, " batch"], Bool[Array, " batch"]]:

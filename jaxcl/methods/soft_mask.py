@@ -68,6 +68,7 @@ _SHARED_IN_LAYERS = (
 _SHARED = ("embed/", "final_norm/", "head/", "classifier/")
 
 
+@jax.named_scope("soft_mask")
 def soft_masks(network: Network, importance: Gates, shared: Shared) -> PyTree:
     """The mask of every param.
 
@@ -121,6 +122,7 @@ def soft_mask() -> optax.GradientTransformationExtraArgs:
       [0.25, 0.25]
     """
 
+    @jax.named_scope("soft_mask")
     def update(updates: PyTree, state: PyTree, params: PyTree = None, *, masks: PyTree, **_: Any) -> Any:
         return _times(updates, masks), state
 

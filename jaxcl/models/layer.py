@@ -88,18 +88,23 @@ def apply_block(
     Returns:
       The layer's output, and the probe's (`None` without one).
     """
-    query, key, value = block.project(x, context.rotary)
+    with jax.named_scope("project"):
+        query, key, value = block.project(x, context.rotary)
     query = constrain(query, "batch", "length", "heads", "head_dim")
     key = constrain(key, "batch", "length", "kv_heads", "head_dim")
     value = constrain(value, "batch", "length", "kv_heads", "head_dim")
-    attended = constrain(_attend(query, key, value, context, tap, noise), "batch", "length", "heads", "head_dim")
+    with jax.named_scope("attention"):
+        attended = _attend(query, key, value, context, tap, noise)
+    attended = constrain(attended, "batch", "length", "heads", "head_dim")
     if gates is not None:
         attended = gate(attended, gates.heads, axis=2)
-    x = constrain(block.complete(x, attended, gates, noise), "batch", "length", "embed")
+    with jax.named_scope("complete"):
+        x = constrain(block.complete(x, attended, gates, noise), "batch", "length", "embed")
     if probe is None:
         return x, None
     view = AttentionView(query, key, context.segments, context.causal, context.scale)
-    return x, probe.function(view, probe.inputs)
+    with jax.named_scope("probe"):
+        return x, probe.function(view, probe.inputs)
 
 
 def _attend(query: Array, key: Array, value: Array, context: Context, tap: Tap | None, noise: Noise | None) -> Array:

@@ -140,7 +140,8 @@ class LlamaBlock(nnx.Module):
         """Output projection, residual, feed-forward, residual."""
         update = self.attention.out(attended)
         x = x + (update if noise is None else noise.drop(update, 1))
-        update = self.mlp(self.mlp_norm(x), gates)
+        with jax.named_scope("mlp"):
+            update = self.mlp(self.mlp_norm(x), gates)
         return x + (update if noise is None else noise.drop(update, 2))
 
 

@@ -195,6 +195,7 @@ class Network:
         # Within a scan the compiler cannot merge the two computations anyway.
         return jax.checkpoint(body, policy=policies[self.config.compute.remat], prevent_cse=False)
 
+    @jax.named_scope("logits")
     def logits(self, params: Params, states: Float[Array, "... embed"]) -> Float[Array, "... vocab"]:
         """Token scores, float32: of the next token for decoders, of the token itself for encoders."""
         return self._merge(params).logits(states)
@@ -213,6 +214,7 @@ class Network:
         """What all layers need to know of the batch: mask inputs and rotary tables."""
         return _abstract(self.config).model.context(batch)
 
+    @jax.named_scope("embed")
     def embed(
         self, params: Params, batch: Batch, *, dropout_key: Array | None = None, dropout_rate: float | None = None
     ) -> Float[Array, "batch length embed"]:

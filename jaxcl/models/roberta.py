@@ -156,7 +156,8 @@ class RobertaBlock(nnx.Module):
         """Output projection, residual and norm, feed-forward, residual and norm."""
         update = self.attention.out(attended)
         x = self.attention_norm(x + (update if noise is None else noise.drop(update, 1)))
-        update = self.mlp(x, gates)
+        with jax.named_scope("mlp"):
+            update = self.mlp(x, gates)
         return self.mlp_norm(x + (update if noise is None else noise.drop(update, 2)))
 
 

@@ -57,10 +57,12 @@ class ProcessJsonHandler(ocp.CheckpointHandler):
         """
         path = directory / self._name()
         if not path.exists():
-            found = len(list(directory.glob("process_*.json")))
+            found = list(directory.glob("process_*.json"))
+            if all(json.loads(other.read_text()) is None for other in found):  # between two tasks
+                return None
             raise UserError(
-                f"checkpoint {directory.parent}: was written by {found} processes and cannot go on within a task "
-                f"with {jax.process_count()}; start {found} processes"
+                f"checkpoint {directory.parent}: was written by {len(found)} processes and cannot go on within a task "
+                f"with {jax.process_count()}; start {len(found)} processes"
             )
         return json.loads(path.read_text())
 

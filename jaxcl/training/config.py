@@ -37,6 +37,11 @@ class TrainingConfig(Schema):
     privacy: PrivacyConfig | None = Field(
         None, description="differentially private training, for methods that keep no examples; none: plain gradients"
     )
+    profile: tuple[int, int] | None = Field(
+        None,
+        description="first and last step that are traced on process 0, for xprof and TensorBoard; steps are counted "
+        "over all tasks, as in metrics.jsonl; null: none",
+    )
 
     @model_validator(mode="after")
     def _length(self) -> TrainingConfig:
@@ -47,6 +52,8 @@ class TrainingConfig(Schema):
             values = value if isinstance(value, tuple) else () if value is None else (value,)
             if value == () or any(not (math.isfinite(number) and number > 0) for number in values):
                 raise ValueError(f"{name} must be positive, got {value}")
+        if self.profile is not None and not 1 <= self.profile[0] <= self.profile[1]:
+            raise ValueError(f"profile must be a first and a last step from 1 on, got {list(self.profile)}")
         return self
 
 

@@ -12,6 +12,7 @@ import jax
 from jaxcl.errors import UserError
 from jaxcl.training.feed import Feed
 from jaxcl.training.interrupt import Agreement, Interrupts, StoppedTogether
+from jaxcl.training.profile import Profiler
 from jaxcl.training.sinks import Progress, Sink
 from jaxcl.training.state import TrainState
 from jaxcl.training.step import Metrics
@@ -43,6 +44,7 @@ def train_task(
     save: Save | None = None,
     save_every: int = 0,
     progress: bool = True,
+    profiler: Profiler | None = None,
 ) -> TrainState:
     """Trains to the end of a task, from wherever in it the state stands.
 
@@ -62,6 +64,7 @@ def train_task(
       save_every: steps between checkpoints within the task, 0 for none. Nothing is saved at the end: that is the
         caller's.
       progress: whether to show progress.
+      profiler: traces the steps it was made for; `None` traces none.
 
     Returns:
       The state after step `total` of the task.
@@ -72,7 +75,9 @@ def train_task(
         finished step has been saved.
     """
     first = int(state.clock.step)
-    log = _Log(name, task, sinks, log_every, total, offset=int(state.step) - first, first=first)
+    offset = int(state.step) - first
+    log = _Log(name, task, sinks, log_every, total, offset=offset, first=first)
+    profiler = profiler or Profiler("", None)
     bar = Progress(name, done=first, total=total, enabled=progress)
     agreement = Agreement(trainer.layout.mesh)
     pending: _Pending | None = None
@@ -91,7 +96,9 @@ def train_task(
             for step in range(first + 1, total + 1):
                 batch = _next(feed, name, step, total)
                 vote = agreement.ask(interrupts.requested is not None)
-                state, metrics = trainer.step(state, batch)
+                with profiler.step(offset + step, state):
+                    state, metrics = trainer.step(state, batch)
+                profiler.done(offset + step, metrics)
                 previous, pending = pending, _Pending(step, batch.kind, metrics, vote)
                 stop = read(previous)
                 due = save_every > 0 and step % save_every == 0 and step < total
@@ -104,6 +111,7 @@ def train_task(
                     raise StoppedTogether
             read(pending)
         finally:
+            profiler.close()
             log.flush()
             bar.close()
     return state

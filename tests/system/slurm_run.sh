@@ -6,7 +6,8 @@
 #
 # Needs root and Debian's slurm-wlm and munge, which it installs if apt-get is there. All daemons run with a
 # configuration of their own under FOLDER (default: a new one, removed at the end) and are ended again.
-# Environment: PYTHON (default: .venv/bin/python).
+# Environment: PYTHON (default: .venv/bin/python); STEPS, optimizer steps a task (default: 1500), enough for the run to
+# last longer than the minute in which SLURM looks at time limits.
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.."
 
@@ -87,7 +88,7 @@ for _ in {1..60}; do
 done
 [[ $(sinfo --noheader --format=%T) == idle ]] || fail "the node did not become idle"
 
-config=(tests/system/slurm.yaml)
+config=(tests/system/slurm.yaml "training.steps=${STEPS:-1500}")
 echo "an uninterrupted run, by launch/local.sh"
 launch/local.sh 2 run "${config[@]}" "output=$folder/reference"
 

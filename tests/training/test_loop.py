@@ -14,7 +14,7 @@ from training_standins import Collect, Rows, assert_same, host, make_params, mak
 
 from jaxcl.errors import UserError
 from jaxcl.training.checkpoint import Checkpoints
-from jaxcl.training.interrupt import Interrupts
+from jaxcl.training.interrupt import Interrupts, StoppedTogether
 from jaxcl.training.loop import train_task
 from jaxcl.training.trainer import Trainer
 
@@ -156,9 +156,12 @@ def test_data_that_ends_early_is_an_error() -> None:
         train(make_trainer(), 5, Rows(end=3))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_saves_the_last_whole_state_and_stops(number: signal.Signals) -> None:
-    before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+    before = {name: signal.getsignal(name) for name in SIGNALS}
 
     class Interrupted(Rows):
         def __next__(self) -> Any:
@@ -167,7 +170,7 @@ def test_a_signal_saves_the_last_whole_state_and_stops(number: signal.Signals) -
             return super().__next__()
 
     saves: list[Any] = []
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(StoppedTogether):
         train(make_trainer(), 1000, Interrupted(), save=lambda state, data: saves.append((host(state), data)))
     assert before == {name: signal.getsignal(name) for name in before}
     assert len(saves) == 1
@@ -188,12 +191,13 @@ def test_a_second_signal_does_not_wait() -> None:
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.05)
 
+    before = signal.getsignal(signal.SIGINT)
     with Interrupts() as interrupts:
         interrupt()
         assert interrupts.requested == signal.SIGINT
         with pytest.raises(KeyboardInterrupt):
             interrupt()
-    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) == before
 
 
 def test_checkpoints_come_every_so_many_steps_and_not_at_the_end() -> None:
