@@ -186,9 +186,9 @@ class _Models:
 
 def _size_lines(size: Size) -> Iterator[str]:
     fields = ", ".join(f"{name} {number:,.0f}" for name, number in size.fields.items())
-    yield f"  bytes a sample: {sum(size.fields.values()):,.0f} ({fields}), {size.disk:,.0f} on disk"
-    times = size.full / size.disk
-    yield f"  full float32 maps and logits: {size.full:,.0f} bytes a sample, {times:,.0f} times what is on disk"
+    total = sum(size.fields.values())
+    yield f"  bytes a sample: {total:,.0f} ({fields}); {size.disk:,.0f} in the compressed file"
+    yield f"  full float32 maps and logits: {size.full:,.0f} bytes a sample, {size.full / total:,.1f} times as many"
 
 
 def _loss_lines(models: _Models, memory: Memory, task: TaskMemory, store: TeacherStore) -> list[str]:

@@ -65,8 +65,7 @@ def write_rows(view: AttentionView, teacher: AttentionTeacher) -> Rows:
         head = _take(teacher.heads, place)
         rows = selected_rows(view, head[:, None], teacher.queries)[:, 0]
         rows = encode_rows(rows) if stored.dtype == jnp.uint8 else rows
-        new = jnp.where(head[:, None, None] >= 0, rows, _take(stored, place))
-        return jax.vmap(lambda stored, place, new: stored.at[place].set(new))(stored, place, new)
+        return _put(stored, place, jnp.where(head[:, None, None] >= 0, rows, _take(stored, place)))
 
     return _over_heads(teacher.heads, add, teacher.rows)
 
@@ -77,7 +76,7 @@ def attention_divergence(
 ) -> tuple[Float[Array, " batch"], Bool[Array, " batch"]]:
     """KL of stored attention rows and this layer's own.
 
-    The rows are computed again in the backward pass instead of being kept for it.
+    The rows are computed again in the backward pass instead of being kept for it; of each, one number is kept.
 
     Args:
       view: queries and keys of the layer.
@@ -104,31 +103,37 @@ class _Compared(NamedTuple):
     query: Float[Array, "batch queries head_dim"]
     key: Float[Array, "batch length head_dim"]
     stored: Float[Array, "batch queries length"]
-    log_own: Float[Array, "batch queries length"]
+    scores: Float[Array, "batch queries length"]
     weight: Float[Array, "batch queries"]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _sums(kind: _Kind, query: Array, key: Array, segments: Array, teacher: AttentionTeacher) -> Float[Array, " batch"]:
     """Each example's sum over its (head, query) pairs."""
+    return _forward(kind, query, key, segments, teacher)[0]
+
+
+def _forward(
+    kind: _Kind, query: Array, key: Array, segments: Array, teacher: AttentionTeacher
+) -> tuple[Array, tuple[Any, ...]]:
     view = AttentionView(query, key, segments, kind.causal, kind.scale)
     seen = visible_keys(view, teacher.queries)
 
-    def add(place: Array, total: Array) -> Array:
+    def add(place: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        total, norms = carry
         rows = _compare(view, teacher, seen, place)
-        logs = jnp.log(jnp.maximum(rows.stored, _TINY)) - rows.log_own
+        norm = jnp.where(jnp.any(seen, axis=2), jax.nn.logsumexp(rows.scores, axis=-1, where=seen), 0.0)
+        logs = jnp.log(jnp.maximum(rows.stored, _TINY)) - (rows.scores - norm[..., None])
         divergence = jnp.sum(jnp.where(rows.stored > 0, rows.stored * logs, 0.0), axis=-1)
-        return total + jnp.sum(divergence * rows.weight, axis=-1)
+        return total + jnp.sum(divergence * rows.weight, axis=-1), _put(norms, place, norm)
 
-    return _over_heads(teacher.heads, add, jnp.zeros(len(query)))
-
-
-def _forward(kind: _Kind, *args: Any) -> tuple[Array, tuple[Any, ...]]:
-    return _sums(kind, *args), args
+    zeros = jnp.zeros(len(query)), jnp.zeros(teacher.rows.shape[:3])
+    total, norms = _over_heads(teacher.heads, add, zeros)
+    return total, (query, key, segments, teacher, norms)
 
 
 def _backward(kind: _Kind, kept: tuple[Any, ...], cotangent: Float[Array, " batch"]) -> tuple[Array, Array, None, None]:
-    query, key, segments, teacher = kept
+    query, key, segments, teacher, norms = kept
     view = AttentionView(query, key, segments, kind.causal, kind.scale)
     seen = visible_keys(view, teacher.queries)
     group = query.shape[2] // key.shape[2]
@@ -139,7 +144,8 @@ def _backward(kind: _Kind, kept: tuple[Any, ...], cotangent: Float[Array, " batc
     def add(place: Array, gradients: tuple[Array, Array]) -> tuple[Array, Array]:
         rows = _compare(view, teacher, seen, place)
         factor = cotangent[:, None, None] * rows.weight[..., None] * kind.scale
-        dscores = factor * (jnp.exp(rows.log_own) * jnp.sum(rows.stored, axis=-1, keepdims=True) - rows.stored)
+        own = jnp.where(seen, jnp.exp(rows.scores - _take(norms, place)[..., None]), 0.0)
+        dscores = factor * (own * jnp.sum(rows.stored, axis=-1, keepdims=True) - rows.stored)
         dscores = dscores.astype(query.dtype)
         dqueries = jnp.einsum("bql,bld->bqd", dscores, rows.key, preferred_element_type=jnp.float32)
         dquery = jnp.where(asked[..., None], jnp.take_along_axis(dqueries, index[..., None], axis=1), 0.0)
@@ -170,10 +176,14 @@ def _compare(view: AttentionView, teacher: AttentionTeacher, seen: Array, place:
     scores = jnp.einsum("bqd,bld->bql", query, key, preferred_element_type=jnp.float32) * view.scale
     stored = decode_rows(stored) if stored.dtype == jnp.uint8 else stored
     weight = (jnp.any(seen, axis=2) & (head >= 0)[:, None]).astype(jnp.float32)
-    log_own = jax.nn.log_softmax(scores, axis=-1, where=seen)
-    return _Compared(jnp.maximum(head, 0), query, key, stored, log_own, weight)
+    return _Compared(jnp.maximum(head, 0), query, key, stored, scores, weight)
 
 
 def _take(values: Array, place: Int[Array, " batch"]) -> Array:
     """Each example's value at its place along the second axis."""
     return jax.vmap(lambda values, place: values[place])(values, place)
+
+
+def _put(values: Array, place: Int[Array, " batch"], new: Array) -> Array:
+    """`values` with each example's value at its place replaced."""
+    return jax.vmap(lambda values, place, new: values.at[place].set(new))(values, place, new)

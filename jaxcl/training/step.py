@@ -78,6 +78,7 @@ def make_train_step(
             updates, opt_state = transform.update(grads, state.opt_state, params, learning_rate=rate, **extra)
             params = optax.apply_updates(params, updates)
         with jax.named_scope("metrics"):
+            both = [batch] if batch.memory is None else [batch, batch.memory]
             metrics = {
                 "loss": total,
                 **{f"term/{name}": mean for name, mean in means.items()},
@@ -85,8 +86,7 @@ def make_train_step(
                 "param_norm": global_norm(params),
                 "update_norm": global_norm(updates),
                 "learning_rate": rate,
-                "tokens": jnp.sum(batch.segments > 0)
-                + (0 if batch.memory is None else jnp.sum(batch.memory.segments > 0)),
+                "tokens": sum((jnp.sum(one.segments > 0) for one in both), jnp.int32(0)),
             }
             metrics = {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
         clock = state.clock._replace(step=state.clock.step + 1)

@@ -121,3 +121,16 @@ def test_rows_are_written_in_the_places_of_the_layer_s_heads(view: AttentionView
         found = write_rows(view, AttentionTeacher(before, HEADS, QUERIES))
         assert found.dtype == before.dtype
         np.testing.assert_allclose(found, np.where(HEADS[..., None, None] >= 0, expected, 7), atol=1e-6)
+
+
+def test_an_example_without_heads_is_untouched_by_those_of_others() -> None:
+    """Its scores would overflow an exponential that nothing is taken from."""
+    query = jnp.full((2, 2, 1, 1), 200.0)
+    view = AttentionView(query, jnp.ones((2, 2, 1, 1)), jnp.ones((2, 2), jnp.int32), True, 1.0)
+    teacher = AttentionTeacher(jnp.array([[[[1.0, 0.0]]]] * 2), jnp.array([[0], [-1]]), jnp.array([[1], [1]]))
+    values, gradient = jax.value_and_grad(
+        lambda query: jnp.sum(attention_divergence(view._replace(query=query), teacher)[0])
+    )(query)
+    np.testing.assert_allclose(values, np.log(2), rtol=1e-5)
+    assert np.all(np.isfinite(gradient))
+    assert not np.any(gradient[1])
