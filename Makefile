@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 JOBS ?= 2
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
 
-.PHONY: help install quickstart test lint format test-parity test-system docs clean
+.PHONY: help install quickstart test lint format test-slow test-parity test-system docs clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -45,6 +45,9 @@ format: $(VENV)/.installed  ## let ruff rewrite what it can
 
 test: lint  ## lint, types, unit and property tests, doctests
 	JAX_PLATFORMS=cpu $(BIN)/pytest -n $(JOBS) --dist loadfile
+
+test-slow: $(VENV)/.installed  ## the tests marked slow: the methods on more meshes and over two processes
+	JAX_PLATFORMS=cpu $(BIN)/pytest -n $(JOBS) --dist loadfile -m slow
 
 test-parity: $(VENV)/.installed-parity  ## against torch and transformers, SmolLM2, real data and the TPU compiler
 	JAX_PLATFORMS=cpu $(BIN)/pytest -n $(JOBS) --dist loadfile -o addopts="--strict-markers -ra" tests/parity

@@ -20,6 +20,8 @@ from jaxcl.extension import extend
 from jaxcl.run_folder import RunFolder
 from jaxcl.training.checkpoint import Checkpoints
 
+OPTIMISED = True  # bits are compared
+
 MODEL = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 32, "num_layers": 2, "num_heads": 2}
 # Neither tokenizer nor row lengths are told from the tasks: both would know the third one from the start.
 PAIRS: dict[str, Any] = {

@@ -12,6 +12,8 @@ from jaxcl.config import parse_config
 from jaxcl.errors import UserError
 from jaxcl.importance import measure_importance
 
+OPTIMISED = True  # bits are compared
+
 MODEL = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 32, "num_layers": 2, "num_heads": 2}
 COMMON: dict[str, Any] = {
     "tokenizer": {"vocab_size": 300, "train_rows": 50},

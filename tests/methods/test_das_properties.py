@@ -1,12 +1,7 @@
-"""What must not change DAS's numbers: batching, padding, rematerialisation, precision, accumulation, the mesh."""
+"""What must not change DAS's numbers: batching, padding, rematerialisation, precision, accumulation."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -163,25 +158,3 @@ def test_units_that_are_all_equal_are_none_of_them_important(value: float) -> No
     # Their mean is rounded: what is left after subtracting it must not be taken for a deviation.
     for units in (1, 7, 12, 3072):
         np.testing.assert_array_equal(normalise_tanh(jnp.full((2, units), value)), 0.0)
-
-
-@pytest.fixture(scope="module")
-def meshes() -> dict[str, Any]:
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    script = Path(__file__).with_name("das_devices_script.py")
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
-@pytest.mark.parametrize("mesh", ["fsdp", "tensor"])
-def test_importance_and_contrast_are_the_same_on_every_mesh(meshes: dict[str, Any], mesh: str) -> None:
-    one, many = meshes["one"], meshes[mesh]
-    assert many.keys() == one.keys()
-    for name, values in one.items():
-        if name.startswith("domains_"):  # general knowledge and the domain
-            assert np.all(np.asarray(values) >= 0)
-            assert len(set(values)) > 4
-        np.testing.assert_allclose(many[name], values, rtol=1e-5, atol=1e-5, err_msg=name)
-    # A row on each device: the others' rows are its negatives.
-    assert one["contrast"][1] == 8

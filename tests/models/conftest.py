@@ -1,4 +1,4 @@
-"""Compiling takes most of these tests' time, and most of that goes into optimising programs that run once."""
+"""Most of these tests look at what the compiler makes of the model."""
 
 from collections.abc import Iterator
 
@@ -8,7 +8,7 @@ import pytest
 
 @pytest.fixture(scope="module", autouse=True)
 def optimisation(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Compiles without most optimisations in modules that set `UNOPTIMISED`."""
+    """Compiles with all optimisations, except in modules that set `UNOPTIMISED`."""
     jax.config.update("jax_disable_most_optimizations", getattr(request.module, "UNOPTIMISED", False))
     yield
     jax.config.update("jax_disable_most_optimizations", False)

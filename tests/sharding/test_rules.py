@@ -72,15 +72,18 @@ def test_a_mesh_of_one_splits_nothing() -> None:
     assert not any(any(spec) for spec in specs(network, abstract_mesh()).values())
 
 
-def test_heads_that_do_not_divide_stay_whole_with_a_note(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("ways", [2, 4])
+def test_heads_that_do_not_divide_stay_whole_with_a_note(caplog: pytest.LogCaptureFixture, ways: int) -> None:
     rules._noted.clear()
     config = LlamaConfig(**{**LLAMA, "hidden_size": 36, "num_heads": 9, "num_kv_heads": 3})
     with caplog.at_level(logging.INFO, logger="jaxcl.sharding.rules"):
-        got = specs(Network.create(config), abstract_mesh(fsdp=2, tensor=2))
-    assert got["blocks/attention/query/kernel"] == P(None, "fsdp", None, None)
+        got = specs(Network.create(config), abstract_mesh(fsdp=2, tensor=ways))
+    for name in ("query", "key", "value"):
+        assert got[f"blocks/attention/{name}/kernel"] == P(None, "fsdp", None, None)
     assert got["blocks/mlp/up/kernel"] == P(None, "fsdp", "tensor")
     notes = [record.message for record in caplog.records]
-    assert "axis heads of size 9 is kept whole on mesh tensor=2" in notes
+    assert f"axis heads of size 9 is kept whole on mesh tensor={ways}" in notes
+    assert f"axis kv_heads of size 3 is kept whole on mesh tensor={ways}" in notes
     assert len(notes) == len(set(notes)), "one note an axis, not one an array"
 
 
@@ -109,6 +112,12 @@ def test_collisions_unknown_names_and_wrong_ranks_are_refused() -> None:
 
 def test_collisions_are_refused_on_any_mesh() -> None:
     """A model that runs on one device must not fail first on a pod."""
+    tree = {"blocks": {"kernel": ("heads", "mlp")}}
+    shapes = {"blocks": {"kernel": jax.ShapeDtypeStruct((4, 4), jnp.float32)}}
+    with pytest.raises(
+        ValueError, match="blocks/kernel: axes 'heads' and 'mlp' are both split over mesh axis 'tensor'"
+    ):
+        shardings(tree, shapes, abstract_mesh())
     with pytest.raises(ValueError, match="both split"):
         partition(("heads", "mlp"), (4, 4), abstract_mesh(), PARAM_RULES)
 

@@ -1,4 +1,4 @@
-"""Compiling takes most of these tests' time, and most of that goes into optimising programs that run once."""
+"""Small networks of many shapes: compiling takes most of these tests' time."""
 
 from collections.abc import Iterator
 
@@ -7,7 +7,7 @@ import pytest
 
 
 @pytest.fixture(scope="module", autouse=True)
-def without_optimisation() -> Iterator[None]:
+def optimisation() -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)

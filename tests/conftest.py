@@ -1,0 +1,20 @@
+"""Compiling takes most of the tests' time, and most of that goes into optimising programs that run once."""
+
+import os
+from collections.abc import Iterator
+
+import jax
+import pytest
+
+# A program is compiled once for all tests, however small it is, where a folder for compiled programs is set, as
+# `make test` does. What tests start as programs of their own reads the environment.
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+os.environ |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def optimisation(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Compiles without most optimisations, except in modules that set `OPTIMISED` as they compare bits."""
+    jax.config.update("jax_disable_most_optimizations", not getattr(request.module, "OPTIMISED", False))
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

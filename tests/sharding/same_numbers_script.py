@@ -1,0 +1,216 @@
+"""Learns two tasks with a method on a mesh of host devices and writes what came out as JSON. Run as a program.
+
+Arguments: the file to write, then the pairs of case and mesh to run, as `case:mesh`. Run as one of several processes,
+it takes its share of every batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxcl.methods.base import Method
+from jaxcl.methods.das import Das, DasConfig
+from jaxcl.methods.seekr import Seekr, SeekrConfig
+from jaxcl.models.llama import LlamaConfig
+from jaxcl.models.network import Network
+from jaxcl.models.roberta import RobertaConfig
+from jaxcl.sharding.layout import Layout, put
+from jaxcl.sharding.mesh import MeshConfig, make_mesh
+from jaxcl.sharding.processes import initialize
+from jaxcl.training.feed import place_batch
+from jaxcl.training.optimizer import OptimizerConfig
+from jaxcl.training.task import RunningTask, collect_signals
+from jaxcl.training.trainer import Trainer
+
+STEPS = 8, 12
+ROWS, LENGTH, PREDICT, VOCAB = 16, 8, 4, 32
+MESHES = {
+    "1": {"data": 1},
+    "8x1": {"data": 8},
+    "2x4": {"fsdp": 2, "tensor": 4},
+    "2x2x2": {"data": 2, "fsdp": 2, "tensor": 2},
+    "4": {"fsdp": 2, "tensor": 2},
+}
+SIZES: dict[str, Any] = {"vocab_size": VOCAB, "intermediate_size": 24, "num_layers": 2, "init_std": 0.2}
+ENCODER = RobertaConfig(**SIZES, hidden_size=16, num_heads=4, max_length=LENGTH)
+DECODER = LlamaConfig(**SIZES, hidden_size=16, num_heads=4, num_kv_heads=2)
+UNEVEN = LlamaConfig(**SIZES, hidden_size=18, num_heads=9, num_kv_heads=3)
+# Codes of 8 bits would turn a last bit into a whole step.
+SEEKR = SeekrConfig(layer_budget=2, head_budget=3, query_budget=5, store_logits=8, store_attention="float32")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    config: Any
+    method: type[Method]
+    options: Any
+
+
+CASES = {
+    "das encoder": Case(ENCODER, Das, DasConfig()),
+    "das uneven": Case(UNEVEN, Das, DasConfig()),
+    "seekr": Case(DECODER, Seekr, SEEKR),
+    "seekr uneven": Case(UNEVEN, Seekr, SEEKR),
+}
+
+
+def make_rows(seed: int, task: int, real: int = ROWS) -> dict[str, Any]:
+    """This process's share of rows of uneven length, of which all but `real` only fill the batch."""
+    random = np.random.default_rng(seed)
+    lengths = np.where(np.arange(ROWS) < real, random.integers(2, LENGTH + 1, ROWS), 0)[:, None]
+    segments = (np.arange(LENGTH) < lengths).astype(np.int32)
+    rows = {
+        "tokens": random.integers(2, VOCAB, (ROWS, LENGTH)),
+        "segments": segments,
+        "positions": np.arange(LENGTH) * segments,
+        "predict": random.integers(0, np.maximum(lengths, 1), (ROWS, PREDICT)),
+        "targets": random.integers(2, VOCAB, (ROWS, PREDICT)),
+        "weights": (random.random((ROWS, PREDICT)) < 0.7) * (lengths > 0),
+        "task": np.full(ROWS, task),
+        "example": np.where(lengths[:, 0] > 0, np.arange(ROWS), -1),
+    }
+    size = ROWS // jax.process_count()
+    part = slice(jax.process_index() * size, (jax.process_index() + 1) * size)
+    return {name: value[part] for name, value in rows.items()}
+
+
+class Shape:
+    length, predict = LENGTH, PREDICT
+
+
+class Examples:
+    """A task's examples: a full batch and one that fillers complete."""
+
+    def __init__(self, task: int) -> None:
+        self.task = task
+
+    def once(self, limit: int | None, seed: int) -> Iterator[dict[str, Any]]:
+        yield make_rows(100 + self.task, self.task)
+        yield make_rows(200 + self.task, self.task, real=5)
+
+
+class Remembered:
+    """The examples of a task that its memory keeps."""
+
+    def __init__(self, task: int) -> None:
+        self.task = task
+
+    def once(self, limit: int | None, seed: int) -> Iterator[dict[str, Any]]:
+        yield make_rows(300 + self.task, self.task, real=13)
+
+
+class Run:
+    """Two tasks learned by one method on one mesh; every third step of the second replays the first."""
+
+    def __init__(self, case: Case, sizes: dict[str, int]) -> None:
+        network = Network.create(case.config)
+        mesh = make_mesh(MeshConfig(**{"data": 1, **sizes}), jax.devices()[: math.prod(sizes.values())])
+        self.layout = Layout.create(mesh, network.axes(), network.shapes())
+        self.method = case.method(case.options, network, 2)
+        # A larger eps than usual: dividing by the root of almost nothing makes a step of a last bit.
+        optimizer = OptimizerConfig(learning_rate=0.01, warmup=2, weight_decay=0.1, eps=1e-2, clip_norm=None)
+        self.trainer = Trainer(self.method, optimizer, self.layout, accumulate=1, seed=0)
+        self.whole = jax.jit(lambda tree: tree, out_shardings=self.layout.replicated)
+        self.state = self.trainer.init(jax.jit(network.init)(jax.random.key(1)))
+        self.losses: list[float] = []
+        self.records: dict[int, dict[str, np.ndarray]] = {}
+        self.gradients: Any = None
+
+    def learn(self, index: int) -> None:
+        before = jax.tree.map(jnp.copy, self.state.params)
+        prepared = self.method.prepare(self.state.params, self.state.method_state, self._task(index, before, moment=0))
+        state = self.trainer.start_task(self.trainer.with_method_state(self.state, prepared), STEPS[index])
+        memory = self._memory(prepared) if self.records else None
+        for step in range(STEPS[index]):
+            rows = memory if memory is not None and step % 3 == 2 else make_rows(20 * index + step, index)
+            state, metrics = self.trainer.step(state, place_batch(rows, self.layout.batch))
+            self.losses.append(float(metrics["loss"]))
+            if self.gradients is None:  # Adam's first moment after the first step is 1 - b1 times the gradient
+                self.gradients = flat(self.whole(optax.tree_utils.tree_get(state.opt_state, "mu")))
+        task = self._task(index, before, moment=1)
+        state = self.trainer.with_method_state(state, self.method.consolidate(state.params, state.method_state, task))
+        if index == 0:
+            collect_signals(self.trainer, state, task, self._keep)
+        self.state = state
+
+    def result(self) -> dict[str, Any]:
+        method_state = self.state.method_state
+        return {
+            "losses": self.losses,
+            "gradients": self.gradients,
+            "params": flat(self.whole(self.state.params)),
+            "state": flat(self.whole({name: value for name, value in method_state.items() if name != "heads"})),
+            "heads": np.asarray(method_state["heads"]).tolist() if "heads" in method_state else None,
+            "specs": {name: spec_of(leaf) for name, leaf in named(self.state).items()},
+            "compilations": self.trainer.jitted_step._cache_size(),
+        }
+
+    def _task(self, index: int, before: Any, moment: int) -> RunningTask:
+        return RunningTask(
+            index=index,
+            name=f"task{index}",
+            count=2,
+            key=put(jax.random.key(10 * index + moment), self.layout.replicated),
+            seed=0,
+            pipeline=Examples(index),
+            memory=Remembered(index),
+            params_before=lambda: before,
+            compiler=self.trainer.compile,
+        )
+
+    def _keep(self, examples: np.ndarray, batch: dict[str, np.ndarray]) -> None:
+        for row, example in enumerate(examples):
+            self.records[int(example)] = self.method.trim({name: value[row] for name, value in batch.items()})
+
+    def _memory(self, method_state: Any) -> dict[str, Any]:
+        """The first task's remembered rows, with what was stored beside them."""
+        rows = next(Remembered(0).once(None, 0))
+        empty = jax.tree.map(np.zeros_like, next(iter(self.records.values())))
+        records = [self.records.get(int(example), empty) for example in rows["example"]]
+        teacher = self.method.collator(method_state)(records, Shape())
+        return {**rows, "kind": "memory", "teacher": teacher}
+
+
+def named(tree: Any) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def spec_of(array: jax.Array) -> str:
+    """The array's partition, without the whole axes at the end."""
+    spec = tuple(array.sharding.spec)
+    while spec and spec[-1] is None:
+        spec = spec[:-1]
+    return str(spec)
+
+
+def flat(tree: Any) -> dict[str, list[float]]:
+    return {name: np.asarray(leaf, np.float64).ravel().tolist() for name, leaf in named(tree).items()}
+
+
+def main(pairs: list[str]) -> dict[str, Any]:
+    results = {}
+    for pair in pairs:
+        case, mesh = pair.split(":")
+        run = Run(CASES[case], MESHES[mesh])
+        for index in range(len(STEPS)):
+            run.learn(index)
+        results[pair] = run.result()
+    return results
+
+
+if __name__ == "__main__":
+    initialize()
+    jax.config.update("jax_disable_most_optimizations", True)
+    Path(sys.argv[1]).write_text(json.dumps(main(sys.argv[2:])))

@@ -1,0 +1,131 @@
+"""The same numbers on one device, on meshes of several, and on the devices of two processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+# One mesh for each method is always tried, the others by `make test-slow`.
+PAIRS = ["das uneven:2x4", "seekr:2x4"]
+SLOW = [
+    *("das encoder:8x1", "das encoder:2x4", "das encoder:2x2x2", "das uneven:2x2x2"),
+    *("seekr:8x1", "seekr:2x2x2", "seekr uneven:2x4", "seekr uneven:2x2x2"),
+]
+TWO_PROCESSES = ["das encoder:4", "seekr:4"]
+# axes of the params: layers, embed, heads or rank, size of a head
+SPLIT = {"seekr:2x4": "(None, 'fsdp', 'tensor')", "das uneven:2x4": "(None, 'fsdp')"}
+
+
+def start(output: Path, pairs: list[str], devices: int, **settings: str) -> subprocess.Popen[bytes]:
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        **settings,
+    }
+    command = [sys.executable, str(Path(__file__).with_name("same_numbers_script.py")), str(output), *pairs]
+    with open(output.with_suffix(".err"), "wb") as errors:
+        return subprocess.Popen(command, env=environment, stderr=errors)
+
+
+def finish(running: dict[Path, subprocess.Popen[bytes]]) -> list[dict[str, Any]]:
+    try:
+        for output, process in running.items():
+            assert process.wait(timeout=300) == 0, output.with_suffix(".err").read_text()[-3000:]
+    finally:
+        for process in running.values():
+            process.kill()
+            process.wait()
+    return [json.loads(output.read_text()) for output in running]
+
+
+def on_one_device(pairs: list[str]) -> list[str]:
+    return sorted({f"{pair.split(':')[0]}:1" for pair in pairs})
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    output = tmp_path_factory.mktemp("meshes") / "results.json"
+    return finish({output: start(output, on_one_device(PAIRS) + PAIRS, devices=8)})[0]
+
+
+@pytest.fixture(scope="module")
+def more_results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    output = tmp_path_factory.mktemp("meshes") / "results.json"
+    return finish({output: start(output, on_one_device(SLOW) + SLOW + TWO_PROCESSES, devices=8)})[0]
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("processes")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    running = {}
+    for index in range(2):
+        settings = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(index)}
+        output = folder / f"process{index}.json"
+        running[output] = start(output, TWO_PROCESSES, devices=2, **settings)
+    return finish(running)
+
+
+def check_same(got: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Losses of all steps; gradients of the first; params and the method's state after all; selected heads exactly."""
+    np.testing.assert_allclose(got["losses"], expected["losses"], rtol=1e-5)
+    assert got["heads"] == expected["heads"]
+    for kind in ("gradients", "params", "state"):
+        assert got[kind].keys() == expected[kind].keys()
+        for name, values in expected[kind].items():
+            size = np.abs(values).max(initial=0)
+            np.testing.assert_allclose(got[kind][name], values, rtol=1e-5, atol=1e-5 * size, err_msg=f"{kind} {name}")
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_one_device_and_many_learn_the_same(results: dict[str, Any], pair: str) -> None:
+    check_same(results[pair], results[on_one_device([pair])[0]])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pair", SLOW)
+def test_one_device_and_many_learn_the_same_on_more_meshes(more_results: dict[str, Any], pair: str) -> None:
+    check_same(more_results[pair], more_results[on_one_device([pair])[0]])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pair", TWO_PROCESSES)
+def test_one_process_and_two_learn_the_same(
+    more_results: dict[str, Any], processes: list[dict[str, Any]], pair: str
+) -> None:
+    """Four devices of one process, and two of each of two."""
+    for process in processes:
+        check_same(process[pair], more_results[pair])
+
+
+def test_there_was_something_to_learn(results: dict[str, Any]) -> None:
+    """Two equal runs that do nothing would show nothing."""
+    for result in results.values():
+        assert len(set(result["losses"])) == len(result["losses"]) == 20
+        for name, values in result["state"].items():
+            assert len(set(values)) > 4, name
+    heads = results["seekr:1"]["heads"]
+    assert all(len(set(map(tuple, task))) == 3 for task in heads)
+    assert heads[0] != [[0, 0], [0, 1], [0, 2]]
+
+
+@pytest.mark.parametrize("pair", SPLIT)
+def test_moments_are_split_like_the_params(results: dict[str, Any], pair: str) -> None:
+    specs = [spec for path, spec in results[pair]["specs"].items() if path.endswith("query/kernel")]
+    assert specs == [SPLIT[pair]] * 3, "the param and two moments"
+
+
+def test_each_kind_of_step_is_compiled_once(results: dict[str, Any]) -> None:
+    for pair, result in results.items():
+        assert result["compilations"] == (2 if "seekr" in pair else 1), pair
