@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What the launchers share; sourced, not run. Needs bash 5.1.
+# What the launchers share; sourced, not run. Needs bash 4.4.
 
 # A launcher's header is its help: the comment lines after the first line of a file.
 print_help() {
@@ -59,22 +59,21 @@ interrupt() {
 # Waits for all. The first that fails decides the exit code, and the others get `GRACE` seconds (default 10) before
 # they are ended: they wait for it. After an interruption (130) they may still be saving and get 120.
 wait_for_members() {
-  local pid status index result=0 left=${#members[@]} reaper=""
-  while ((left > 0)); do
-    status=0
-    pid=""
-    wait -n -p pid "${members[@]}" || status=$?
-    [[ -n ${pid:-} ]] || continue # a signal came, no program ended
+  local pid status index result=0 reaper=""
+  while ((${#members[@]} > 0)); do
+    # Only to sleep until something happens: of programs that end together it may name one alone.
+    wait -n "${members[@]}" 2>/dev/null || sleep 0.1
     for index in "${!members[@]}"; do
-      [[ ${members[$index]} != "$pid" ]] || unset "members[$index]"
+      pid=${members[$index]}
+      kill -0 "$pid" 2>/dev/null && continue
+      status=0
+      wait "$pid" || status=$?
+      unset "members[$index]"
+      ((result != 0)) || result=$status
     done
-    left=${#members[@]}
-    if ((status != 0 && result == 0)); then
-      result=$status
-      if ((left > 0)); then
-        end_the_rest "$status" &
-        reaper=$!
-      fi
+    if ((result != 0 && ${#members[@]} > 0)) && [[ -z $reaper ]]; then
+      end_the_rest "$result" &
+      reaper=$!
     fi
   done
   [[ -z $reaper ]] || kill -KILL -- "-$reaper" 2>/dev/null || true

@@ -51,7 +51,7 @@ run_in_job() {
     kill -0 "$pid" 2>/dev/null
   do :; done # a signal ends `wait`, not the program
   if ((status != 0 && (near_limit || status == 130))) && still_wanted; then
-    printf '%s: saved; requeued to go on\n' "${0##*/}"
+    echo 'slurm.sh: saved; requeued to go on'
     scontrol requeue "$SLURM_JOB_ID"
     sleep 60 # SLURM ends this script; to end by itself would end the job
   fi

@@ -24,8 +24,6 @@ _TIMEOUT_KEY = "JAXCL_START_TIMEOUT"
 _LAST_SECONDS = 2.0
 # jax's own start, once all are known to be there.
 _CONNECT_SECONDS = 60
-# After so long without a sign of life a process counts as lost; jax's 100 s are too few on an overcommitted host.
-_SILENCE_SECONDS = 300
 _LONGEST_MESSAGE = 4096
 
 _joined = False
@@ -155,7 +153,6 @@ def _start_runtime(place: Place) -> None:
             place.count,
             place.index,
             initialization_timeout=_CONNECT_SECONDS,
-            heartbeat_timeout_seconds=_SILENCE_SECONDS,
         )
     except (RuntimeError, ValueError) as error:
         raise UserError(f"could not join the run's other processes at {place.coordinator}: {_line(error)}") from error

@@ -259,6 +259,14 @@ def test_the_first_failure_ends_all(stand_in: Path, name: str) -> None:
     assert (stand_in / "stopped0").exists()
 
 
+def test_programs_that_fail_together_end_the_launcher(stand_in: Path) -> None:
+    for index in (0, 1):
+        (stand_in / f"fail{index}").touch()
+    process = start(stand_in, "local.sh", "run")
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 5, err
+
+
 def test_a_run_over_ssh_outlives_its_launcher_and_can_be_stopped(stand_in: Path) -> None:
     (stand_in / "wait").touch()
     process = start(stand_in, "ssh.sh", "run")
