@@ -86,7 +86,7 @@ class SeekrConfig(MethodConfig):
     )
     attention_weight: float = Field(1000.0, ge=0, description="b: weight of attention distillation")
     store_logits: int = Field(
-        64, ge=0, description="stored outputs: so many likeliest tokens of each position and the rest as one; 0: all"
+        512, ge=0, description="stored outputs: so many likeliest tokens of each position and the rest as one; 0: all"
     )
     store_attention: Literal["uint8", "float32"] = Field(
         "uint8", description="stored attention rows: roots of the weights in 8 bits, or exact"

@@ -138,8 +138,7 @@ def _backward(kind: _Kind, kept: tuple[Any, ...], cotangent: Float[Array, " batc
     seen = visible_keys(view, teacher.queries)
     group = query.shape[2] // key.shape[2]
     # Where each position stands among the queries: gradients come back by a gather, not by a scatter over positions.
-    found = teacher.queries[:, None, :] == jnp.arange(query.shape[1])[None, :, None]
-    asked, index = jnp.any(found, axis=2), jnp.argmax(found, axis=2)
+    asked, index = _places(teacher.queries, query.shape[1])
 
     def add(place: Array, gradients: tuple[Array, Array]) -> tuple[Array, Array]:
         rows = _compare(view, teacher, seen, place)
@@ -177,6 +176,18 @@ def _compare(view: AttentionView, teacher: AttentionTeacher, seen: Array, place:
     stored = decode_rows(stored) if stored.dtype == jnp.uint8 else stored
     weight = (jnp.any(seen, axis=2) & (head >= 0)[:, None]).astype(jnp.float32)
     return _Compared(jnp.maximum(head, 0), query, key, stored, scores, weight)
+
+
+def _places(queries: Int[Array, "batch queries"], length: int) -> tuple[Bool[Array, "b l"], Int[Array, "b l"]]:
+    """Whether each position is asked for, and its place among the queries."""
+
+    def places(queries: Array) -> Array:
+        return (
+            jnp.full(length, -1).at[jnp.where(queries < 0, length, queries)].set(jnp.arange(len(queries)), mode="drop")
+        )
+
+    index = jax.vmap(places)(queries)
+    return index >= 0, jnp.maximum(index, 0)
 
 
 def _take(values: Array, place: Int[Array, " batch"]) -> Array:
