@@ -85,6 +85,9 @@ def check_same(got: dict[str, Any], expected: dict[str, Any]) -> None:
         assert got[kind].keys() == expected[kind].keys()
         for name, values in expected[kind].items():
             size = np.abs(values).max(initial=0)
+            if kind != "state" and name.endswith("key/bias"):  # softmax cancels it: what it has is rounding
+                assert max(size, np.abs(got[kind][name]).max()) < 1e-6
+                continue
             np.testing.assert_allclose(got[kind][name], values, rtol=1e-5, atol=1e-5 * size, err_msg=f"{kind} {name}")
 
 
