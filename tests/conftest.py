@@ -5,11 +5,17 @@ from collections.abc import Iterator
 
 import jax
 import pytest
+from hypothesis import settings
 
 # A program is compiled once for all tests, however small it is, where a folder for compiled programs is set, as
 # `make test` does. What tests start as programs of their own reads the environment.
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 os.environ |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+
+
+# How long an example takes is the machine's affair.
+settings.register_profile("jaxcl", deadline=None)
+settings.load_profile("jaxcl")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 from data_helpers import TEXTS, small_tokenizer, spaced_tokenizer
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxcl.data.spec import TokenizerConfig
@@ -17,6 +17,7 @@ print(small_tokenizer().fingerprint)
 """
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_any_text_round_trips(text):
     tokenizer = small_tokenizer()

@@ -131,7 +131,7 @@ class Run:
         before = jax.tree.map(jnp.copy, self.state.params)
         prepared = self.method.prepare(self.state.params, self.state.method_state, self._task(index, before, moment=0))
         state = self.trainer.start_task(self.trainer.with_method_state(self.state, prepared), STEPS[index])
-        memory = self._memory(prepared) if self.records else None
+        memory = self._memory() if self.records else None
         for step in range(STEPS[index]):
             rows = memory if memory is not None and step % 3 == 2 else make_rows(20 * index + step, index)
             state, metrics = self.trainer.step(state, place_batch(rows, self.layout.batch))
@@ -173,12 +173,12 @@ class Run:
         for row, example in enumerate(examples):
             self.records[int(example)] = self.method.trim({name: value[row] for name, value in batch.items()})
 
-    def _memory(self, method_state: Any) -> dict[str, Any]:
+    def _memory(self) -> dict[str, Any]:
         """The first task's remembered rows, with what was stored beside them."""
         rows = next(Remembered(0).once(None, 0))
         empty = jax.tree.map(np.zeros_like, next(iter(self.records.values())))
         records = [self.records.get(int(example), empty) for example in rows["example"]]
-        teacher = self.method.collator(method_state)(records, Shape())
+        teacher = self.method.collate(records, Shape())
         return {**rows, "kind": "memory", "teacher": teacher}
 
 

@@ -116,7 +116,8 @@ def test_what_cannot_be_private_is_refused() -> None:
         return SimpleNamespace(**{"couples_examples": False, "replay": None, "joint": False, **changes})
 
     check_private(method(), "sequential")
+    check_private(method(replay=SimpleNamespace(source="synthetic")), "replay")
     with pytest.raises(UserError, match="contrast_weight"):
         check_private(method(couples_examples=True), "das")
     with pytest.raises(UserError, match="distil_on=task"):
-        check_private(method(replay=object()), "replay")
+        check_private(method(replay=SimpleNamespace(source="kept")), "replay")
