@@ -161,9 +161,13 @@ def _mesh(config: ExperimentConfig, topology: Topology) -> tuple[Mesh, str]:
     sizes = mesh_sizes(config.mesh, topology.chips)
     devices = find_devices(topology)
     if devices is not None:
-        from jax.experimental import topologies
-
-        return topologies.make_mesh(devices, tuple(sizes.values()), AXES), "tpu"
+        types = (jax.sharding.AxisType.Auto,) * len(AXES)
+        try:
+            # As `make_mesh` does where the chips are.
+            mesh = jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types, devices=devices.devices)
+        except NotImplementedError as error:
+            raise UserError(f"mesh: {str(error).splitlines()[0]}", exit_code=2) from error
+        return mesh, "tpu"
     # As many devices as there are chips, all of them this machine's processor.
     with contextlib.suppress(RuntimeError):  # too late where jax has looked for devices already
         jax.config.update("jax_num_cpu_devices", topology.chips)

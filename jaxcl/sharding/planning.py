@@ -39,6 +39,7 @@ class StepPlan(Schema):
     seconds: dict[str, float] = Field({}, description="least time for compute, memory and interconnect, each alone")
     roofline_seconds: float | None = Field(None, description="the largest of these: all three overlap at best")
     utilisation: float | None = Field(None, description="share of the chip's peak compute at that time")
+    unread: str | None = Field(None, description="why the compiled program could not be read: only its memory is known")
     compile_seconds: float = Field(description="how long the compiler took here")
 
 
@@ -67,7 +68,7 @@ def plan_step(
             fits=False, bytes_per_chip=needed, arguments=parts, compile_seconds=round(time.monotonic() - started, 1)
         )
     seconds = round(time.monotonic() - started, 1)
-    memory, text = compiled.memory_analysis(), compiled.as_text()
+    memory = compiled.memory_analysis()
     total = (
         memory.argument_size_in_bytes
         + memory.output_size_in_bytes
@@ -75,6 +76,17 @@ def plan_step(
         + memory.temp_size_in_bytes
         + memory.generated_code_size_in_bytes
     )
+    known = StepPlan(
+        fits=total <= chip.memory,
+        bytes_per_chip=total,
+        activations=memory.temp_size_in_bytes,
+        arguments=parts,
+        compile_seconds=seconds,
+    )
+    try:
+        text = compiled.as_text()
+    except jax.errors.JaxRuntimeError as error:  # newer instructions than jax can print
+        return known.model_copy(update={"unread": str(error).splitlines()[0]})
     cost = count_cost(parse(text), causal=causal, unknown_turns=unknown_turns)
     least = {
         "compute": cost.flops / chip.flops,
@@ -82,18 +94,15 @@ def plan_step(
         "interconnect": cost.sent / chip.interconnect,
     }
     roofline = max(least.values())
-    return StepPlan(
-        fits=total <= chip.memory,
-        bytes_per_chip=total,
-        activations=memory.temp_size_in_bytes,
-        arguments=parts,
-        flops=cost.flops,
-        bytes=cost.bytes,
-        collectives={kind: Traffic(runs=one.runs, bytes=one.bytes) for kind, one in cost.collectives.items()},
-        seconds=least,
-        roofline_seconds=roofline,
-        utilisation=least["compute"] / roofline if roofline else None,
-        compile_seconds=seconds,
+    return known.model_copy(
+        update={
+            "flops": cost.flops,
+            "bytes": cost.bytes,
+            "collectives": {kind: Traffic(runs=one.runs, bytes=one.bytes) for kind, one in cost.collectives.items()},
+            "seconds": least,
+            "roofline_seconds": roofline,
+            "utilisation": least["compute"] / roofline if roofline else None,
+        }
     )
 
 
