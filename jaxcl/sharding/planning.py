@@ -15,7 +15,9 @@ from jaxcl.sharding.cost import count_cost
 from jaxcl.sharding.hardware import Chip
 from jaxcl.sharding.hlo import parse
 
-_NEEDED = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", re.IGNORECASE)
+# What the compiler says where a program does not fit: all it needs, or its temporaries alone.
+_NEEDED = re.compile(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", re.IGNORECASE)
+_TEMPORARIES = re.compile(r"HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -60,10 +62,9 @@ def plan_step(
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        found = _NEEDED.search(str(error))
-        if found is None:
+        needed = _needed(str(error), sum(parts.values()))
+        if needed is None:
             raise
-        needed = float(found[1]) * _UNITS[found[2].upper()]
         return StepPlan(
             fits=False, bytes_per_chip=needed, arguments=parts, compile_seconds=round(time.monotonic() - started, 1)
         )
@@ -104,6 +105,22 @@ def plan_step(
             "utilisation": least["compute"] / roofline if roofline else None,
         }
     )
+
+
+def _needed(message: str, arguments: float) -> float | None:
+    """Bytes that a program would have needed, from the compiler's refusal; `None` where it refused for another reason.
+
+    Examples:
+      >>> _needed("Ran out of memory in memory space hbm. Used 20.00G of 15.75G hbm.", 1e9) == 20 * 2**30
+      True
+      >>> _needed("the total memory required for HLO temporaries (2.00G) exceeds available HBM (1G)", 5.0) == 2**31 + 5
+      True
+    """
+    if found := _NEEDED.search(message):
+        return float(found[1]) * _UNITS[found[2].upper()]
+    if found := _TEMPORARIES.search(message):
+        return float(found[1]) * _UNITS[found[2].upper()] + arguments
+    return None
 
 
 def bytes_per_device(tree: Any) -> float:
