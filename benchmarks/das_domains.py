@@ -77,13 +77,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
 NEWS = {"name": "news", "source": "text:das/domains/news.txt.gz", "test": 400}
 
 
-def prepared(model: str, out: Path, options: argparse.Namespace) -> Path:
-    """The model all runs start from, as a Hugging Face folder with its tokenizer."""
+def prepare(model: str, out: Path, weights: Path, options: argparse.Namespace) -> None:
+    """Makes the model all runs start from, a Hugging Face folder with its tokenizer, unless it is there."""
     from jaxcl.config import parse_config
     from jaxcl.experiment import run
     from jaxcl.inference import convert
 
-    weights = out / "prepared"
     if not (weights / "config.json").is_file():
         config = {
             **common(model, 0, out / "preparation"),
@@ -96,7 +95,6 @@ def prepared(model: str, out: Path, options: argparse.Namespace) -> Path:
         config["optimizer"] |= {"learning_rate": 5e-4}
         run(parse_config(config))
         convert(config["output"], weights, "hf", "float32")
-    return weights
 
 
 def first_layers(model: str, folder: Path, layers: int) -> Path:
@@ -238,10 +236,12 @@ def main() -> None:
 
     out = options.out or Path("runs/das_domains") / options.model
     records = options.records or Path(__file__).parent / "records" / "das_domains" / options.model
-    weights = prepared(options.model, out, options)
+    weights = out / "prepared"
     setting = {"model": options.model, "layers": options.layers, "preparation": options.preparation}
     config = partial(domains_config, options.model, weights, options.steps)
-    results = run_all(variants, [int(seed) for seed in options.seeds.split(",")], config, out, records, setting)
+    seeds = [int(seed) for seed in options.seeds.split(",")]
+    start = partial(prepare, options.model, out, weights, options)
+    results = run_all(variants, seeds, config, out, records, setting, start)
     found = {variant: summary(rows) for variant, rows in results.items()}
     print(tables(found) if options.tables else json.dumps(found, indent=1))
 

@@ -14,13 +14,16 @@ import numpy as np
 _PLACES = ("output", "data_root", "weights")  # where things lie changes nothing of what comes out
 
 
-def recorded_run(config: dict[str, Any], record: Path, *, setting: dict[str, Any]) -> dict[str, Any]:
+def recorded_run(
+    config: dict[str, Any], record: Path, *, setting: dict[str, Any], prepare: Callable[[], Any]
+) -> dict[str, Any]:
     """The results of a run: from its record if there is one, else by running it, which leaves the record.
 
     Args:
       config: the configuration, as nested plain values.
       record: a JSON file.
       setting: what else the results depend on, such as how the weights were made.
+      prepare: makes what a run needs, such as its weights; not called where there is a record.
 
     Returns:
       The content of the run's `results.json`, without what a table needs not.
@@ -37,6 +40,7 @@ def recorded_run(config: dict[str, Any], record: Path, *, setting: dict[str, Any
     from jaxcl.config import parse_config
     from jaxcl.experiment import run
 
+    prepare()
     results = run(parse_config(config)).results.model_dump(mode="json")
     results = {key: value for key, value in results.items() if value is not None and key not in ("data", "extra")}
     record.parent.mkdir(parents=True, exist_ok=True)
@@ -68,6 +72,7 @@ def run_all(
     out: Path,
     records: Path,
     setting: dict[str, Any],
+    prepare: Callable[[], Any] = lambda: None,
 ) -> dict[str, list[dict[str, Any]]]:
     """Every variant under every seed, all variants of a seed before the next.
 
@@ -78,6 +83,7 @@ def run_all(
       out: gets the run folders.
       records: gets the records.
       setting: see `recorded_run`.
+      prepare: see `recorded_run`.
 
     Returns:
       Results by variant, in the order of the seeds.
@@ -86,8 +92,8 @@ def run_all(
     for seed in seeds:
         for variant in variants:
             name = file_name(variant, seed)
-            one = recorded_run(config(variant, seed, out / name), records / f"{name}.json", setting=setting)
-            results[variant].append(one)
+            content, record = config(variant, seed, out / name), records / f"{name}.json"
+            results[variant].append(recorded_run(content, record, setting=setting, prepare=prepare))
     return results
 
 
