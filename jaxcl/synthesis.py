@@ -7,12 +7,12 @@ and `jaxcl.data.synthetic` says which samples are kept. Every process writes the
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Bool
 
 from jaxcl.components import Components
 from jaxcl.data.memory import draw_count
@@ -85,9 +85,8 @@ def _continue(
 def _answer(parts: Components, params: Params, frame: Frame, bodies: list[str | None], index: int) -> list[Sample]:
     """Greedy answers to the prompts, with their likelihood under the model."""
     finished = [body for body in bodies if body is not None]
-    unfinished = [Sample(None, "", -np.inf)] * (len(bodies) - len(finished))
     if not finished:
-        return unfinished
+        return [Sample(None, "", -np.inf)] * len(bodies)
     tokenizer, data = parts.tokenizer, parts.config.data
     prompts = [f"{frame.prefix}{body}{frame.suffix}" for body in finished]
     ids = encode_prompts(prompts, tokenizer, data).ids
@@ -96,14 +95,29 @@ def _answer(parts: Components, params: Params, frame: Frame, bodies: list[str | 
     written = [answer if len(answer) < generator.max_new_tokens else [] for answer in generator(params, ids)]
     answers = [tokenizer.decode(answer).strip() for answer in written]
     rows = [{"prompt": prompt, "answer": answer} for prompt, answer in zip(prompts, answers, strict=True)]
-    likelihoods = _likelihoods(parts, params, rows, index)
-    return [Sample(*one) for one in zip(finished, answers, likelihoods, strict=True)] + unfinished
+    fits = _fit(parts, rows, index)
+    fitting = [place for place in range(len(rows)) if fits[place]]
+    likelihoods = _likelihoods(parts, params, [rows[place] for place in fitting], index)
+    samples = [Sample(finished[place], answers[place], one) for place, one in zip(fitting, likelihoods, strict=True)]
+    return samples + [Sample(None, "", -np.inf)] * (len(bodies) - len(samples))
 
 
-def _likelihoods(parts: Components, params: Params, rows: list[dict[str, str]], index: int) -> list[float]:
-    """Mean log-probability of each answer's tokens."""
+def _encode(parts: Components, rows: Sequence[Mapping[str, str]], index: int) -> PairRows:
     data = parts.config.data.model_copy(update={"on_long_answer": "cut"})
-    encoded = PairRows(rows, parts.tokenizer, data, task=index, name="samples")
+    return PairRows(rows, parts.tokenizer, data, task=index, name="samples")
+
+
+def _fit(parts: Components, rows: Sequence[Mapping[str, str]], index: int) -> Bool[np.ndarray, " rows"]:
+    """Which samples are no longer than what the run's steps are compiled for."""
+    largest = np.array((parts.shapes or [])[-1])
+    return np.all(_encode(parts, rows, index).sizes <= largest, axis=1)
+
+
+def _likelihoods(parts: Components, params: Params, rows: Sequence[Mapping[str, str]], index: int) -> list[float]:
+    """Mean log-probability of each answer's tokens."""
+    if not rows:
+        return []
+    encoded = _encode(parts, rows, index)
     network, chunk = parts.network, parts.method.config.loss_chunk
 
     def losses(params: Params, batch: Batch) -> Mapping[str, Array]:

@@ -79,6 +79,12 @@ def test_likelihood_is_the_mean_log_probability_of_the_answer(tmp_path: Path) ->
         assert found[index] == pytest.approx(float(expected), rel=1e-4)
 
 
+def test_samples_longer_than_the_data_do_not_fit(tmp_path: Path) -> None:
+    parts = build(parse_config({**PAIRS, "output": str(tmp_path), "method": WRITTEN}), RunFolder(tmp_path))
+    rows = [{"prompt": "RED\nCategory:", "answer": "L"}, {"prompt": "RED " * 200, "answer": "L M N O P Q R S T U V W"}]
+    assert synthesis._fit(parts, rows, 0).tolist() == [True, False]
+
+
 def test_text_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
     method = {"name": "replay", "replay": {"source": "synthetic"}}
     with pytest.raises(

@@ -25,7 +25,8 @@ class Sample(NamedTuple):
     """A prompt and an answer that a model wrote.
 
     Attributes:
-      body: the prompt between prefix and suffix; `None` if the model never came to the suffix.
+      body: the prompt between prefix and suffix; `None` if the model never came to the suffix, or if the whole is
+        longer than any of the run's examples.
       answer: the answer.
       likelihood: mean log-probability of the answer's tokens, in nats.
     """
