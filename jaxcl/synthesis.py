@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool
 from jaxcl.components import Components
 from jaxcl.data.memory import draw_count
 from jaxcl.data.pairs import PairRows, encode_prompts, open_prompts
+from jaxcl.data.plan import Shape
 from jaxcl.data.synthetic import Frame, Sample, choose_samples, read_body, shared_frame
 from jaxcl.errors import UserError
 from jaxcl.methods.base import Synthetic
@@ -90,15 +91,21 @@ def _answer(parts: Components, params: Params, frame: Frame, bodies: list[str | 
     tokenizer, data = parts.tokenizer, parts.config.data
     prompts = [f"{frame.prefix}{body}{frame.suffix}" for body in finished]
     ids = encode_prompts(prompts, tokenizer, data).ids
-    generator = _generator(parts, data.prompt_length, data.answer_length - 1)
-    # An answer that never ended is none.
-    written = [answer if len(answer) < generator.max_new_tokens else [] for answer in generator(params, ids)]
-    answers = [tokenizer.decode(answer).strip() for answer in written]
+    # No longer than the longest answer of the run, whose end token has a place as well.
+    generator = _generator(parts, data.prompt_length, max(1, (_largest(parts).predict or data.answer_length) - 1))
+    written = generator(params, ids)
+    ended = [len(answer) < generator.max_new_tokens for answer in written]
+    # Where the run takes no answer that was cut, one that never ended is none.
+    kept = [answer if end or data.on_long_answer == "cut" else [] for answer, end in zip(written, ended, strict=True)]
+    answers = [tokenizer.decode(answer).strip() for answer in kept]
     rows = [{"prompt": prompt, "answer": answer} for prompt, answer in zip(prompts, answers, strict=True)]
     fits = _fit(parts, rows, index)
     fitting = [place for place in range(len(rows)) if fits[place]]
     likelihoods = _likelihoods(parts, params, [rows[place] for place in fitting], index)
-    samples = [Sample(finished[place], answers[place], one) for place, one in zip(fitting, likelihoods, strict=True)]
+    samples = [
+        Sample(finished[place], answers[place], one, ended[place])
+        for place, one in zip(fitting, likelihoods, strict=True)
+    ]
     return samples + [Sample(None, "", -np.inf)] * (len(bodies) - len(samples))
 
 
@@ -109,8 +116,11 @@ def _encode(parts: Components, rows: Sequence[Mapping[str, str]], index: int) ->
 
 def _fit(parts: Components, rows: Sequence[Mapping[str, str]], index: int) -> Bool[np.ndarray, " rows"]:
     """Which samples are no longer than what the run's steps are compiled for."""
-    largest = np.array((parts.shapes or [])[-1])
-    return np.all(_encode(parts, rows, index).sizes <= largest, axis=1)
+    return np.all(_encode(parts, rows, index).sizes <= np.array(_largest(parts)), axis=1)
+
+
+def _largest(parts: Components) -> Shape:
+    return (parts.shapes or [])[-1]
 
 
 def _likelihoods(parts: Components, params: Params, rows: Sequence[Mapping[str, str]], index: int) -> list[float]:

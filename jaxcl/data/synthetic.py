@@ -29,11 +29,13 @@ class Sample(NamedTuple):
         longer than any of the run's examples.
       answer: the answer.
       likelihood: mean log-probability of the answer's tokens, in nats.
+      ended: the answer came to an end by itself.
     """
 
     body: str | None
     answer: str
     likelihood: float
+    ended: bool = True
 
 
 class Chosen(NamedTuple):
@@ -85,7 +87,7 @@ def read_body(text: str, suffix: str) -> str | None:
 
 
 def choose_samples(samples: Sequence[Sample], real: Sequence[str], count: int, similarity: float) -> Chosen:
-    """The likeliest samples that copy neither a real prompt nor each other.
+    """The likeliest samples that copy neither a real prompt nor each other; those whose answer ended come first.
 
     Two texts are the same if the share of equal letters (`rapidfuzz.fuzz.ratio`; case and spaces aside) is more than
     `similarity`.
@@ -100,7 +102,7 @@ def choose_samples(samples: Sequence[Sample], real: Sequence[str], count: int, s
     known = [_plain(body) for body in real]
     chosen: list[Sample] = []
     taken: list[str] = []
-    for sample in sorted(samples, key=lambda one: -one.likelihood):
+    for sample in sorted(samples, key=lambda one: (not one.ended, -one.likelihood)):
         if sample.body is None or not sample.answer.strip():
             dropped["unfinished"] += 1
         elif _among(sample.body, known, similarity):

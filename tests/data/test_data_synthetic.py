@@ -48,6 +48,15 @@ def test_samples_are_taken_by_likelihood_and_never_twice_or_from_the_data() -> N
     assert chosen.dropped == {"unfinished": 2, "copy": 1, "repeated": 1, "unlikely": 1}
 
 
+def test_answers_that_ended_come_first() -> None:
+    samples = [
+        Sample("snow", "endless", -0.1, ended=False),
+        Sample("rain", "short", -2.0),
+        Sample("hail", "brief", -1.0),
+    ]
+    assert [one.answer for one in choose_samples(samples, [], 3, 0.8).samples] == ["brief", "short", "endless"]
+
+
 def test_similarity_is_where_a_copy_begins() -> None:
     """Of 4 + 4 letters the two texts share 2 + 2: half."""
     sample = [Sample("abxy", "answer", 0.0)]
