@@ -51,6 +51,10 @@ class Plan(Schema):
     versions: dict[str, str] = Field(description="of jax and the compiler")
 
 
+class Unplaceable(UserError):
+    """No arrangement of a topology's chips is this mesh; another mesh may be one."""
+
+
 class Program(NamedTuple):
     """A program to compile.
 
@@ -74,7 +78,7 @@ def plan(config: ExperimentConfig, topology_name: str, steps: Sequence[str] | No
       steps: names of the steps to compile, as `programs` gives them; none: all.
 
     Raises:
-      UserError: an unknown topology, or a mesh, batch or model that does not fit it.
+      UserError: an unknown topology or step, or a mesh, batch or model that does not fit it.
     """
     topology = parse_topology(topology_name)
     mesh, compiler = _mesh(config, topology)
@@ -82,9 +86,14 @@ def plan(config: ExperimentConfig, topology_name: str, steps: Sequence[str] | No
         compute = config.model.compute.model_copy(update={"kernel": "splash"})
         config = config.model_copy(update={"model": config.model.model_copy(update={"compute": compute})})
     found = programs(config, mesh)
+    if unknown := sorted(set(steps or ()) - set(found)):
+        raise UserError(f"steps: no {', '.join(unknown)} here; there are {', '.join(found)}", exit_code=2)
     chosen = {name: found[name] for name in found if steps is None or name in steps}
     causal = Network.create(config.model).causal
-    plans = {name: plan_step(one.lower(), one.arguments, topology.chip, causal=causal) for name, one in chosen.items()}
+    plans = {
+        name: plan_step(one.lower(), one.arguments, topology.chip, causal=causal, unknown_turns=one.unknown_turns)
+        for name, one in chosen.items()
+    }
     training = plans.get("replay") or plans.get("train")
     shapes = jax.tree.leaves(Network.create(config.model).shapes())
     return Plan(
@@ -166,7 +175,7 @@ def _mesh(config: ExperimentConfig, topology: Topology) -> tuple[Mesh, str]:
             # As `make_mesh` does where the chips are.
             mesh = jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types, devices=devices.devices)
         except NotImplementedError as error:
-            raise UserError(f"mesh: {str(error).splitlines()[0]}", exit_code=2) from error
+            raise Unplaceable(f"mesh: {str(error).splitlines()[0]}", exit_code=2) from error
         return mesh, "tpu"
     # As many devices as there are chips, all of them this machine's processor.
     with contextlib.suppress(RuntimeError):  # too late where jax has looked for devices already

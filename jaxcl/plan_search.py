@@ -7,6 +7,7 @@ takes minutes, and most arrangements are hopeless at a glance.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ import numpy as np
 from jaxcl.config import ExperimentConfig
 from jaxcl.errors import UserError
 from jaxcl.models.network import Network
-from jaxcl.plan import Plan, plan, row_shape
+from jaxcl.plan import Plan, Unplaceable, plan, row_shape
 from jaxcl.sharding.hardware import Chip, parse_topology
 from jaxcl.sharding.mesh import MeshConfig
 
@@ -73,18 +74,26 @@ def search(config: ExperimentConfig, topology_name: str, step: str, compile_at_m
         )
     possible = [pair for pair in ways if pair[1].bytes <= _MARGIN * topology.chip.memory]
     possible = sorted(possible or [min(ways, key=lambda pair: pair[1].bytes)], key=lambda pair: pair[1].seconds)
-    best: Plan | None = None
-    for one, guess in possible[:compile_at_most]:
+    tried: list[str] = []
+    fitting: list[Plan] = []
+    for one, guess in possible:
+        if len(tried) == compile_at_most:
+            break
         logger.info("%s: %.1f GB and %.3f s by estimate; compiling", one, guess.bytes / 1e9, guess.seconds)
-        found = plan(arranged(config, one), topology_name, [step])
-        if found.fits and (best is None or (found.roofline_seconds or 0) < (best.roofline_seconds or 0)):
-            best = found
-    if best is None:
-        tried = ", ".join(str(tuple(one)) for one, _ in possible[:compile_at_most])
+        try:
+            found = plan(arranged(config, one), topology_name, [step])
+        except Unplaceable as error:
+            logger.info("%s: %s", one, error)
+            continue
+        tried.append(str(tuple(one)))
+        fitting += [found] if found.fits else []
+    if not fitting:
         raise UserError(
-            f"{topology_name}: no arrangement fits; compiled (data, fsdp, tensor, remat, accumulate): {tried}"
+            f"{topology_name}: no arrangement fits; compiled (data, fsdp, tensor, remat, accumulate): "
+            f"{', '.join(tried) or 'none, the chips cannot be arranged so'}"
         )
-    return best
+    # Programs that cannot be read have no known time: any that can be read is preferred.
+    return min(fitting, key=lambda one: math.inf if one.roofline_seconds is None else one.roofline_seconds)
 
 
 def arranged(config: ExperimentConfig, one: Arrangement) -> ExperimentConfig:
