@@ -258,9 +258,8 @@ class TaskSequence:
         if replay is None or replay.source == "kept":
             return remember(self.parts, self.memory, index)
         key = jax.random.fold_in(jax.random.key(self.config.seed), index)
-        return self.memory.with_written(
-            index, self.parts.phase_name(index), *write_samples(self.parts, state.params, index, key)
-        )
+        rows, dropped = write_samples(self.parts, self._params_before(index), state.params, index, key)
+        return self.memory.with_written(index, self.parts.phase_name(index), rows, dropped)
 
     def _stream(self, index: int) -> Stream:
         """The batches of a task, with those of the memory between or beside them where there are any."""

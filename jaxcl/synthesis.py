@@ -1,7 +1,8 @@
 """A model writes samples of the task it has just learned, to remember it by instead of its examples.
 
-The instruction that all prompts of the task share is continued by sampling, the prompt so found is answered greedily,
-and `jaxcl.data.synthetic` says which samples are kept. Every process writes the same samples.
+The instruction that all prompts of the task share is continued by sampling from the model as it was before the task:
+one that has just learned to answer them tends to answer at once. The prompt so found is answered greedily by the model
+that has learned the task, and `jaxcl.data.synthetic` says which samples are kept. Every process writes the same samples.
 """
 
 from __future__ import annotations
@@ -31,13 +32,14 @@ logger = logging.getLogger(__name__)
 
 
 def write_samples(
-    parts: Components, params: Params, index: int, key: Array
+    parts: Components, before: Params, params: Params, index: int, key: Array
 ) -> tuple[list[dict[str, str]], dict[str, int]]:
     """Samples of a task, as many as its memory would hold examples.
 
     Args:
       parts: the parts of the run.
-      params: the model that has learned the task.
+      before: the model as it was before the task; writes the prompts.
+      params: the model that has learned the task; answers them.
       index: which task.
       key: what prompts are drawn from.
 
@@ -57,7 +59,7 @@ def write_samples(
         frame = Frame(settings.prefix, frame.suffix)
     bodies = [prompt[len(frame.prefix) : len(prompt) - len(frame.suffix)] for prompt in prompts]
     wanted = draw_count(len(prompts), replay.fraction, replay.minimum)
-    written = _continue(parts, params, frame, prompts, settings, wanted * settings.candidates, key)
+    written = _continue(parts, before, frame, prompts, settings, wanted * settings.candidates, key)
     samples = _answer(parts, params, frame, written, index)
     chosen = choose_samples(samples, bodies, wanted, settings.similarity)
     reasons = ", ".join(f"{number} {reason}" for reason, number in chosen.dropped.items() if number)
@@ -78,7 +80,9 @@ def _continue(
     tokenizer, data = parts.tokenizer, parts.config.data
     opening = open_prompts([frame.prefix], tokenizer, data)[0]
     longest = max(len(ids) for ids in encode_prompts(prompts, tokenizer, data).ids)
-    generator = _generator(parts, len(opening), max(8, longest - len(opening)))
+    # Room to come to the suffix; what is too long for the run's steps does not fit later.
+    room = max(16, min(2 * (longest - len(opening)), data.prompt_length - len(opening)))
+    generator = _generator(parts, len(opening), room)
     texts = generator(params, [opening] * count, key, settings.temperature, settings.top_p)
     return [read_body(tokenizer.decode(ids), frame.suffix) for ids in texts]
 

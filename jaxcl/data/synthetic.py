@@ -71,7 +71,8 @@ def shared_frame(prompts: Sequence[str]) -> Frame:
     suffix = _shared([one[::-1] for one in rest])[::-1]
     if any(len(one) > len(suffix) and not one[-len(suffix) - 1].isspace() for one in rest):
         suffix = suffix[len(re.match(r"\S*", suffix)[0]) :]  # type: ignore[index]
-    return Frame(prefix, suffix)
+    # What few prompts end their last line with by chance ("... ." in all of them) is their own, not the task's.
+    return Frame(prefix, suffix[max(0, suffix.find("\n")) :])
 
 
 def read_body(text: str, suffix: str) -> str | None:

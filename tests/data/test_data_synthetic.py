@@ -12,6 +12,7 @@ from jaxcl.data.synthetic import Frame, Sample, choose_samples, read_body, share
     ("prompts", "frame"),
     [
         (["Do it.\nInput: red\nOutput: ", "Do it.\nInput: rose\nOutput: "], Frame("Do it.\nInput: ", "\nOutput: ")),
+        (["Input: a day .\nOutput: ", "Input: one night .\nOutput: "], Frame("Input: ", "\nOutput: ")),
         (["Say: good dog. Go", "Say: bad frog. Go"], Frame("Say: ", " Go")),
         (["one two", "three four"], Frame("", "")),
         (["the same", "the same"], Frame("the same", "")),
