@@ -2,7 +2,7 @@
 
 The instruction that all prompts of the task share is continued by sampling from the model as it was before the task:
 one that has just learned to answer them tends to answer at once. The prompt so found is answered greedily by the model
-that has learned the task, and `jaxcl.data.synthetic` says which samples are kept. Every process writes the same samples.
+that has learned the task, and `jaxcl.data.synthetic` says which samples are kept. All processes write the same ones.
 """
 
 from __future__ import annotations
