@@ -62,11 +62,13 @@ class Program(NamedTuple):
       lower: gives the lowered program.
       arguments: what it is given, by part.
       unknown_turns: see `Method.turns`.
+      resident: what lies on the chips meanwhile, by part.
     """
 
     lower: Callable[[], Any]
     arguments: Mapping[str, Any]
     unknown_turns: int = 1
+    resident: Mapping[str, Any] = {}
 
 
 def plan(config: ExperimentConfig, topology_name: str, steps: Sequence[str] | None = None) -> Plan:
@@ -89,13 +91,19 @@ def plan(config: ExperimentConfig, topology_name: str, steps: Sequence[str] | No
     if unknown := sorted(set(steps or ()) - set(found)):
         raise UserError(f"steps: no {', '.join(unknown)} here; there are {', '.join(found)}", exit_code=2)
     chosen = {name: found[name] for name in found if steps is None or name in steps}
-    causal = Network.create(config.model).causal
+    network = Network.create(config.model)
     plans = {
-        name: plan_step(one.lower(), one.arguments, topology.chip, causal=causal, unknown_turns=one.unknown_turns)
+        name: plan_step(
+            one.lower(),
+            one.arguments,
+            topology.chip,
+            causal=network.causal,
+            unknown_turns=one.unknown_turns,
+            resident=one.resident,
+        )
         for name, one in chosen.items()
     }
     training = plans.get("replay") or plans.get("train")
-    shapes = jax.tree.leaves(Network.create(config.model).shapes())
     return Plan(
         topology=topology.name,
         compiler=compiler,
@@ -103,7 +111,7 @@ def plan(config: ExperimentConfig, topology_name: str, steps: Sequence[str] | No
         batch_size=config.training.batch_size,
         accumulate=config.training.accumulate,
         remat=config.model.compute.remat,
-        parameters=sum(int(np.prod(leaf.shape, dtype=np.int64)) for leaf in shapes),
+        parameters=network.num_params,
         chip_memory=topology.chip.memory,
         fits=all(one.fits for one in plans.values()),
         bytes_per_chip=max(one.bytes_per_chip for one in plans.values()),
@@ -139,17 +147,17 @@ def programs(config: ExperimentConfig, mesh: Mesh) -> dict[str, Program]:
     found = {"train": step(batch)}
     if method.replay is not None and not method.joint:
         found["replay"] = step(_remembered(method, target, training.batch_size, shape, layout))
-    # Between tasks the optimizer's state stays where it is: it counts, though the program does not see it.
-    state = {"params": target.params, "method": target.method_state}
-    for name in jax.eval_shape(method.measurements, target.params, target.method_state, batch, key):
+    # Between tasks the optimizer's state stays where it is: it counts, though no program sees it.
+    given = (target.params, target.params, target.method_state, batch, key)
+    moments = {"optimizer": target.opt_state}
+    for name in jax.eval_shape(method.measurements, *given):
 
-        def measure(params: Any, state: Any, batch: Batch, key: Any, name: str = name) -> Any:
-            return method.measurements(params, state, batch, key)[name]
+        def measure(before: Any, params: Any, state: Any, batch: Batch, key: Any, name: str = name) -> Any:
+            return method.measurements(before, params, state, batch, key)[name]
 
-        lower = functools.partial(
-            jax.jit(trainer.compile.trace(measure)).lower, target.params, target.method_state, batch, key
-        )
-        found[name] = Program(lower, {**state, "batch": batch})
+        lower = functools.partial(jax.jit(trainer.compile.trace(measure)).lower, *given)
+        arguments = {"params": target.params, "method": target.method_state, "batch": batch}
+        found[name] = Program(lower, arguments, resident=moments)
     if network.causal and shape.predict is not None:
         check_batch_size(evaluation.batch_size, 1, layout.batch_ways, key="evaluation.batch_size")
         found["generate"] = _generation(config, network, trainer)
@@ -235,7 +243,9 @@ def _generation(config: ExperimentConfig, network: Network, trainer: Trainer) ->
     lengths = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=trainer.layout.batch)
     params = trainer.target.params
     return Program(
-        lambda: generator.jitted.lower(params, tokens, lengths, None), {"params": params, "batch": (tokens, lengths)}
+        lambda: generator.jitted.lower(params, tokens, lengths, None),
+        {"params": params, "batch": (tokens, lengths)},
+        resident={"optimizer": trainer.target.opt_state, "method": trainer.target.method_state},
     )
 
 

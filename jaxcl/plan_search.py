@@ -11,9 +11,6 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import jax
-import numpy as np
-
 from jaxcl.config import ExperimentConfig
 from jaxcl.errors import UserError
 from jaxcl.models.network import Network
@@ -131,8 +128,9 @@ def estimate(config: ExperimentConfig, one: Arrangement, chip: Chip) -> Estimate
     6 operations a param and token (8 with `full`, whose forward pass runs twice), gathering the params for each pass
     and scattering the gradient, and two sums over `tensor` a layer and pass.
     """
-    model, shape = config.model, row_shape(config, Network.create(config.model).causal)
-    params = sum(int(np.prod(leaf.shape, dtype=np.int64)) for leaf in jax.tree.leaves(Network.create(model).shapes()))
+    model, network = config.model, Network.create(config.model)
+    shape = row_shape(config, network.causal)
+    params = network.num_params
     width = 2 if model.compute.dtype == "bfloat16" else 4
     kept = 2 if model.compute.param_dtype == "bfloat16" else 4
     first = 2 if config.optimizer.moment_dtype == "bfloat16" else 4

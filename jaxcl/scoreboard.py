@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -120,7 +119,6 @@ class Scoreboard:
         return Measure(**measure(matrix, metrics))
 
     def _blank(self) -> Results:
-        sizes = (math.prod(leaf.shape) for leaf in jax.tree.leaves(self.parts.network.shapes()))
         return Results(
             **dict(self._empty(self.evaluator.metrics)),
             method=self.parts.config.method.name,
@@ -128,7 +126,7 @@ class Scoreboard:
             tasks=self.parts.names,
             joint=self.parts.method.joint,
             seconds=0.0,
-            parameters=sum(sizes),
+            parameters=self.parts.network.num_params,
             device=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
             versions=installed_versions(),
         )

@@ -108,6 +108,17 @@ def test_bad_usage_is_one_line(words: list[str], message: str, capsys: pytest.Ca
     assert message in errors[0]
 
 
+def test_what_lies_beside_a_measurement_counts() -> None:
+    """Between tasks: the moments stay, and forgettability reads the params before the task as well."""
+    found = plan(config_of(SEEKR), "v5e:1x1", ["sensitivity", "forgettability"])
+    params = 4 * found.parameters
+    unread = 4 * (64 * 16 + 16)  # output head and final norm, which attention does not need
+    least = {"sensitivity": 3 * params, "forgettability": 4 * params - 2 * unread}
+    for name, step in found.steps.items():
+        assert step.arguments["optimizer"] >= 2 * params
+        assert step.bytes_per_chip - step.activations >= least[name]
+
+
 def test_search_splits_whole_heads_and_whole_batches() -> None:
     config = config_of({"name": "sequential"}, training={"batch_size": 8})
     found = list(arrangements(config, 8))

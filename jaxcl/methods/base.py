@@ -267,8 +267,11 @@ class Method:
         """
         return params
 
-    def measurements(self, params: Params, state: State, batch: Batch, key: Array) -> dict[str, Any]:
-        """What `prepare` and `consolidate` compute of one batch, by name; pure. `jaxcl plan` compiles each."""
+    def measurements(self, before: Params, params: Params, state: State, batch: Batch, key: Array) -> dict[str, Any]:
+        """What `prepare` and `consolidate` compute of one batch, by name; pure. `jaxcl plan` compiles each.
+
+        `before` are the params before the task, `params` those after it.
+        """
         return {}
 
     def tables(self, state: State) -> dict[str, Array]:

@@ -160,7 +160,7 @@ class Das(Method):
         tables = {f"importance_{name}": value for name, value in vars(state["importance"]).items()}
         return tables | {f"domains_{name}": value for name, value in vars(state["history"]).items()}
 
-    def measurements(self, params: Params, state: State, batch: Batch, key: Array) -> dict[str, Any]:
+    def measurements(self, before: Params, params: Params, state: State, batch: Batch, key: Array) -> dict[str, Any]:
         """See `Method.measurements`."""
         zero = ImportanceSums.zero(self.network)
         found = {"importance": self.add_domain(zero, params, batch, key)}

@@ -72,7 +72,7 @@ class SeekrConfig(MethodConfig):
         "1.0 with layer_budget 1.0 distils all",
     )
     heads_per_layer: int = Field(
-        0, ge=0, description="at most so many of them in one layer, which bounds the memory a step needs; 0: no limit"
+        0, ge=0, description="at most so many of them in one layer, which spreads them over layers; 0: no limit"
     )
     query_budget: int = Field(100, ge=0, description="query positions of an example that are distilled; 0: all")
     importance: Importance = Field(
@@ -203,12 +203,10 @@ class Seekr(Method):
         nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(read))
         teacher = jax.lax.stop_gradient(jax.lax.cond(known, read, lambda: nothing))
         terms = self._distilled(params, batch, teacher | {"heads": heads, "queries": queries}, model_key)
-        return {
-            name: term._replace(weight=1.0)
-            if name == "loss"
-            else Term(term.sum * known, term.count * known, term.weight)
-            for name, term in terms.items()
-        }
+        terms["loss"] = terms["loss"]._replace(weight=1.0)
+        for name in terms.keys() - {"loss"}:
+            terms[name] = Term(terms[name].sum * known, terms[name].count * known, terms[name].weight)
+        return terms
 
     def _distilled(self, params: Params, batch: Batch, teacher: Mapping[str, Array], key: Array) -> dict[str, Term]:
         """Cross-entropy and both divergences from a teacher (SEEKR, equation 9)."""
@@ -311,12 +309,12 @@ class Seekr(Method):
             "selected_heads": selected.at[task, layer, head].set(True, mode="drop"),
         }
 
-    def measurements(self, params: Params, state: State, batch: Batch, key: Array) -> dict[str, Any]:
-        """See `Method.measurements`; forgettability reads two sets of params, here the same one twice."""
+    def measurements(self, before: Params, params: Params, state: State, batch: Batch, key: Array) -> dict[str, Any]:
+        """See `Method.measurements`."""
         zero = HeadSums.zero(self.network)
         return {
             "sensitivity": self.add_sensitivity(zero, params, batch),
-            "forgettability": self.add_forgettability(zero, params, params, batch),
+            "forgettability": self.add_forgettability(zero, before, params, batch),
         }
 
     def add_sensitivity(self, sums: HeadSums, params: Params, batch: Batch) -> HeadSums:

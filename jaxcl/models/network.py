@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Annotated, Any, NamedTuple
 
 import jax
@@ -111,6 +112,11 @@ class Network:
     def vocab_size(self) -> int:
         """Number of token ids."""
         return self.config.vocab_size
+
+    @property
+    def num_params(self) -> int:
+        """Number of params, adapters included."""
+        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.shapes()))
 
     def init(self, key: Array) -> Params:
         """Fresh params; can be jitted."""

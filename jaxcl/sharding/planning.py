@@ -34,7 +34,7 @@ class StepPlan(Schema):
     fits: bool = Field(description="the compiler finds room for it in the chip's memory")
     bytes_per_chip: float = Field(description="memory needed: arguments, results, temporaries and code")
     activations: float | None = Field(None, description="temporaries among them; none where the compiler gave up")
-    arguments: dict[str, float] = Field(description="bytes of what the program is given, by part")
+    arguments: dict[str, float] = Field(description="bytes of what the program is given or lies beside it, by part")
     flops: float | None = Field(None, description="operations of matrix products and attention")
     bytes: float | None = Field(None, description="bytes read from and written to main memory")
     collectives: dict[str, Traffic] = Field({}, description="by kind")
@@ -46,7 +46,13 @@ class StepPlan(Schema):
 
 
 def plan_step(
-    lowered: Any, arguments: Mapping[str, Any], chip: Chip, *, causal: bool, unknown_turns: int = 1
+    lowered: Any,
+    arguments: Mapping[str, Any],
+    chip: Chip,
+    *,
+    causal: bool,
+    unknown_turns: int = 1,
+    resident: Mapping[str, Any] | None = None,
 ) -> StepPlan:
     """Compiles a program and reads what it needs.
 
@@ -56,9 +62,12 @@ def plan_step(
       chip: the limits.
       causal: see `count_cost`.
       unknown_turns: see `count_cost`.
+      resident: what lies on the chip meanwhile and is no argument, by part, likewise.
     """
     started = time.monotonic()
     parts = {name: bytes_per_device(tree) for name, tree in arguments.items()}
+    beside = {name: bytes_per_device(tree) for name, tree in (resident or {}).items()}
+    held = sum(beside.values())
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -66,7 +75,10 @@ def plan_step(
         if needed is None:
             raise
         return StepPlan(
-            fits=False, bytes_per_chip=needed, arguments=parts, compile_seconds=round(time.monotonic() - started, 1)
+            fits=False,
+            bytes_per_chip=needed + held,
+            arguments=parts | beside,
+            compile_seconds=round(time.monotonic() - started, 1),
         )
     seconds = round(time.monotonic() - started, 1)
     memory = compiled.memory_analysis()
@@ -76,12 +88,13 @@ def plan_step(
         - memory.alias_size_in_bytes
         + memory.temp_size_in_bytes
         + memory.generated_code_size_in_bytes
+        + held
     )
     known = StepPlan(
         fits=total <= chip.memory,
         bytes_per_chip=total,
         activations=memory.temp_size_in_bytes,
-        arguments=parts,
+        arguments=parts | beside,
         compile_seconds=seconds,
     )
     try:
