@@ -62,7 +62,7 @@ def _importance(args: argparse.Namespace) -> None:
 def _teacher(args: argparse.Namespace) -> None:
     from jaxcl.teacher_report import describe_teacher
 
-    print(describe_teacher(Path(args.run)))
+    _say(describe_teacher(Path(args.run)))
 
 
 def _compare(args: argparse.Namespace) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -98,6 +98,11 @@ class Components:
             return PairRows(rows, self.tokenizer, self.config.data, task=index, name=task.name)
         objective: Objective = "causal" if self.network.causal else "masked"
         return TextRows(rows, self.tokenizer, self.config.data, objective=objective, task=index, name=task.name)
+
+    def encode_written(self, rows: Sequence[Mapping[str, str]], index: int, name: str) -> PairRows:
+        """Prompts and answers that a model wrote for a task, encoded; answers that are too long are cut."""
+        data = self.config.data.model_copy(update={"on_long_answer": "cut"})
+        return PairRows(rows, self.tokenizer, data, task=index, name=name)
 
     def pipeline(self, sources: list[Rows], *, batch_size: int | None = None) -> Pipeline:
         """Training batches of encoded examples; see `Pipeline`."""

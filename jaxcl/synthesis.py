@@ -13,11 +13,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Bool
+from jaxtyping import Array
 
 from jaxcl.components import Components
 from jaxcl.data.memory import draw_count
-from jaxcl.data.pairs import PairRows, encode_prompts, open_prompts
+from jaxcl.data.pairs import encode_prompts, open_prompts
 from jaxcl.data.plan import Shape
 from jaxcl.data.synthetic import Frame, Sample, choose_samples, read_body, shared_frame
 from jaxcl.errors import UserError
@@ -103,24 +103,15 @@ def _answer(parts: Components, params: Params, frame: Frame, bodies: list[str | 
     kept = [answer if end or data.on_long_answer == "cut" else [] for answer, end in zip(written, ended, strict=True)]
     answers = [tokenizer.decode(answer).strip() for answer in kept]
     rows = [{"prompt": prompt, "answer": answer} for prompt, answer in zip(prompts, answers, strict=True)]
-    fits = _fit(parts, rows, index)
-    fitting = [place for place in range(len(rows)) if fits[place]]
+    # No longer than what the run's steps are compiled for.
+    sizes = parts.encode_written(rows, index, "samples").sizes
+    fitting = np.flatnonzero(np.all(sizes <= np.array(_largest(parts)), axis=1)).tolist()
     likelihoods = _likelihoods(parts, params, [rows[place] for place in fitting], index)
     samples = [
         Sample(finished[place], answers[place], one, ended[place])
         for place, one in zip(fitting, likelihoods, strict=True)
     ]
     return samples + [Sample(None, "", -np.inf)] * (len(bodies) - len(samples))
-
-
-def _encode(parts: Components, rows: Sequence[Mapping[str, str]], index: int) -> PairRows:
-    data = parts.config.data.model_copy(update={"on_long_answer": "cut"})
-    return PairRows(rows, parts.tokenizer, data, task=index, name="samples")
-
-
-def _fit(parts: Components, rows: Sequence[Mapping[str, str]], index: int) -> Bool[np.ndarray, " rows"]:
-    """Which samples are no longer than what the run's steps are compiled for."""
-    return np.all(_encode(parts, rows, index).sizes <= np.array(_largest(parts)), axis=1)
 
 
 def _largest(parts: Components) -> Shape:
@@ -131,7 +122,7 @@ def _likelihoods(parts: Components, params: Params, rows: Sequence[Mapping[str, 
     """Mean log-probability of each answer's tokens."""
     if not rows:
         return []
-    encoded = _encode(parts, rows, index)
+    encoded = parts.encode_written(rows, index, "samples")
     network, chunk = parts.network, parts.method.config.loss_chunk
 
     def losses(params: Params, batch: Batch) -> Mapping[str, Array]:

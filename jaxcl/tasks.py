@@ -9,7 +9,6 @@ import jax
 
 from jaxcl.components import Components, ProcessShare
 from jaxcl.data.memory import Memory, MemoryPipeline, TaskMemory
-from jaxcl.data.pairs import PairRows
 from jaxcl.data.rows import Rows
 from jaxcl.training.task import RunningTask
 
@@ -34,8 +33,7 @@ def remembered_rows(parts: Components, task: TaskMemory) -> Rows:
     """What a task's memory chooses from: its training examples, or what the model wrote for it."""
     if not task.written:
         return parts.train_rows[task.task]
-    data = parts.config.data.model_copy(update={"on_long_answer": "cut"})
-    return PairRows(task.written, parts.tokenizer, data, task=task.task, name=task.name)
+    return parts.encode_written(task.written, task.task, task.name)
 
 
 def memory_pipeline(
@@ -44,7 +42,7 @@ def memory_pipeline(
     """Batches of what is remembered of some tasks, by default as large as the run's; see `MemoryPipeline`."""
     return MemoryPipeline(
         memory,
-        {one.task: remembered_rows(parts, one) for one in memory.tasks},
+        {one.task: remembered_rows(parts, one) for one in memory.tasks if one.task in tasks},
         parts.config.data,
         batch_size=batch_size or parts.config.training.batch_size,
         shapes=parts.shapes,

@@ -13,7 +13,7 @@ from test_experiment import PAIRS, SEEKR, TEXT, numbers, run
 from jaxcl import synthesis
 from jaxcl.components import build
 from jaxcl.config import parse_config
-from jaxcl.data.synthetic import Sample
+from jaxcl.data.synthetic import Frame, Sample
 from jaxcl.data.teacher_store import TeacherStore
 from jaxcl.errors import UserError
 from jaxcl.run_folder import RunFolder
@@ -65,7 +65,7 @@ def test_likelihood_is_the_mean_log_probability_of_the_answer(tmp_path: Path) ->
     params = initial_params(parts)
     rows = [{"prompt": f"{body}\nCategory:", "answer": answer} for body, answer in zip(BODIES, "abcdefgh", strict=True)]
     found = synthesis._likelihoods(parts, params, rows, 0)
-    encoded = synthesis.PairRows(rows, parts.tokenizer, parts.config.data, task=0, name="rows")
+    encoded = parts.encode_written(rows, 0, "rows")
     for index in (0, 3, 7):
         prompt, answer = encoded.prompts[index], encoded.answers[index]
         tokens = np.concatenate([prompt, answer])[None]
@@ -79,10 +79,26 @@ def test_likelihood_is_the_mean_log_probability_of_the_answer(tmp_path: Path) ->
         assert found[index] == pytest.approx(float(expected), rel=1e-4)
 
 
-def test_samples_longer_than_the_data_do_not_fit(tmp_path: Path) -> None:
+class Answers:
+    """A generator that says what it is told."""
+
+    max_new_tokens = 99
+
+    def __init__(self, answers: list[str], parts: Any) -> None:
+        self.ids = [parts.tokenizer.encode(answer) for answer in answers]
+
+    def __call__(self, params: Any, prompts: Any) -> list[list[int]]:
+        return self.ids
+
+
+def test_samples_longer_than_the_data_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parts = build(parse_config({**PAIRS, "output": str(tmp_path), "method": WRITTEN}), RunFolder(tmp_path))
     rows = [{"prompt": "RED\nCategory:", "answer": "L"}, {"prompt": "RED " * 200, "answer": "L M N O P Q R S T U V W"}]
-    assert synthesis._fit(parts, rows, 0).tolist() == [True, False]
+    monkeypatch.setattr(synthesis, "_generator", lambda *_: Answers([row["answer"] for row in rows], parts))
+    monkeypatch.setattr(synthesis, "_likelihoods", lambda parts, params, rows, index: [-1.0] * len(rows))
+    frame = Frame("", "\nCategory:")
+    found = synthesis._answer(parts, None, frame, [row["prompt"].removesuffix(frame.suffix) for row in rows], 0)
+    assert [(sample.body, sample.answer) for sample in found] == [("RED", "L"), (None, "")]
 
 
 def test_text_is_refused_before_anything_is_trained(tmp_path: Path) -> None:

@@ -66,11 +66,11 @@ def shared_frame(prompts: Sequence[str]) -> Frame:
     prefix = _shared(prompts)
     # A word is not taken apart: where prompts go on in its middle, it belongs to the body.
     if any(len(prompt) > len(prefix) and not prompt[len(prefix)].isspace() for prompt in prompts):
-        prefix = prefix[: len(prefix) - len(re.search(r"\S*$", prefix)[0])]  # type: ignore[index]
+        prefix = prefix.removesuffix(re.split(r"\s", prefix)[-1])
     rest = [prompt[len(prefix) :] for prompt in prompts]
     suffix = _shared([one[::-1] for one in rest])[::-1]
     if any(len(one) > len(suffix) and not one[-len(suffix) - 1].isspace() for one in rest):
-        suffix = suffix[len(re.match(r"\S*", suffix)[0]) :]  # type: ignore[index]
+        suffix = suffix.removeprefix(re.split(r"\s", suffix)[0])
     # What few prompts end their last line with by chance ("... ." in all of them) is their own, not the task's.
     return Frame(prefix, suffix[max(0, suffix.find("\n")) :])
 

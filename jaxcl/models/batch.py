@@ -38,6 +38,7 @@ class Batch:
         masks cheaper. Static.
       kind: `"task"` for rows of the current task, `"memory"` for remembered rows. Static: each kind compiles its
         own step.
+      memory: remembered rows that are learned in the same step (`replay.mode: mix`); `None` for none.
     """
 
     tokens: Int[Array, "batch length"]

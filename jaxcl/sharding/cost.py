@@ -186,10 +186,8 @@ def _used(name: str, inner: Computation) -> float:
             total += _used(one.name, inner)
         elif one.opcode in _SLICES and one.operands[0] == name:
             total += one.results[0].bytes
-        elif one.opcode == "dynamic-update-slice" and one.operands[0] == name:
-            total += 0.0  # written in place, and counted as the result
-        else:
-            return math.inf
+        elif not (one.opcode == "dynamic-update-slice" and one.operands[0] == name):
+            return math.inf  # what is updated in place is counted as the result
     return total
 
 

@@ -33,7 +33,6 @@ class TrainingConfig(Schema):
         1, ge=1, description="how many checkpoints of ends of tasks are kept beside the latest ones; null: all"
     )
     prefetch: int = Field(2, ge=0, description="batches sent to the devices ahead of the step that needs them")
-
     privacy: PrivacyConfig | None = Field(
         None, description="differentially private training, for methods that keep no examples; none: plain gradients"
     )

@@ -45,13 +45,13 @@ def check_private(method: Method, name: str) -> None:
     if method.couples_examples:
         raise UserError(
             f"training.privacy: the loss of {name} holds the examples of a batch against each other, so that none has "
-            "a gradient of its own; for das, set method.contrast_weight to 0",
+            "a gradient of its own; docs/methods.md says what can be trained privately",
             exit_code=2,
         )
     if (method.replay is not None and method.replay.source == "kept") or method.joint:
         raise UserError(
             f"training.privacy: {name} trains on examples of earlier tasks again, which is not accounted for; allowed: "
-            "methods that keep none, such as sequential, lwf, or seekr with method.distil_on=task or synthetic replay",
+            "methods that keep none, or method.replay.source=synthetic",
             exit_code=2,
         )
 
@@ -105,9 +105,9 @@ def spent(config: PrivacyConfig, *, steps: int, steps_per_epoch: int) -> dict[st
       steps_per_epoch: steps in which each example comes once.
 
     Returns:
-      `epsilon`: of as many Gaussian mechanisms as an example takes part in steps. Every epoch takes each example once,
-      in whatever order, so it holds as it stands. `epsilon_poisson`: as usually reported, as if each step drew its
-      examples independently. Infinite without noise.
+      `epsilon`: of as many Gaussian mechanisms as an example takes part in steps, for data that differ in one example,
+      left blank at its length: every epoch takes each example once, in an order that follows from seed and lengths.
+      `epsilon_poisson`: as usually reported, as if each step drew its examples independently. Infinite without noise.
 
     Raises:
       UserError: `dp-accounting` is not installed.
