@@ -17,10 +17,7 @@ pass over a batch in which every example stands three or four times, gated in it
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
-import os
-import platform
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.program import Program, run_in_turn
+from benchmarks.program import Program, machine, run_in_turn
 from jaxcl.methods.base import Method, Term, Terms
 from jaxcl.methods.contrast import contrast, pool
 from jaxcl.methods.das import Das, DasConfig
@@ -249,10 +246,7 @@ def main() -> None:
     result = {
         "settings": {"batch": options.batch, "length": LENGTH, "masked": MASKED, "rounds": options.rounds},
         **{model: measure(model, options) for model in models},
-        "cores": os.cpu_count(),
-        "machine": platform.machine(),
-        "device": jax.devices()[0].device_kind,
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")},
+        **machine(),
     }
     print(json.dumps(result, indent=2))
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import os
+import platform
 import statistics
 import time
 from collections.abc import Iterable
@@ -60,3 +63,13 @@ def run_in_turn(programs: Iterable[Program], rounds: int) -> None:
     for number in range(rounds + 1):
         for place in range(len(programs)):
             programs[(place + number) % len(programs)].round()
+
+
+def machine() -> dict[str, Any]:
+    """What a benchmark ran on."""
+    return {
+        "cores": os.cpu_count(),
+        "machine": platform.machine(),
+        "device": jax.devices()[0].device_kind,
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")},
+    }

@@ -18,10 +18,7 @@ the scored positions would take. What a store loses is told by `jaxcl teacher` o
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
-import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -33,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.program import Program, run_in_turn
+from benchmarks.program import Program, machine, run_in_turn
 from jaxcl.data.plan import Shape
 from jaxcl.data.teacher_store import write_records
 from jaxcl.methods.base import Method, Record
@@ -213,10 +210,7 @@ def main() -> None:
     parser.add_argument("--scored", type=int, default=128, help=f"positions of a row's {LENGTH} that are scored")
     result = {
         **measure(parser.parse_args()),
-        "cores": os.cpu_count(),
-        "machine": platform.machine(),
-        "device": jax.devices()[0].device_kind,
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")},
+        **machine(),
     }
     print(json.dumps(result, indent=2))
 
