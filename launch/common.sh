@@ -104,6 +104,7 @@ if test -f "$file" && kill -0 "$(cat "$file")" 2>/dev/null; then
   echo "$2 is already running on $(hostname), process $(cat "$file")" >&2; exit 1
 fi
 shift 3
+: >"$log" # for `tail`, which may be there before the program
 setsid "$@" >"$log" 2>&1 </dev/null &
 pid=$!
 echo "$pid" >"$file"
