@@ -107,6 +107,7 @@ def _generate(args: argparse.Namespace) -> None:
             top_p=args.top_p,
             seed=args.seed,
             raw=args.raw,
+            task=args.task,
         )
     )
 
@@ -284,6 +285,7 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy")
     generate.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus sampling; 1 is off")
     generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--task", metavar="NAME", help="task of the prompt, for methods that must know it")
     generate.add_argument("--raw", action="store_true", help="do not wrap the prompt in the model's chat template")
 
     prepare = _command(

@@ -16,12 +16,14 @@ from jaxcl.data.pipeline import Pipeline
 from jaxcl.data.plan import Shape
 from jaxcl.data.rows import Rows
 from jaxcl.data.sources import TaskData, load_task
-from jaxcl.data.spec import SourceSpec, TokenizerConfig
+from jaxcl.data.spec import DataConfig, SourceSpec, TokenizerConfig
 from jaxcl.data.text import Objective, TextRows
 from jaxcl.data.tokenizer import Tokenizer, prepare_tokenizer
 from jaxcl.errors import UserError
 from jaxcl.methods.base import Method
+from jaxcl.models.lora import overlay
 from jaxcl.models.network import Network
+from jaxcl.models.soft_tokens import SOFT_TOKENS, start_from_words
 from jaxcl.run_folder import RunFolder
 from jaxcl.sharding.layout import Layout
 from jaxcl.sharding.mesh import make_mesh
@@ -95,14 +97,17 @@ class Components:
         if not rows:
             raise UserError(f"task {task.name}: no {split} examples")
         if task.kind == "pairs":
-            return PairRows(rows, self.tokenizer, self.config.data, task=index, name=task.name)
+            return self._pairs(rows, index, task.name, self.config.data)
         objective: Objective = "causal" if self.network.causal else "masked"
         return TextRows(rows, self.tokenizer, self.config.data, objective=objective, task=index, name=task.name)
 
     def encode_written(self, rows: Sequence[Mapping[str, str]], index: int, name: str) -> PairRows:
         """Prompts and answers that a model wrote for a task, encoded; answers that are too long are cut."""
         data = self.config.data.model_copy(update={"on_long_answer": "cut"})
-        return PairRows(rows, self.tokenizer, data, task=index, name=name)
+        return self._pairs(rows, index, name, data)
+
+    def _pairs(self, rows: Sequence[Mapping[str, str]], index: int, name: str, data: DataConfig) -> PairRows:
+        return PairRows(rows, self.tokenizer, data, task=index, name=name, opening=self.method.opening(index))
 
     def pipeline(self, sources: list[Rows], *, batch_size: int | None = None) -> Pipeline:
         """Training batches of encoded examples; see `Pipeline`."""
@@ -146,11 +151,10 @@ def build(config: ExperimentConfig, folder: RunFolder) -> Components:
         size = config.evaluation.end_task.batch_size
         check_batch_size(size, 1, layout.batch_ways, processes, key="evaluation.end_task.batch_size")
     tasks = tuple(load_task(rooted(spec, config.data_root)) for spec in config.tasks)
-    _check_tasks(config, tasks, causal=network.causal)
+    method = find_method(config.method.name)(config.method.options, network, len(tasks))
+    _check_tasks(config, tasks, method)
     tokenizer = load_tokenizer(config, tasks, folder.tokenizer)
     tokenizer.check_vocab(network.vocab_size)
-    method = find_method(config.method.name)(config.method.options, network, len(tasks))
-    _check_written(method, tasks)
     return Components(config, tasks, tokenizer, network, method, layout, make_trainer(config, method, layout))
 
 
@@ -173,15 +177,18 @@ def make_trainer(config: ExperimentConfig, method: Method, layout: Layout) -> Tr
     )
 
 
-def _check_tasks(config: ExperimentConfig, tasks: tuple[TaskData, ...], *, causal: bool) -> None:
-    """Whether the model can learn each kind of task, and its window holds the longest row."""
+def _check_tasks(config: ExperimentConfig, tasks: tuple[TaskData, ...], method: Method) -> None:
+    """Whether model and method can learn each kind of task, and the model's window holds the longest row."""
     data, window = config.data, config.model.max_length
+    opening = len(method.opening(len(tasks) - 1))
+    soft = f" + {opening} soft tokens" if opening else ""
     needed = {
         "text": ("length", data.length),
-        "pairs": ("prompt_length + answer_length", data.prompt_length + data.answer_length),
+        "pairs": (f"prompt_length + answer_length{soft}", data.prompt_length + data.answer_length + opening),
     }
+    written = method.replay is not None and method.replay.source != "kept"
     for task in tasks:
-        if task.kind == "pairs" and not causal:
+        if task.kind == "pairs" and not method.network.causal:
             raise UserError(
                 f"task {task.name}: prompts and answers need a decoder; the model is an encoder", exit_code=2
             )
@@ -189,22 +196,17 @@ def _check_tasks(config: ExperimentConfig, tasks: tuple[TaskData, ...], *, causa
             raise UserError(
                 f"task {task.name}: labelled examples can only be the end_task of a text domain", exit_code=2
             )
+        if task.kind == "text" and (opening or written):
+            # Only prompts and answers can be told from what a model writes, or begin with something.
+            key = f"name: {config.method.name}" if opening else "replay.source: synthetic"
+            raise UserError(
+                f"method.{key} needs prompts and answers; task {task.name} is {task.kind}",
+                exit_code=2,
+            )
         key, tokens = needed[task.kind]
         if tokens > window:
             raise UserError(
                 f"data.{key}: {tokens} tokens exceed the model's window, model.max_length={window} (task {task.name})",
-                exit_code=2,
-            )
-
-
-def _check_written(method: Method, tasks: tuple[TaskData, ...]) -> None:
-    """Only prompts and answers can be told from what a model writes."""
-    if method.replay is None or method.replay.source == "kept":
-        return
-    for task in tasks:
-        if task.kind != "pairs":
-            raise UserError(
-                f"method.replay.source: synthetic needs prompts and answers; task {task.name} is {task.kind}",
                 exit_code=2,
             )
 
@@ -261,5 +263,10 @@ def initial_params(components: Components) -> Params:
     if config.weights is not None:
         from jaxcl.weights import load_params
 
-        return load_params(config.weights, network, shardings=layout.params, key=key)
-    return jax.jit(network.init, out_shardings=layout.params)(key)
+        params = load_params(config.weights, network, shardings=layout.params, key=key)
+    else:
+        params = jax.jit(network.init, out_shardings=layout.params)(key)
+    if network.num_soft_tokens:
+        places = {SOFT_TOKENS: layout.params[SOFT_TOKENS]}
+        params = overlay(params, jax.jit(start_from_words, out_shardings=places)(params, key))
+    return params

@@ -111,7 +111,7 @@ class Evaluator:
     def _score_pairs(self, params: Params, index: int) -> Evaluation:
         scored = score_pairs(
             getattr(self.parts.tasks[index], self.settings.split),
-            functools.partial(self._answer, params),
+            functools.partial(self._answer, params, index),
             self.metrics[index],
             batch_size=self.settings.batch_size,
             limit=self.settings.limit,
@@ -124,15 +124,17 @@ class Evaluator:
         return Generator(
             self.parts.network,
             batch_size=self.settings.batch_size,
-            prompt_length=data.prompt_length,
+            prompt_length=data.prompt_length + len(self.parts.method.opening(len(self.parts.tasks) - 1)),
             max_new_tokens=self.settings.max_new_tokens,
             eos_id=tokenizer.eos_id,
             pad_id=tokenizer.pad_id,
             trace=self.parts.trainer.compile.trace,
         )
 
-    def _answer(self, params: Params, prompts: list[str]) -> list[str]:
-        ids = encode_prompts(prompts, self.parts.tokenizer, self.parts.config.data).ids
+    def _answer(self, params: Params, index: int, prompts: list[str]) -> list[str]:
+        opening = self.parts.method.opening(index)
+        prompt_ids = encode_prompts(prompts, self.parts.tokenizer, self.parts.config.data).ids
+        ids = [[*opening, *row] for row in prompt_ids]
         return [self.parts.tokenizer.decode(answer).strip() for answer in self._generator(params, ids)]
 
     def _score_text(self, params: Params, index: int, after: int) -> Evaluation:

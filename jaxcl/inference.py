@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,6 +78,7 @@ def generate_text(
     top_p: float,
     seed: int,
     raw: bool,
+    task: str | None = None,
 ) -> str:
     """Lets a model go on from a prompt.
 
@@ -89,6 +91,7 @@ def generate_text(
       seed: seed of the draws.
       raw: give the prompt as it is. Otherwise a model of a run gets it as in training, and any other model within its
         own chat template if it has one.
+      task: which task of the run the prompt is of; needed where the method must know it.
 
     Returns:
       The answer, without the prompt.
@@ -103,7 +106,7 @@ def generate_text(
     model = load_model(name)
     if not model.network.causal:
         raise UserError(f"{name}: is an encoder; only decoders write text")
-    ids = _prompt_ids(model, prompt, raw)
+    ids = [*_opening(name, model, task), *_prompt_ids(model, prompt, raw)]
     room = model.network.config.max_length - max_new_tokens
     if len(ids) > room:
         raise UserError(
@@ -120,6 +123,24 @@ def generate_text(
     )
     (answer,) = generator(model.params, [ids], key=jax.random.key(seed), temperature=temperature, top_p=top_p)
     return model.tokenizer.decode(answer).strip()
+
+
+def _opening(name: str, model: Model, task: str | None) -> Sequence[int]:
+    """What the run's method puts before prompts of a task."""
+    config = model.config
+    if config is None:
+        if task is not None:
+            raise UserError(f"--task {task}: {name} is not a run", exit_code=2)
+        return ()
+    tasks = [spec.name for spec in config.tasks]
+    if task is not None and task not in tasks:
+        raise UserError(f"--task {task}: unknown; allowed: {', '.join(tasks)}", exit_code=2)
+    method = find_method(config.method.name)(config.method.options, model.network, len(tasks))
+    if task is None and method.opening(0):
+        raise UserError(
+            f"{name}: {config.method.name} must know the task; give --task, allowed: {', '.join(tasks)}", exit_code=2
+        )
+    return () if task is None else method.opening(tasks.index(task))
 
 
 def _prompt_ids(model: Model, prompt: str, raw: bool) -> list[int]:

@@ -22,8 +22,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "derpp": {"replay": REPLAY, "match": "logits"},
     "das": {"importance_examples": 8},
     "ewc": {"fisher_examples": 8},
+    "progressive_prompts": {"length": 2},
 }
-MODELS: dict[str, dict[str, Any]] = {"olora": {"lora": {"rank": 2}}}
+MODELS: dict[str, dict[str, Any]] = {
+    "olora": {"lora": {"rank": 2}},
+    "progressive_prompts": {"soft_tokens": 4},
+}
 SHORT = {
     **PAIRS,
     "training": {"batch_size": 8, "steps": 3, "log_every": 1},

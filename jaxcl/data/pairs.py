@@ -110,7 +110,14 @@ class PairRows(Rows):
     group = "pairs"
 
     def __init__(
-        self, texts: Sequence[Mapping[str, str]], tokenizer: Tokenizer, config: DataConfig, *, task: int, name: str
+        self,
+        texts: Sequence[Mapping[str, str]],
+        tokenizer: Tokenizer,
+        config: DataConfig,
+        *,
+        task: int,
+        name: str,
+        opening: Sequence[int] = (),
     ) -> None:
         """Encodes all pairs.
 
@@ -120,6 +127,7 @@ class PairRows(Rows):
           config: windows, template, buckets.
           task: index of the task.
           name: its name, with the split, for messages.
+          opening: token ids before every prompt, beyond `prompt_length`; see `Method.opening`.
 
         Raises:
           UserError: an answer is longer than `answer_length`, or the tokenizer has no end token.
@@ -144,7 +152,7 @@ class PairRows(Rows):
             )
         self.cut_prompts = encoded.cut
         self.cut_answers = len(over)
-        self.prompts = Ragged(encoded.ids)
+        self.prompts = Ragged([*opening, *ids] for ids in encoded.ids)
         self.answers = Ragged(answer[: config.answer_length] for answer in closed)
         self.sizes: Int[np.ndarray, "examples 2"] = np.stack(
             [self.prompts.lengths + self.answers.lengths, self.answers.lengths], axis=1

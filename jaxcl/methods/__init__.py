@@ -8,6 +8,7 @@ from jaxcl.methods.joint import Joint
 from jaxcl.methods.lwf import Lwf
 from jaxcl.methods.olora import Olora
 from jaxcl.methods.one import One
+from jaxcl.methods.progressive_prompts import ProgressivePrompts
 from jaxcl.methods.replay import Replay
 from jaxcl.methods.seekr import Seekr
 from jaxcl.methods.sequential import Sequential
@@ -23,5 +24,6 @@ METHODS: dict[str, type[Method]] = {
     "das": Das,
     "seekr": Seekr,
     "olora": Olora,
+    "progressive_prompts": ProgressivePrompts,
 }
 """Methods by the name a configuration gives them."""

@@ -267,6 +267,10 @@ class Method:
         """
         return params
 
+    def opening(self, index: int) -> Sequence[int]:
+        """Token ids that stand before every prompt of task `index`: soft tokens, see `jaxcl.models.soft_tokens`."""
+        return ()
+
     def measurements(self, before: Params, params: Params, state: State, batch: Batch, key: Array) -> dict[str, Any]:
         """What `prepare` and `consolidate` compute of one batch, by name; pure. `jaxcl plan` compiles each.
 

@@ -47,6 +47,9 @@ class LlamaConfig(Schema):
     num_labels: int = Field(0, ge=0, description="classes of the classification head; 0: no such head")
     init_std: float = Field(0.02, gt=0, description="standard deviation of initial weights")
     lora: LoraConfig | None = Field(None, description="low-rank adapters, which are then all that is trained")
+    soft_tokens: int = Field(
+        0, ge=0, description="trained vectors for prompts to begin with, which are then all that is trained"
+    )
     compute: Compute = Field(Compute(), description="precision, rematerialisation, kernel")
 
     @field_validator("num_kv_heads", "head_dim", mode="before")
@@ -177,6 +180,8 @@ class Llama(nnx.Module):
         untied = not c.tie_embeddings
         self.head = Linear(rngs, embed, vocab, bias=False, std=c.init_std, compute=c.compute) if untied else None
         self.classifier = Classifier(c, rngs) if c.num_labels else None
+        # Drawn last: the rest of the network is the same with and without them.
+        self.soft_tokens = _soft_tokens(c, rngs) if c.soft_tokens else None
 
     def context(self, batch: Batch) -> Context:
         """Rotary tables and mask inputs of a batch."""
@@ -186,8 +191,12 @@ class Llama(nnx.Module):
         return Context(batch.segments, tables, self.causal, batch.packed, scale, c.compute.kernel)
 
     def start(self, batch: Batch, noise: Noise | None) -> Float[Array, "batch length embed"]:
-        """Token embeddings."""
-        return self.embed(batch.tokens)
+        """Token embeddings; see `soft_tokens` for negative ids."""
+        if self.soft_tokens is None:
+            return self.embed(batch.tokens)
+        soft = batch.tokens < 0
+        words = self.embed(jnp.where(soft, 0, batch.tokens))
+        return jnp.where(soft[..., None], self.soft_tokens(jnp.where(soft, -1 - batch.tokens, 0)), words)
 
     def finish(self, x: Float[Array, "batch length embed"]) -> Float[Array, "batch length embed"]:
         """The norm after the last layer."""
@@ -207,6 +216,13 @@ class Llama(nnx.Module):
         last = jnp.max(jnp.where(batch.segments != 0, index, 0), axis=1)
         pooled = jnp.take_along_axis(states, last[:, None, None], axis=1)[:, 0]
         return self.classifier.out.wide(pooled)
+
+
+def _soft_tokens(config: LlamaConfig, rngs: nnx.Rngs) -> Embedding:
+    """Float32, as adapters are: a step's changes are too small for bfloat16."""
+    compute = config.compute.model_copy(update={"param_dtype": "float32"})
+    sizes = config.soft_tokens, config.hidden_size
+    return Embedding(rngs, *sizes, axes=(None, "embed"), std=config.init_std, compute=compute)
 
 
 def _residual_std(config: LlamaConfig) -> float:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 from pydantic import Field
 
+from jaxcl.models.soft_tokens import SOFT_TOKENS
 from jaxcl.schema import Schema
 
 Target = Literal["query", "key", "value", "out", "gate", "up", "down"]
@@ -68,7 +69,7 @@ def is_adapter(path: str) -> bool:
 
 
 def trained(tree: Params) -> Params:
-    """The part of a params tree that training changes: the adapters where there are any, else all of it.
+    """The part of a params tree that training changes: adapters and soft tokens where there are any, else all of it.
 
     Serves params and whatever has their tree: shapes, shardings, masks.
 
@@ -77,7 +78,7 @@ def trained(tree: Params) -> Params:
     >>> trained({"embed": 0, "query": {"kernel": 1}})
     {'embed': 0, 'query': {'kernel': 1}}
     """
-    return _adapters(tree) or tree
+    return _beside(tree) or tree
 
 
 def overlay(tree: Params, part: Params) -> Params:
@@ -132,11 +133,11 @@ def fold(params: Params, config: LoraConfig, key: Array) -> Params:
     return changed
 
 
-def _adapters(tree: Mapping[str, Any]) -> Params:
+def _beside(tree: Mapping[str, Any]) -> Params:
     found: Params = {}
     for name, node in tree.items():
-        if name in ADAPTER_NAMES:
+        if name in ADAPTER_NAMES or name == SOFT_TOKENS:
             found[name] = node
-        elif isinstance(node, Mapping) and (below := _adapters(node)):
+        elif isinstance(node, Mapping) and (below := _beside(node)):
             found[name] = below
     return found

@@ -114,6 +114,11 @@ class Network:
         return self.config.vocab_size
 
     @property
+    def num_soft_tokens(self) -> int:
+        """Number of soft tokens, see `jaxcl.models.soft_tokens`."""
+        return self.config.soft_tokens if isinstance(self.config, LlamaConfig) else 0
+
+    @property
     def num_params(self) -> int:
         """Number of params, adapters included."""
         return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.shapes()))

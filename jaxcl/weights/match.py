@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 from jaxcl.errors import UserError
 from jaxcl.models.lora import is_adapter
+from jaxcl.models.soft_tokens import is_soft
 from jaxcl.weights.tables import Row, Table
 
 _HEADS = ("head/", "classifier/")
@@ -45,7 +46,7 @@ class Plan(NamedTuple):
 
     Attributes:
       matches: by path of the parameter.
-      fresh: paths of params of heads and adapters that the checkpoint does not have.
+      fresh: paths of params of heads, adapters and soft tokens that the checkpoint does not have.
     """
 
     matches: dict[str, Match]
@@ -59,7 +60,7 @@ def match(source: Names, table: Table, shapes: Mapping[str, Any], *, draw: bool)
       source: the checkpoint.
       table: its names.
       shapes: objects with a `shape` by path of the parameter.
-      draw: whether params of heads and adapters may be absent from the checkpoint.
+      draw: whether params of heads, adapters and soft tokens may be absent from the checkpoint.
 
     Raises:
       UserError: a tensor is missing, left over or of a wrong shape; the message names it.
@@ -77,7 +78,7 @@ def match(source: Names, table: Table, shapes: Mapping[str, Any], *, draw: bool)
             missing[path] = lost[0]
         else:
             matches[path] = Match(row, tuple(present[name] for name in names))
-    fresh = tuple(path for path in missing if path.startswith(_HEADS) or is_adapter(path))
+    fresh = tuple(path for path in missing if path.startswith(_HEADS) or is_adapter(path) or is_soft(path))
     _check_missing(source, missing, fresh, draw)
     _check_extra(source, table, [name for name in present if name not in used], prefixed)
     _check_shapes(source, matches, shapes)
@@ -97,10 +98,11 @@ def _check_missing(source: Names, missing: dict[str, str], fresh: Iterable[str],
         raise UserError(f"{source.where}: the tensor {body[0]} is missing{_more(body)}")
     drawable = list(missing.values())
     if drawable and not draw:
-        part = "an adapter" if is_adapter(next(iter(missing))) else "a head"
+        first = next(iter(missing))
+        part = "an adapter" if is_adapter(first) else "the soft tokens" if is_soft(first) else "a head"
         raise UserError(
             f"{source.where}: the tensor {drawable[0]} is missing{_more(drawable)}: the checkpoint lacks {part} that "
-            "the model has (load_params draws one if it is given a key)"
+            "the model has (load_params draws what is missing if it is given a key)"
         )
 
 

@@ -48,8 +48,10 @@ def save_peft(
       UserError: the network has no adapters; the folder is in use or cannot be written.
       ValueError: params that are not those of the network, or an unknown dtype.
     """
-    if network.config.lora is None:
-        raise UserError("the model has no adapters (model.lora); allowed formats are hf, orbax", exit_code=2)
+    if network.config.lora is None or network.num_soft_tokens:
+        found = "soft tokens" if network.num_soft_tokens else "no adapters (model.lora)"
+        formats = "orbax" if network.num_soft_tokens else "hf, orbax"
+        raise UserError(f"the model has {found}; allowed formats are {formats}", exit_code=2)
     if dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype}")
     target = Path(folder).expanduser().absolute()

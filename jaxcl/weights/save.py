@@ -69,10 +69,16 @@ def save_hf(
       The folder.
 
     Raises:
-      UserError: the folder is in use or cannot be written; transformers has no such network; a value that float16
-        cannot hold.
+      UserError: the folder is in use or cannot be written; transformers has no such network (one with soft
+        tokens, for example); a value that float16 cannot hold.
       ValueError: params that are not those of the network, or an unknown dtype.
     """
+    if network.num_soft_tokens:
+        raise UserError(
+            "the model has soft tokens (model.soft_tokens), which a Hugging Face folder has no place for; "
+            "the allowed format is orbax",
+            exit_code=2,
+        )
     target = Path(folder).expanduser().absolute()
     flat = checked(network, params)
     base = {path: leaf for path, leaf in flat.items() if not is_adapter(path)}

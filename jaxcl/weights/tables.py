@@ -11,6 +11,7 @@ import re
 from typing import NamedTuple
 
 from jaxcl.models.lora import is_adapter
+from jaxcl.models.soft_tokens import is_soft
 from jaxcl.weights.axes import Layout
 
 # What PEFT puts before the names of the model that it wraps.
@@ -75,6 +76,8 @@ class Table:
         if is_adapter(path):
             projection, _, part = path.rpartition("/")
             return _adapter_row(self.row(f"{projection}/kernel"), path, part)
+        if is_soft(path):
+            return Row(path, "soft_tokens", _TABLE)
         raise ValueError(f"path: no checkpoint name is known for the parameter {path!r}")
 
     def ignores(self, name: str) -> bool:

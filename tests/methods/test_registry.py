@@ -11,7 +11,7 @@ from jaxcl.methods import METHODS
 from jaxcl.methods.base import MethodConfig
 
 OPTIONS = {"seekr": {"layer_budget": 1, "head_budget": 2}}
-MODELS: dict[str, Any] = {"olora": {"lora": {"rank": 2}}}
+MODELS: dict[str, Any] = {"olora": {"lora": {"rank": 2}}, "progressive_prompts": {"soft_tokens": 30}}
 
 
 @pytest.mark.parametrize("name", METHODS)

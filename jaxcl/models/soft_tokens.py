@@ -1,0 +1,51 @@
+"""Soft tokens: trained vectors that a prompt may begin with (prompt tuning, Lester et al. 2021, arXiv 2104.08691).
+
+They stand in token rows as negative ids, soft token `j` as `-1 - j`, so that batches, packing, masks and generation
+know nothing of them; only the embedding does. No model writes one. Where a network has soft tokens, training changes
+nothing else (adapters, if it has any, apart).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from jaxtyping import Array
+
+Params = dict[str, Any]
+
+SOFT_TOKENS = "soft_tokens"
+
+
+def soft_id(index: int) -> int:
+    """The token id of a soft token.
+
+    >>> soft_id(0), soft_id(4)
+    (-1, -5)
+    """
+    return -1 - index
+
+
+def is_soft(path: str) -> bool:
+    """Whether a param's path is that of the soft tokens."""
+    return path.startswith(f"{SOFT_TOKENS}/")
+
+
+def start_from_words(params: Params, key: Array) -> Params:
+    """Soft tokens as the vectors of different words, drawn at random (section 3.2: better than noise). Pure.
+
+    Args:
+      params: of a whole network with soft tokens.
+      key: to draw from.
+
+    Returns:
+      The changed leaf alone, for `jaxcl.models.lora.overlay`.
+
+    Raises:
+      ValueError: there are more soft tokens than words.
+    """
+    words, soft = params["embed"]["embedding"], params[SOFT_TOKENS]["embedding"]
+    if len(soft) > len(words):
+        raise ValueError(f"model.soft_tokens: expected at most vocab_size ({len(words)}), got {len(soft)}")
+    chosen = jax.random.choice(key, len(words), (len(soft),), replace=False)
+    return {SOFT_TOKENS: {"embedding": words[chosen].astype(soft.dtype)}}
