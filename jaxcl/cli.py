@@ -16,6 +16,8 @@ from jaxcl.errors import UserError
 
 EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
+_GOING_ON = ("run", "extend", "compare")  # what was interrupted goes on where it stopped
+
 
 class _Parser(argparse.ArgumentParser):
     """argparse, with one line for bad usage instead of the whole usage text."""
@@ -349,7 +351,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"jaxcl {args.command}: {error}", file=sys.stderr)
         code = error.exit_code
     except KeyboardInterrupt as error:
-        print(f"jaxcl {args.command}: interrupted; run the same command again to go on", file=sys.stderr)
+        advice = "; run the same command again to go on" if args.command in _GOING_ON else ""
+        print(f"jaxcl {args.command}: interrupted{advice}", file=sys.stderr)
         code, alone = EXIT_INTERRUPTED, type(error) is KeyboardInterrupt
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

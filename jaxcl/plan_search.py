@@ -89,8 +89,7 @@ def search(config: ExperimentConfig, topology_name: str, step: str, compile_at_m
             f"{topology_name}: no arrangement fits; compiled (data, fsdp, tensor, remat, accumulate): "
             f"{', '.join(tried) or 'none, the chips cannot be arranged so'}"
         )
-    # Programs that cannot be read have no known time: any that can be read is preferred.
-    return min(fitting, key=lambda one: math.inf if one.roofline_seconds is None else one.roofline_seconds)
+    return min(fitting, key=lambda one: one.roofline_seconds or math.inf)
 
 
 def arranged(config: ExperimentConfig, one: Arrangement) -> ExperimentConfig:

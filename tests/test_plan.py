@@ -224,9 +224,6 @@ def test_kept_plans_hold_together(path: Path) -> None:
     for step in found["steps"].values():
         assert step["fits"] == (step["bytes_per_chip"] <= found["chip_memory"])
         assert step["bytes_per_chip"] >= sum(step["arguments"].values()) * 0.99
-        if step.get("unread"):  # its memory alone is known
-            assert step["flops"] is None
-            continue
         assert step["roofline_seconds"] == pytest.approx(max(step["seconds"].values()), rel=1e-4)
     if "tokens" in content:
         passes = content["passes"]

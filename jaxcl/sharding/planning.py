@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import tempfile
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,6 +21,9 @@ from jaxcl.sharding.hlo import parse
 _NEEDED = re.compile(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", re.IGNORECASE)
 _TEMPORARIES = re.compile(r"HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+# The last of the texts that the TPU's compiler leaves. jax's own `as_text` reads the program with an older XLA, which
+# fails at newer instructions (jax 0.10, libtpu 0.0.52, v5p: "async-update instruction should have 1 operands").
+_COMPILED = "*.after_codegen.txt"
 
 
 class Traffic(Schema):
@@ -41,7 +46,6 @@ class StepPlan(Schema):
     seconds: dict[str, float] = Field({}, description="least time for compute, memory and interconnect, each alone")
     roofline_seconds: float | None = Field(None, description="the largest of these: all three overlap at best")
     utilisation: float | None = Field(None, description="share of the chip's peak compute at that time")
-    unread: str | None = Field(None, description="why the compiled program could not be read: only its memory is known")
     compile_seconds: float = Field(description="how long the compiler took here")
 
 
@@ -69,7 +73,7 @@ def plan_step(
     beside = {name: bytes_per_device(tree) for name, tree in (resident or {}).items()}
     held = sum(beside.values())
     try:
-        compiled = lowered.compile()
+        compiled, text = _compile(lowered)
     except jax.errors.JaxRuntimeError as error:
         needed = _needed(str(error), sum(parts.values()))
         if needed is None:
@@ -90,17 +94,6 @@ def plan_step(
         + memory.generated_code_size_in_bytes
         + held
     )
-    known = StepPlan(
-        fits=total <= chip.memory,
-        bytes_per_chip=total,
-        activations=memory.temp_size_in_bytes,
-        arguments=parts | beside,
-        compile_seconds=seconds,
-    )
-    try:
-        text = compiled.as_text()
-    except jax.errors.JaxRuntimeError as error:  # newer instructions than jax can print
-        return known.model_copy(update={"unread": str(error).splitlines()[0]})
     cost = count_cost(parse(text), causal=causal, unknown_turns=unknown_turns)
     least = {
         "compute": cost.flops / chip.flops,
@@ -108,16 +101,27 @@ def plan_step(
         "interconnect": cost.sent / chip.interconnect,
     }
     roofline = max(least.values())
-    return known.model_copy(
-        update={
-            "flops": cost.flops,
-            "bytes": cost.bytes,
-            "collectives": {kind: Traffic(runs=one.runs, bytes=one.bytes) for kind, one in cost.collectives.items()},
-            "seconds": least,
-            "roofline_seconds": roofline,
-            "utilisation": least["compute"] / roofline if roofline else None,
-        }
+    return StepPlan(
+        fits=total <= chip.memory,
+        bytes_per_chip=total,
+        activations=memory.temp_size_in_bytes,
+        arguments=parts | beside,
+        flops=cost.flops,
+        bytes=cost.bytes,
+        collectives={kind: Traffic(runs=one.runs, bytes=one.bytes) for kind, one in cost.collectives.items()},
+        seconds=least,
+        roofline_seconds=roofline,
+        utilisation=least["compute"] / roofline if roofline else None,
+        compile_seconds=seconds,
     )
+
+
+def _compile(lowered: Any) -> tuple[Any, str]:
+    """The compiled program and its text."""
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        texts = sorted(Path(folder).glob(_COMPILED))
+        return compiled, texts[-1].read_text() if texts else compiled.as_text()
 
 
 def _needed(message: str, arguments: float) -> float | None:
