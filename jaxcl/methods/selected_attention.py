@@ -7,6 +7,8 @@ How many heads of a layer are asked for is known only when the batch is there: e
 own task selected. A loop runs as often as the example with the most heads in this layer needs, and each time takes one
 head of every example. So nothing is computed for heads and layers that nobody selected, and rows exist for one head at
 a time, in both passes.
+
+Many queries are worked through in blocks: queries rise, so behind a causal mask the early ones see the first keys only.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from jaxcl.methods.distillation import decode_rows, encode_rows
 from jaxcl.models.probe import AttentionView, selected_pairs, selected_rows, visible_keys
 
+_BLOCK = 128  # queries; fewer than two blocks of them are not divided
 # The smallest weight that float32 resolves.
 _TINY = float(jnp.finfo(jnp.float32).tiny)
 Carry = TypeVar("Carry")
@@ -34,7 +37,7 @@ class AttentionTeacher(NamedTuple):
     Attributes:
       rows: weights of all selected heads, float32, or coded by `encode_rows`.
       heads: which of this layer's heads each of them is, -1 for those of other layers; see `heads_of_layers`.
-      queries: which query positions, -1 for none.
+      queries: which query positions, rising, -1 behind them for none; rows have their padding on the right.
     """
 
     rows: Rows
@@ -96,15 +99,35 @@ class _Kind(NamedTuple):
     scale: float
 
 
-class _Compared(NamedTuple):
-    """Rows of one head of each example; heads and queries that are none weigh 0."""
+class _Head(NamedTuple):
+    """One head of each example; heads and queries that are none weigh 0."""
 
     head: Int[Array, " batch"]
     query: Float[Array, "batch queries head_dim"]
     key: Float[Array, "batch length head_dim"]
-    stored: Float[Array, "batch queries length"]
-    scores: Float[Array, "batch queries length"]
+    stored: Rows
     weight: Float[Array, "batch queries"]
+
+
+class _Block(NamedTuple):
+    """Some queries and the keys that they may see. Static."""
+
+    queries: slice
+    keys: slice
+
+    def rows(self, values: Array) -> Array:
+        """Its part of `[batch, queries, length]`."""
+        return values[:, self.queries, self.keys]
+
+    def scores(self, one: _Head, scale: float) -> Float[Array, "batch some_queries some_keys"]:
+        """Products of its queries and keys."""
+        query, key = one.query[:, self.queries], one.key[:, self.keys]
+        return jnp.einsum("bqd,bld->bql", query, key, preferred_element_type=jnp.float32) * scale
+
+    def stored(self, one: _Head) -> Float[Array, "batch some_queries some_keys"]:
+        """Stored weights."""
+        stored = self.rows(one.stored)
+        return decode_rows(stored) if stored.dtype == jnp.uint8 else stored
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -119,13 +142,17 @@ def _forward(
     view = AttentionView(query, key, segments, kind.causal, kind.scale)
     seen = visible_keys(view, teacher.queries)
 
+    def compare(block: _Block, one: _Head) -> tuple[Array, Array]:
+        scores, stored, visible = block.scores(one, kind.scale), block.stored(one), block.rows(seen)
+        norm = jnp.where(jnp.any(visible, axis=2), jax.nn.logsumexp(scores, axis=-1, where=visible), 0.0)
+        logs = jnp.log(jnp.maximum(stored, _TINY)) - (scores - norm[..., None])
+        return jnp.sum(jnp.where(stored > 0, stored * logs, 0.0), axis=-1), norm
+
     def add(place: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        total, norms = carry
-        rows = _compare(view, teacher, seen, place)
-        norm = jnp.where(jnp.any(seen, axis=2), jax.nn.logsumexp(rows.scores, axis=-1, where=seen), 0.0)
-        logs = jnp.log(jnp.maximum(rows.stored, _TINY)) - (rows.scores - norm[..., None])
-        divergence = jnp.sum(jnp.where(rows.stored > 0, rows.stored * logs, 0.0), axis=-1)
-        return total + jnp.sum(divergence * rows.weight, axis=-1), _put(norms, place, norm)
+        one = _head(view, teacher, seen, place)
+        parts = [compare(block, one) for block in _blocks(seen.shape, kind.causal)]
+        divergence, norm = (jnp.concatenate(part, axis=1) for part in zip(*parts, strict=True))
+        return carry[0] + jnp.sum(divergence * one.weight, axis=-1), _put(carry[1], place, norm)
 
     zeros = jnp.zeros(len(query)), jnp.zeros(teacher.rows.shape[:3])
     total, norms = _over_heads(teacher.heads, add, zeros)
@@ -140,17 +167,23 @@ def _backward(kind: _Kind, kept: tuple[Any, ...], cotangent: Float[Array, " batc
     # Where each position stands among the queries: gradients come back by a gather, not by a scatter over positions.
     asked, index = _places(teacher.queries, query.shape[1])
 
-    def add(place: Array, gradients: tuple[Array, Array]) -> tuple[Array, Array]:
-        rows = _compare(view, teacher, seen, place)
-        factor = cotangent[:, None, None] * rows.weight[..., None] * kind.scale
-        own = jnp.where(seen, jnp.exp(rows.scores - _take(norms, place)[..., None]), 0.0)
-        dscores = factor * (own * jnp.sum(rows.stored, axis=-1, keepdims=True) - rows.stored)
+    def differ(block: _Block, one: _Head, norm: Array) -> tuple[Array, Array]:
+        stored, factor = block.stored(one), cotangent[:, None] * one.weight[:, block.queries] * kind.scale
+        own = jnp.exp(block.scores(one, kind.scale) - norm[:, block.queries, None])
+        own = jnp.where(block.rows(seen), own, 0.0)
+        dscores = factor[..., None] * (own * jnp.sum(stored, axis=-1, keepdims=True) - stored)
         dscores = dscores.astype(query.dtype)
-        dqueries = jnp.einsum("bql,bld->bqd", dscores, rows.key, preferred_element_type=jnp.float32)
+        dquery = jnp.einsum("bql,bld->bqd", dscores, one.key[:, block.keys], preferred_element_type=jnp.float32)
+        dkey = jnp.einsum("bql,bqd->bld", dscores, one.query[:, block.queries], preferred_element_type=jnp.float32)
+        return dquery, jnp.pad(dkey, ((0, 0), (0, query.shape[1] - dkey.shape[1]), (0, 0)))
+
+    def add(place: Array, gradients: tuple[Array, Array]) -> tuple[Array, Array]:
+        one, norm = _head(view, teacher, seen, place), _take(norms, place)
+        parts = [differ(block, one, norm) for block in _blocks(seen.shape, kind.causal)]
+        dqueries, dkey = jnp.concatenate([part[0] for part in parts], axis=1), sum(part[1] for part in parts)
         dquery = jnp.where(asked[..., None], jnp.take_along_axis(dqueries, index[..., None], axis=1), 0.0)
-        dkey = jnp.einsum("bql,bqd->bld", dscores, rows.query, preferred_element_type=jnp.float32)
         add_head = jax.vmap(lambda total, head, new: total.at[:, head].add(new))
-        return add_head(gradients[0], rows.head, dquery), add_head(gradients[1], rows.head // group, dkey)
+        return add_head(gradients[0], one.head, dquery), add_head(gradients[1], one.head // group, dkey)
 
     zeros = jnp.zeros(query.shape, jnp.float32), jnp.zeros(key.shape, jnp.float32)
     dquery, dkey = _over_heads(teacher.heads, add, zeros)
@@ -169,13 +202,29 @@ def _over_heads(
     return jax.lax.fori_loop(0, jnp.max(jnp.sum(here, axis=1)), lambda turn, carry: add(order[:, turn], carry), carry)
 
 
-def _compare(view: AttentionView, teacher: AttentionTeacher, seen: Array, place: Int[Array, " batch"]) -> _Compared:
-    head, stored = _take(teacher.heads, place), _take(teacher.rows, place)
+def _blocks(shape: tuple[int, ...], causal: bool) -> list[_Block]:
+    """Parts of rows `[batch, queries, length]`.
+
+    Of rising queries number i of Q stands at most at position `length - Q + i`: Q - 1 - i others come behind it. Where
+    a row has fewer than Q they are its first positions.
+
+    >>> [(block.queries.stop, block.keys.stop) for block in _blocks((1, 300, 400), True)]
+    [(128, 228), (256, 356), (300, 400)]
+    >>> len(_blocks((1, 300, 400), False)), len(_blocks((1, 100, 400), True))
+    (1, 1)
+    """
+    _, queries, length = shape
+    if not causal or not 2 * _BLOCK <= queries <= length:
+        return [_Block(slice(0, queries), slice(0, length))]
+    parts = [slice(start, min(start + _BLOCK, queries)) for start in range(0, queries, _BLOCK)]
+    return [_Block(part, slice(0, length - queries + part.stop)) for part in parts]
+
+
+def _head(view: AttentionView, teacher: AttentionTeacher, seen: Array, place: Int[Array, " batch"]) -> _Head:
+    head = _take(teacher.heads, place)
     query, key = (pair[:, 0] for pair in selected_pairs(view, head[:, None], teacher.queries))
-    scores = jnp.einsum("bqd,bld->bql", query, key, preferred_element_type=jnp.float32) * view.scale
-    stored = decode_rows(stored) if stored.dtype == jnp.uint8 else stored
     weight = (jnp.any(seen, axis=2) & (head >= 0)[:, None]).astype(jnp.float32)
-    return _Compared(jnp.maximum(head, 0), query, key, stored, scores, weight)
+    return _Head(jnp.maximum(head, 0), query, key, _take(teacher.rows, place), weight)
 
 
 def _places(queries: Int[Array, "batch queries"], length: int) -> tuple[Bool[Array, "b l"], Int[Array, "b l"]]:

@@ -4,11 +4,18 @@ import numpy as np
 import pytest
 from methods_helpers import log_softmax
 
-from jaxcl.methods.distillation import decode_rows, encode_rows
+from jaxcl.methods import selected_attention
+from jaxcl.methods.distillation import decode_rows, encode_rows, sample_queries
 from jaxcl.methods.selected_attention import AttentionTeacher, attention_divergence, write_rows
 from jaxcl.models.probe import AttentionView, selected_rows
 
 RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True, params=[1, 128], ids=["blocks", "whole"])
+def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The queries of these tests one a block, and all at once."""
+    monkeypatch.setattr(selected_attention, "_BLOCK", request.param)
 
 
 @pytest.fixture(scope="module", params=[True, False])
@@ -134,3 +141,32 @@ def test_an_example_without_heads_is_untouched_by_those_of_others() -> None:
     np.testing.assert_allclose(values, np.log(2), rtol=1e-5)
     assert np.all(np.isfinite(gradient))
     assert not np.any(gradient[1])
+
+
+@pytest.mark.parametrize("budget", [0, 7])
+@pytest.mark.parametrize("lengths", [(12, 9), (12, 3)])
+def test_sampled_queries_lose_no_key(budget: int, lengths: tuple[int, int]) -> None:
+    """Values and gradients equal those of a dense softmax over all positions, whatever is drawn."""
+    segments = jnp.asarray((np.arange(12) < np.array(lengths)[:, None]).astype(np.int32))
+    query, key, other = (jnp.asarray(RNG.normal(size=(2, 12, 2, 3)), jnp.float32) for _ in range(3))
+    queries = sample_queries(jax.random.key(3), segments, budget)
+    heads = jnp.array([[1, 0], [0, 1]])
+    stored = selected_rows(AttentionView(other, key, segments, True, 0.7), heads, queries)
+
+    def found(query: jax.Array, key: jax.Array) -> jax.Array:
+        view = AttentionView(query, key, segments, True, 0.7)
+        return attention_divergence(view, AttentionTeacher(stored, heads, queries))[0]
+
+    def dense(query: jax.Array, key: jax.Array) -> jax.Array:
+        seen = jnp.tril(jnp.ones((12, 12), bool))[None] & (segments[:, None] != 0) & (segments[:, :, None] != 0)
+        scores = jnp.where(seen[:, None], jnp.einsum("bqhd,bkhd->bhqk", query, key) * 0.7, -1e30)
+        logs = jax.nn.log_softmax(scores)
+        rows = jnp.stack([logs[row, heads[row]][:, queries[row]] for row in range(2)])
+        weight = (queries >= 0)[:, None]
+        each = jnp.sum(jnp.where(stored > 0, stored * (jnp.log(jnp.maximum(stored, 1e-37)) - rows), 0), axis=-1)
+        return jnp.sum(each * weight, axis=(1, 2)) / (2 * jnp.sum(weight, axis=(1, 2)))
+
+    np.testing.assert_allclose(found(query, key), dense(query, key), rtol=1e-5, atol=1e-6)
+    for argument in (0, 1):
+        gradients = [jax.grad(lambda *args, one=one: one(*args).sum(), argument)(query, key) for one in (found, dense)]
+        np.testing.assert_allclose(*gradients, rtol=1e-4, atol=1e-6)
