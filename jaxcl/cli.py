@@ -85,7 +85,7 @@ def _plan(args: argparse.Namespace) -> None:
     if args.search:
         from jaxcl.plan_search import search
 
-        found = search(config, args.topology, args.search)
+        found = search(config, args.topology, args.search, args.tries)
     else:
         found = plan(config, args.topology, args.steps)
     print(as_json(found) if args.json else as_table(found))
@@ -140,6 +140,12 @@ def _seeds(text: str) -> list[int]:
         return [int(name) for name in _names(text)]
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected integers separated by commas, got {text!r}") from None
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+    return int(text)
 
 
 def _number(text: str) -> float:
@@ -253,6 +259,9 @@ def build_parser() -> argparse.ArgumentParser:
         choices=("train", "replay"),
         default=None,
         help="find the mesh, rematerialisation and accumulation under which this step fits and is fastest",
+    )
+    planned.add_argument(
+        "--tries", type=_count, default=3, metavar="N", help="arrangements that --search compiles, the likeliest first"
     )
     planned.add_argument("--json", action="store_true", help="print JSON instead of a table")
 

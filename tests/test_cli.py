@@ -81,6 +81,21 @@ def test_interruption_is_exit_code_130(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert capsys.readouterr().err == "jaxcl plan: interrupted\n"
 
 
+def test_a_search_compiles_as_many_as_it_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[object] = []
+    monkeypatch.setattr("jaxcl.config.load_config", lambda *_: "config")
+    monkeypatch.setattr("jaxcl.plan_search.search", lambda *arguments: seen.append(arguments))
+    monkeypatch.setattr("jaxcl.plan_table.as_table", lambda _: "table")
+    words = ["plan", "c.yaml", "--topology", "v5e:4x4", "--search", "train"]
+    assert main(words) == main([*words, "--tries", "1"]) == 0
+    assert seen == [("config", "v5e:4x4", "train", tries) for tries in (3, 1)]
+    with pytest.raises(SystemExit, match="2"):
+        main([*words, "--tries", "0"])
+    assert "--tries: expected a whole number above 0, got '0'" in capsys.readouterr().err
+
+
 def test_overrides_may_follow_options(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[object] = []
     monkeypatch.setattr("jaxcl.comparison.compare", lambda *arguments: seen.extend(arguments) or "page")
