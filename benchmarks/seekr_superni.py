@@ -33,6 +33,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "derpp": {"name": "derpp", "replay": REPLAY},
     "lwf": {"name": "lwf"},
     "seekr": SEEKR,
+    "seekr (attention 10)": {**SEEKR, "attention_weight": 10.0},
     "seekr (synthetic)": {**SEEKR, "replay": {**REPLAY, "source": "synthetic"}},
     "joint": {"name": "joint"},
 }
