@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 from jaxcl.sharding.hlo import Computation, Instruction, Program, Shape, times
@@ -23,6 +23,7 @@ _FREE = frozenset(
     }
 )
 _SLICES = ("dynamic-slice", "slice", "gather")
+_Started = Mapping[str, set[str]]
 # Products of a kernel, each 2 * rows * length * length * head_dim operations (Dao, 2023: FlashAttention-2, section 3).
 _SPLASH = {"fwd": 2, "dq": 3, "dkv": 4}
 
@@ -74,9 +75,9 @@ def count_cost(program: Program, *, causal: bool, unknown_turns: int = 1) -> Cos
         for one in computation.values():
             flops += count * _flops(one, computation, causal)
             if not fused:
-                memory += count * _traffic(one, computation, program)
+                memory += count * _traffic(one, computation, program, started)
             kind = _collective(one, name)
-            if kind is None or name not in started.get(_channel(one), {name}):
+            if kind is None or _continues(one, name, started):
                 continue
             before = collectives[kind]
             collectives[kind] = Collective(before.runs + count, before.bytes + count * _sent(kind, one, computation))
@@ -132,7 +133,7 @@ def _splash(one: Instruction, computation: Computation, products: int, causal: b
     return products * 2.0 * rows * length * length * head_dim * (0.5 if causal else 1.0)
 
 
-def _traffic(one: Instruction, computation: Computation, program: Program) -> float:
+def _traffic(one: Instruction, computation: Computation, program: Program, started: _Started) -> float:
     """Bytes of main memory an instruction reads and writes."""
     if one.opcode in _FREE:
         return 0.0
@@ -142,18 +143,30 @@ def _traffic(one: Instruction, computation: Computation, program: Program) -> fl
         if name in computation and len(computation[name].results) == 1
         for shape in computation[name].results
     )
-    written = sum(_slow(shape) for shape in one.results)
+    # What a copy is from stands among its results as well.
+    results = one.results[:1] if one.opcode == "copy-start" else one.results
+    written = sum(_slow(shape) for shape in results)
     if one.opcode in _SLICES:
         return min(read, written) + written
     if one.opcode == "dynamic-update-slice":
         update = computation[one.operands[1]].results[0]
         return 2 * _slow(update)
-    inner = program.computations.get(one.called[0]) if one.opcode == "fusion" and one.called else None
-    return read + written if inner is None else _fusion_traffic(one, computation, inner)
+    if _inner(one, program) is None:
+        return read + written
+    return _fusion_traffic(one, computation, program, started)
 
 
-def _fusion_traffic(one: Instruction, computation: Computation, inner: Computation) -> float:
-    """A fusion reads of an operand no more than the slices it takes, and writes in place what it updates."""
+def _inner(one: Instruction, program: Program) -> Computation | None:
+    return program.computations.get(one.called[0]) if one.opcode == "fusion" and one.called else None
+
+
+def _fusion_traffic(one: Instruction, computation: Computation, program: Program, started: _Started) -> float:
+    """A fusion reads of an operand no more than the slices it takes, and writes in place what it updates.
+
+    What it hands through as it is, and collectives that go on in it and began elsewhere, cost nothing here.
+    """
+    inner = _inner(one, program) or {}
+    going_on = {inside.name for inside in inner.values() if _continues(inside, one.called[0], started)}
     total = 0.0
     for parameter in (inside for inside in inner.values() if inside.opcode == "parameter"):
         number = int(parameter.text.split("parameter(")[1].split(")")[0])
@@ -161,34 +174,52 @@ def _fusion_traffic(one: Instruction, computation: Computation, inner: Computati
             continue
         given = computation.get(one.operands[number])
         if given is not None and len(given.results) == 1 and not given.results[0].fast:
-            total += min(parameter.results[0].bytes, _used(parameter.name, inner))
+            total += min(parameter.results[0].bytes, _used(parameter.name, inner, program, going_on))
     roots = [inside for inside in inner.values() if inside.root]
     if roots and roots[0].opcode == "tuple":
         roots = [inner[name] for name in roots[0].operands if name in inner]
+    elif len(one.results) > 1:  # one instruction makes them all
+        return total + sum(_slow(shape) for shape in one.results)
     for root, result in zip(roots, one.results, strict=False):
-        updated = _behind_bitcasts(root, inner)
-        if result.fast:
-            continue
-        if updated.opcode == "dynamic-update-slice":
-            total += inner[updated.operands[1]].results[0].bytes
-        else:
-            total += result.bytes
+        if not result.fast:
+            total += _written(root, inner, program, going_on)
     return total
 
 
-def _used(name: str, inner: Computation) -> float:
+def _written(root: Instruction, inner: Computation, program: Program, going_on: Collection[str]) -> float:
+    """Bytes that a fusion writes of one of its results."""
+    updated = _behind_bitcasts(root, inner)
+    if updated.opcode == "parameter" or updated.name in going_on:
+        return 0.0
+    if updated.opcode == "dynamic-update-slice":
+        return inner[updated.operands[1]].results[0].bytes
+    nested = _inner(updated, program)
+    if nested is not None and len(updated.results) == 1:
+        return _written(next(one for one in nested.values() if one.root), nested, program, ())
+    return root.results[0].bytes
+
+
+def _used(name: str, inner: Computation, program: Program, going_on: Collection[str] = ()) -> float:
     """Bytes that the instructions of a fusion take of a value."""
     total = 0.0
     for one in inner.values():
-        if name not in one.operands:
+        if name not in one.operands or one.name in going_on or (one.root and one.opcode == "tuple"):
             continue
+        nested = _inner(one, program)
         if one.opcode == "bitcast":
-            total += _used(one.name, inner)
+            total += _used(one.name, inner, program, going_on)
+        elif nested is not None:
+            numbers = [number for number, operand in enumerate(one.operands) if operand == name]
+            total += sum(_used(_parameter(nested, number), nested, program) for number in numbers)
         elif one.opcode in _SLICES and one.operands[0] == name:
             total += one.results[0].bytes
         elif not (one.opcode == "dynamic-update-slice" and one.operands[0] == name):
             return math.inf  # what is updated in place is counted as the result
     return total
+
+
+def _parameter(inner: Computation, number: int) -> str:
+    return next(name for name, one in inner.items() if f"parameter({number})" in one.text)
 
 
 def _behind_bitcasts(one: Instruction, inner: Computation) -> Instruction:
@@ -209,7 +240,12 @@ def _collective(one: Instruction, computation: str) -> str | None:
     return "reduce-scatter" if kind == "all-reduce" and "all-reduce-scatter" in computation else kind
 
 
-def _started(program: Program) -> dict[str, set[str]]:
+def _continues(one: Instruction, computation: str, started: _Started) -> bool:
+    """Whether a collective began in another computation than this one."""
+    return _collective(one, computation) is not None and computation not in started.get(_channel(one), {computation})
+
+
+def _started(program: Program) -> _Started:
     """Collectives that run beside other work, by channel: the computations that start one.
 
     Such a collective stands in the text again wherever work goes on beside it, and where it is waited for.

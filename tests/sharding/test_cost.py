@@ -192,3 +192,60 @@ ENTRY %main (a: f32[100]) -> f32[100] {
 }
 """
     assert count_cost(parse(text), causal=False).bytes == 2 * 400
+
+
+def test_a_copy_into_fast_memory_reads_once() -> None:
+    text = """HloModule copy
+
+ENTRY %main (a: f32[100]) -> f32[100] {
+  %a = f32[100]{0} parameter(0)
+  %begin = (f32[100]{0:T(128)S(1)}, f32[100]{0}, u32[]{:S(2)}) copy-start(%a)
+  %there = f32[100]{0:T(128)S(1)} copy-done(%begin)
+  ROOT %c = f32[100]{0} add(%there, %there)
+}
+"""
+    assert count_cost(parse(text), causal=False).bytes == 400 + 400
+
+
+# In the manner of the TPU compiler: a product beside which a gather goes on that another fusion began. The fusion reads
+# a row of a stack by a fusion of its own, hands the gather's operand through, and holds the gather's result.
+GOING_ON = """HloModule step
+
+%begun (p: bf16[8,16]) -> (bf16[8,16], bf16[32,16]) {
+  %p = bf16[8,16]{1,0} parameter(0)
+  %gather.1 = bf16[32,16]{1,0} all-gather(%p), channel_id=3, replica_groups=[2,4]<=[8], dimensions={0}
+  ROOT %c = (bf16[8,16]{1,0}, bf16[32,16]{1,0}) custom-call(%gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%row (stack: f32[50,100], place: s32[]) -> f32[1,100] {
+  %stack = f32[50,100]{1,0} parameter(0)
+  %place = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %slice = f32[1,100]{1,0} dynamic-slice(%stack, %place, %zero), dynamic_slice_sizes={1,100}
+}
+
+%beside (all: f32[50,100], at: s32[], shard: bf16[8,16]) -> (f32[1,100], bf16[8,16], bf16[32,16]) {
+  %all = f32[50,100]{1,0} parameter(0)
+  %at = s32[] parameter(1)
+  %shard = bf16[8,16]{1,0} parameter(2)
+  %taken = f32[1,100]{1,0} fusion(%all, %at), kind=kLoop, calls=%row
+  %double = f32[1,100]{1,0} add(%taken, %taken)
+  %gather.2 = bf16[32,16]{1,0} all-gather(%shard), channel_id=3, replica_groups=[2,4]<=[8], dimensions={0}
+  ROOT %results = (f32[1,100]{1,0}, bf16[8,16]{1,0}, bf16[32,16]{1,0}) tuple(%double, %shard, %gather.2)
+}
+
+ENTRY %main (w: bf16[8,16], s: f32[50,100], i: s32[]) -> (f32[1,100], bf16[8,16], bf16[32,16]) {
+  %w = bf16[8,16]{1,0} parameter(0)
+  %s = f32[50,100]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %begin = (bf16[8,16]{1,0}, bf16[32,16]{1,0}) fusion(%w), kind=kCustom, calls=%begun
+  ROOT %on = (f32[1,100]{1,0}, bf16[8,16]{1,0}, bf16[32,16]{1,0}) fusion(%s, %i, %w), kind=kOutput, calls=%beside
+}
+"""
+
+
+def test_a_collective_that_goes_on_elsewhere_moves_nothing_there() -> None:
+    """The start reads 8 x 16 and writes 8 x 16 and 32 x 16 bfloat16; the other fusion reads and writes a row."""
+    cost = count_cost(parse(GOING_ON), causal=False)
+    assert cost.bytes == 2 * (8 * 16 + 8 * 16 + 32 * 16) + 4 * (100 + 100) + 4  # and an index
+    assert cost.collectives == {"all-gather": Collective(1, 3 * 8 * 16 * 2)}
