@@ -69,6 +69,8 @@ class LlamaConfig(Schema):
         values["head_dim"] = self.head_dim or self.hidden_size // self.num_heads
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}")
+        if self.soft_tokens > self.vocab_size:  # each starts as a word of its own
+            raise ValueError(f"soft_tokens ({self.soft_tokens}) must be at most vocab_size ({self.vocab_size})")
         return self
 
     @property

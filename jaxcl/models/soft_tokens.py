@@ -40,12 +40,7 @@ def start_from_words(params: Params, key: Array) -> Params:
 
     Returns:
       The changed leaf alone, for `jaxcl.models.lora.overlay`.
-
-    Raises:
-      ValueError: there are more soft tokens than words.
     """
     words, soft = params["embed"]["embedding"], params[SOFT_TOKENS]["embedding"]
-    if len(soft) > len(words):
-        raise ValueError(f"model.soft_tokens: expected at most vocab_size ({len(words)}), got {len(soft)}")
     chosen = jax.random.choice(key, len(words), (len(soft),), replace=False)
     return {SOFT_TOKENS: {"embedding": words[chosen].astype(soft.dtype)}}

@@ -99,8 +99,8 @@ def test_prompts_start_as_different_words() -> None:
     words = np.asarray(params["embed"]["embedding"])
     rows = [int(np.flatnonzero((words == vector).all(axis=1))[0]) for vector in soft]
     assert len(set(rows)) == 6
-    with pytest.raises(ValueError, match=r"model\.soft_tokens: expected at most vocab_size \(13\), got 20"):
-        start_from_words(init(tiny_llama(soft_tokens=20)), jax.random.key(1))
+    with pytest.raises(ValueError, match=r"soft_tokens \(20\) must be at most vocab_size \(13\)"):
+        tiny_llama(soft_tokens=20)
 
 
 def test_the_rest_of_the_network_is_the_same_with_and_without_soft_tokens() -> None:

@@ -10,8 +10,11 @@ from methods_helpers import init, make_batch, tiny_llama
 from jaxcl.methods import METHODS
 from jaxcl.methods.base import MethodConfig
 
-OPTIONS = {"seekr": {"layer_budget": 1, "head_budget": 2}}
-MODELS: dict[str, Any] = {"olora": {"lora": {"rank": 2}}, "progressive_prompts": {"soft_tokens": 30}}
+OPTIONS: dict[str, Any] = {
+    "seekr": {"layer_budget": 1, "head_budget": 2},
+    "progressive_prompts": {"length": 3},
+}
+MODELS: dict[str, Any] = {"olora": {"lora": {"rank": 2}}, "progressive_prompts": {"soft_tokens": 9}}
 
 
 @pytest.mark.parametrize("name", METHODS)
