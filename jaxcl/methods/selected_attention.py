@@ -182,10 +182,11 @@ def _backward(kind: _Kind, kept: tuple[Any, ...], cotangent: Float[Array, " batc
         parts = [differ(block, one, norm) for block in _blocks(seen.shape, kind.causal)]
         dqueries, dkey = jnp.concatenate([part[0] for part in parts], axis=1), sum(part[1] for part in parts)
         dquery = jnp.where(asked[..., None], jnp.take_along_axis(dqueries, index[..., None], axis=1), 0.0)
-        add_head = jax.vmap(lambda total, head, new: total.at[:, head].add(new))
+        add_head = jax.vmap(lambda total, head, new: total.at[:, head].add(new.astype(total.dtype)))
         return add_head(gradients[0], one.head, dquery), add_head(gradients[1], one.head // group, dkey)
 
-    zeros = jnp.zeros(query.shape, jnp.float32), jnp.zeros(key.shape, jnp.float32)
+    # A query head is selected once, so its gradient is no sum; a key head's is one where several query heads share it.
+    zeros = jnp.zeros_like(query), jnp.zeros(key.shape, key.dtype if group == 1 else jnp.float32)
     dquery, dkey = _over_heads(teacher.heads, add, zeros)
     return dquery.astype(query.dtype), dkey.astype(key.dtype), None, None
 
