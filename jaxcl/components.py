@@ -209,6 +209,11 @@ def _check_tasks(config: ExperimentConfig, tasks: tuple[TaskData, ...], method: 
                 f"data.{key}: {tokens} tokens exceed the model's window, model.max_length={window} (task {task.name})",
                 exit_code=2,
             )
+    if method.replay is not None and written and method.replay.synthetic.writer == "start" and config.weights is None:
+        raise UserError(
+            "method.replay.synthetic.writer: start is an untrained model here (no weights); allowed: before",
+            exit_code=2,
+        )
 
 
 Spec = TypeVar("Spec", bound=SourceSpec)

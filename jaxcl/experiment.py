@@ -258,7 +258,9 @@ class TaskSequence:
         if replay is None or replay.source == "kept":
             return remember(self.parts, self.memory, index)
         key = jax.random.fold_in(jax.random.key(self.config.seed), index)
-        rows, dropped = write_samples(self.parts, self._params_before(index), state.params, index, key)
+        begun = replay.synthetic.writer == "start"
+        writer = initial_params(self.parts) if begun else self._params_before(index)
+        rows, dropped = write_samples(self.parts, writer, state.params, index, key)
         return self.memory.with_written(index, self.parts.phase_name(index), rows, dropped)
 
     def _stream(self, index: int) -> Stream:

@@ -1,8 +1,9 @@
 """A model writes samples of the task it has just learned, to remember it by instead of its examples.
 
-The instruction that all prompts of the task share is continued by sampling from the model as it was before the task:
-one that has just learned to answer them tends to answer at once. The prompt so found is answered greedily by the model
-that has learned the task, and `jaxcl.data.synthetic` says which samples are kept. All processes write the same ones.
+The instruction that all prompts of the task share is continued by sampling from the model that the run began with, or
+from the one before the task: one that has learned to answer tends to answer at once. The prompt so found is answered
+greedily by the model that has learned the task, and `jaxcl.data.synthetic` says which samples are kept. All processes
+write the same ones.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ logger = logging.getLogger(__name__)
 
 
 def write_samples(
-    parts: Components, before: Params, params: Params, index: int, key: Array
+    parts: Components, writer: Params, params: Params, index: int, key: Array
 ) -> tuple[list[dict[str, str]], dict[str, int]]:
     """Samples of a task, as many as its memory would hold examples.
 
     Args:
       parts: the parts of the run.
-      before: the model as it was before the task; writes the prompts.
+      writer: the model that writes the prompts.
       params: the model that has learned the task; answers them.
       index: which task.
       key: what prompts are drawn from.
@@ -59,7 +60,7 @@ def write_samples(
         frame = Frame(settings.prefix, frame.suffix)
     bodies = [prompt[len(frame.prefix) : len(prompt) - len(frame.suffix)] for prompt in prompts]
     wanted = draw_count(len(prompts), replay.fraction, replay.minimum)
-    written = _continue(parts, before, frame, prompts, settings, wanted * settings.candidates, key)
+    written = _continue(parts, writer, frame, prompts, settings, wanted * settings.candidates, key)
     samples = _answer(parts, params, frame, written, index)
     chosen = choose_samples(samples, bodies, wanted, settings.similarity)
     reasons = ", ".join(f"{number} {reason}" for reason, number in chosen.dropped.items() if number)

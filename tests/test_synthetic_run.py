@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from test_experiment import PAIRS, SEEKR, TEXT, numbers, run
@@ -16,9 +17,14 @@ from jaxcl.config import parse_config
 from jaxcl.data.synthetic import Frame, Sample
 from jaxcl.data.teacher_store import TeacherStore
 from jaxcl.errors import UserError
+from jaxcl.inference import convert
 from jaxcl.run_folder import RunFolder
+from jaxcl.weights import load_weights
 
-WRITTEN: dict[str, Any] = {**SEEKR, "replay": {"fraction": 0.25, "source": "synthetic", "synthetic": {"candidates": 2}}}
+WRITTEN: dict[str, Any] = {
+    **SEEKR,
+    "replay": {"fraction": 0.25, "source": "synthetic", "synthetic": {"candidates": 2, "writer": "before"}},
+}
 BODIES = ["RED ALPHA", "GREEN BETA", "BLUE GAMMA", "WHITE DELTA", "GREY EPSILON", "PINK ZETA", "TEAL ETA", "RUST THETA"]
 
 
@@ -56,8 +62,6 @@ def test_a_run_keeps_written_samples_with_their_signals_and_nothing_else(tmp_pat
 
 
 def test_likelihood_is_the_mean_log_probability_of_the_answer(tmp_path: Path) -> None:
-    import jax
-
     from jaxcl.components import initial_params
 
     folder = RunFolder(tmp_path)
@@ -107,6 +111,27 @@ def test_text_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
         UserError, match=r"method.replay.source: synthetic needs prompts and answers; task topics is text"
     ):
         run(TEXT, tmp_path / "text", method)
+
+
+@pytest.mark.usefixtures("bodies")
+def test_prompts_are_written_by_the_model_the_run_began_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writers: list[Any] = []
+    monkeypatch.setattr(synthesis, "_continue", lambda parts, params, *_: writers.append(params) or BODIES)
+    short = {**PAIRS, "training": {"batch_size": 8, "steps": 2}, "evaluation": {"batch_size": 4, "limit": 1}}
+    run({**short, "tasks": PAIRS["tasks"][:1]}, tmp_path / "first", "sequential")
+    weights = convert(str(tmp_path / "first"), tmp_path / "weights", "hf", "float32")
+    replay = {**WRITTEN["replay"], "synthetic": {"candidates": 2}}
+    content = {**short, "weights": str(weights), "model": {}, "tokenizer": {}}
+    run(content, tmp_path / "run", {**WRITTEN, "replay": replay})
+    assert len(writers) == 2  # once a task
+    for writer in writers:
+        jax.tree.map(np.testing.assert_array_equal, writer, load_weights(weights)[1])
+
+
+def test_an_untrained_model_writes_nothing(tmp_path: Path) -> None:
+    method = {"name": "replay", "replay": {"source": "synthetic"}}
+    with pytest.raises(UserError, match="writer: start is an untrained model here"):
+        run(PAIRS, tmp_path / "run", method)
 
 
 @pytest.mark.usefixtures("bodies")

@@ -47,6 +47,11 @@ class OptimizerParts(NamedTuple):
 class Synthetic(Schema):
     """How a model writes samples of a task it has learned."""
 
+    writer: Literal["start", "before"] = Field(
+        "start",
+        description="who writes the prompts; start: the model that the run began with (needs weights); before: the "
+        "model as it was before the task",
+    )
     candidates: int = Field(4, ge=1, description="samples written for each one that is kept")
     temperature: float = Field(0.8, gt=0, description="divides the scores that prompts are drawn by")
     top_p: float = Field(0.95, gt=0, le=1, description="prompts are drawn among the likeliest tokens of this mass")
