@@ -22,6 +22,7 @@ from jaxcl.sharding.mesh import make_mesh
 from jaxcl.sharding.planning import StepPlan
 
 GOLDEN = sorted((Path(__file__).parent / "golden" / "plans").glob("*.json"))
+SEVENTY = ("seekr_llama2_70b_v5p_4x4x4", "seekr_llama2_70b_v5e_16x16")
 LLAMA = {
     "architecture": "llama",
     "vocab_size": 64,
@@ -225,6 +226,10 @@ def test_kept_plans_hold_together(path: Path) -> None:
         assert step["fits"] == (step["bytes_per_chip"] <= found["chip_memory"])
         assert step["bytes_per_chip"] >= sum(step["arguments"].values()) * 0.99
         assert step["roofline_seconds"] == pytest.approx(max(step["seconds"].values()), rel=1e-4)
+    if path.stem in ("seekr_llama2_7b_v5e_4x4", "seekr_llama2_7b_v5e_2x4", *SEVENTY):
+        plain, replay = found["steps"]["train"], found["steps"]["replay"]
+        assert replay["flops"] <= 1.03 * plain["flops"]
+        assert replay["bytes"] <= 1.05 * plain["bytes"]
     if "tokens" in content:
         passes = content["passes"]
         expected = passes * 2 * found["parameters"] * content["tokens"] / chips
