@@ -141,9 +141,11 @@ def _needed(message: str, arguments: float) -> float | None:
 
 
 def bytes_per_device(tree: Any) -> float:
-    """Bytes of a device's own part of sharded arrays, given as `jax.ShapeDtypeStruct`."""
+    """Bytes of a device's own part of sharded arrays, given as `jax.ShapeDtypeStruct`; not of those on the host."""
     total = 0.0
     for leaf in jax.tree.leaves(tree):
+        if leaf.sharding is not None and leaf.sharding.memory_kind == "pinned_host":
+            continue
         shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
         dtype = jax.dtypes.canonicalize_dtype("uint32") if _is_key(leaf) else leaf.dtype
         size = 1

@@ -41,6 +41,9 @@ class OptimizerConfig(Schema):
     moment_dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="type the first moment is kept in (adamw, lion, sgd)"
     )
+    offload: bool = Field(
+        False, description="keep the moments in the host's memory and bring them to the devices for each update"
+    )
     reset_optimizer: bool = Field(True, description="forget the moments at the start of each task")
 
 

@@ -62,6 +62,13 @@ def state_shardings(state: TrainState, layout: Layout) -> TrainState:
     )
 
 
+def on_host(shapes: PyTree, shardings: PyTree) -> PyTree:
+    """Shardings of arrays that wait in the host's memory; single numbers stay on the devices."""
+    return jax.tree.map(
+        lambda leaf, sharding: sharding.with_memory_kind("pinned_host") if leaf.ndim else sharding, shapes, shardings
+    )
+
+
 def abstract(tree: PyTree, shardings: PyTree) -> PyTree:
     """Shapes and dtypes of a tree, with shardings: the target of a restore."""
     return jax.tree.map(

@@ -34,6 +34,7 @@ def make_train_step(
     accumulate: int,
     layout: Layout,
     privacy: PrivacyConfig | None = None,
+    moments: PyTree = None,
 ) -> Step:
     r"""The training step of a method; pure, not compiled.
 
@@ -52,6 +53,7 @@ def make_train_step(
       accumulate: micro-batches of a batch; the batch size must be a multiple of it.
       layout: the run's layout.
       privacy: clip each example's gradient and add noise; see `private_gradient`.
+      moments: shardings of the optimizer's state on the devices, where it waits elsewhere; none: it is there.
 
     Returns:
       `step(state, batch, key) -> (state, metrics)`. `key` is the run's: it is folded with the step's number. Metrics
@@ -75,7 +77,8 @@ def make_train_step(
             # The optimizer works in float32 whatever the params are kept in; see `Trainer.init`.
             grads = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), grads)
             extra = _for_trained(method.update_args(state.params, memory), state.params)
-            updates, opt_state = transform.update(grads, state.opt_state, params, learning_rate=rate, **extra)
+            opt_state = state.opt_state if moments is None else jax.device_put(state.opt_state, moments)
+            updates, opt_state = transform.update(grads, opt_state, params, learning_rate=rate, **extra)
             params = optax.apply_updates(params, updates)
         with jax.named_scope("metrics"):
             both = [batch] if batch.memory is None else [batch, batch.memory]

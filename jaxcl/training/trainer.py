@@ -18,7 +18,7 @@ from jaxcl.training.compile import Compiler
 from jaxcl.training.feed import Feed, RowIterator
 from jaxcl.training.optimizer import Clock, OptimizerConfig, make_parts
 from jaxcl.training.privacy import PrivacyConfig
-from jaxcl.training.state import TrainState, abstract, replace_method_state, replace_params, state_shardings
+from jaxcl.training.state import TrainState, abstract, on_host, replace_method_state, replace_params, state_shardings
 from jaxcl.training.step import Metrics, make_train_step
 
 PyTree = Any
@@ -62,11 +62,21 @@ class Trainer:
         self._transform = method.transform(make_parts(optimizer))
         shapes = jax.eval_shape(self._init, layout.shapes)
         self.shardings = state_shardings(shapes, layout)
+        moments = None
+        if optimizer.offload:
+            moments = self.shardings.opt_state
+            self.shardings = self.shardings.replace(opt_state=on_host(shapes.opt_state, moments))
         self.target: TrainState = abstract(shapes, self.shardings)
         self._seed = seed
         self._reset = jax.jit(_fresh(self._init_optimizer), out_shardings=self.shardings.opt_state)
         step = make_train_step(
-            method, self._transform, optimizer, accumulate=accumulate, layout=layout, privacy=privacy
+            method,
+            self._transform,
+            optimizer,
+            accumulate=accumulate,
+            layout=layout,
+            privacy=privacy,
+            moments=moments,
         )
         self.jitted_step = jax.jit(
             self.compile.trace(step),

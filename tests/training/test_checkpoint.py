@@ -29,8 +29,9 @@ def numbers(folder: Path) -> list[int]:
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
 
 
-def test_what_is_saved_is_what_comes_back(tmp_path: Path) -> None:
-    trainer = make_trainer()
+@pytest.mark.parametrize("offload", [False, True])
+def test_what_is_saved_is_what_comes_back(tmp_path: Path, offload: bool) -> None:
+    trainer = make_trainer(offload=offload)
     state = trained(trainer)
     before = host(state)
     progress = {"task": 1, "phase": "train", "matrix": [[0.5, None], [0.25, 1.0]]}

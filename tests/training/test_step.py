@@ -258,3 +258,18 @@ def test_a_changed_method_state_is_put_in_place_or_refused() -> None:
         trainer.with_method_state(state, {**new, "seen": jnp.ones(4)})
     with pytest.raises(ValueError, match="structure"):
         trainer.with_method_state(state, {"seen": jnp.ones(3)})
+
+
+def test_moments_may_wait_on_the_host_and_change_nothing() -> None:
+    rows, options = make_rows(3), {"name": "adamw", "learning_rate": 1e-2, "weight_decay": 0.1}
+    states = []
+    for offload in (False, True):
+        trainer = make_trainer(offload=offload, **options)
+        state = trainer.start_task(trainer.init(make_params()), 10)
+        for _ in range(3):
+            state, _ = trainer.step(state, place_batch(rows, trainer.layout.batch))
+        states.append(state)
+    assert_same(*states)
+    kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(states[1].opt_state) if leaf.ndim}
+    assert kinds == {"pinned_host"}
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(states[1].params)} == {"device"}
