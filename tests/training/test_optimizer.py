@@ -124,7 +124,8 @@ def test_every_field_changes_the_result() -> None:
         "clip_norm": 0.5,
         "moment_dtype": "bfloat16",
     }
-    assert set(changes) == set(OptimizerConfig.model_fields) - {"reset_optimizer"}
+    # What is left acts outside of the update; where moments wait changes no bit (test_step.py).
+    assert set(changes) == set(OptimizerConfig.model_fields) - {"reset_optimizer", "offload"}
     for name, value in changes.items():
         # Adam is blind to the scale of gradients unless epsilon is large.
         common = {**base, "eps": 1.0} if name == "clip_norm" else base
