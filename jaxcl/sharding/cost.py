@@ -188,9 +188,10 @@ def _fusion_traffic(one: Instruction, computation: Computation, program: Program
 
 def _written(root: Instruction, inner: Computation, program: Program, going_on: Collection[str]) -> float:
     """Bytes that a fusion writes of one of its results."""
-    updated = _behind_bitcasts(root, inner)
-    if updated.opcode == "parameter" or updated.name in going_on:
+    given = _behind(root, inner, ("bitcast",))  # a copy of an operand is written
+    if given.opcode == "parameter" or given.name in going_on:
         return 0.0
+    updated = _behind(root, inner, ("bitcast", "copy"))
     if updated.opcode == "dynamic-update-slice":
         return inner[updated.operands[1]].results[0].bytes
     nested = _inner(updated, program)
@@ -222,8 +223,8 @@ def _parameter(inner: Computation, number: int) -> str:
     return next(name for name, one in inner.items() if f"parameter({number})" in one.text)
 
 
-def _behind_bitcasts(one: Instruction, inner: Computation) -> Instruction:
-    while one.opcode in ("bitcast", "copy") and one.operands and one.operands[0] in inner:
+def _behind(one: Instruction, inner: Computation, opcodes: Collection[str]) -> Instruction:
+    while one.opcode in opcodes and one.operands and one.operands[0] in inner:
         one = inner[one.operands[0]]
     return one
 

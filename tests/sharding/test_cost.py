@@ -207,6 +207,25 @@ ENTRY %main (a: f32[100]) -> f32[100] {
     assert count_cost(parse(text), causal=False).bytes == 400 + 400
 
 
+@pytest.mark.parametrize(("root", "written"), [("bitcast", 0), ("copy", 400)])
+def test_an_operand_that_is_handed_through_is_not_written_and_its_copy_is(root: str, written: int) -> None:
+    text = f"""HloModule hand
+
+%inner (p: f32[100]) -> (f32[100], f32[100]) {{
+  %p = f32[100]{{0}} parameter(0)
+  %same = f32[100]{{0}} {root}(%p)
+  %double = f32[100]{{0}} add(%p, %p)
+  ROOT %both = (f32[100]{{0}}, f32[100]{{0}}) tuple(%same, %double)
+}}
+
+ENTRY %main (a: f32[100]) -> (f32[100], f32[100]) {{
+  %a = f32[100]{{0}} parameter(0)
+  ROOT %made = (f32[100]{{0}}, f32[100]{{0}}) fusion(%a), kind=kLoop, calls=%inner
+}}
+"""
+    assert count_cost(parse(text), causal=False).bytes == 400 + 400 + written
+
+
 # In the manner of the TPU compiler: a product beside which a gather goes on that another fusion began. The fusion reads
 # a row of a stack by a fusion of its own, hands the gather's operand through, and holds the gather's result.
 GOING_ON = """HloModule step
