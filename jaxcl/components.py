@@ -180,7 +180,7 @@ def make_trainer(config: ExperimentConfig, method: Method, layout: Layout) -> Tr
 def _check_tasks(config: ExperimentConfig, tasks: tuple[TaskData, ...], method: Method) -> None:
     """Whether model and method can learn each kind of task, and the model's window holds the longest row."""
     data, window = config.data, config.model.max_length
-    opening = len(method.opening(len(tasks) - 1))
+    opening = method.longest_opening
     soft = f" + {opening} soft tokens" if opening else ""
     needed = {
         "text": ("length", data.length),

@@ -124,7 +124,7 @@ class Evaluator:
         return Generator(
             self.parts.network,
             batch_size=self.settings.batch_size,
-            prompt_length=data.prompt_length + len(self.parts.method.opening(len(self.parts.tasks) - 1)),
+            prompt_length=data.prompt_length + self.parts.method.longest_opening,
             max_new_tokens=self.settings.max_new_tokens,
             eos_id=tokenizer.eos_id,
             pad_id=tokenizer.pad_id,

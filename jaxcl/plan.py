@@ -83,7 +83,7 @@ def plan(config: ExperimentConfig, topology_name: str, steps: Sequence[str] | No
       UserError: an unknown topology or step, or a mesh, batch or model that does not fit it.
     """
     topology = parse_topology(topology_name)
-    mesh, compiler = _mesh(config, topology)
+    mesh, compiler = topology_mesh(config, topology)
     if compiler == "tpu" and config.model.compute.kernel == "auto":
         compute = config.model.compute.model_copy(update={"kernel": "splash"})
         config = config.model_copy(update={"model": config.model.model_copy(update={"compute": compute})})
@@ -136,6 +136,7 @@ def programs(config: ExperimentConfig, mesh: Mesh) -> dict[str, Program]:
     method = find_method(config.method.name)(config.method.options, network, len(config.tasks))
     trainer = make_trainer(config, method, layout)
     shape = row_shape(config, network.causal)
+    shape = shape._replace(length=shape.length + method.longest_opening)
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=layout.replicated)
     target, batch = trainer.target, _batch(training.batch_size, shape, layout)
@@ -174,7 +175,13 @@ def row_shape(config: ExperimentConfig, causal: bool) -> Shape:
     return Shape(data.length, None) if text else Shape(data.prompt_length + data.answer_length, data.answer_length)
 
 
-def _mesh(config: ExperimentConfig, topology: Topology) -> tuple[Mesh, str]:
+def topology_mesh(config: ExperimentConfig, topology: Topology) -> tuple[Mesh, str]:
+    """The configuration's mesh over chips that are not here, and which compiler serves it: see `Plan.compiler`.
+
+    Raises:
+      Unplaceable: the chips cannot be arranged so.
+      UserError: the mesh does not fit their number.
+    """
     sizes = mesh_sizes(config.mesh, topology.chips)
     devices = find_devices(topology)
     if devices is not None:
@@ -229,7 +236,7 @@ def _remembered(method: Method, target: Any, rows: int, shape: Shape, layout: La
 
 
 def _generation(config: ExperimentConfig, network: Network, trainer: Trainer) -> Program:
-    rows, length = config.evaluation.batch_size, config.data.prompt_length
+    rows, length = config.evaluation.batch_size, config.data.prompt_length + trainer.method.longest_opening
     generator = Generator(
         network,
         batch_size=rows,

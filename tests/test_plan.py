@@ -71,6 +71,14 @@ def test_every_step_of_a_method_is_planned_without_its_data() -> None:
     assert set(programs(das, make_mesh(das.mesh, jax.devices()[:1]))) == {"train", "importance", "general importance"}
 
 
+def test_what_stands_before_prompts_is_planned_for() -> None:
+    model = {**LLAMA, "soft_tokens": 6}
+    config = config_of({"name": "progressive_prompts", "length": 3}, model=model)
+    found = programs(config, make_mesh(config.mesh, jax.devices()[:1]))
+    assert found["train"].arguments["batch"].tokens.shape == (4, 24 + 8 + 2 * 3)
+    assert found["generate"].arguments["batch"][0].shape == (4, 24 + 2 * 3)
+
+
 def test_plan_of_a_small_model_adds_up() -> None:
     found = plan(config_of(SEEKR), "v5e:1x1", ["train", "replay"])
     params = 4 * found.parameters

@@ -276,6 +276,11 @@ class Method:
         """Token ids that stand before every prompt of task `index`: soft tokens, see `jaxcl.models.soft_tokens`."""
         return ()
 
+    @property
+    def longest_opening(self) -> int:
+        """Tokens of the longest `opening`."""
+        return max(len(self.opening(index)) for index in range(self.num_tasks))
+
     def measurements(self, before: Params, params: Params, state: State, batch: Batch, key: Array) -> dict[str, Any]:
         """What `prepare` and `consolidate` compute of one batch, by name; pure. `jaxcl plan` compiles each.
 

@@ -22,6 +22,7 @@ from jaxcl.models.layer import Context, Noise
 from jaxcl.models.layers import Embedding, Linear, RMSNorm
 from jaxcl.models.lora import LoraConfig, beside
 from jaxcl.models.rotary import RopeScaling, Rotary, frequencies, rotary, rotate
+from jaxcl.models.soft_tokens import soft_id
 from jaxcl.schema import Schema
 
 
@@ -198,7 +199,7 @@ class Llama(nnx.Module):
             return self.embed(batch.tokens)
         soft = batch.tokens < 0
         words = self.embed(jnp.where(soft, 0, batch.tokens))
-        return jnp.where(soft[..., None], self.soft_tokens(jnp.where(soft, -1 - batch.tokens, 0)), words)
+        return jnp.where(soft[..., None], self.soft_tokens(jnp.where(soft, soft_id(batch.tokens), 0)), words)
 
     def finish(self, x: Float[Array, "batch length embed"]) -> Float[Array, "batch length embed"]:
         """The norm after the last layer."""

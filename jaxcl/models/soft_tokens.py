@@ -7,7 +7,7 @@ nothing else (adapters, if it has any, apart).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from jaxtyping import Array
@@ -15,13 +15,14 @@ from jaxtyping import Array
 Params = dict[str, Any]
 
 SOFT_TOKENS = "soft_tokens"
+Ids = TypeVar("Ids", int, Array)
 
 
-def soft_id(index: int) -> int:
-    """The token id of a soft token.
+def soft_id(index: Ids) -> Ids:
+    """The token id of a soft token; its own inverse.
 
-    >>> soft_id(0), soft_id(4)
-    (-1, -5)
+    >>> soft_id(0), soft_id(4), soft_id(-5)
+    (-1, -5, 4)
     """
     return -1 - index
 

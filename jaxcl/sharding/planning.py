@@ -73,7 +73,7 @@ def plan_step(
     beside = {name: bytes_per_device(tree) for name, tree in (resident or {}).items()}
     held = sum(beside.values())
     try:
-        compiled, text = _compile(lowered)
+        compiled, text = compile_with_text(lowered)
     except jax.errors.JaxRuntimeError as error:
         needed = _needed(str(error), sum(parts.values()))
         if needed is None:
@@ -116,8 +116,8 @@ def plan_step(
     )
 
 
-def _compile(lowered: Any) -> tuple[Any, str]:
-    """The compiled program and its text."""
+def compile_with_text(lowered: Any) -> tuple[Any, str]:
+    """The compiled program of what `jax.jit(...).lower` returned, and its text."""
     with tempfile.TemporaryDirectory() as folder:
         compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
         texts = sorted(Path(folder).glob(_COMPILED))
