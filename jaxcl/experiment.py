@@ -218,7 +218,9 @@ class TaskSequence:
             state = self._conclude(state, index)
         self.board.note_task(index, steps=total, described=stream.describe())
         if (privacy := self.config.training.privacy) is not None:
-            self.board.note_privacy(index, spent(privacy, steps=total, steps_per_epoch=stream.steps_per_epoch))
+            own = stream.task_steps_in(total) if isinstance(stream, Interleaved) else total
+            per_epoch = parts.pipeline([parts.train_rows[index]]).steps_per_epoch
+            self.board.note_privacy(index, spent(privacy, steps=own, steps_per_epoch=per_epoch))
         self._save(state, task=index, phase="learned", mark=f"after task {index}")
         return state
 
@@ -278,7 +280,10 @@ class TaskSequence:
         memory = memory_pipeline(parts, self.memory, tasks, stores=stores or None, collate=collate)
         if replay.mode == "mix":
             return Mixed(pipeline, memory)
-        return Interleaved(pipeline, memory, every=replay.every)
+        # A step on the memory has to fit in, so the last of a given number of steps is no task's at the latest.
+        batches = task_steps(self.config.training, index, len(parts.tasks), pipeline.steps_per_epoch)
+        latest = batches if self.config.training.steps is None else batches - 1
+        return Interleaved(pipeline, memory, every=replay.every, latest=latest)
 
     def _task(self, index: int, moment: int) -> RunningTask:
         """The task as the method sees it before (`moment` 0) or after (1) training on it."""
@@ -298,6 +303,8 @@ class TaskSequence:
         """Optimizer steps of a task; joint training gets as many as all tasks together."""
         training, count = self.config.training, len(self.parts.tasks)
         if not self.parts.method.joint:
+            if training.steps is None and isinstance(stream, Interleaved):
+                return stream.steps_for(task_steps(training, index, count, stream.task.steps_per_epoch))
             return task_steps(training, index, count, stream.steps_per_epoch)
         if training.steps is not None:
             return sum(task_steps(training, task, count, 1) for task in range(count))

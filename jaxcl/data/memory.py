@@ -43,12 +43,12 @@ def draw_examples(count: int, fraction: float, minimum: int, *, seed: int, task:
 
 
 def draw_count(count: int, fraction: float, minimum: int) -> int:
-    """How many of `count` examples are kept; see `draw_examples`.
+    """How many of `count` examples are kept; see `draw_examples`. A fraction above 0 keeps at least one.
 
-    >>> draw_count(250, 0.01, 1), draw_count(2, 0.0, 8)
-    (2, 2)
+    >>> draw_count(250, 0.01, 1), draw_count(2, 0.0, 8), draw_count(40, 0.01, 0)
+    (2, 2, 1)
     """
-    return min(count, max(minimum, round(fraction * count)))
+    return min(count, max(minimum, round(fraction * count), int(fraction > 0)))
 
 
 class TaskMemory(Schema):

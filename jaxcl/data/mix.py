@@ -18,7 +18,7 @@ class Interleaved:
       order: one period of the order: True where a memory batch stands.
     """
 
-    def __init__(self, task: Pipeline, memory: Pipeline, *, every: int = 0) -> None:
+    def __init__(self, task: Pipeline, memory: Pipeline, *, every: int = 0, latest: int | None = None) -> None:
         """Lays down the order.
 
         Args:
@@ -26,6 +26,8 @@ class Interleaved:
           memory: the memory's pipeline.
           every: a memory batch after so many task batches; 0 spreads one pass over the memory evenly over each epoch
             of the task, however large either is.
+          latest: task batches after which a memory batch stands at the latest, though the rest would put the first
+            one behind them: how many the task is trained on, so that replay is never off without a word.
         """
         if every < 0:
             raise ValueError(f"every: expected 0 or more, got {every}")
@@ -34,6 +36,8 @@ class Interleaved:
         self.prefetch = task.prefetch
         self.threads = task.threads
         steps, memories = (every, 1) if every else (task.steps_per_epoch, memory.steps_per_epoch)
+        if latest is not None and -(-steps // memories) > latest:
+            steps, memories = max(1, latest), 1
         # Memory batch j stands right after task batch ceil(j * steps / memories): the last ends the period.
         after = -(-np.arange(1, memories + 1) * steps // memories)
         self.order = np.zeros(steps + memories, bool)
@@ -52,6 +56,11 @@ class Interleaved:
         starts = np.flatnonzero(~self.order)
         # Up to the task batch number `rest` of a further period, and the memory batches right behind the one before.
         return periods * len(self.order) + (int(starts[rest]) if rest else 0)
+
+    def task_steps_in(self, steps: int) -> int:
+        """Task batches among the first `steps` batches."""
+        periods, rest = divmod(steps, len(self.order))
+        return steps - periods * int(self.order.sum()) - int(self.order[:rest].sum())
 
     def batch_at(self, step: int, *, seed: int, process_index: int = 0, process_count: int = 1) -> dict[str, Any]:
         """The batch of a step, the rows of one process: a pure function of its arguments."""

@@ -72,7 +72,9 @@ class Replay(Schema):
         "so that nothing of an earlier task's data is kept (prompt-answer tasks)",
     )
     synthetic: Synthetic = Field(Synthetic(), description="how samples are written")
-    fraction: float = Field(0.01, ge=0, le=1, description="share of each task's training examples that is kept")
+    fraction: float = Field(
+        0.01, ge=0, le=1, description="share of each task's training examples that is kept; above 0, at least one is"
+    )
     minimum: int = Field(1, ge=0, description="smallest number of examples kept from a task")
     mode: str = Field(
         "interleave",
@@ -245,7 +247,8 @@ class Method:
     def signals(self, params: Params, state: State, batch: Batch, key: Array) -> dict[str, Array] | None:
         """What is stored beside each remembered row, leading axis `batch`; pure. `None` stores nothing.
 
-        Called after `finish`. Rows of remembered batches carry it as `batch.teacher`.
+        Called after `finish`. Rows of remembered batches carry it as `batch.teacher`. `key` is the task's, the same for
+        all batches: with `Batch.keys` each example has the same draws whatever batch it stands in.
         """
         return None
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
 # Float32 resolves no smaller remainders of 1; both sides of a divergence are limited alike.
 _EPSILON = float(jnp.finfo(jnp.float32).eps)
@@ -90,11 +90,15 @@ def example_divergence(
     return jnp.sum(jnp.where(present, layer_means, 0.0), axis=0) / jnp.maximum(layers, 1), layers > 0
 
 
-def sample_queries(key: Array, segments: Int[Array, "batch length"], budget: int) -> Int[Array, "batch queries"]:
+def sample_queries(
+    keys: Key[Array, " batch"], segments: Int[Array, "batch length"], budget: int
+) -> Int[Array, "batch queries"]:
     """Query positions drawn without replacement from each row's real ones.
 
+    A row's draw follows from its key and its real positions: other rows and padding behind it change nothing.
+
     Args:
-      key: a random key.
+      keys: a random key a row.
       segments: 0 for padding.
       budget: how many; 0 takes all. Static.
 
@@ -103,7 +107,8 @@ def sample_queries(key: Array, segments: Int[Array, "batch length"], budget: int
     """
     length = segments.shape[1]
     budget = length if budget == 0 else budget
-    lots = jnp.where(segments != 0, jax.random.uniform(key, segments.shape), -1.0)
+    lots = jax.vmap(lambda key: jax.random.uniform(key, (length,)))(keys)
+    lots = jnp.where(segments != 0, lots, -1.0)
     values, drawn = jax.lax.top_k(lots, min(budget, length))
     drawn = jnp.sort(jnp.where(values >= 0, drawn, length), axis=1)
     drawn = jnp.where(drawn < length, drawn, -1).astype(jnp.int32)

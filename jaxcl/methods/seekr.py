@@ -195,7 +195,7 @@ class Seekr(Method):
         known = state["learned"] > 0
         heads = state["heads"][jnp.maximum(state["learned"] - 1, 0)]
         heads = jnp.broadcast_to(heads, (batch.size, *heads.shape))
-        queries = sample_queries(query_key, batch.segments, self.config.query_budget)
+        queries = sample_queries(batch.keys(query_key), batch.segments, self.config.query_budget)
 
         def read() -> dict[str, Array]:
             return self.read(overlay(params, state["teacher"]), batch, heads, queries)
@@ -247,7 +247,7 @@ class Seekr(Method):
           `length` and `predicted` `[batch]`, how far rows and scored positions are real.
         """
         heads = state["heads"][batch.task]
-        queries = sample_queries(key, batch.segments, self.config.query_budget)
+        queries = sample_queries(batch.keys(key), batch.segments, self.config.query_budget)
         signals = self.read(params, batch, heads, queries)
         return signals | {"length": extent(batch.segments), "predicted": extent(batch.weights)}
 

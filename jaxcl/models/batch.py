@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 import jax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 
 @jax.tree_util.register_dataclass
@@ -60,3 +60,9 @@ class Batch:
     def size(self) -> int:
         """Number of rows, fillers included."""
         return self.tokens.shape[0]
+
+    def keys(self, key: Array) -> Key[Array, " batch"]:
+        """A random key a row, which follows from `key` and the row's task and example: no other row has a say."""
+        return jax.vmap(lambda task, example: jax.random.fold_in(jax.random.fold_in(key, task), example))(
+            self.task.astype("uint32"), self.example.astype("uint32")
+        )

@@ -63,7 +63,7 @@ def task_steps(config: TrainingConfig, index: int, num_tasks: int, steps_per_epo
       config: the training section.
       index: index of the task in the sequence.
       num_tasks: length of the sequence.
-      steps_per_epoch: batches in one pass over the task, memory batches included.
+      steps_per_epoch: batches in one pass over the task.
 
     Returns:
       At least 1; a part of an epoch is rounded up.

@@ -116,8 +116,8 @@ def collect_signals(trainer: Trainer, state: TrainState, task: RunningTask, writ
     signals = trainer.compile.per_row(trainer.method.signals)
     pending: tuple[Array, dict[str, Array]] | None = None
     written = 0
-    for index, batch in enumerate(task.memory()):
-        records = signals(state.params, state.method_state, batch, jax.random.fold_in(task.key, index))
+    for batch in task.memory():
+        records = signals(state.params, state.method_state, batch, task.key)
         if records is None:
             return 0
         previous, pending = pending, (batch.example, records)

@@ -29,7 +29,7 @@ def memory():
 @given(st.integers(0, 200), st.floats(0, 1), st.integers(0, 10), st.integers(0, 3), st.integers(0, 3))
 def test_so_many_different_examples_are_drawn(count, fraction, minimum, seed, task):
     kept = draw_examples(count, fraction, minimum, seed=seed, task=task)
-    assert len(kept) == min(count, max(minimum, round(fraction * count)))
+    assert len(kept) == min(count, max(minimum, round(fraction * count), 1 if fraction > 0 else 0))
     assert len(set(kept)) == len(kept)
     assert all(0 <= index < count for index in kept)
     assert kept == draw_examples(count, fraction, minimum, seed=seed, task=task)

@@ -44,9 +44,27 @@ def test_the_order_is_as_asked():
     assert kinds(mixture(), 26) == "ttttmtttmtttm" * 2
 
 
+@given(tasks=st.integers(1, 30), memories=st.integers(1, 30), every=st.integers(0, 40), steps=st.integers(1, 20))
+@settings(deadline=None, max_examples=80)
+def test_replay_is_never_off(tasks, memories, every, steps):
+    mixed = mixture(tasks, memories, every=every, latest=steps)
+    taken = kinds(mixed, mixed.steps_for(steps))
+    assert taken.count("t") == steps
+    assert taken.count("m") >= 1
+    if every:
+        assert taken.count("m") == max(1, steps // every)
+
+
+def test_a_memory_batch_that_would_come_too_late_comes_at_the_latest_that_is_asked():
+    assert kinds(mixture(every=7, latest=3), 8) == "tttmtttm"
+    assert kinds(mixture(every=2, latest=3), 6) == "ttmttm"
+    # 10 task batches and 3 memory batches an epoch; the first would stand behind four task batches.
+    assert kinds(mixture(latest=2), 6) == "ttmttm"
+
+
 @given(tasks=st.integers(1, 30), memories=st.integers(1, 30), every=st.integers(0, 5))
 @settings(deadline=None, max_examples=40)
-def test_replay_is_never_off_and_by_default_passes_once_an_epoch(tasks, memories, every):
+def test_an_epoch_sees_each_example_once_and_by_default_the_memory_once(tasks, memories, every):
     mixed = mixture(tasks, memories, every=every)
     epoch = [mixed.batch_at(step, seed=0) for step in range(mixed.steps_per_epoch)]
     by_kind = {kind: [b for b in epoch if b["kind"] == kind] for kind in ("task", "memory")}
@@ -69,6 +87,7 @@ def test_steps_for_counts_what_comes_before_the_next_task_batch(options):
         length = mixed.steps_for(task_steps)
         assert order[:length].count("t") == task_steps
         assert order[length] == "t"
+        assert mixed.task_steps_in(length) == task_steps
 
 
 @pytest.mark.parametrize("options", [{}, {"every": 3}, {"every": 1}])

@@ -125,13 +125,17 @@ def test_layers_without_heads_do_not_count() -> None:
     assert some.tolist() == [True, True, False]
 
 
+def keys(seed: int, rows: int) -> jax.Array:
+    return jax.random.split(jax.random.key(seed), rows)
+
+
 def as_sets(sampled: Any) -> list[set[int]]:
     return [set(row[row >= 0].tolist()) for row in np.asarray(sampled)]
 
 
 def test_sampled_queries_are_real_and_differ() -> None:
     segments = jnp.array([[1] * 9 + [0], [1, 1, 2, 0, 0, 0, 0, 0, 0, 0], [0] * 10])
-    found = sample_queries(jax.random.key(0), segments, 4)
+    found = sample_queries(keys(0, 3), segments, 4)
     assert found.shape == (3, 4)
     first, second, third = as_sets(found)
     assert len(first) == 4
@@ -140,19 +144,28 @@ def test_sampled_queries_are_real_and_differ() -> None:
     assert third == set()
     assert np.all(np.diff(found[0]) > 0)
     assert found[1].tolist() == [0, 1, 2, -1]
-    seen = {tuple(sample_queries(jax.random.key(seed), segments, 4)[0].tolist()) for seed in range(5)}
+    seen = {tuple(sample_queries(keys(seed, 3), segments, 4)[0].tolist()) for seed in range(5)}
     assert len(seen) > 1
+
+
+def test_a_rows_queries_know_nothing_of_other_rows_and_of_padding() -> None:
+    segments = (jnp.arange(12) < jnp.array([[12], [5], [9]])).astype(jnp.int32)
+    together = sample_queries(keys(2, 3), segments, 4)
+    backwards = sample_queries(keys(2, 3)[::-1], segments[::-1], 4)[::-1]
+    np.testing.assert_array_equal(together, backwards)
+    alone = sample_queries(keys(2, 3)[2:], segments[2:, :9], 4)
+    np.testing.assert_array_equal(together[2:], alone)
 
 
 def test_all_queries_and_more_than_there_are() -> None:
     segments = jnp.array([[1, 1, 1, 0]])
-    assert sample_queries(jax.random.key(0), segments, 0).tolist() == [[0, 1, 2, -1]]
-    assert sample_queries(jax.random.key(0), segments, 6).tolist() == [[0, 1, 2, -1, -1, -1]]
+    assert sample_queries(keys(0, 1), segments, 0).tolist() == [[0, 1, 2, -1]]
+    assert sample_queries(keys(0, 1), segments, 6).tolist() == [[0, 1, 2, -1, -1, -1]]
 
 
 def test_queries_are_drawn_evenly() -> None:
     segments = jnp.ones((2000, 5), jnp.int32)
-    counts = np.bincount(np.asarray(sample_queries(jax.random.key(1), segments, 2)).ravel(), minlength=5)
+    counts = np.bincount(np.asarray(sample_queries(keys(1, 2000), segments, 2)).ravel(), minlength=5)
     np.testing.assert_allclose(counts / 2000, 0.4, atol=0.05)
 
 

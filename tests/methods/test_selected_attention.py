@@ -149,7 +149,7 @@ def test_sampled_queries_lose_no_key(budget: int, lengths: tuple[int, int]) -> N
     """Values and gradients equal those of a dense softmax over all positions, whatever is drawn."""
     segments = jnp.asarray((np.arange(12) < np.array(lengths)[:, None]).astype(np.int32))
     query, key, other = (jnp.asarray(RNG.normal(size=(2, 12, 2, 3)), jnp.float32) for _ in range(3))
-    queries = sample_queries(jax.random.key(3), segments, budget)
+    queries = sample_queries(jax.random.split(jax.random.key(3)), segments, budget)
     heads = jnp.array([[1, 0], [0, 1]])
     stored = selected_rows(AttentionView(other, key, segments, True, 0.7), heads, queries)
 

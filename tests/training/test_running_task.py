@@ -34,7 +34,7 @@ class Once:
 class Signalling(TinyMethod):
     def signals(self, params: Any, state: Any, batch: Batch, key: Any) -> Any:
         summed = jnp.sum(params["embed"]["embedding"][batch.tokens], axis=1)
-        return {"summed": summed, "noise": jax.random.uniform(key, (batch.size,))}
+        return {"summed": summed, "noise": jax.vmap(jax.random.uniform)(batch.keys(key))}
 
 
 def make_task(trainer: Trainer, **changes: Any) -> RunningTask:
@@ -82,7 +82,10 @@ def test_signals_are_collected_row_by_row_without_fillers() -> None:
     tokens = np.concatenate([make_rows(0, batch=4)["tokens"], make_rows(4, batch=4)["tokens"][:2]])
     expected = np.array([sum(embedding[token] for token in row) for row in tokens])
     np.testing.assert_allclose(np.array(records["summed"]), expected, rtol=1e-5, atol=1e-5)
-    assert len(set(map(float, records["noise"]))) == 6
+    # What is drawn for an example follows from the task's key and the example, not from its batch.
+    own = [jax.random.uniform(jax.random.fold_in(jax.random.fold_in(task.key, 0), example)) for example in examples]
+    assert records["noise"] == own
+    assert len(set(map(float, own))) == 6
     again: list[Any] = []
     collect_signals(trainer, state, make_task(trainer), lambda ids, values: again.extend(values["noise"]))
     assert again == records["noise"]
