@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,13 @@ import pytest
 from test_experiment import PAIRS, SEEKR, TEXT, numbers, run
 
 from jaxcl import synthesis
-from jaxcl.components import build
+from jaxcl.components import build, initial_params
 from jaxcl.config import parse_config
 from jaxcl.data.synthetic import Frame, Sample
 from jaxcl.data.teacher_store import TeacherStore
 from jaxcl.errors import UserError
 from jaxcl.inference import convert
+from jaxcl.methods.base import Synthetic
 from jaxcl.run_folder import RunFolder
 from jaxcl.weights import load_weights
 
@@ -61,9 +64,37 @@ def test_a_run_keeps_written_samples_with_their_signals_and_nothing_else(tmp_pat
     assert any(row["task"] == 1 and np.isfinite(row.get("term/attention", np.nan)) for row in rows)
 
 
-def test_likelihood_is_the_mean_log_probability_of_the_answer(tmp_path: Path) -> None:
-    from jaxcl.components import initial_params
+def chain(parts: Any, tokens: list[int]) -> Any:
+    """Params of a model whose every token is followed by the next of `tokens`, whatever stands before it."""
+    params = jax.tree.map(np.array, initial_params(parts))
+    for kernel in (params["blocks"]["attention"]["out"]["kernel"], params["blocks"]["mlp"]["down"]["kernel"]):
+        kernel[:] = 0
+    embedding, head = params["embed"]["embedding"], params["head"]["kernel"]
+    embedding[:] = head[:] = 0
+    for place, (token, following) in enumerate(pairwise(tokens)):
+        embedding[token, place] = 1
+        head[place, following] = 10
+    return params
 
+
+def test_a_model_continues_the_instruction_and_answers_what_it_wrote(tmp_path: Path) -> None:
+    parts = build(parse_config({**PAIRS, "output": str(tmp_path), "method": WRITTEN}), RunFolder(tmp_path))
+    encode, frame = parts.tokenizer.encode, Frame("Say ", "\nIs:")
+    writer = chain(parts, [*encode("y dog\nIs:"), parts.tokenizer.eos_id])
+    learned = chain(parts, [*encode(": L"), parts.tokenizer.eos_id])
+    settings = Synthetic(**WRITTEN["replay"]["synthetic"])
+    bodies = synthesis._continue(parts, writer, frame, ["Say a cat\nIs:"], settings, 3, jax.random.key(0))
+    assert bodies == ["dog"] * 3
+    samples = synthesis._answer(parts, learned, frame, ["dog", None], 0)
+    assert [(one.body, one.answer, one.ended) for one in samples] == [("dog", "L", True), (None, "", True)]
+    # The right token scores 40 (a norm makes one of 16 values 4, times 10), the 299 others 0.
+    assert samples[0].likelihood == pytest.approx(-math.log1p(299 * math.exp(-40)), abs=1e-6)
+    # One that goes on for ever never comes to the suffix.
+    endless = chain(parts, [*encode("y dog"), encode(" ")[0]])
+    assert synthesis._continue(parts, endless, frame, ["Say a cat\nIs:"], settings, 2, jax.random.key(0)) == [None] * 2
+
+
+def test_likelihood_is_the_mean_log_probability_of_the_answer(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     parts = build(parse_config({**PAIRS, "output": str(tmp_path), "method": WRITTEN}), folder)
     params = initial_params(parts)
