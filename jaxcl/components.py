@@ -101,6 +101,12 @@ class Components:
         objective: Objective = "causal" if self.network.causal else "masked"
         return TextRows(rows, self.tokenizer, self.config.data, objective=objective, task=index, name=task.name)
 
+    def about(self, index: int) -> dict[str, str | int]:
+        """What a task's teacher store belongs to: the task, and a model of this size."""
+        network = self.network
+        sizes = {"layers": network.num_layers, "heads": network.num_heads, "vocabulary": network.vocab_size}
+        return {"task": self.phase_name(index), **sizes}
+
     def encode_written(self, rows: Sequence[Mapping[str, str]], index: int, name: str) -> PairRows:
         """Prompts and answers that a model wrote for a task, encoded; answers that are too long are cut."""
         data = self.config.data.model_copy(update={"on_long_answer": "cut"})

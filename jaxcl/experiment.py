@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import time
 from collections.abc import Iterator
@@ -36,7 +37,7 @@ from jaxcl.training.privacy import spent
 from jaxcl.training.profile import Profiler
 from jaxcl.training.sinks import Sink, open_sinks
 from jaxcl.training.state import TrainState
-from jaxcl.training.task import RunningTask, collect_signals
+from jaxcl.training.task import RunningTask, signal_records
 
 # How long a file may take to be seen by another machine.
 _VISIBLE_SECONDS = 30
@@ -233,23 +234,19 @@ class TaskSequence:
 
     def _conclude(self, state: TrainState, index: int) -> TrainState:
         """Chooses the task's memory, lets the method consolidate, and stores what it wants beside the memory."""
-        method = self.parts.method
+        parts, method = self.parts, self.parts.method
         self.memory = self._remember(state, index)
         if self.main and self.memory.tasks:
             self.memory.save(self.folder.memory)
         task = self._task(index, moment=1)
         new = method.consolidate(state.params, state.method_state, task)
-        state = self.parts.trainer.with_method_state(state, new)
-        state = self.parts.trainer.with_params(state, method.finish(state.params, state.method_state, task))
-        records: list[tuple[int, dict[str, np.ndarray]]] = []
-
-        def keep(examples: np.ndarray, batch: dict[str, np.ndarray]) -> None:
-            for row, example in enumerate(examples):
-                records.append((int(example), method.trim({name: value[row] for name, value in batch.items()})))
-
+        state = parts.trainer.with_method_state(state, new)
+        state = parts.trainer.with_params(state, method.finish(state.params, state.method_state, task))
         on_first(lambda: self._remove_stores(index))
-        if collect_signals(self.parts.trainer, state, task, keep):
-            write_records(self.folder.store(index, jax.process_index()), records)
+        records = signal_records(parts.trainer, state, task)
+        if (first := next(records, None)) is not None:
+            stored = itertools.chain([first], records)
+            write_records(self.folder.store(index, jax.process_index()), stored, parts.about(index))
         wait_for_all(f"stored beside task {index}")
         if self.main and (tables := method.tables(state.method_state)):
             write_tables(self.folder.importance, index, {name: np.asarray(value) for name, value in tables.items()})
@@ -318,7 +315,7 @@ class TaskSequence:
 
     def _open_store(self, index: int) -> TeacherStore | None:
         paths = self.folder.stores(index)
-        return TeacherStore.open(paths) if paths else None
+        return TeacherStore.open(paths, self.parts.about(index)) if paths else None
 
     # Evaluation and results
 

@@ -15,7 +15,7 @@ from jaxcl.run_folder import RunFolder
 
 
 def extend(folder: Path, task: Sequence[str], length: float | None = None) -> Outcome:
-    """Lets a finished run learn one more task, from its folder alone.
+    """Lets a finished run learn one more task, from its folder and its tasks' data, which it is evaluated on again.
 
     The run goes on from its last checkpoint with the method's state. Its folder then is that of a run over all tasks.
     Given again after an interruption, the same call goes on where it stopped.

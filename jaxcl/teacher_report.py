@@ -87,7 +87,7 @@ def describe_teacher(path: Path) -> str:
         models = _Models(parts, checkpoints)
         for task in memory.tasks:
             if paths := folder.stores(task.task):
-                store = TeacherStore.open(paths)
+                store = TeacherStore.open(paths, parts.about(task.task))
                 size = measure_size(parts, task, store, sum(path.stat().st_size for path in paths))
                 lines += ["", f"{task.name}: {size.samples} samples", *_size_lines(size)]
                 lines += _loss_lines(models, memory, task, store)
@@ -147,7 +147,7 @@ def measure_loss(
     for rows in pipeline.once(process_index=jax.process_index(), process_count=jax.process_count()):
         batch = place_batch(rows, parts.layout.batch)
         assert batch.teacher is not None
-        again = read(teacher, batch, batch.teacher["heads"], batch.teacher["queries"])
+        again = read(teacher, batch, batch.teacher["heads"], batch.teacher["queries"], jax.random.key(0))
         for name, batch_of in (("stored", batch), ("exact", dataclasses.replace(batch, teacher=again))):
             for term, pair in sums_of[name](student, state, batch_of, jax.random.key(0)).items():
                 totals[name][term] = totals[name].get(term, 0) + np.asarray(pair, np.float64)

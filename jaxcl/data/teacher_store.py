@@ -1,8 +1,8 @@
 """What a method stored beside remembered rows: records of named arrays on disk, read one by one.
 
-A store is one ArrayRecord file. Its last record describes it: magic, version, fields, number of records and the key
-of each. Arrays of a field share dtype and rank; their shapes may differ from record to record, so that padding is
-never stored. Each process writes a file for its own rows, and `TeacherStore.open` reads several as one.
+A store is one ArrayRecord file. Its last record describes it: magic, version, what it is about, fields, number of
+records and the key of each. Arrays of a field share dtype and rank; their shapes may differ from record to record, so
+that padding is never stored. Each process writes a file for its own rows, and `TeacherStore.open` reads several as one.
 """
 
 from __future__ import annotations
@@ -20,20 +20,22 @@ from jaxcl.data.files import replacing
 from jaxcl.errors import UserError
 
 _MAGIC = b"jaxcl-teacher\x00"
-VERSION = 1
+VERSION = 2  # 2: what a store is about
 # Many small groups: one read fetches one record. ArrayRecord compresses each group as a whole.
 _OPTIONS = "group_size:1"
 
 Record = Mapping[str, np.ndarray]
+About = Mapping[str, str | int]
 
 
-def write_records(path: str | Path, records: Iterable[tuple[int, Record]]) -> int:
+def write_records(path: str | Path, records: Iterable[tuple[int, Record]], about: About | None = None) -> int:
     """Writes a store, whole or not at all; records are taken one at a time.
 
     Args:
       path: the file.
       records: key (the example's number in its task) and arrays of each record. All have the same field names,
         dtypes and ranks.
+      about: what the store belongs to, by name, such as the task and the size of the model.
 
     Returns:
       Number of records written.
@@ -60,7 +62,13 @@ def write_records(path: str | Path, records: Iterable[tuple[int, Record]]) -> in
                     writer.write(_pack(record, fields))
                 if len(set(keys)) != len(keys):
                     raise ValueError("write_records: expected every key once")
-                description = {"version": VERSION, "fields": fields or {}, "count": len(keys), "keys": keys}
+                description = {
+                    "version": VERSION,
+                    "about": about or {},
+                    "fields": fields or {},
+                    "count": len(keys),
+                    "keys": keys,
+                }
                 writer.write(_MAGIC + json.dumps(description).encode())
             finally:
                 writer.close()
@@ -86,14 +94,22 @@ class TeacherStore:
         self._by_key = {key: position for position, key in enumerate(self.keys)}
 
     @classmethod
-    def open(cls, paths: str | Path | Sequence[str | Path]) -> TeacherStore:
+    def open(cls, paths: str | Path | Sequence[str | Path], about: About | None = None) -> TeacherStore:
         """Opens one file, or the files that the processes of a run wrote.
+
+        Args:
+          paths: the files.
+          about: what they have to belong to, as `write_records` was told; `None`: anything.
 
         Raises:
           UserError: a file is missing, truncated or not a store, its version is another, or the files do not
-            belong together.
+            belong together, or to something else.
         """
         files = [_File(Path(path)) for path in ([paths] if isinstance(paths, str | Path) else paths)]
+        for file in files:
+            for name, expected in (about or {}).items():
+                if (found := file.about.get(name)) != expected:
+                    raise UserError(f"{file.path} is the store of another run: {name} {found}, here {expected}")
         described = [file for file in files if file.keys]
         for file in described[1:]:
             if file.fields != described[0].fields:
@@ -146,6 +162,7 @@ class _File:
         description = json.loads(last[len(_MAGIC) :])
         if description.get("version") != VERSION:
             raise UserError(f"{path} has version {description.get('version')}; this program reads version {VERSION}")
+        self.about: About = description["about"]
         self.fields: dict[str, dict[str, Any]] = description["fields"]
         self.keys: list[int] = description["keys"]
         if count != len(self.keys) + 1:

@@ -21,30 +21,65 @@ class TopScores(NamedTuple):
     Attributes:
       ids: token ids, int32.
       values: their log-probabilities, float32.
+      drawn_ids: tokens drawn from the rest in proportion to their probability, int32; a token may come twice.
+      drawn_values: their log-probabilities, float32.
     """
 
     ids: Int[Array, "... top"]
     values: Float[Array, "... top"]
+    drawn_ids: Int[Array, "... drawn"]
+    drawn_values: Float[Array, "... drawn"]
 
 
-def top_scores(logits: Float[Array, "... vocab"], count: int) -> TopScores:
-    """Log-probabilities of the `count` likeliest tokens."""
-    values, ids = jax.lax.top_k(jax.nn.log_softmax(logits, axis=-1), count)
-    return TopScores(ids.astype(jnp.int32), values)
+def top_scores(
+    logits: Float[Array, "... vocab"], count: int, drawn: int = 0, lots: Float[Array, "..."] | None = None
+) -> TopScores:
+    """Log-probabilities of the `count` likeliest tokens, and of some drawn from the others.
+
+    Drawing is systematic: the others' probabilities, laid one after the other, are cut into `drawn` equal parts, and
+    one token is taken from each part at the same place in it. So drawn, a token comes as often, on average, as in
+    independent draws, but with less chance in it.
+
+    Args:
+      logits: scores.
+      count: how many of the likeliest; not all tokens if any shall be drawn.
+      drawn: how many are drawn.
+      lots: the place in the parts, uniform in [0, 1), a position; needed where `drawn` is above 0.
+    """
+    logs = jax.nn.log_softmax(logits, axis=-1)
+    values, ids = jax.lax.top_k(logs, count)
+    if drawn == 0 or lots is None:
+        nothing = ids[..., :0].astype(jnp.int32)
+        return TopScores(ids.astype(jnp.int32), values, nothing, values[..., :0])
+    others = jnp.put_along_axis(jnp.exp(logs), ids, 0.0, axis=-1, inplace=False)
+    below = jnp.cumsum(others, axis=-1)
+    places = (jnp.arange(drawn) + lots[..., None]) / drawn * below[..., -1:]
+    search = jnp.vectorize(lambda row, at: jnp.searchsorted(row, at, side="right"), signature="(v),(d)->(d)")
+    # Rounding may put the last place at the very end, behind all tokens.
+    drawn_ids = jnp.minimum(search(below, places), logits.shape[-1] - 1).astype(jnp.int32)
+    return TopScores(ids.astype(jnp.int32), values, drawn_ids, jnp.take_along_axis(logs, drawn_ids, axis=-1))
 
 
 @jax.named_scope("distil")
 def top_divergence(teacher: TopScores, logits: Float[Array, "... vocab"]) -> Float[Array, "..."]:
-    r"""KL over the teacher's likeliest tokens and one more outcome, all other tokens together.
+    r"""KL over the teacher's likeliest tokens, and over the rest as far as it is known.
 
-    $\sum_{k} p_k (\log p_k - \log s_k) + p_r (\log p_r - \log s_r)$ with the remainders $p_r = 1 - \sum_k p_k$ and
-    $s_r$. Never more than the full divergence, and equal to it where the two agree on the rest but for a factor.
+    $\sum_{k} p_k (\log p_k - \log s_k)$ over the likeliest, plus for the rest, with the remainder
+    $p_r = 1 - \sum_k p_k$, one of
+
+    - with drawn tokens, $p_r$ times their mean $\log p_j - \log s_j$: the full divergence and its gradient, on
+      average over the draw;
+    - without, $p_r (\log p_r - \log s_r)$, all other tokens as one: never more than the full divergence, and equal
+      to it where the two agree on the rest but for a factor.
     """
     total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     student = jnp.take_along_axis(logits, teacher.ids, axis=-1) - total
     probs = jnp.exp(teacher.values)
     rest = _remainder(probs)
     divergence = jnp.sum(probs * (teacher.values - student), axis=-1)
+    if teacher.drawn_ids.shape[-1]:
+        others = jnp.take_along_axis(logits, teacher.drawn_ids, axis=-1) - total
+        return divergence + rest * jnp.mean(teacher.drawn_values - others, axis=-1)
     return divergence + rest * (jnp.log(rest) - jnp.log(_remainder(jnp.exp(student))))
 
 

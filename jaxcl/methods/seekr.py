@@ -85,8 +85,13 @@ class SeekrConfig(MethodConfig):
         0.5, ge=0, le=1, description="a: weight of output distillation; cross-entropy of remembered rows gets 1 - a"
     )
     attention_weight: float = Field(1000.0, ge=0, description="b: weight of attention distillation")
-    store_logits: int = Field(
-        512, ge=0, description="stored outputs: so many likeliest tokens of each position and the rest as one; 0: all"
+    store_logits: int = Field(512, ge=0, description="stored outputs: so many tokens of each position; 0: all")
+    store_drawn: float = Field(
+        0.125,
+        ge=0,
+        lt=1,
+        description="share of them that is drawn from all tokens but the likeliest, which the others are: on average "
+        "the divergence is then that of all tokens; 0: none, tokens that are not stored count as one",
     )
     store_attention: Literal["uint8", "float32"] = Field(
         "uint8", description="stored attention rows: roots of the weights in 8 bits, or exact"
@@ -191,14 +196,14 @@ class Seekr(Method):
 
         These rows are there to be learned, so their cross-entropy weighs 1; a and b are those of equation 9.
         """
-        model_key, query_key = jax.random.split(key)
+        model_key, query_key, lot_key = jax.random.split(key, 3)
         known = state["learned"] > 0
         heads = state["heads"][jnp.maximum(state["learned"] - 1, 0)]
         heads = jnp.broadcast_to(heads, (batch.size, *heads.shape))
         queries = sample_queries(batch.keys(query_key), batch.segments, self.config.query_budget)
 
         def read() -> dict[str, Array]:
-            return self.read(overlay(params, state["teacher"]), batch, heads, queries)
+            return self.read(overlay(params, state["teacher"]), batch, heads, queries, lot_key)
 
         nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(read))
         teacher = jax.lax.stop_gradient(jax.lax.cond(known, read, lambda: nothing))
@@ -243,15 +248,17 @@ class Seekr(Method):
 
         Returns:
           `heads [batch, selected, 2]`; `queries [batch, queries]`, -1 behind the real ones; `rows [batch, selected,
-          queries, length]`; `top_ids` and `top_values` `[batch, predict, top]`, or `scores [batch, predict, vocab]`;
-          `length` and `predicted` `[batch]`, how far rows and scored positions are real.
+          queries, length]`; `top_ids` and `top_values` `[batch, predict, top]`, `drawn_ids` and `drawn_values` `[batch,
+          predict, drawn]`, or `scores [batch, predict, vocab]`; `length` and `predicted` `[batch]`, how far rows and
+          scored positions are real.
         """
+        query_key, lot_key = jax.random.split(key)
         heads = state["heads"][batch.task]
-        queries = sample_queries(batch.keys(key), batch.segments, self.config.query_budget)
-        signals = self.read(params, batch, heads, queries)
+        queries = sample_queries(batch.keys(query_key), batch.segments, self.config.query_budget)
+        signals = self.read(params, batch, heads, queries, lot_key)
         return signals | {"length": extent(batch.segments), "predicted": extent(batch.weights)}
 
-    def read(self, params: Params, batch: Batch, heads: Array, queries: Array) -> dict[str, Array]:
+    def read(self, params: Params, batch: Batch, heads: Array, queries: Array, key: Array) -> dict[str, Array]:
         """What the store holds of attention at given heads and queries, and of the outputs; pure.
 
         Args:
@@ -259,6 +266,7 @@ class Seekr(Method):
           batch: token rows.
           heads: (layer, head) pairs `[batch, selected, 2]`, -1 for none.
           queries: query positions `[batch, queries]`, -1 for none.
+          key: what tokens beside the likeliest are drawn by, example by example.
 
         Returns:
           See `signals`.
@@ -274,9 +282,11 @@ class Seekr(Method):
 
         layers = network.blocks(params), heads_of_layers(heads, network.num_layers)
         (x, rows), _ = jax.lax.scan(body, (network.embed(params, batch), rows), layers)
+        states = scored_states(network.finish(params, x), batch)
+        lots = jax.vmap(lambda key: jax.random.uniform(key, states.shape[1:2]))(batch.keys(key))
         outputs = over_positions(
-            lambda states: self._teacher_outputs(network.logits(params, states)),
-            scored_states(network.finish(params, x), batch),
+            lambda part: self._teacher_outputs(network.logits(params, part[0]), part[1]),
+            (states, lots),
             self.config.loss_chunk,
         )
         return {"heads": heads.astype(jnp.int16), "queries": queries, "rows": rows, **outputs}
@@ -342,15 +352,26 @@ class Seekr(Method):
 
     @property
     def _outputs(self) -> tuple[str, ...]:
-        return ("top_ids", "top_values") if self.config.store_logits else ("scores",)
+        if not self.config.store_logits:
+            return ("scores",)
+        return ("top_ids", "top_values") + (("drawn_ids", "drawn_values") if self._drawn else ())
 
-    def _teacher_outputs(self, logits: Array) -> dict[str, Array]:
+    @property
+    def _drawn(self) -> int:
+        """How many of the stored tokens of a position are drawn; none where all are stored."""
+        if self.config.store_logits >= self.network.vocab_size:
+            return 0
+        return int(self.config.store_drawn * self.config.store_logits)
+
+    def _teacher_outputs(self, logits: Array, lots: Array) -> dict[str, Array]:
         if not self.config.store_logits:
             return {"scores": jax.nn.log_softmax(logits, axis=-1)}
-        top = top_scores(logits, min(self.config.store_logits, logits.shape[-1]))
-        return {"top_ids": top.ids, "top_values": top.values}
+        top = min(self.config.store_logits, logits.shape[-1]) - self._drawn
+        return dict(zip(self._outputs, top_scores(logits, top, self._drawn, lots), strict=False))
 
     def _divergence(self, outputs: dict[str, Array], logits: Array) -> Array:
         if not self.config.store_logits:
             return full_divergence(outputs["scores"], logits)
-        return top_divergence(TopScores(outputs["top_ids"], outputs["top_values"]), logits)
+        nothing = outputs["top_ids"][..., :0], outputs["top_values"][..., :0]
+        drawn = (outputs["drawn_ids"], outputs["drawn_values"]) if self._drawn else nothing
+        return top_divergence(TopScores(outputs["top_ids"], outputs["top_values"], *drawn), logits)

@@ -163,7 +163,7 @@ def _selected(name: str, array: np.ndarray, names: list[str], draw: Draw) -> str
             "<h3>Heads selected by both, of those selected by either</h3>",
             figure(draw(picture)),
         ]
-    return section("Heads selected by each task", *parts, note="The memory of a task is distilled through these heads.")
+    return section("Heads selected by each task", *parts, note="Heads to distil the memory of a task through.")
 
 
 def _maps(name: str, array: Float[np.ndarray, "..."], names: list[str], draw: Draw) -> str:

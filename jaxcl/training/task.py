@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 from jaxtyping import Array
 
+from jaxcl.methods.base import Record
 from jaxcl.models.batch import Batch
 from jaxcl.sharding.layout import Layout
 from jaxcl.training.compile import Compiler
@@ -16,8 +17,6 @@ from jaxcl.training.state import TrainState
 from jaxcl.training.trainer import Trainer
 
 PyTree = Any
-Writer = Callable[[np.ndarray, dict[str, np.ndarray]], None]
-"""`writer(examples, records)`: index of each row's example, and its records, leading axis the same rows."""
 
 
 class Pipeline(Protocol):
@@ -97,42 +96,39 @@ class RunningTask:
             yield place_batch(rows, self.layout.batch)
 
 
-def collect_signals(trainer: Trainer, state: TrainState, task: RunningTask, writer: Writer) -> int:
-    """Runs `Method.signals` over the task's memory and hands the records on.
+def signal_records(trainer: Trainer, state: TrainState, task: RunningTask) -> Iterator[tuple[int, Record]]:
+    """Runs `Method.signals` over the task's memory: what is stored beside each remembered row.
 
-    Each process hands on the rows that its own devices hold; the rows of a batch are read while the next batch is
-    computed. Rows that only fill a batch (`example` < 0) are left out.
+    Each process gets the rows that its own devices hold; the rows of a batch are read while the next batch is computed.
+    Rows that only fill a batch (`example` < 0) are left out.
 
     Args:
       trainer: the run's trainer.
       state: the state after `Method.consolidate`.
       task: the task just learned.
-      writer: takes examples and records; see `Writer`.
 
-    Returns:
-      Number of rows this process handed on; 0 if the method stores nothing.
+    Yields:
+      The example's number in its task, and its record as `Method.trim` leaves it; nothing if the method stores nothing.
     """
     signals = trainer.compile.per_row(trainer.method.signals)
     pending: tuple[Array, dict[str, Array]] | None = None
-    written = 0
     for batch in task.memory():
         records = signals(state.params, state.method_state, batch, task.key)
         if records is None:
-            return 0
+            return
         previous, pending = pending, (batch.example, records)
-        written += _hand_on(previous, writer)
-    return written + _hand_on(pending, writer)
+        yield from _real_rows(trainer, previous)
+    yield from _real_rows(trainer, pending)
 
 
-def _hand_on(pending: tuple[Array, dict[str, Array]] | None, writer: Writer) -> int:
+def _real_rows(trainer: Trainer, pending: tuple[Array, dict[str, Array]] | None) -> Iterator[tuple[int, Record]]:
     if pending is None:
-        return 0
+        return
     examples = _local_rows(pending[0])
     records = {name: _local_rows(value) for name, value in pending[1].items()}
-    real = examples >= 0
-    if real.any():
-        writer(examples[real], {name: value[real] for name, value in records.items()})
-    return int(real.sum())
+    for row, example in enumerate(examples):
+        if example >= 0:
+            yield int(example), trainer.method.trim({name: value[row] for name, value in records.items()})
 
 
 def _local_rows(array: Array) -> np.ndarray:

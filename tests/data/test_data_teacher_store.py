@@ -46,6 +46,14 @@ def test_records_come_back_by_position_and_by_key(path):
     assert 31 not in store
 
 
+def test_a_store_of_something_else_is_named(tmp_path):
+    path = tmp_path / "store"
+    write_records(path, [(0, {"x": np.zeros(1)})], {"task": "first", "layers": 4})
+    assert len(TeacherStore.open(path, {"task": "first", "layers": 4})) == 1
+    with pytest.raises(UserError, match=r"store is the store of another run: layers 4, here 8$"):
+        TeacherStore.open(path, {"task": "first", "layers": 8})
+
+
 @given(
     st.lists(
         hnp.arrays(np.dtype("float32"), hnp.array_shapes(min_dims=2, max_dims=2, min_side=0, max_side=5)), max_size=5
@@ -107,8 +115,8 @@ def test_foreign_files_are_named(tmp_path):
 
 
 def test_another_version_is_refused(path, monkeypatch):
-    monkeypatch.setattr("jaxcl.data.teacher_store.VERSION", 2)
-    with pytest.raises(UserError, match="version 1; this program reads version 2"):
+    monkeypatch.setattr("jaxcl.data.teacher_store.VERSION", 3)
+    with pytest.raises(UserError, match="version 2; this program reads version 3"):
         TeacherStore.open(path)
 
 

@@ -77,6 +77,58 @@ def test_gradient_of_top_divergence_equals_probabilities_apart(logits: tuple[np.
     np.testing.assert_allclose(gradient.sum(-1), 0.0, atol=1e-5)
 
 
+def with_lots(logits: np.ndarray, top: int, drawn: int, count: int) -> Any:
+    """Scores of `count` draws whose places in the parts are evenly spread, leading axis `count`."""
+    spread = jnp.broadcast_to(jnp.asarray(logits), (count, *logits.shape))
+    lots = jnp.broadcast_to(
+        ((jnp.arange(count) + 0.5) / count).reshape(-1, *[1] * (logits.ndim - 1)), spread.shape[:-1]
+    )
+    return top_scores(spread, top, drawn, lots)
+
+
+@pytest.mark.parametrize(("top", "drawn"), [(1, 1), (3, 4), (7, 20)])
+def test_tokens_are_drawn_from_the_rest_by_their_probability(
+    logits: tuple[np.ndarray, np.ndarray], top: int, drawn: int
+) -> None:
+    logs = log_softmax(logits[0])
+    found = with_lots(logits[0], top, drawn, 2000)
+    assert found.drawn_ids.dtype == jnp.int32
+    expected = np.take_along_axis(np.broadcast_to(logs, (2000, *logs.shape)), np.asarray(found.drawn_ids), -1)
+    np.testing.assert_allclose(found.drawn_values, expected, rtol=1e-4)
+    for place in np.ndindex(logs.shape[:-1]):
+        counts = np.bincount(np.asarray(found.drawn_ids)[(slice(None), *place)].ravel(), minlength=logs.shape[-1])
+        rest = np.exp(logs[place])
+        rest[np.argsort(-logs[place])[:top]] = 0
+        np.testing.assert_allclose(counts / counts.sum(), rest / rest.sum(), atol=2e-3)
+        assert not counts[rest == 0].any()
+
+
+@pytest.mark.parametrize(("top", "drawn"), [(1, 1), (3, 4), (7, 20)])
+def test_with_drawn_tokens_divergence_and_gradient_are_the_full_ones_on_average(
+    logits: tuple[np.ndarray, np.ndarray], top: int, drawn: int
+) -> None:
+    stored, student = with_lots(logits[0], top, drawn, 2000), jnp.asarray(logits[1])
+
+    def mean(student: jax.Array) -> jax.Array:
+        return jnp.mean(top_divergence(stored, jnp.broadcast_to(student, (2000, *student.shape))), axis=0)
+
+    full = kl(log_softmax(logits[0]), log_softmax(logits[1]))
+    np.testing.assert_allclose(mean(student), full, rtol=5e-3, atol=5e-3)
+    expected = np.exp(log_softmax(logits[1])) - np.exp(log_softmax(logits[0]))
+    gradient = jax.grad(lambda student: jnp.sum(mean(student)))(student)
+    np.testing.assert_allclose(gradient, expected, atol=2e-3)
+    own = top_divergence(stored, jnp.broadcast_to(jnp.asarray(logits[0]), (2000, *student.shape)))
+    np.testing.assert_allclose(own, 0.0, atol=2e-6)
+
+
+def test_where_the_likeliest_leave_nothing_draws_do_no_harm() -> None:
+    sure, other = jnp.array([200.0, 0.0, 0.0]), jnp.array([0.0, 60.0, 0.0])
+    stored = top_scores(sure, 1, 2, jnp.float32(0.3))
+    value, gradient = jax.value_and_grad(lambda x: top_divergence(stored, x))(other)
+    np.testing.assert_allclose(value, 60.0, rtol=1e-3)
+    assert np.all(np.isfinite(gradient))
+
+
 def test_top_divergence_stays_finite_for_sure_models() -> None:
     sure, other = jnp.array([60.0, 0.0, 0.0]), jnp.array([0.0, 60.0, 0.0])
     value, gradient = jax.value_and_grad(lambda x: top_divergence(top_scores(sure, 1), x))(other)

@@ -35,8 +35,8 @@ def params(network: Network) -> Params:
     return init(network)
 
 
-def sensitivity(network: Network, params: Params, batches: list[Batch]) -> HeadSums:
-    add = jax.jit(lambda sums, batch: add_sensitivity(network, sums, params, batch, chunk=0))
+def sensitivity(network: Network, params: Params, batches: list[Batch], chunk: int = 0) -> HeadSums:
+    add = jax.jit(lambda sums, batch: add_sensitivity(network, sums, params, batch, chunk))
     sums = HeadSums.zero(network)
     for batch in batches:
         sums = add(sums, batch)
@@ -77,6 +77,8 @@ def test_sensitivity_equals_explicit_attention_gradients(network: Network, param
     np.testing.assert_allclose(found.total, expected, rtol=1e-4)
     assert found.triples == pairs.sum()
     np.testing.assert_allclose(found.mean(), expected / pairs.sum(), rtol=1e-4)
+    # Scores of two positions at a time are worked through one part after the other.
+    np.testing.assert_allclose(sensitivity(network, params, [batch], chunk=2).total, found.total, rtol=1e-5)
     # What the authors' code counts too: hidden keys have gradients, which would have changed the result.
     assert not np.allclose(np.sum(maps**2, axis=(1, 3, 4)), expected, rtol=1e-2)
 

@@ -6,7 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from methods_helpers import StandInTask, init, log_softmax, make_batch, pad_batch, perturbed, tiny_llama, tiny_roberta
+from methods_helpers import (
+    StandInTask,
+    init,
+    log_softmax,
+    make_batch,
+    pad_batch,
+    perturbed,
+    take_rows,
+    tiny_llama,
+    tiny_roberta,
+)
 
 from jaxcl.errors import UserError
 from jaxcl.methods.base import Replay
@@ -89,6 +99,18 @@ def test_signals_are_attention_rows_and_outputs(params: Any) -> None:
             np.testing.assert_allclose(rows, maps[layer, row, head, queries, :length], rtol=1e-4, atol=1e-6)
         assert record["scores"].shape == (predicted, 13)
         np.testing.assert_allclose(record["scores"], logs[row, :predicted], rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_stored_of_an_example_knows_nothing_of_its_batch(params: Any) -> None:
+    batch = dataclasses.replace(BATCH, task=jnp.array([0, 1, 0]))
+    records = records_of(make_method(), params, batch)
+    method = make_method(loss_chunk=2)
+    others = records_of(method, params, take_rows(batch, [2, 1]))
+    others += records_of(method, params, pad_batch(batch, rows=2, length=3))[:1]
+    for expected, found in zip([records[2], records[1], records[0]], others, strict=True):
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +210,23 @@ def test_compact_teacher_is_close(params: Any, exact: tuple[Batch, Any, Any]) ->
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-4)
     assert found["attention"] == pytest.approx(expected["attention"], rel=0.02)
     assert 0.5 * expected["logits"][0] < found["logits"][0] < expected["logits"][0] * 1.0001
+
+
+def test_with_drawn_tokens_the_compact_teacher_is_right_on_average(params: Any, exact: tuple[Batch, Any, Any]) -> None:
+    batch, after, expected = exact
+    method = make_method(store_logits=8, store_drawn=0.5)
+    state, plain = state_of(method, params), dataclasses.replace(batch, kind="task", teacher=None)
+    signals, loss = jax.jit(method.signals), jax.jit(method.loss)
+    found = []
+    for key in map(jax.random.key, range(30)):
+        stored = signals(params, state, plain, key)
+        assert stored["top_ids"].shape == stored["drawn_ids"].shape == (3, 3, 4)
+        teacher = {name: stored[name] for name in stored.keys() - {"length", "predicted"}}
+        terms = loss(after, state, dataclasses.replace(batch, teacher=teacher), key)
+        found.append(float(terms["logits"].sum))
+    assert np.std(found) > 0
+    assert np.mean(found) == pytest.approx(expected["logits"][0], abs=4 * np.std(found) / 30**0.5)
+    assert np.std(found) < 0.5 * expected["logits"][0]
 
 
 def test_all_queries(params: Any) -> None:

@@ -30,7 +30,7 @@ from jaxcl.sharding.mesh import MeshConfig, make_mesh
 from jaxcl.sharding.processes import initialize
 from jaxcl.training.feed import place_batch
 from jaxcl.training.optimizer import OptimizerConfig
-from jaxcl.training.task import RunningTask, collect_signals
+from jaxcl.training.task import RunningTask, signal_records
 from jaxcl.training.trainer import Trainer
 
 STEPS = 8, 12
@@ -141,7 +141,7 @@ class Run:
         task = self._task(index, before, moment=1)
         state = self.trainer.with_method_state(state, self.method.consolidate(state.params, state.method_state, task))
         if index == 0:
-            collect_signals(self.trainer, state, task, self._keep)
+            self.records = dict(signal_records(self.trainer, state, task))
         self.state = state
 
     def result(self) -> dict[str, Any]:
@@ -168,10 +168,6 @@ class Run:
             params_before=lambda: before,
             compiler=self.trainer.compile,
         )
-
-    def _keep(self, examples: np.ndarray, batch: dict[str, np.ndarray]) -> None:
-        for row, example in enumerate(examples):
-            self.records[int(example)] = self.method.trim({name: value[row] for name, value in batch.items()})
 
     def _memory(self) -> dict[str, Any]:
         """The first task's remembered rows, with what was stored beside them."""

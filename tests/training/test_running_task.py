@@ -6,12 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from training_standins import TinyMethod, assert_same, make_params, make_rows, make_trainer
 
 from jaxcl.models.batch import Batch
 from jaxcl.training.compile import Compiler, enable_compilation_cache
-from jaxcl.training.task import RunningTask, collect_signals
+from jaxcl.training.task import RunningTask, signal_records
 from jaxcl.training.trainer import Trainer
 
 
@@ -67,16 +66,10 @@ def test_examples_and_memory_are_batches_on_the_devices() -> None:
 def test_signals_are_collected_row_by_row_without_fillers() -> None:
     trainer = make_trainer(Signalling())
     state = trainer.init(make_params())
-    examples: list[int] = []
-    records: dict[str, list[Any]] = {"summed": [], "noise": []}
-
-    def writer(ids: np.ndarray, values: dict[str, np.ndarray]) -> None:
-        examples.extend(int(index) for index in ids)
-        for name, rows in values.items():
-            records[name].extend(rows)
-
     task = make_task(trainer)
-    assert collect_signals(trainer, state, task, writer) == 6
+    found = list(signal_records(trainer, state, task))
+    examples = [example for example, _ in found]
+    records = {name: [record[name] for _, record in found] for name in ("summed", "noise")}
     assert examples == [10, 11, 12, 13, 14, 15]
     embedding = np.asarray(make_params()["embed"]["embedding"])
     tokens = np.concatenate([make_rows(0, batch=4)["tokens"], make_rows(4, batch=4)["tokens"][:2]])
@@ -86,15 +79,12 @@ def test_signals_are_collected_row_by_row_without_fillers() -> None:
     own = [jax.random.uniform(jax.random.fold_in(jax.random.fold_in(task.key, 0), example)) for example in examples]
     assert records["noise"] == own
     assert len(set(map(float, own))) == 6
-    again: list[Any] = []
-    collect_signals(trainer, state, make_task(trainer), lambda ids, values: again.extend(values["noise"]))
-    assert again == records["noise"]
 
 
 def test_a_method_without_signals_stores_nothing() -> None:
     trainer = make_trainer()
     state = trainer.init(make_params())
-    assert collect_signals(trainer, state, make_task(trainer), lambda *_: pytest.fail("nothing to write")) == 0
+    assert list(signal_records(trainer, state, make_task(trainer))) == []
 
 
 def double(tree: Any) -> Any:

@@ -21,7 +21,7 @@ from jaxcl.sharding.processes import initialize
 from jaxcl.training.checkpoint import Checkpoints
 from jaxcl.training.loop import train_task
 from jaxcl.training.optimizer import OptimizerConfig
-from jaxcl.training.task import RunningTask, collect_signals
+from jaxcl.training.task import RunningTask, signal_records
 from jaxcl.training.trainer import Trainer
 
 STEPS = 6
@@ -109,13 +109,7 @@ def main(folder: Path) -> dict[str, Any]:
         params_before=lambda: state.params,
         compiler=trainer.compile,
     )
-    seen: dict[str, float] = {}
-    count = collect_signals(
-        trainer,
-        state,
-        task,
-        lambda ids, records: seen.update(zip(map(str, ids), map(float, records["first"]), strict=True)),
-    )
+    seen = {str(example): float(record["first"]) for example, record in signal_records(trainer, state, task)}
     sums: Any = np.float32(0)
     for batch in task.examples():
         sums = trainer.compile(total_of)(sums, state.params, batch)
@@ -123,7 +117,7 @@ def main(folder: Path) -> dict[str, Any]:
     return {
         "losses": losses,
         "seen": seen,
-        "count": count,
+        "count": len(seen),
         "sum": float(sums),
         "params": [np.asarray(leaf).ravel().tolist() for leaf in jax.tree.leaves(whole)],
     }
