@@ -84,7 +84,7 @@ def describe_teacher(path: Path) -> str:
     parts, memory = build(config, folder), Memory.load(folder.memory)
     lines = [f"{path}: {config.method.name}"]
     with Checkpoints.reading(folder.checkpoints) as checkpoints:
-        models = _Models(parts, checkpoints)
+        models = KeptModels(parts, checkpoints)
         for task in memory.tasks:
             if paths := folder.stores(task.task):
                 store = TeacherStore.open(paths, parts.about(task.task))
@@ -164,7 +164,7 @@ def _sums(method: Method) -> Callable[..., dict[str, Any]]:
     return sums
 
 
-class _Models:
+class KeptModels:
     """The models of a run that can still be had: those after some tasks, and the one it began with."""
 
     def __init__(self, parts: Components, checkpoints: Checkpoints) -> None:
@@ -191,7 +191,7 @@ def _size_lines(size: Size) -> Iterator[str]:
     yield f"  full float32 maps and logits: {size.full:,.0f} bytes a sample, {size.full / total:,.1f} times as many"
 
 
-def _loss_lines(models: _Models, memory: Memory, task: TaskMemory, store: TeacherStore) -> list[str]:
+def _loss_lines(models: KeptModels, memory: Memory, task: TaskMemory, store: TeacherStore) -> list[str]:
     parts = models.parts
     if not isinstance(parts.method, Seekr):
         return [f"  loss of information: none; {parts.config.method.name} stores its signals as they are"]

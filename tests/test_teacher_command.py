@@ -1,5 +1,6 @@
 """`jaxcl teacher`: what a run's store takes and loses, from its folder alone."""
 
+import argparse
 import json
 import re
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks import store_loss
 from jaxcl import experiment
 from jaxcl.components import build
 from jaxcl.config import load_config, parse_config
@@ -113,6 +115,18 @@ def test_loss_of_information_is_that_of_each_form(report: str) -> None:
         assert -1 < found["logits"][2] < -0.01
         for exact, stored, change in found.values():
             assert change == pytest.approx(stored / exact - 1, abs=2e-5)
+
+
+def test_stores_of_other_sizes_are_compared_without_another_run(folder: Path, report: str) -> None:
+    options = argparse.Namespace(stored="4", drawn="0,0.5", draws=5)
+    found = store_loss.changes(RunFolder(folder), options)
+    for task in ("direction", "category"):
+        exact, _, change = changes(block(report, task))["logits"]
+        assert found[task]["exact"] == pytest.approx(exact, rel=1e-4)
+        # The run's own store holds four tokens; an eighth of four draws none.
+        assert found[task]["4, 0 drawn"] == {"mean": pytest.approx(100 * change, abs=0.02), "deviation": 0}
+        assert found[task]["4, 0.5 drawn"]["deviation"] > 0
+        assert abs(found[task]["4, 0.5 drawn"]["mean"]) < 0.5 * abs(found[task]["4, 0 drawn"]["mean"])
 
 
 def test_an_exact_store_loses_nothing_and_mixed_memory_is_learned_in_every_step(tmp_path: Path) -> None:

@@ -1,0 +1,102 @@
+"""How far SEEKR's compact store changes the output term of the replay loss, for stores of several sizes.
+
+    python -m benchmarks.store_loss RUN [--stored 64,128,256,512] [--drawn 0,0.125] [--draws 5]
+
+RUN is the folder of a finished run by `seekr`. The model after each task is read again for the task's samples, as
+`jaxcl teacher` does, but under `method.store_logits` and `method.store_drawn` as given here; a later model of the run
+(for the last task: the one that the run began with) is held against it. Prints one JSON object: by task, the term under
+an exact store, and by setting the relative change of it in percent, mean and deviation over draws.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks.records import over_seeds
+from jaxcl.components import Components, build
+from jaxcl.config import parse_config
+from jaxcl.config_file import read_yaml
+from jaxcl.data.memory import Memory
+from jaxcl.data.teacher_store import TeacherStore
+from jaxcl.methods.seekr import Seekr
+from jaxcl.models.batch import Batch
+from jaxcl.run_folder import RunFolder
+from jaxcl.tasks import memory_pipeline
+from jaxcl.teacher_report import KeptModels
+from jaxcl.training.checkpoint import Checkpoints
+from jaxcl.training.feed import place_batch
+
+Params = Any
+
+
+class OutputTerm:
+    """The mean output term of remembered rows, read from the teacher as the method's store would hold it."""
+
+    def __init__(self, method: Seekr, parts: Components) -> None:
+        self._read = parts.trainer.compile.per_row(method.read)
+        self._loss = parts.trainer.compile(method.loss)
+        self._state = parts.trainer.init_method
+
+    def of(self, batches: list[Batch], teacher: Params, student: Params, key: Any) -> float:
+        """The term, with tokens drawn by `key`."""
+        total = np.zeros(2)
+        for batch in batches:
+            assert batch.teacher is not None
+            stored = self._read(teacher, batch, batch.teacher["heads"], batch.teacher["queries"], key)
+            terms = self._loss(student, self._state(student), dataclasses.replace(batch, teacher=stored), key)
+            total += [float(terms["logits"].sum), float(terms["logits"].count)]
+        return float(total[0] / total[1])
+
+
+def changes(folder: RunFolder, options: argparse.Namespace) -> dict[str, Any]:
+    """The summary of all tasks."""
+    parts = build(parse_config({**read_yaml(folder.config), "output": str(folder.path)}), folder)
+    if not isinstance(parts.method, Seekr):
+        raise SystemExit(f"{folder.path}: a run by {parts.config.method.name}, not by seekr")
+    method, memory, found = parts.method, Memory.load(folder.memory), {}
+    variants = {}
+    for count, share in itertools.product(map(int, options.stored.split(",")), map(float, options.drawn.split(","))):
+        config = method.config.model_copy(update={"store_logits": count, "store_drawn": share})
+        variants[f"{count}, {share:g} drawn"] = OutputTerm(
+            type(method)(config, method.network, method.num_tasks), parts
+        )
+    exact = OutputTerm(method.exact(), parts)
+    with Checkpoints.reading(folder.checkpoints) as checkpoints:
+        kept = KeptModels(parts, checkpoints)
+        for task in memory.tasks:
+            stores = {task.task: TeacherStore.open(folder.stores(task.task), parts.about(task.task))}
+            pipeline = memory_pipeline(parts, memory, [task.task], stores=stores, collate=method.collate)
+            batches = [place_batch(rows, parts.layout.batch) for rows in pipeline.once()]
+            teacher, (student, whose) = kept.after(task.task), kept.later(task.task)
+            if teacher is None:
+                raise SystemExit(f"{folder.path}: the model after {task.name} is not kept (training.keep_tasks)")
+            reference = exact.of(batches, teacher, student, jax.random.key(0))
+            keys = jax.random.split(jax.random.key(1), options.draws)
+            of_task: dict[str, Any] = {"student": whose, "exact": reference}
+            for name, variant in variants.items():
+                terms = [variant.of(batches, teacher, student, key) for key in keys]
+                of_task[name] = over_seeds([100 * (term / reference - 1) for term in terms])
+            found[task.name] = of_task
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--stored", default="64,128,256,512", help="tokens stored of each position")
+    parser.add_argument("--drawn", default="0,0.125", help="shares of them that are drawn from the rest")
+    parser.add_argument("--draws", type=int, default=5, help="times that everything is drawn")
+    options = parser.parse_args()
+    print(json.dumps(changes(RunFolder(options.run), options), indent=1))
+
+
+if __name__ == "__main__":
+    main()
