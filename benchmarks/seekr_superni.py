@@ -10,9 +10,9 @@ Finished runs leave a record in `benchmarks/records`; what is recorded is not ru
 Prints one JSON object by variant, mean and sample standard deviation over the seeds: `op` and `bwt` (ROUGE-L, points),
 `anytime` (mean score of the tasks learned so far, averaged over the moments after each task, so that what a later task
 brings back by chance counts for little; average anytime accuracy in Caccia et al., ICLR 2022, arXiv 2104.05025), the
-matrix of scores after each task, the scores before any training (`initial`), minutes of training, of what the method does
-between tasks and in all, and the bytes stored of earlier tasks. Scores before any training are taken in `sequential`
-runs.
+matrix of scores after each task, the scores before any training (`initial`), minutes of training, of what the method
+does between tasks and in all, and the bytes stored of earlier tasks. Scores before any training are taken in
+`sequential` runs.
 """
 
 from __future__ import annotations
@@ -46,6 +46,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "seekr": SEEKR,
     "seekr (attention 10)": {**SEEKR, "attention_weight": 10.0},
     "seekr (synthetic)": {**SEEKR, "replay": {**REPLAY, "source": "synthetic"}},
+    "seekr (synthetic, attention 10)": {
+        **SEEKR,
+        "attention_weight": 10.0,
+        "replay": {**REPLAY, "source": "synthetic"},
+    },
     "joint": {"name": "joint"},
 }
 
