@@ -196,7 +196,7 @@ def build_parser() -> argparse.ArgumentParser:
         commands,
         "extend",
         _extend,
-        "let a finished run learn one more task, from its folder alone",
+        "let a finished run learn one more task",
         "jaxcl extend runs/quickstart_das name=pydantic source=stdlib:docstrings:pydantic --length 100",
     )
     extend.add_argument("run", metavar="RUN", help="the run folder; it becomes that of a run over all tasks")
