@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,15 +36,25 @@ def find_method(name: str) -> type[Method]:
     if ":" in name:
         module, _, attribute = name.partition(":")
         try:
-            found = getattr(importlib.import_module(module), attribute)
+            found = getattr(_import(module), attribute)
         except (ImportError, AttributeError) as error:
             raise ValueError(f"cannot load {name!r}: {error}") from None
         if not (isinstance(found, type) and issubclass(found, Method)):
             raise ValueError(f"{name!r} is no jaxcl.methods.base.Method")
         return found
     if name not in METHODS:
-        raise ValueError(f"no method {name!r}{nearest(name, METHODS)} allowed: {', '.join(METHODS)}, or module:Class")
+        raise ValueError(
+            f"no method {name!r}{nearest(name, METHODS) or ';'} allowed: {', '.join(METHODS)}, or module:Class"
+        )
     return METHODS[name]
+
+
+def _import(module: str) -> Any:
+    """A module that is installed, on `PYTHONPATH`, or a file in the current folder."""
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.append(here)
+    return importlib.import_module(module)
 
 
 class MethodSection(Schema):

@@ -135,7 +135,7 @@ def _raise_first(error: ValidationError, section: type[BaseModel], origin: str) 
     message, value = first["msg"], first.get("input")
     if first["type"] == "extra_forbidden":
         names = sorted(owner.model_fields) if owner else []
-        message = f"unknown key{nearest(str(first['loc'][-1]), names)} allowed here: {', '.join(names)}"
+        message = f"unknown key{nearest(str(first['loc'][-1]), names) or ';'} allowed here: {', '.join(names)}"
     elif first["type"] == "missing":
         message = "missing; it has no default"
     elif first["type"] in ("union_tag_invalid", "union_tag_not_found"):
@@ -144,7 +144,9 @@ def _raise_first(error: ValidationError, section: type[BaseModel], origin: str) 
         allowed = first["ctx"].get("expected_tags", "")
         names = [name.strip(" '") for name in allowed.split(",")]
         path = f"{path}.{tag}" if path else tag
-        message = f"got {given!r}{nearest(str(given), names)} allowed: {', '.join(names)}" if given else "missing"
+        message = (
+            f"got {given!r}{nearest(str(given), names) or ';'} allowed: {', '.join(names)}" if given else "missing"
+        )
     else:
         message = message.removeprefix("Value error, ")
         if not isinstance(value, Mapping | BaseModel):

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from test_experiment import PAIRS, run
 
@@ -17,16 +18,34 @@ DOCS = Path(__file__).parents[1] / "docs"
 @pytest.fixture
 def my_methods() -> types.ModuleType:
     blocks = re.findall(r"```python\n(.*?)```", (DOCS / "adding_a_method.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 1
+    assert len(blocks) == 2
     module = types.ModuleType("my_methods")
     sys.modules["my_methods"] = module
-    exec(compile(blocks[0], "adding_a_method.md", "exec"), module.__dict__)
+    for block in blocks:
+        exec(compile(block, "adding_a_method.md", "exec"), module.__dict__)
     return module
 
 
 def test_the_method_of_the_docs_trains(my_methods: types.ModuleType, tmp_path: Path) -> None:
     results = run(PAIRS, tmp_path / "run", {"name": "my_methods:Anchor", "strength": 10.0, "examples": 8})
     assert results.finished
+
+
+def test_the_gradient_surgery_of_the_docs_trains(my_methods: types.ModuleType, tmp_path: Path) -> None:
+    results = run(PAIRS, tmp_path / "run", {"name": "my_methods:AGem", "replay": {"fraction": 0.25}})
+    assert results.finished
+
+
+def test_a_gradient_is_turned_until_the_loss_on_remembered_rows_no_longer_rises(my_methods: types.ModuleType) -> None:
+    method = my_methods.AGem(my_methods.AGemConfig(), None, 2)
+    transform = method.transform([optax.identity()] * 4)
+    state = transform.init(jnp.zeros(2))
+    turned = [
+        transform.update(jnp.array(gradient), state, reference=jnp.array([2.0, 0.0]), learning_rate=0.1)[0].tolist()
+        for gradient in ([-3.0, 4.0], [1.0, 4.0])
+    ]
+    assert turned == [[0.0, 4.0], [1.0, 4.0]]  # only what points against the reference is taken away
+    assert transform.update(jnp.array([-3.0, 4.0]), state, reference=None)[0].tolist() == [-3.0, 4.0]
 
 
 def test_its_term_is_the_formula(my_methods: types.ModuleType) -> None:

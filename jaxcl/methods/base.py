@@ -229,12 +229,24 @@ class Method:
         """The optimizer, with the method's own transformations at their places in it."""
         return parts.chain()
 
-    def update_args(self, params: Params, state: State) -> dict[str, Any]:
-        """Keyword arguments for the optimizer's update (the soft masks, for example).
+    def update_args(self, params: Params, state: State, batch: Batch, key: Array) -> dict[str, Any]:
+        """Keyword arguments for the optimizer's update (the soft masks, for example); pure.
 
-        Of a tree over all params, the update sees the part that is trained; see `jaxcl.models.lora.trained`.
+        Of a tree over all params, the update sees the part that is trained; see `jaxcl.models.lora.trained`. `batch` is
+        the step's whole batch, `key` another than the loss gets.
         """
         return {}
+
+    def track(self, params: Params, state: State, before: Params, gradient: Params) -> State:
+        """The state after a step; pure. Shapes and dtypes do not change.
+
+        Args:
+          params: what is trained, after the step.
+          state: the state that the step began with.
+          before: what is trained, before the step.
+          gradient: of the step's loss, float32, before clipping.
+        """
+        return state
 
     def consolidate(self, params: Params, state: State, task: Task) -> State:
         """After training on `task`."""

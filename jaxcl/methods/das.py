@@ -151,7 +151,7 @@ class Das(Method):
         """See `Method.transform`."""
         return masked_optimizer(parts, self.config.mask_on)
 
-    def update_args(self, params: Params, state: State) -> dict[str, Any]:
+    def update_args(self, params: Params, state: State, batch: Batch, key: Array) -> dict[str, Any]:
         """The soft masks."""
         return {"masks": soft_masks(self.network, state["importance"], self.config.shared)}
 

@@ -15,11 +15,13 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array
 from pydantic import Field
 
 from jaxcl.errors import UserError
 from jaxcl.methods.base import Method, MethodConfig, OptimizerParts, Params, State, Task
 from jaxcl.methods.soft_mask import masked_optimizer
+from jaxcl.models.batch import Batch
 from jaxcl.models.llama import LlamaConfig
 from jaxcl.models.lora import overlay
 from jaxcl.models.network import ModelConfig, Network
@@ -74,7 +76,7 @@ class ProgressivePrompts(Method):
         """See `Method.transform`."""
         return masked_optimizer(parts, "update")
 
-    def update_args(self, params: Params, state: State) -> dict[str, Any]:
+    def update_args(self, params: Params, state: State, batch: Batch, key: Array) -> dict[str, Any]:
         """Masks of 1 on the prompt of the task at hand, 0 on all others."""
         owner = jnp.arange(len(params[SOFT_TOKENS]["embedding"])) // self.config.length
         own = (owner == state["task"]).astype(jnp.float32)[:, None]

@@ -319,7 +319,10 @@ class Checkpoints:
         except UserError:
             raise
         except Exception as error:
-            raise UserError(f"checkpoints {self.folder}: cannot be read: {_first_line(error)}") from error
+            reason = _first_line(error)
+            if "tree structures do not match" in reason:
+                reason = "they hold a state of another structure; what Method.init returns has changed since"
+            raise UserError(f"checkpoints {self.folder}: cannot be read: {reason}") from error
 
 
 def _is_full(error: BaseException | None) -> bool:

@@ -82,7 +82,7 @@ def replace_method_state(state: TrainState, new: PyTree, layout: Layout) -> Trai
     Raises:
       ValueError: structure, a shape or a dtype differs from before; the message names the leaf.
     """
-    new = _successor("method state", state.method_state, new, beside=state.params)
+    new = successor("method state", state.method_state, new, beside=state.params)
     return state.replace(method_state=layout.place(new))
 
 
@@ -94,12 +94,16 @@ def replace_params(state: TrainState, new: PyTree, layout: Layout) -> TrainState
     """
     if new is state.params:
         return state
-    new = _successor("params", state.params, new, beside=state.method_state)
+    new = successor("params", state.params, new, beside=state.method_state)
     return state.replace(params=put(new, layout.params))
 
 
-def _successor(name: str, old: PyTree, new: PyTree, beside: PyTree) -> PyTree:
-    """`new`, held against what it takes the place of, without buffers that `beside` has too."""
+def successor(name: str, old: PyTree, new: PyTree, beside: PyTree = None) -> PyTree:
+    """`new`, held against what it takes the place of, without buffers that `beside` has too.
+
+    Raises:
+      ValueError: structure, a shape or a dtype differs; the message names the leaf.
+    """
     origin = {"method state": "Method.init", "params": "the network"}[name]
     expected: Any = jax.tree.structure(old)
     got: Any = jax.tree.structure(new)

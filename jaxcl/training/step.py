@@ -11,14 +11,15 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from jaxcl.methods.base import Method, Terms
+from jaxcl.errors import UserError
+from jaxcl.methods.base import Method, Term, Terms
 from jaxcl.models.batch import Batch
 from jaxcl.models.lora import overlay, trained
 from jaxcl.sharding.layout import Layout
 from jaxcl.training.micro_batches import micro_batches
 from jaxcl.training.optimizer import OptimizerConfig, learning_rate
 from jaxcl.training.privacy import PrivacyConfig, private_gradient
-from jaxcl.training.state import TrainState
+from jaxcl.training.state import TrainState, successor
 
 PyTree = Any
 Metrics = dict[str, Float[Array, ""]]
@@ -65,21 +66,25 @@ def make_train_step(
         gradient = private_gradient(privacy, accumulate, layout)
 
     def step(state: TrainState, batch: Batch, key: Array) -> tuple[TrainState, Metrics]:
-        params, memory = trained(state.params), state.method_state
+        params, key = trained(state.params), jax.random.fold_in(key, state.step)
 
         def loss(params: PyTree, batch: Batch, key: Array) -> Terms:
             with jax.named_scope("loss"):
-                return all_terms(method, overlay(state.params, params), memory, batch, key)
+                return all_terms(method, overlay(state.params, params), _own(state.method_state), batch, key)
 
-        (total, means), grads = gradient(loss, params, batch, jax.random.fold_in(key, state.step))
+        (total, means), grads = gradient(loss, params, batch, key)
         rate = learning_rate(optimizer, state.clock)
         with jax.named_scope("optimizer"):
             # The optimizer works in float32 whatever the params are kept in; see `Trainer.init`.
             grads = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), grads)
-            extra = _for_trained(method.update_args(state.params, memory), state.params)
+            extra = method.update_args(state.params, _own(state.method_state), batch, jax.random.fold_in(key, 1))
+            extra = _for_trained(extra, state.params)
             opt_state = state.opt_state if moments is None else jax.device_put(state.opt_state, moments)
             updates, opt_state = transform.update(grads, opt_state, params, learning_rate=rate, **extra)
-            params = optax.apply_updates(params, updates)
+            before, params = params, optax.apply_updates(params, updates)
+        with jax.named_scope("track"):
+            tracked = method.track(params, _own(state.method_state), before, grads)
+            method_state = successor("method state", state.method_state, tracked)
         with jax.named_scope("metrics"):
             both = [batch] if batch.memory is None else [batch, batch.memory]
             metrics = {
@@ -93,7 +98,7 @@ def make_train_step(
             }
             metrics = {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
         clock = state.clock._replace(step=state.clock.step + 1)
-        return TrainState(state.step + 1, clock, overlay(state.params, params), opt_state, memory), metrics
+        return TrainState(state.step + 1, clock, overlay(state.params, params), opt_state, method_state), metrics
 
     return step
 
@@ -101,11 +106,27 @@ def make_train_step(
 def all_terms(method: Method, params: PyTree, state: PyTree, batch: Batch, key: Array) -> Terms:
     """The method's terms of a batch; those of the remembered rows beside it have `memory_` before their names."""
     if batch.memory is None:
-        return method.loss(params, state, batch, key)
+        return _terms(method, params, state, batch, key)
     keys = jax.random.split(key)
-    terms = method.loss(params, state, dataclasses.replace(batch, memory=None), keys[0])
-    remembered = method.loss(params, state, batch.memory, keys[1])
+    terms = _terms(method, params, state, dataclasses.replace(batch, memory=None), keys[0])
+    remembered = _terms(method, params, state, batch.memory, keys[1])
     return {**terms, **{f"memory_{name}": term for name, term in remembered.items()}}
+
+
+def _terms(method: Method, params: PyTree, state: PyTree, batch: Batch, key: Array) -> Terms:
+    terms = method.loss(params, state, batch, key)
+    found = {type(term).__name__ for term in terms.values()} if isinstance(terms, Mapping) else {type(terms).__name__}
+    if not isinstance(terms, Mapping) or found - {Term.__name__}:
+        raise UserError(
+            f"{type(method).__name__}.loss: expected a mapping from names to Term(sum, count, weight), got "
+            f"{'one of' if isinstance(terms, Mapping) else 'a'} {', '.join(sorted(found - {Term.__name__}) or found)}"
+        )
+    return terms
+
+
+def _own(state: PyTree) -> PyTree:
+    """A copy of the containers, so that a method that changes its state in place changes nothing that others see."""
+    return jax.tree.map(lambda leaf: leaf, state)
 
 
 def _for_trained(arguments: dict[str, Any], params: PyTree) -> dict[str, Any]:

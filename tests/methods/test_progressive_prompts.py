@@ -87,7 +87,7 @@ def test_training_changes_the_own_prompt_alone() -> None:
 
     gradient = jax.grad(loss)(part)
     assert np.abs(np.asarray(gradient["soft_tokens"]["embedding"])).min() > 0  # all prompts are read
-    masks = trained(prompts.update_args(params, state)["masks"])
+    masks = trained(prompts.update_args(params, state, batch, jax.random.key(0))["masks"])
     updates, _ = transform.update(gradient, transform.init(part), part, masks=masks)
     moved = np.abs(np.asarray(updates["soft_tokens"]["embedding"])).max(axis=1) > 0
     assert moved.tolist() == [False, False, True, True, False, False]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from training_standins import TinyMethod, assert_same, host, make_params, make_rows, make_trainer
 
+from jaxcl.errors import UserError
 from jaxcl.methods.base import OptimizerParts, Term, Terms
 from jaxcl.models.batch import Batch
 from jaxcl.training.feed import place_batch
@@ -204,13 +205,81 @@ def test_a_methods_mask_reaches_its_place_in_the_optimizer() -> None:
             hide = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
             return optax.chain(parts.clip, parts.precondition, hide, parts.weight_decay, parts.learning_rate)
 
-        def update_args(self, params: Any, state: Any) -> dict[str, Any]:
+        def update_args(self, params: Any, state: Any, batch: Any, key: Any) -> dict[str, Any]:
             ones = jax.tree.map(jnp.ones_like, params)
             return {"mask": {**ones, "embed": jax.tree.map(jnp.zeros_like, ones["embed"])}}
 
     state, _ = step_once(make_trainer(Frozen(), warmup=0), make_rows(0))
     assert_same(state.params["embed"], make_params()["embed"])
     assert not np.array_equal(state.params["head"]["kernel"], make_params()["head"]["kernel"])
+
+
+class PathIntegral(TinyMethod):
+    """What synaptic intelligence gathers (Zenke et al., 2017, equation 3): minus the sum of gradient times step."""
+
+    def init(self, params: Any) -> Any:
+        return {"gathered": jax.tree.map(jnp.zeros_like, params), "steps": jnp.int32(0)}
+
+    def track(self, params: Any, state: Any, before: Any, gradient: Any) -> Any:
+        part = jax.tree.map(lambda new, old, slope: slope * (new - old), params, before, gradient)
+        return {"gathered": jax.tree.map(jnp.subtract, state["gathered"], part), "steps": state["steps"] + 1}
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_method_gathers_along_the_way(accumulate: int) -> None:
+    method = PathIntegral()
+    trainer = make_trainer(method, accumulate=accumulate, warmup=0)
+    state = trainer.start_task(trainer.init(make_params()), 5)
+    expected: Any = jax.tree.map(jnp.zeros_like, make_params())
+    for index in range(3):
+        batch = place_batch(make_rows(index), trainer.layout.batch)
+
+        def loss(params: Any, batch: Any = batch) -> Any:
+            terms = method.loss(params, {}, batch, jax.random.key(0))
+            return sum(term.weight * term.sum / term.count for term in terms.values())
+
+        before = jax.tree.map(jnp.copy, state.params)
+        gradient = jax.grad(loss)(before)
+        state, _ = trainer.step(state, batch)
+        moved = jax.tree.map(jnp.subtract, state.params, before)
+        expected = jax.tree.map(lambda total, slope, step: total - slope * step, expected, gradient, moved)
+    assert int(state.method_state["steps"]) == 3
+    gathered = state.method_state["gathered"]
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-7), gathered, expected)
+    assert sum(float(jnp.sum(leaf)) for leaf in jax.tree.leaves(gathered)) > 0  # the loss fell
+
+
+def test_what_track_returns_keeps_its_shape() -> None:
+    class Growing(PathIntegral):
+        def track(self, params: Any, state: Any, before: Any, gradient: Any) -> Any:
+            return {**state, "steps": jnp.zeros(2, jnp.int32)}
+
+    with pytest.raises(
+        ValueError, match=r"method state steps: expected int32\[\], got int32\[2\]; Method.init decides"
+    ):
+        step_once(make_trainer(Growing()), make_rows(0))
+
+
+def test_a_method_that_changes_its_state_in_place_changes_nothing() -> None:
+    class Careless(PathIntegral):
+        def loss(self, params: Any, state: Any, batch: Any, key: Any) -> Any:
+            state["steps"] += 100
+            return super().loss(params, state, batch, key)
+
+    state, _ = step_once(make_trainer(Careless(), accumulate=2), make_rows(0))
+    assert int(state.method_state["steps"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("result", "got"), [(Term(jnp.float32(1), jnp.float32(1)), "a Term"), ({"loss": 1.0}, "one of float")]
+)
+def test_a_loss_that_is_no_mapping_of_terms_is_named(result: Any, got: str) -> None:
+    class Wrong(TinyMethod):
+        def loss(self, params: Any, state: Any, batch: Any, key: Any) -> Any:
+            return result
+
+    with pytest.raises(UserError, match=rf"Wrong.loss: expected a mapping from names to Term\(.*\), got {got}"):
+        step_once(make_trainer(Wrong()), make_rows(0))
 
 
 @pytest.mark.parametrize("reset", [True, False])
