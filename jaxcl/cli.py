@@ -234,7 +234,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     compare.add_argument("config", metavar="CONFIG")
     compare.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
-    compare.add_argument("--methods", type=_names, required=True, metavar="A,B,C", help="names of methods")
+    compare.add_argument(
+        "--methods",
+        type=_names,
+        required=True,
+        metavar="A,B,C",
+        help="names of methods; that of CONFIG keeps its options, the others take from them what they have in common",
+    )
     compare.add_argument("--seeds", type=_seeds, default=None, metavar="0,1,2", help="default: the config's seed")
     compare.add_argument("--out", required=True, metavar="DIR", help="gets a run folder a method and seed")
 
