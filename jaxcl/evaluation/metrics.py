@@ -117,19 +117,24 @@ def _exact_match(prediction: str, answer: str, source: str) -> float:
 
 
 def f1(average: Literal["macro", "micro"], predictions: Sequence[str | int], answers: Sequence[str | int]) -> float:
-    """F1 in percent over the classes that occur among the answers.
+    """F1 in percent over the classes that occur among the answers or the predictions; `micro` is then the accuracy."""
+    return _f1(average, predictions, answers, sorted({*answers, *predictions}, key=str))
 
-    An invented class is a miss of the right one, not one more class to average over; under `micro` it costs recall,
-    not precision.
-    """
+
+def _f1(average: str, predictions: Sequence[str | int], answers: Sequence[str | int], classes: Sequence[Any]) -> float:
     from sklearn.metrics import f1_score
 
-    score = f1_score(list(answers), list(predictions), labels=sorted(set(answers)), average=average, zero_division=0.0)
-    return 100.0 * float(score)
+    return 100.0 * float(f1_score(answers, predictions, labels=classes, average=average, zero_division=0.0))
 
 
 def _text_f1(average: Literal["macro", "micro"], predictions: Sequence[str], answers: Sequence[str]) -> float:
-    return f1(average, [normalise(text) for text in predictions], [normalise(text) for text in answers])
+    """F1 of written answers, over the classes that occur among the right ones.
+
+    A class that a model invents is a miss of the right one, not one more class to average over; under `micro` it costs
+    recall, not precision.
+    """
+    given, wanted = ([normalise(text) for text in texts] for texts in (predictions, answers))
+    return _f1(average, given, wanted, sorted(set(wanted)))
 
 
 class _Words:

@@ -45,7 +45,10 @@ from jaxcl.schema import Schema
 
 
 class DasConfig(MethodConfig):
-    """Options of `das`; the defaults are the paper's, but for `mask_on`, which the paper's optimizer undoes."""
+    """Options of `das`; the defaults are the paper's, but for `mask_on` and `anchor`.
+
+    The paper's optimizer undoes masks on the gradient; the anchor's own pass changes no expected gradient.
+    """
 
     importance_examples: int = Field(
         10_000, gt=0, description="examples of a domain that importance is measured on, for general knowledge as well"
@@ -118,7 +121,8 @@ class Das(Method):
     @classmethod
     def check(cls, config: Any, model: ModelConfig) -> None:
         """See `Method.check`."""
-        if _own_dropout(model) == 0 and config.proxy_dropout == 0:
+        noisy = config.general_knowledge or config.contrast_weight > 0
+        if noisy and _own_dropout(model) == 0 and config.proxy_dropout == 0:
             raise ValueError("proxy_dropout: 0 leaves the general-knowledge proxy without noise; allowed: above 0")
 
     def init(self, params: Params) -> State:

@@ -3,7 +3,9 @@ r"""Importance of units for what a model knows: per-example gradients of virtual
 $I = \frac{1}{N} \sum_n |\partial L(x_n) / \partial g|$ for gates $g = 1$ on attention heads, feed-forward
 intermediate units and feed-forward outputs. Each example has its own copy of the gates, so one backward pass over a
 batch gives all per-example gradients, and $L(x_n)$ is the example's own mean over its scored positions: how examples
-are put into batches changes nothing. The authors' code sums gradients over examples before the absolute value.
+are put into batches changes nothing but the dropout that general knowledge is measured by. An example is a row: where
+text is packed (`data.packing`), the documents of a row count as one. The authors' code sums gradients over examples
+before the absolute value.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 r"""Learning without forgetting: the model before a task teaches the model that learns it, on the task's own inputs.
 
-Li & Hoiem, ECCV 2016 (arXiv 1606.09282); DAS's tables call it KD. No earlier example is kept. With the previous model's
-distribution at temperature $T$, $p^{1/T} / \sum p^{1/T}$, as teacher and the same of the model at hand as student, the
-loss is cross-entropy plus $\lambda\, KL(\text{teacher} \,\|\, \text{student})$ at every scored position. (The paper
-writes the cross-entropy of the two, which differs by the teacher's entropy: a constant without gradient.) As in the
-paper there is no factor $T^2$. Language models have one output layer for all tasks, so the paper's separate heads and
-its warm-up of the new one fall away.
+Li & Hoiem, ECCV 2016 (arXiv 1606.09282). No earlier example is kept. With the previous model's distribution at
+temperature $T$, $p^{1/T} / \sum p^{1/T}$, as teacher and the same of the model at hand as student, the loss is
+cross-entropy plus $\lambda\, KL(\text{teacher} \,\|\, \text{student})$ at every scored position. (The paper writes the
+cross-entropy of the two, which differs by the teacher's entropy: a constant without gradient.) As in the paper there is
+no factor $T^2$. Language models have one output layer for all tasks, so the paper's separate heads and its warm-up of
+the new one fall away. The baseline that DAS calls KD is a relative: its code compares hidden states, not outputs.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ _SHARED_IN_LAYERS = (
     "mlp/up/lora_a",
     "mlp/down/lora_a",
 )
-_SHARED = ("embed/", "final_norm/", "head/", "classifier/")
+_SHARED = ("embed/", "soft_tokens/", "final_norm/", "head/", "classifier/")
 
 
 @jax.named_scope("soft_mask")

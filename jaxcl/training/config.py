@@ -16,7 +16,9 @@ class TrainingConfig(Schema):
 
     batch_size: int = Field(32, ge=1, description="rows of a batch over all processes and micro-batches")
     accumulate: int = Field(
-        1, ge=1, description="micro-batches a batch is worked through in: saves memory, same numbers"
+        1,
+        ge=1,
+        description="micro-batches a batch is worked through in: saves memory; the same numbers but for dropout",
     )
     epochs: float | tuple[float, ...] | None = Field(
         None, description="passes over a task's training examples: one number, or one a task; this or steps, default 1"

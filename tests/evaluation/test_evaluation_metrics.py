@@ -32,7 +32,11 @@ def test_f1_equals_counting(rows: list[tuple[str, str]]) -> None:
 
 def test_f1_counts_an_invented_class_as_a_miss_only() -> None:
     # Class a: precision 1, recall 1/2, F1 2/3; class b: 1. A third class "x" of F1 0 would give 5/9.
-    assert f1("macro", ["a", "x", "b"], ["a", "a", "b"]) == pytest.approx(100 * (2 / 3 + 1) / 2)
+    given, wanted = ["a", "x", "b"], ["a", "a", "b"]
+    assert METRICS["macro_f1"](given, wanted) == pytest.approx(100 * (2 / 3 + 1) / 2)
+    # A classifier's classes are given; one it predicts wrongly counts like any other.
+    assert f1("macro", given, wanted) == pytest.approx(100 * (2 / 3 + 0 + 1) / 3)
+    assert f1("micro", given, wanted) == pytest.approx(100 * 2 / 3)
 
 
 @pytest.mark.parametrize(

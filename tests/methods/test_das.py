@@ -213,4 +213,5 @@ def test_options_are_held_against_the_model() -> None:
     with pytest.raises(ValueError, match="proxy_dropout"):
         Das.check(DasConfig(proxy_dropout=0.0), tiny_llama().config)
     Das.check(DasConfig(proxy_dropout=0.0), tiny_roberta(hidden_dropout=0.1).config)
+    Das.check(DasConfig(proxy_dropout=0.0, general_knowledge=False, contrast_weight=0.0), tiny_llama().config)
     Das.check(DasConfig(), tiny_llama().config)

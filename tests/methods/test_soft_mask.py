@@ -23,6 +23,7 @@ NETWORKS = {
     "llama": tiny_llama(attention_bias=True, mlp_bias=True, num_labels=3),
     "llama_tied": tiny_llama(tie_embeddings=True, num_kv_heads=4),
     "llama_lora": tiny_llama(lora={"rank": 2, "targets": ALL_TARGETS}),
+    "llama_soft_tokens": tiny_llama(soft_tokens=2),
     "roberta": tiny_roberta(num_labels=3),
 }
 
