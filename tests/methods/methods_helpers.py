@@ -156,8 +156,10 @@ class StandInTask:
         self._batches = batches
         self._memory = batches if memory is None else memory
         self._before = before
+        self.limits: list[int | None] = []
 
     def examples(self, limit: int | None = None) -> Iterator[Batch]:
+        self.limits.append(limit)
         return iter(self._batches)
 
     def memory(self) -> Iterator[Batch]:

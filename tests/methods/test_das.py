@@ -22,7 +22,7 @@ def assert_close(one: Any, other: Any, rtol: float = 1e-4) -> None:
 
 
 def test_importance_over_two_domains(network: Network) -> None:
-    method = Das(DasConfig(proxy_dropout=0.2), network, 2)
+    method = Das(DasConfig(proxy_dropout=0.2, importance_examples=7), network, 2)
     params = init(network)
     start = method.init(params)
     batches = [make_batch(), make_batch(seed=1)]
@@ -54,6 +54,7 @@ def test_importance_over_two_domains(network: Network) -> None:
     for place, expected in ((0, known), (1, domain()), (2, filled(network, 0.0))):
         assert_close(jax.tree.map(lambda leaf, place=place: leaf[place], learned["history"]), expected, rtol=1e-3)
 
+    assert first.limits == [7, 7]
     # Only the first domain measures general knowledge; structure and shapes of the state never change.
     assert method.prepare(later, learned, StandInTask(batches, index=1)) is learned
     for state in (prepared, learned):
