@@ -43,15 +43,14 @@ class OutputTerm:
     def __init__(self, method: Seekr, parts: Components) -> None:
         self._read = parts.trainer.compile.per_row(method.read)
         self._loss = parts.trainer.compile(method.loss)
-        self._state = parts.trainer.init_method
 
-    def of(self, batches: list[Batch], teacher: Params, student: Params, key: Any) -> float:
-        """The term, with tokens drawn by `key`."""
+    def of(self, batches: list[Batch], teacher: Params, student: Params, state: Any, key: Any) -> float:
+        """The term, with tokens drawn by `key`; `state` is any of the method's, which remembered rows do not read."""
         total = np.zeros(2)
         for batch in batches:
             assert batch.teacher is not None
             stored = self._read(teacher, batch, batch.teacher["heads"], batch.teacher["queries"], key)
-            terms = self._loss(student, self._state(student), dataclasses.replace(batch, teacher=stored), key)
+            terms = self._loss(student, state, dataclasses.replace(batch, teacher=stored), key)
             total += [float(terms["logits"].sum), float(terms["logits"].count)]
         return float(total[0] / total[1])
 
@@ -78,11 +77,12 @@ def changes(folder: RunFolder, options: argparse.Namespace) -> dict[str, Any]:
             teacher, (student, whose) = kept.after(task.task), kept.later(task.task)
             if teacher is None:
                 raise SystemExit(f"{folder.path}: the model after {task.name} is not kept (training.keep_tasks)")
-            reference = exact.of(batches, teacher, student, jax.random.key(0))
+            state = parts.trainer.init_method(student)
+            reference = exact.of(batches, teacher, student, state, jax.random.key(0))
             keys = jax.random.split(jax.random.key(1), options.draws)
             of_task: dict[str, Any] = {"student": whose, "exact": reference}
             for name, variant in variants.items():
-                terms = [variant.of(batches, teacher, student, key) for key in keys]
+                terms = [variant.of(batches, teacher, student, state, key) for key in keys]
                 of_task[name] = over_seeds([100 * (term / reference - 1) for term in terms])
             found[task.name] = of_task
     return found
