@@ -219,9 +219,10 @@ class TaskSequence:
             state = self._conclude(state, index)
         self.board.note_task(index, steps=total, described=stream.describe())
         if (privacy := self.config.training.privacy) is not None:
-            own = stream.task_steps_in(total) if isinstance(stream, Interleaved) else total
-            per_epoch = parts.pipeline([parts.train_rows[index]]).steps_per_epoch
-            self.board.note_privacy(index, spent(privacy, steps=own, steps_per_epoch=per_epoch))
+            steps, own = (
+                (stream.task_steps_in(total), stream.task) if isinstance(stream, Interleaved) else (total, stream)
+            )
+            self.board.note_privacy(index, spent(privacy, steps=steps, steps_per_epoch=own.steps_per_epoch))
         self._save(state, task=index, phase="learned", mark=f"after task {index}")
         return state
 
