@@ -21,14 +21,15 @@ class TopScores(NamedTuple):
     Attributes:
       ids: token ids, int32.
       values: their log-probabilities, float32.
-      drawn_ids: tokens drawn from the rest in proportion to their probability, int32; a token may come twice.
+      drawn_ids: tokens drawn from the rest in proportion to their probability, int32; a token may come twice. `None`:
+        none are drawn.
       drawn_values: their log-probabilities, float32.
     """
 
     ids: Int[Array, "... top"]
     values: Float[Array, "... top"]
-    drawn_ids: Int[Array, "... drawn"]
-    drawn_values: Float[Array, "... drawn"]
+    drawn_ids: Int[Array, "... drawn"] | None = None
+    drawn_values: Float[Array, "... drawn"] | None = None
 
 
 def top_scores(
@@ -48,9 +49,9 @@ def top_scores(
     """
     logs = jax.nn.log_softmax(logits, axis=-1)
     values, ids = jax.lax.top_k(logs, count)
-    if drawn == 0 or lots is None:
-        nothing = ids[..., :0].astype(jnp.int32)
-        return TopScores(ids.astype(jnp.int32), values, nothing, values[..., :0])
+    if drawn == 0:
+        return TopScores(ids.astype(jnp.int32), values)
+    assert lots is not None
     others = jnp.put_along_axis(jnp.exp(logs), ids, 0.0, axis=-1, inplace=False)
     below = jnp.cumsum(others, axis=-1)
     places = (jnp.arange(drawn) + lots[..., None]) / drawn * below[..., -1:]
@@ -77,7 +78,7 @@ def top_divergence(teacher: TopScores, logits: Float[Array, "... vocab"]) -> Flo
     probs = jnp.exp(teacher.values)
     rest = _remainder(probs)
     divergence = jnp.sum(probs * (teacher.values - student), axis=-1)
-    if teacher.drawn_ids.shape[-1]:
+    if teacher.drawn_ids is not None:
         others = jnp.take_along_axis(logits, teacher.drawn_ids, axis=-1) - total
         return divergence + rest * jnp.mean(teacher.drawn_values - others, axis=-1)
     return divergence + rest * (jnp.log(rest) - jnp.log(_remainder(jnp.exp(student))))

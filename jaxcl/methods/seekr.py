@@ -352,6 +352,7 @@ class Seekr(Method):
 
     @property
     def _outputs(self) -> tuple[str, ...]:
+        """Names of the stored outputs; compact ones in the order of `TopScores`."""
         if not self.config.store_logits:
             return ("scores",)
         return ("top_ids", "top_values") + (("drawn_ids", "drawn_values") if self._drawn else ())
@@ -372,6 +373,4 @@ class Seekr(Method):
     def _divergence(self, outputs: dict[str, Array], logits: Array) -> Array:
         if not self.config.store_logits:
             return full_divergence(outputs["scores"], logits)
-        nothing = outputs["top_ids"][..., :0], outputs["top_values"][..., :0]
-        drawn = (outputs["drawn_ids"], outputs["drawn_values"]) if self._drawn else nothing
-        return top_divergence(TopScores(outputs["top_ids"], outputs["top_values"], *drawn), logits)
+        return top_divergence(TopScores(*(outputs[name] for name in self._outputs)), logits)
