@@ -43,9 +43,7 @@ def find_method(name: str) -> type[Method]:
             raise ValueError(f"{name!r} is no jaxcl.methods.base.Method")
         return found
     if name not in METHODS:
-        raise ValueError(
-            f"no method {name!r}{nearest(name, METHODS) or ';'} allowed: {', '.join(METHODS)}, or module:Class"
-        )
+        raise ValueError(f"no method {name!r}{nearest(name, METHODS)} allowed: {', '.join(METHODS)}, or module:Class")
     return METHODS[name]
 
 

@@ -110,13 +110,13 @@ def _assign(node: Any, path: Sequence[str], value: Any, override: str) -> None:
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """`; did you mean X?`, when some valid name is close to `name`, else nothing.
+    """`; did you mean X?`, when some valid name is close to `name`, else `;`: what is allowed is said behind it.
 
-    >>> nearest("seker", ["seekr", "das"])
-    '; did you mean seekr?'
+    >>> nearest("seker", ["seekr", "das"]), nearest("x", ["seekr", "das"])
+    ('; did you mean seekr?', ';')
     """
     close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""
+    return f"; did you mean {close[0]}?" if close else ";"
 
 
 def validate(section: type[Section], content: Mapping[str, Any], origin: str) -> Section:
@@ -135,7 +135,7 @@ def _raise_first(error: ValidationError, section: type[BaseModel], origin: str) 
     message, value = first["msg"], first.get("input")
     if first["type"] == "extra_forbidden":
         names = sorted(owner.model_fields) if owner else []
-        message = f"unknown key{nearest(str(first['loc'][-1]), names) or ';'} allowed here: {', '.join(names)}"
+        message = f"unknown key{nearest(str(first['loc'][-1]), names)} allowed here: {', '.join(names)}"
     elif first["type"] == "missing":
         message = "missing; it has no default"
     elif first["type"] in ("union_tag_invalid", "union_tag_not_found"):
@@ -144,9 +144,7 @@ def _raise_first(error: ValidationError, section: type[BaseModel], origin: str) 
         allowed = first["ctx"].get("expected_tags", "")
         names = [name.strip(" '") for name in allowed.split(",")]
         path = f"{path}.{tag}" if path else tag
-        message = (
-            f"got {given!r}{nearest(str(given), names) or ';'} allowed: {', '.join(names)}" if given else "missing"
-        )
+        message = f"got {given!r}{nearest(str(given), names)} allowed: {', '.join(names)}" if given else "missing"
     else:
         message = message.removeprefix("Value error, ")
         if not isinstance(value, Mapping | BaseModel):

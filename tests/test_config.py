@@ -1,12 +1,13 @@
 """Every mistake in a configuration is one line that names the key, the value and what is allowed."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from jaxcl.config import ExperimentConfig, load_config, parse_config
+from jaxcl.config import ExperimentConfig, find_method, load_config, parse_config
 from jaxcl.config_file import ConfigError, apply_overrides, read_yaml, validate
 from jaxcl.config_reference import reference
 from jaxcl.methods.base import Method
@@ -124,6 +125,13 @@ def test_overrides_reach_into_lists_and_make_sections() -> None:
     assert apply_overrides({}, ["a.b.c=1"]) == {"a": {"b": {"c": 1}}}
     with pytest.raises(ConfigError, match="inside a plain value"):
         apply_overrides({"a": [1]}, ["a.0.b=2"])
+
+
+def test_a_method_in_a_file_of_the_current_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "one_of_my_own.py").write_text("from jaxcl.methods.base import Method\nclass Mine(Method): pass\n")
+    monkeypatch.chdir(tmp_path)
+    assert find_method("one_of_my_own:Mine").__name__ == "Mine"
 
 
 def test_a_method_from_outside_by_module_and_class() -> None:

@@ -85,7 +85,8 @@ class Replay(Schema):
     every: int = Field(
         0,
         ge=0,
-        description="interleave: steps between memory batches; 0: so that each epoch of the task sees the memory once",
+        description="interleave: steps between memory batches, at most as many as the task has; 0: so that each epoch "
+        "of the task sees the memory once",
     )
 
     def check(self) -> None:

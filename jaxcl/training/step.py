@@ -115,12 +115,12 @@ def all_terms(method: Method, params: PyTree, state: PyTree, batch: Batch, key: 
 
 def _terms(method: Method, params: PyTree, state: PyTree, batch: Batch, key: Array) -> Terms:
     terms = method.loss(params, state, batch, key)
-    found = {type(term).__name__ for term in terms.values()} if isinstance(terms, Mapping) else {type(terms).__name__}
-    if not isinstance(terms, Mapping) or found - {Term.__name__}:
-        raise UserError(
-            f"{type(method).__name__}.loss: expected a mapping from names to Term(sum, count, weight), got "
-            f"{'one of' if isinstance(terms, Mapping) else 'a'} {', '.join(sorted(found - {Term.__name__}) or found)}"
-        )
+    wanted = f"{type(method).__name__}.loss: expected a mapping from names to Term(sum, count, weight), got"
+    if not isinstance(terms, Mapping):
+        raise UserError(f"{wanted} a {type(terms).__name__}")
+    for name, term in terms.items():
+        if not isinstance(term, Term):
+            raise UserError(f"{wanted} a {type(term).__name__} at {name!r}")
     return terms
 
 

@@ -160,6 +160,17 @@ def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path) -> None:
             checkpoints.params(wrong, saved)
 
 
+def test_a_state_of_another_structure_is_told_to_be_the_methods(tmp_path: Path) -> None:
+    trainer = make_trainer()
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(trained(trainer, 1), progress={})
+        saved = checkpoints.latest()
+        assert saved is not None
+        changed = trainer.target.replace(method_state={"snapshot": trainer.target.method_state["snapshot"]})
+        with pytest.raises(UserError, match=r"another structure; what Method.init returns has changed since$"):
+            checkpoints.restore(changed, saved)
+
+
 def test_a_damaged_checkpoint_is_one_line(tmp_path: Path) -> None:
     trainer = make_trainer()
     with Checkpoints(tmp_path) as checkpoints:

@@ -214,6 +214,26 @@ def test_a_methods_mask_reaches_its_place_in_the_optimizer() -> None:
     assert not np.array_equal(state.params["head"]["kernel"], make_params()["head"]["kernel"])
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_update_sees_the_whole_batch(accumulate: int) -> None:
+    import optax
+
+    class Counting(TinyMethod):
+        def transform(self, parts: OptimizerParts) -> Any:
+            def update(updates: Any, state: Any, params: Any = None, *, count: Any, **_: Any) -> Any:
+                return jax.tree.map(lambda leaf: jnp.full_like(leaf, count), updates), state
+
+            return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+        def update_args(self, params: Any, state: Any, batch: Any, key: Any) -> dict[str, Any]:
+            return {"count": jnp.sum(batch.weights)}
+
+    rows = make_rows(0)
+    state, _ = step_once(make_trainer(Counting(), accumulate=accumulate), rows)
+    moved = host(state.params)["head"]["bias"] - make_params()["head"]["bias"]
+    np.testing.assert_allclose(moved, rows["weights"].sum(), rtol=1e-6)
+
+
 class PathIntegral(TinyMethod):
     """What synaptic intelligence gathers (Zenke et al., 2017, equation 3): minus the sum of gradient times step."""
 
@@ -271,7 +291,7 @@ def test_a_method_that_changes_its_state_in_place_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("result", "got"), [(Term(jnp.float32(1), jnp.float32(1)), "a Term"), ({"loss": 1.0}, "one of float")]
+    ("result", "got"), [(Term(jnp.float32(1), jnp.float32(1)), "a Term"), ({"loss": 1.0}, "a float at 'loss'")]
 )
 def test_a_loss_that_is_no_mapping_of_terms_is_named(result: Any, got: str) -> None:
     class Wrong(TinyMethod):
