@@ -78,7 +78,7 @@ def top_divergence(teacher: TopScores, logits: Float[Array, "... vocab"]) -> Flo
     probs = jnp.exp(teacher.values)
     rest = _remainder(probs)
     divergence = jnp.sum(probs * (teacher.values - student), axis=-1)
-    if teacher.drawn_ids is not None:
+    if teacher.drawn_ids is not None and teacher.drawn_values is not None:
         others = jnp.take_along_axis(logits, teacher.drawn_ids, axis=-1) - total
         return divergence + rest * jnp.mean(teacher.drawn_values - others, axis=-1)
     return divergence + rest * (jnp.log(rest) - jnp.log(_remainder(jnp.exp(student))))

@@ -368,7 +368,8 @@ class Seekr(Method):
         if not self.config.store_logits:
             return {"scores": jax.nn.log_softmax(logits, axis=-1)}
         top = min(self.config.store_logits, logits.shape[-1]) - self._drawn
-        return dict(zip(self._outputs, top_scores(logits, top, self._drawn, lots), strict=False))
+        stored = top_scores(logits, top, self._drawn, lots)
+        return {name: value for name, value in zip(self._outputs, stored, strict=False) if value is not None}
 
     def _divergence(self, outputs: dict[str, Array], logits: Array) -> Array:
         if not self.config.store_logits:
