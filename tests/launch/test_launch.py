@@ -180,8 +180,9 @@ settings = {{key: value for key, value in os.environ.items() if key.startswith("
 part = folder / f"part{{index}}"
 part.write_text(json.dumps([sys.argv[1:], settings]))
 part.rename(folder / f"started{{index}}.json")
-print("out", index, flush=True)
-print("err", index, file=sys.stderr, flush=True)
+# One write a line: under PYTHONUNBUFFERED, `print` writes its words one by one, and another program's may come between.
+os.write(1, f"out {{index}}\\n".encode())
+os.write(2, f"err {{index}}\\n".encode())
 if (folder / f"fail{{index}}").exists():
     sys.exit(5)
 if (folder / "wait").exists():
