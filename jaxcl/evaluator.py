@@ -156,6 +156,7 @@ class Evaluator:
         if spec is None:
             return {}
         task, splits = self._end_task(index)
+        metric = self.settings.metric_for("labelled", spec.metric)
         scores = score_end_task(
             self.parts.network,
             params,
@@ -163,12 +164,12 @@ class Evaluator:
             splits[self.settings.split],
             dev=splits.get("dev"),
             num_labels=len(task.labels),
+            metric=metric,
             config=self.settings.end_task,
             seed=self.parts.config.seed,
             compile=self.parts.trainer.compile,
             place=self._place,
         )
-        metric = self.settings.metric_for("labelled", spec.metric)
         return {
             name: Score(scores.metric(one), scores.deviation(one))
             for name, one in ((f"{_END_TASK} accuracy", "accuracy"), (self._end_task_measure, metric))
@@ -192,6 +193,7 @@ class Evaluator:
                             masked=not self.parts.network.causal,
                             batch_size=self.settings.end_task.batch_size,
                             name=task.name,
+                            token_types=self.parts.network.num_token_types,
                         )
                     )
                     for split in ("train", "dev", "test")

@@ -28,7 +28,7 @@ from jaxcl.sharding.hardware import Topology, find_devices, parse_topology
 from jaxcl.sharding.layout import Layout
 from jaxcl.sharding.mesh import AXES, make_mesh, mesh_sizes
 from jaxcl.sharding.planning import StepPlan, plan_step
-from jaxcl.training.config import check_batch_size
+from jaxcl.training.config import check_batch_size, micro_batch_size
 from jaxcl.training.trainer import Trainer
 
 
@@ -149,7 +149,8 @@ def programs(config: ExperimentConfig, mesh: Mesh) -> dict[str, Program]:
     if method.replay is not None and not method.joint:
         found["replay"] = step(_remembered(method, target, training.batch_size, shape, layout))
     # Between tasks the optimizer's state stays where it is: it counts, though no program sees it.
-    given = (target.params, target.params, target.method_state, batch, key)
+    measured = _batch(micro_batch_size(training, layout.batch_ways), shape, layout)
+    given = (target.params, target.params, target.method_state, measured, key)
     moments = {"optimizer": target.opt_state}
     for name in jax.eval_shape(method.measurements, *given):
 
@@ -157,7 +158,7 @@ def programs(config: ExperimentConfig, mesh: Mesh) -> dict[str, Program]:
             return method.measurements(before, params, state, batch, key)[name]
 
         lower = functools.partial(jax.jit(trainer.compile.trace(measure)).lower, *given)
-        arguments = {"params": target.params, "method": target.method_state, "batch": batch}
+        arguments = {"params": target.params, "method": target.method_state, "batch": measured}
         found[name] = Program(lower, arguments, resident=moments)
     if network.causal and shape.predict is not None:
         check_batch_size(evaluation.batch_size, 1, layout.batch_ways, key="evaluation.batch_size")

@@ -10,6 +10,7 @@ import jax
 from jaxcl.components import Components, ProcessShare
 from jaxcl.data.memory import Memory, MemoryPipeline, TaskMemory
 from jaxcl.data.rows import Rows
+from jaxcl.training.config import micro_batch_size
 from jaxcl.training.task import RunningTask
 
 Params = Any
@@ -54,7 +55,7 @@ def memory_pipeline(
 def running_task(
     parts: Components, memory: Memory, index: int, *, moment: int, params_before: Callable[[], Params]
 ) -> RunningTask:
-    """The task as the method sees it before (`moment` 0) or after (1) training on it.
+    """The task as the method sees it before (`moment` 0) or after (1) training on it, in micro-batches.
 
     Args:
       parts: the parts of the run.
@@ -63,6 +64,7 @@ def running_task(
       moment: 0 for `Method.prepare`, 1 for `Method.consolidate`.
       params_before: reads the params as they were before the task.
     """
+    size = micro_batch_size(parts.config.training, parts.layout.batch_ways, jax.process_count())
     remembered = any(task.task == index and task.examples for task in memory.tasks)
     sources = list(parts.train_rows) if parts.method.joint else [parts.train_rows[index]]
     return RunningTask(
@@ -71,8 +73,8 @@ def running_task(
         count=parts.phases,
         key=jax.random.fold_in(jax.random.key(parts.config.seed), 2 * index + moment),
         seed=parts.config.seed + index,
-        pipeline=ProcessShare(parts.pipeline(sources)),
-        memory=ProcessShare(memory_pipeline(parts, memory, [index])) if remembered else None,
+        pipeline=ProcessShare(parts.pipeline(sources, batch_size=size)),
+        memory=ProcessShare(memory_pipeline(parts, memory, [index], batch_size=size)) if remembered else None,
         params_before=params_before,
         compiler=parts.trainer.compile,
     )

@@ -1,5 +1,6 @@
 """`jaxcl importance`: what a run would have measured, without the run."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from jaxcl import experiment
 from jaxcl.config import parse_config
 from jaxcl.errors import UserError
 from jaxcl.importance import measure_importance
+from jaxcl.models.batch import Batch
+from jaxcl.training.task import RunningTask
 
 OPTIMISED = True  # bits are compared
 
@@ -77,6 +80,32 @@ def test_das_measures_what_a_run_that_moves_nothing_measures(tmp_path: Path) -> 
     pictures = {path.name for path in page.parent.glob("*.png")}
     assert {"importance_heads.png", "importance_intermediate.png", "overlap.png", "sorted_units.png"} <= pictures
     assert not (tmp_path / "run_importance" / "config.yaml").exists()
+
+
+@pytest.mark.parametrize("content", [TEXT, PAIRS], ids=["das", "seekr"])
+def test_micro_batches_measure_the_same(
+    content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: set[int] = set()
+    place = RunningTask._place
+
+    def watched(task: RunningTask, *arguments: Any) -> Iterator[Batch]:
+        for batch in place(task, *arguments):
+            seen.add(batch.size)
+            yield batch
+
+    monkeypatch.setattr(RunningTask, "_place", watched)
+    tables = []
+    for accumulate, rows in ((1, 8), (4, 2)):
+        training = {**content["training"], "accumulate": accumulate}
+        out = tmp_path / str(accumulate)
+        measure_importance(written(content, tmp_path, training=training), [], out)
+        assert seen == {rows}
+        seen.clear()
+        tables.append(arrays(out / "importance.npz"))
+    for name, array in tables[0].items():
+        np.testing.assert_allclose(tables[1][name], array, rtol=1e-3, atol=2e-4, err_msg=name)
+    assert any(array.any() for array in tables[0].values())
 
 
 def test_heads_of_an_untrained_model_are_rated_by_sensitivity_and_the_page_says_so(tmp_path: Path) -> None:

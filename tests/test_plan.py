@@ -128,6 +128,13 @@ def test_what_lies_beside_a_measurement_counts() -> None:
         assert step.bytes_per_chip - step.activations >= least[name]
 
 
+def test_measurements_between_tasks_see_micro_batches() -> None:
+    config = config_of(SEEKR, training={"batch_size": 8, "accumulate": 4})
+    found = programs(config, make_mesh(config.mesh, jax.devices()[:1]))
+    assert found["train"].arguments["batch"].size == found["replay"].arguments["batch"].size == 8
+    assert found["sensitivity"].arguments["batch"].size == found["forgettability"].arguments["batch"].size == 2
+
+
 def test_search_splits_whole_heads_and_whole_batches() -> None:
     config = config_of({"name": "sequential"}, training={"batch_size": 8})
     found = list(arrangements(config, 8))

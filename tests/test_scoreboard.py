@@ -43,10 +43,12 @@ class Given:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls = 0
+        self.metrics: list[str] = []
         monkeypatch.setattr(evaluator, "score_end_task", self)
 
     def __call__(self, *arguments: Any, **options: Any) -> EndTaskScore:
         self.calls += 1
+        self.metrics.append(options["metric"])
         runs = [
             {"macro_f1": self.calls + by, "micro_f1": 50.0 + self.calls + by, "accuracy": 10.0 + self.calls}
             for by in (-1.0, 1.0)
@@ -66,6 +68,9 @@ def test_end_tasks_as_the_metric_measured_only_where_needed(tmp_path: Path, monk
     results = run(tmp_path / "run", text_metric="end_task", end_tasks="last")
     # Before, after each its own, and all at the end: 3 + 1 + 1 + 3. The second domain's metric is 50 higher.
     assert given.calls == 8
+    assert given.metrics == [
+        f"{name}_f1" for name in ("macro", "micro", "macro", "macro", "micro", "macro", "micro", "macro")
+    ]
     assert results.metric == ["end task macro_f1", "end task micro_f1", "end task macro_f1"]
     assert results.higher_is_better == [True] * 3
     assert results.initial == [1.0, 52.0, 3.0]

@@ -18,8 +18,9 @@ from jaxcl.errors import UserError
 class LabelledRows(Rows):
     """Texts, or pairs of texts, with a class each.
 
-    The text comes first, then the model's separator and the second text, in one segment. Where both are too long,
-    the longer one loses its right part first. `labels` is the class; `weights` is 1 for an example and 0 for a
+    The text comes first, then the model's separator and the second text, in one segment; for encoders with several
+    token types the second text has its own (`Tokenizer.pair_type`). Where both are too long, the longer one loses its
+    right part first. `labels` is the class; `weights` is 1 for an example and 0 for a
     filler row (one scored position a row, which carries no token).
 
     Attributes:
@@ -39,6 +40,7 @@ class LabelledRows(Rows):
         masked: bool,
         task: int,
         name: str,
+        token_types: int = 1,
     ) -> None:
         """Encodes all texts.
 
@@ -50,6 +52,7 @@ class LabelledRows(Rows):
           masked: for an encoder, which opens a row with its `cls` token; otherwise for a decoder.
           task: index of the task.
           name: its name, with the split, for messages.
+          token_types: how many the model knows; with 1, batches carry none.
 
         Raises:
           UserError: a label is not among `labels`.
@@ -65,6 +68,8 @@ class LabelledRows(Rows):
             if row["label"] not in known:
                 raise UserError(f"{name} row {number}: label {row['label']!r} is not one of {', '.join(self.labels)}")
         self.ids: Int[np.ndarray, " examples"] = np.array([known[row["label"]] for row in texts], np.int32)
+        self._pair_type = min(tokenizer.pair_type, token_types - 1) if masked else 0
+        self._seconds: list[int] = []
         self.tokens = Ragged(self._encode(texts, tokenizer, masked))
         lengths = self.tokens.lengths
         self.sizes: Int[np.ndarray, "examples 2"] = np.stack([lengths, np.ones_like(lengths)], axis=1)
@@ -82,7 +87,10 @@ class LabelledRows(Rows):
             keep_second = min(len(second), max(room - len(first), room // 2))
             keep_first = min(len(first), room - keep_second)
             self.cut += keep_first + keep_second < len(first) + len(second)
-            rows.append(before + first[:keep_first] + between + second[:keep_second] + after)
+            row = before + first[:keep_first] + between
+            # With no second text the closing separator is the first one's.
+            self._seconds.append(len(row) if second else self.config.length)
+            rows.append(row + second[:keep_second] + after)
         return rows
 
     def shapes(self, others: Sequence[LabelledRows]) -> list[Shape]:
@@ -98,8 +106,12 @@ class LabelledRows(Rows):
         """One row, see the class; `noise` is not used."""
         row = blank(shape, self.pad_id)
         row["labels"] = np.int32(0)
+        if self._pair_type > 0:
+            row["types"] = np.zeros(shape.length, np.int32)
         if index >= 0:
-            place(row, [self.tokens[index]])
+            stop = place(row, [self.tokens[index]])
+            if self._pair_type > 0:
+                row["types"][self._seconds[index] : stop] = self._pair_type
             row["labels"] = self.ids[index]
             row["weights"][0] = 1
         return row

@@ -21,7 +21,7 @@ from jaxcl.data.text import Objective, TextRows
 from jaxcl.data.tokenizer import Tokenizer
 from jaxcl.errors import UserError
 
-FIELDS = ("tokens", "segments", "positions", "predict", "targets", "weights", "labels")
+FIELDS = ("tokens", "segments", "positions", "predict", "targets", "weights", "labels", "types")
 #: Puts the stored records of a batch's rows into arrays whose shapes follow from the batch's shape alone. The record
 #: of a filler row is all zeros.
 Collate = Callable[[Sequence[Mapping[str, np.ndarray]], Shape], dict[str, np.ndarray]]
@@ -330,6 +330,9 @@ class LabelledPipeline(Pipeline):
         batch_size: int,
         task: int = 0,
         name: str = "task",
+        token_types: int = 1,
     ) -> None:
-        rows = LabelledRows(texts, labels, tokenizer, config, masked=masked, task=task, name=name)
+        rows = LabelledRows(
+            texts, labels, tokenizer, config, masked=masked, task=task, name=name, token_types=token_types
+        )
         super().__init__([rows], batch_size, config)

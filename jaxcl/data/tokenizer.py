@@ -208,6 +208,13 @@ class Tokenizer:
                 return between[:stop]
         return self.frame(masked=True)[1]
 
+    @functools.cached_property
+    def pair_type(self) -> int:
+        """The token type of the second of two texts (RoBERTa: 0, as of the first; BERT: 1)."""
+        framed = self.backend.encode("a", "a", add_special_tokens=True)
+        texts = (kind for kind, mask in zip(framed.type_ids, framed.special_tokens_mask, strict=True) if not mask)
+        return max(texts, default=0)
+
     def encode(self, text: str, *, continued: bool = False, specials: bool = False) -> list[int]:
         """Token ids of a text, without special tokens around it; see `encode_batch`."""
         return self.encode_batch([text], continued=continued, specials=specials)[0]

@@ -43,7 +43,7 @@ class EndTaskScore:
       macro_f1: F1 averaged over the classes.
       micro_f1: F1 over all decisions.
       accuracy: share of rows classified right.
-      runs: the same numbers, and `dev_macro_f1` and `epochs`, of each repetition.
+      runs: the same numbers, the `dev` score training was stopped by, and `epochs`, of each repetition.
       predictions: class of each test row in the first repetition, int32 `[rows]`.
       labels: expected class of each test row.
       seconds: wall-clock time of all repetitions.
@@ -87,6 +87,7 @@ def score_end_task(
     *,
     dev: LabelledBatches | None,
     num_labels: int,
+    metric: str = "macro_f1",
     config: EndTaskConfig,
     seed: int,
     compile: Compile = jax.jit,
@@ -95,8 +96,8 @@ def score_end_task(
     """Fine-tunes copies of a model on a labelled task and scores them. `params` is left as it is.
 
     Every repetition draws its own classification head, order of examples and dropout. After each epoch the dev rows
-    are classified; the params with the best macro-F1 there are the ones tested, and training stops when `patience`
-    epochs brought nothing better. Without dev rows it runs all epochs and tests the last params.
+    are classified; the params with the best score there are the ones tested, and training stops when `patience` epochs
+    brought nothing better. Without dev rows it runs all epochs and tests the last params.
 
     Args:
       network: the model that was pre-trained; its own classification head, if any, is not used.
@@ -105,6 +106,7 @@ def score_end_task(
       test: rows to score.
       dev: rows to stop by.
       num_labels: number of classes.
+      metric: the dev score to stop by: `macro_f1`, `micro_f1` or `accuracy`.
       config: how to fine-tune.
       seed: seed of the first repetition; the others count on from there.
       compile: what compiles the steps; called with the same functions for every task of a number of classes.
@@ -119,10 +121,10 @@ def score_end_task(
     runs: list[dict[str, float]] = []
     first: tuple[np.ndarray, np.ndarray] | None = None
     for repetition in range(config.seeds):
-        tuned, epochs, dev_score = _fine_tune(programs, params, train, dev, config, seed + repetition, place)
+        tuned, epochs, dev_score = _fine_tune(programs, params, train, dev, metric, config, seed + repetition, place)
         predictions, labels = _classify_all(programs, tuned, test, place)
         first = first or (predictions, labels)
-        runs.append({**class_scores(predictions, labels), "dev_macro_f1": dev_score, "epochs": float(epochs)})
+        runs.append({**class_scores(predictions, labels), "dev": dev_score, "epochs": float(epochs)})
     assert first is not None  # the configuration asks for at least one repetition
     means = {name: float(np.mean([run[name] for run in runs])) for name in ("macro_f1", "micro_f1", "accuracy")}
     return EndTaskScore(**means, runs=runs, predictions=first[0], labels=first[1], seconds=time.monotonic() - started)
@@ -164,11 +166,12 @@ def _fine_tune(
     params: Params,
     train: LabelledBatches,
     dev: LabelledBatches | None,
+    metric: str,
     config: EndTaskConfig,
     seed: int,
     place: Place,
 ) -> tuple[Params, int, float]:
-    """The best params, the number of epochs run, and their dev macro-F1 (NaN without dev rows)."""
+    """The best params, the number of epochs run, and their dev score (NaN without dev rows)."""
     head_key, dropout_key = jax.random.split(jax.random.key(seed))
     state = programs.start(params, head_key, jnp.int32(config.epochs * train.steps_per_epoch))
     best, best_score, best_epoch = state.params, -1.0, 0
@@ -177,7 +180,7 @@ def _fine_tune(
             state = programs.train(state, place(train.batch_at(step, seed=seed)), dropout_key)
         if dev is None:
             continue
-        score = class_scores(*_classify_all(programs, state.params, dev, place))["macro_f1"]
+        score = class_scores(*_classify_all(programs, state.params, dev, place))[metric]
         if score > best_score:
             best, best_score, best_epoch = state.params, score, epoch
         elif epoch - best_epoch >= config.patience:

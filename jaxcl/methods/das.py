@@ -191,8 +191,8 @@ class Das(Method):
     def _learn_importance(self, add: Any, params: Params, state: State, task: Task, place: int) -> State:
         add = task.compile(add)
         sums = ImportanceSums.zero(self.network)
-        for number, batch in enumerate(task.examples(self.config.importance_examples)):
-            sums = add(sums, params, batch, jax.random.fold_in(task.key, number))
+        for batch in task.examples(self.config.importance_examples):
+            sums = add(sums, params, batch, task.key)
         return task.compile(self.absorb)(state, sums, jnp.int32(place))
 
     @jax.named_scope("contrast")

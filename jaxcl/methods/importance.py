@@ -3,9 +3,9 @@ r"""Importance of units for what a model knows: per-example gradients of virtual
 $I = \frac{1}{N} \sum_n |\partial L(x_n) / \partial g|$ for gates $g = 1$ on attention heads, feed-forward
 intermediate units and feed-forward outputs. Each example has its own copy of the gates, so one backward pass over a
 batch gives all per-example gradients, and $L(x_n)$ is the example's own mean over its scored positions: how examples
-are put into batches changes nothing but the dropout that general knowledge is measured by. An example is a row: where
-text is packed (`data.packing`), the documents of a row count as one. The authors' code sums gradients over examples
-before the absolute value.
+are put into batches changes nothing, not even the dropout that general knowledge is measured by. An example is a row:
+where text is packed (`data.packing`), the documents of a row count as one. The authors' code sums gradients over
+examples before the absolute value.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def add_general_importance(
       sums: what was added so far.
       params: the network's params.
       batch: token rows.
-      key: for the two dropout masks.
+      key: for the two dropout masks; with it, what a row draws follows from its task and example (`Batch.keys`).
       dropout_rate: see `Network.hidden`; `None` keeps the model's own rates. Static.
       chunk: see `losses.over_positions`; static.
       proxy: see `dropout_divergence`; static.
@@ -130,14 +130,15 @@ def dropout_divergence(
 ) -> Float[Array, " batch"]:
     """`KL(f1(x) || f2(x))` of two passes under different dropout, in nats.
 
-    Both passes run as one batch in which every row stands twice: rows draw their dropout independently. (In the
-    authors' code the passes run in evaluation mode, so that they are equal, on hidden states.)
+    Both passes run as one batch in which every row stands twice, with a key of its own each time: an example's
+    divergence does not depend on the batch it stands in. (In the authors' code the passes run in evaluation mode, so
+    that they are equal, on hidden states.)
 
     Args:
       network: the network.
       params: its params.
       batch: token rows.
-      key: for dropout.
+      key: for dropout, see `Batch.keys`.
       gates: with a batch axis, or none; both passes of an example share its gates.
       dropout_rate: see `Network.hidden`; `None` keeps the model's own rates. Static.
       chunk: see `losses.over_positions`; static.
@@ -150,7 +151,8 @@ def dropout_divergence(
     twice = jax.tree.map(lambda leaf: jnp.repeat(leaf, 2, axis=0), batch)
     if gates is not None:
         gates = jax.tree.map(lambda gate: jnp.repeat(gate, 2, axis=1), gates)
-    states = network.hidden(params, twice, gates=gates, dropout_key=key, dropout_rate=dropout_rate).states
+    keys = jax.vmap(jax.random.split)(batch.keys(key)).reshape(-1)
+    states = network.hidden(params, twice, gates=gates, dropout_key=keys, dropout_rate=dropout_rate).states
     if proxy == "pooled":
         pooled = pool(states, twice.segments)
         return _divergence(pooled[0::2], pooled[1::2])

@@ -12,7 +12,7 @@ from jaxcl.models.attention import attention, explicit_attention
 from jaxcl.models.axes import constrain
 from jaxcl.models.compute import Kernel
 from jaxcl.models.gates import Gates, gate
-from jaxcl.models.layers import dropout
+from jaxcl.models.layers import derive, dropout
 from jaxcl.models.mask import visible
 from jaxcl.models.probe import AttentionView, Probe, Tap
 from jaxcl.models.rotary import Rotary
@@ -40,7 +40,7 @@ class Context(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Noise:
-    """Dropout: its rates and the key it draws from. A place in the layer has a number of its own."""
+    """Dropout: its rates and the key, or a key a row, it draws from. A place in the layer has a number of its own."""
 
     key: Array
     hidden: float
@@ -48,11 +48,14 @@ class Noise:
 
     def drop(self, x: Array, place: int) -> Array:
         """Drops from hidden states."""
-        return dropout(x, self.hidden, jax.random.fold_in(self.key, place)) if self.hidden > 0 else x
+        return dropout(x, self.hidden, self._key(place)) if self.hidden > 0 else x
 
     def drop_attention(self, probs: Array) -> Array:
         """Drops from attention probabilities."""
-        return dropout(probs, self.attention, jax.random.fold_in(self.key, 0)) if self.attention > 0 else probs
+        return dropout(probs, self.attention, self._key(0)) if self.attention > 0 else probs
+
+    def _key(self, place: int) -> Array:
+        return derive(lambda key: jax.random.fold_in(key, place), self.key)
 
 
 class Block(Protocol):

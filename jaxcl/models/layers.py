@@ -7,7 +7,7 @@ layer is built with `layers=n`: its parameters then have a leading `layers` axis
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -152,13 +152,13 @@ class LayerNorm(nnx.Module):
 def dropout(x: Array, rate: float, key: Array) -> Array:
     """Zeroes each element with probability `rate` and scales the rest by `1 / (1 - rate)`.
 
-    Elements, hence the rows of a batch, draw independently; what a row draws depends on its index, not on how many
-    rows there are. The backward pass draws again: that is cheaper than to keep what was drawn.
+    Elements, hence the rows of a batch, draw independently; what a row draws depends on its index or on its own key,
+    not on how many rows there are. The backward pass draws again: that is cheaper than to keep what was drawn.
 
     Args:
       x: hidden states or probabilities, rows first.
       rate: in [0, 1). Static.
-      key: what is drawn, beside the place in `x`.
+      key: what is drawn, beside the place in `x`. One for all rows, or one a row, `[rows]`.
     """
     threshold, scale = np.uint32(round(rate * 2**32)), np.float32(1.0 / (1.0 - rate))
 
@@ -167,10 +167,15 @@ def dropout(x: Array, rate: float, key: Array) -> Array:
         kept = place_hash(words, x.shape) >= threshold
         return jnp.where(kept, x * scale, 0).astype(x.dtype)
 
-    return drop(x, jax.random.bits(key, (2,), jnp.uint32))
+    return drop(x, derive(lambda one: jax.random.bits(one, (2,), jnp.uint32), key))
 
 
-def place_hash(words: UInt32[Array, "2"], shape: Sequence[int]) -> UInt32[Array, "..."]:
+def derive(function: Callable[[Array], Array], keys: Array) -> Array:
+    """`function` of a random key, or of each of several, `[rows]`: dropout takes both."""
+    return jax.vmap(function)(keys) if keys.ndim else function(keys)
+
+
+def place_hash(words: UInt32[Array, "2"] | UInt32[Array, "rows 2"], shape: Sequence[int]) -> UInt32[Array, "..."]:
     """Uniform 32-bit words, one a place of an array, for dropout.
 
     A keyed hash of the place: element-wise, so that it fuses with what reads it and splits over devices like it. On a
@@ -178,11 +183,15 @@ def place_hash(words: UInt32[Array, "2"], shape: Sequence[int]) -> UInt32[Array,
     with keys of their own, so that a place is counted within its row and does not overflow.
 
     Args:
-      words: the key.
+      words: the key that the rows' own are made of, by their index; or the rows' own.
       shape: rows first; a row has at most 2^32 elements.
     """
-    rows = jax.lax.broadcasted_iota(jnp.uint32, (shape[0], *[1] * (len(shape) - 1)), 0)
-    first, second = (_keyed(2 * rows + place, words[0], words[1]) for place in (0, 1))
+    column = (shape[0], *[1] * (len(shape) - 1))
+    if words.ndim == 1:
+        rows = jax.lax.broadcasted_iota(jnp.uint32, column, 0)
+        first, second = (_keyed(2 * rows + place, words[0], words[1]) for place in (0, 1))
+    else:
+        first, second = (words[:, place].reshape(column) for place in (0, 1))
     inner = (1, *shape[1:])
     strides = [math.prod(inner[axis + 1 :]) for axis in range(len(inner))]
     places = [

@@ -8,6 +8,7 @@ import math
 from typing import Annotated, Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 from pydantic import Field
@@ -16,6 +17,7 @@ from jaxcl.models.axes import constrain
 from jaxcl.models.batch import Batch
 from jaxcl.models.gates import Gates
 from jaxcl.models.layer import Context, Noise, apply_block
+from jaxcl.models.layers import derive
 from jaxcl.models.llama import Llama, LlamaConfig
 from jaxcl.models.probe import Probe, Tap
 from jaxcl.models.product import PRODUCT
@@ -119,6 +121,11 @@ class Network:
         return self.config.soft_tokens if isinstance(self.config, LlamaConfig) else 0
 
     @property
+    def num_token_types(self) -> int:
+        """Number of token types; 1 for models that know none."""
+        return self.config.type_vocab_size if isinstance(self.config, RobertaConfig) else 1
+
+    @property
     def num_params(self) -> int:
         """Number of params, adapters included."""
         return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.shapes()))
@@ -161,14 +168,15 @@ class Network:
           gates: factors on units, see `Gates`.
           tap: stands in every layer's attention, on the explicit path.
           probe: computes something beside every layer's attention, which stays on the fast kernel.
-          dropout_key: key to draw dropout from; without one nothing is dropped.
+          dropout_key: key to draw dropout from, or one a row, `[batch]`, so that other rows have no say in what a row
+            draws (`Batch.keys`); without any nothing is dropped.
           dropout_rate: noise for models without dropout, in place of the configuration's rates: the rate on hidden
             states. Attention probabilities are left alone, so that attention stays on the fast kernel. Static.
 
         Returns:
           Final states and what the probe computed.
         """
-        keys = None if dropout_key is None else jax.random.split(dropout_key, self.num_layers + 1)
+        keys = None if dropout_key is None else _split(dropout_key, self.num_layers + 1)
         context = self.context(batch)
         x = self.embed(params, batch, dropout_key=None if keys is None else keys[0], dropout_rate=dropout_rate)
 
@@ -287,6 +295,12 @@ class Network:
             return None
         hidden, attention = (self.config.hidden_dropout, self.config.attention_dropout) if rate is None else (rate, 0.0)
         return Noise(key, hidden, attention) if hidden > 0 or attention > 0 else None
+
+
+def _split(key: Array, count: int) -> Array:
+    """`count` keys of one; of one a row, `[count, rows]`."""
+    keys = derive(lambda one: jax.random.split(one, count), key)
+    return jnp.moveaxis(keys, -1, 0)
 
 
 class _Abstract(NamedTuple):

@@ -18,7 +18,8 @@ class TrainingConfig(Schema):
     accumulate: int = Field(
         1,
         ge=1,
-        description="micro-batches a batch is worked through in: saves memory; the same numbers but for dropout",
+        description="micro-batches a batch is worked through in: saves memory, in what a method measures between "
+        "tasks as well; the same numbers but for dropout in training",
     )
     epochs: float | tuple[float, ...] | None = Field(
         None, description="passes over a task's training examples: one number, or one a task; this or steps, default 1"
@@ -123,3 +124,21 @@ def check_batch_size(
         parts.append(f"{processes} processes")
     nearest = f"{below} or {above}" if below else str(above)
     raise UserError(f"{key}: {size} must be a multiple of {unit} ({', '.join(parts)}); nearest: {nearest}", exit_code=2)
+
+
+def micro_batch_size(config: TrainingConfig, ways: int, processes: int = 1) -> int:
+    """Rows that go through the model at once: those of a micro-batch, or what the processes can share at least.
+
+    Args:
+      config: the training section, whose batch size `check_batch_size` let pass.
+      ways: parts the mesh splits a batch into (`Layout.batch_ways`).
+      processes: number of processes, each of which reads an equal share.
+
+    Examples:
+      >>> micro_batch_size(TrainingConfig(batch_size=16, accumulate=4), ways=2)
+      4
+      >>> micro_batch_size(TrainingConfig(batch_size=4, accumulate=4), ways=1, processes=2)
+      2
+    """
+    unit = math.lcm(ways, processes)
+    return -(-config.batch_size // (config.accumulate * unit)) * unit

@@ -1,9 +1,12 @@
 import pytest
 from data_helpers import small_tokenizer
+from tokenizers import Tokenizer as Backend
+from tokenizers import models, pre_tokenizers, processors
 
 from jaxcl.data.labelled import LabelledRows
 from jaxcl.data.plan import Shape
 from jaxcl.data.spec import DataConfig
+from jaxcl.data.tokenizer import Tokenizer
 from jaxcl.errors import UserError
 
 TEXTS = [
@@ -41,6 +44,44 @@ def test_the_longer_text_is_cut_and_the_short_one_kept():
     assert source.cut == 3
     decoder = rows(False)
     assert decoder.tokens[2].tolist() == [t.bos_id, *accident[:11], *t.encode("\n"), *plan[:10], t.eos_id]
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_second_texts_have_the_token_type_their_tokenizer_gives_them(kind):
+    words = ["<pad>", "[CLS]", "[SEP]", "moving", "reviews", "plan"]
+    backend = Backend(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    frame = (("[SEP]", 2), ("[CLS]", 1))
+    backend.post_processor = {"bert": processors.BertProcessing, "roberta": processors.RobertaProcessing}[kind](*frame)
+    tokenizer = Tokenizer(backend, {"cls": 1, "sep": 2, "pad": 0}, add_bos=False)
+    pair, single = {"text": "moving reviews", "pair": "plan plan", "label": "yes"}, {"text": "plan", "label": "yes"}
+
+    def row(index, token_types):
+        source = LabelledRows(
+            [pair, single],
+            ["yes"],
+            tokenizer,
+            DataConfig(length=12),
+            masked=True,
+            task=0,
+            name="x",
+            token_types=token_types,
+        )
+        return source.row(index, Shape(12, 1), ())
+
+    expected = backend.encode("moving reviews", "plan plan")
+    count = len(expected.ids)
+    found = row(0, 2)
+    assert found["tokens"][:count].tolist() == expected.ids
+    assert "types" not in row(0, 1)
+    if kind == "roberta":
+        assert "types" not in found
+        assert not any(expected.type_ids)
+    else:
+        assert found["types"].tolist() == expected.type_ids + [0] * (12 - count)
+        assert sum(expected.type_ids) == 3
+        assert not row(1, 2)["types"].any()
+        assert not row(-1, 2)["types"].any()
 
 
 def test_a_row_carries_its_label_and_a_filler_no_weight():

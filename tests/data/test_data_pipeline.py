@@ -18,7 +18,8 @@ from jaxcl.errors import UserError
 PAIRS = [{"prompt": "moving " * (1 + 7 * i % 23), "answer": "plan " * (1 + i % 3)} for i in range(37)]
 CONFIG = DataConfig(length=32, buckets=3, length_multiple=8)
 FIELDS = {
-    "tokens", "segments", "positions", "predict", "targets", "weights", "task", "example", "labels", "teacher", "kind",
+    "tokens", "segments", "positions", "predict", "targets", "weights", "task", "example", "labels", "types", "teacher",
+    "kind",
 }  # fmt: skip
 
 

@@ -92,7 +92,26 @@ def test_stops_when_dev_stops_improving_and_keeps_the_best() -> None:
     score = score_end_task(network, params, train, dev, dev=dev, num_labels=3, config=config, seed=0)
     assert score.runs[0]["epochs"] < 40
     assert len(train.seen) == score.runs[0]["epochs"] * train.steps_per_epoch
-    assert score.macro_f1 == score.runs[0]["dev_macro_f1"]  # scored on dev: the params of the best epoch
+    assert score.macro_f1 == score.runs[0]["dev"]  # scored on dev: the params of the best epoch
+
+
+@pytest.mark.parametrize(("metric", "epochs", "best"), [("micro_f1", 4, 9.0), ("macro_f1", 6, 6.0)])
+def test_stops_by_the_metric_it_is_told(metric: str, epochs: int, best: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    dev_scores = [(1.0, 8.0), (2.0, 9.0), (3.0, 7.0), (4.0, 8.0), (5.0, 1.0), (6.0, 2.0)]  # macro, micro
+    scripted = iter([*dev_scores[:epochs], (0.0, 0.0)])  # the test rows come last
+
+    def scores(*_: Any) -> dict[str, float]:
+        macro, micro = next(scripted)
+        return {"macro_f1": macro, "micro_f1": micro, "accuracy": 0.0}
+
+    monkeypatch.setattr(end_tasks, "class_scores", scores)
+    network = Network.create(LLAMA)
+    config = CONFIG.model_copy(update={"epochs": 6, "patience": 2})
+    train, dev = Rows(8, 0), Rows(9, 3)
+    params = random_params(network, 0)
+    found = score_end_task(network, params, train, dev, dev=dev, num_labels=3, metric=metric, config=config, seed=0)
+    assert (found.runs[0]["epochs"], found.runs[0]["dev"]) == (epochs, best)
+    assert next(scripted, None) is None
 
 
 def test_without_dev_rows_all_epochs_run() -> None:
@@ -102,7 +121,7 @@ def test_without_dev_rows_all_epochs_run() -> None:
         network, random_params(network, 0), train, train, dev=None, num_labels=3, config=CONFIG, seed=0
     )
     assert len(train.seen) == CONFIG.epochs * train.steps_per_epoch
-    assert np.isnan(score.runs[0]["dev_macro_f1"])
+    assert np.isnan(score.runs[0]["dev"])
 
 
 def test_repetitions_differ_and_are_averaged() -> None:

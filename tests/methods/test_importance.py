@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -104,12 +106,44 @@ def test_remat_changes_no_importance() -> None:
     assert_close(domain_importance(plain, params, [batch]), domain_importance(remat, params, [batch]))
 
 
+def keys_of_passes(batch: Batch, key: jax.Array) -> jax.Array:
+    """A key a pass, from the row's task and example."""
+    keys = []
+    for task, example in zip(batch.task.tolist(), batch.example.tolist(), strict=True):
+        keys += list(jax.random.split(jax.random.fold_in(jax.random.fold_in(key, task), example % 2**32)))
+    return jnp.stack(keys)
+
+
+@pytest.mark.parametrize("proxy", ["outputs", "pooled"])
+def test_batch_size_order_and_padding_change_no_general_importance(
+    network: Network, params: Params, proxy: Proxy
+) -> None:
+    def importance(batches: list[Batch]) -> Gates:
+        sums = ImportanceSums.zero(network)
+        for batch in batches:
+            sums = add(sums, batch)
+        return sums.mean()
+
+    @jax.jit
+    def add(sums: ImportanceSums, batch: Batch) -> ImportanceSums:
+        return add_general_importance(network, sums, params, batch, jax.random.key(5), 0.2, 2, proxy)
+
+    batch = dataclasses.replace(make_batch((6, 4, 5, 3)), example=jnp.array([3, 0, 7, 1]))
+    whole = importance([batch])
+    assert_close(importance([take_rows(batch, [3, 1, 0, 2])]), whole)
+    one_by_one = [pad_batch(take_rows(batch, [row]), rows=1, length=2, predict=1) for row in range(4)]
+    assert_close(importance(one_by_one), whole)
+    other = importance([dataclasses.replace(batch, example=jnp.array([3, 0, 7, 2]))])
+    assert not np.allclose(other.heads, whole.heads, rtol=1e-3)
+
+
 def test_divergence_equals_numpy(network: Network, params: Params) -> None:
     batch = make_batch((6, 4, 0))
     twice = take_rows(batch, [0, 0, 1, 1, 2, 2])
     key = jax.random.key(3)
+    keys = keys_of_passes(batch, key)
     passes = jax.jit(
-        lambda: scored_states(network.hidden(params, twice, dropout_key=key, dropout_rate=0.2).states, twice)
+        lambda: scored_states(network.hidden(params, twice, dropout_key=keys, dropout_rate=0.2).states, twice)
     )
     logs = log_softmax(np.asarray(network.logits(params, passes())))
     first, second = logs[0::2], logs[1::2]
@@ -125,7 +159,8 @@ def test_divergence_of_pooled_states_equals_numpy(network: Network, params: Para
     lengths = (6, 4, 0)
     batch, key = make_batch(lengths), jax.random.key(3)
     twice = take_rows(batch, [0, 0, 1, 1, 2, 2])
-    states = jax.jit(lambda: network.hidden(params, twice, dropout_key=key, dropout_rate=0.2).states)()
+    keys = keys_of_passes(batch, key)
+    states = jax.jit(lambda: network.hidden(params, twice, dropout_key=keys, dropout_rate=0.2).states)()
     expected = [0.0, 0.0, 0.0]
     for row, count in enumerate(lengths[:2]):
         first, second = (log_softmax(np.asarray(states)[2 * row + side, :count].mean(axis=0)) for side in (0, 1))

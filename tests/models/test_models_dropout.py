@@ -89,6 +89,38 @@ def test_a_row_draws_the_same_in_any_batch() -> None:
     assert not np.array_equal(whole[0] == 0, whole[1] == 0)
 
 
+def test_rows_with_keys_draw_by_them_alone() -> None:
+    x = jax.random.normal(jax.random.key(0), SHAPE)
+    keys = jax.random.split(jax.random.key(1), SHAPE[0])
+    whole = np.asarray(dropout(x, 0.3, keys))
+    order = np.arange(SHAPE[0])[::-1]
+    np.testing.assert_array_equal(dropout(x[order], 0.3, keys[order]), whole[order])
+    kept = (whole != 0).reshape(SHAPE[0], -1) - 0.7
+    assert np.abs(kept.mean(axis=1)).max() < 5 * np.sqrt(0.3 * 0.7 / kept.shape[1])
+    # Rows differ by chance alone: the product of two rows' deviations has mean 0.
+    for lag in (1, 2, 7):
+        products = kept[lag:] * kept[:-lag]
+        assert abs(products.mean()) < 5 * 0.3 * 0.7 / np.sqrt(products.size)
+
+
+@pytest.mark.parametrize("architecture", BUILDERS)
+def test_a_row_with_a_key_has_the_same_states_in_any_batch(architecture: str) -> None:
+    own = {"dropout": 0.2} if architecture == "llama" else {"hidden_dropout": 0.2}
+    network, key = BUILDERS[architecture](**own), jax.random.key(0)
+    params = network.init(jax.random.key(1))
+    batch = batch_of([[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 0, 0]])
+    keys = jax.random.split(key, 3)
+
+    def states(*chosen: int) -> np.ndarray:
+        part = jax.tree.map(lambda leaf: leaf[np.array(chosen)], batch)
+        return np.asarray(network.hidden(params, part, dropout_key=keys[np.array(chosen)]).states)
+
+    whole = states(0, 1, 2)
+    np.testing.assert_allclose(states(2, 0, 1), whole[[2, 0, 1]], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(states(1), whole[[1]], rtol=1e-5, atol=1e-5)
+    assert not np.allclose(network.hidden(params, batch).states, whole)
+
+
 def test_backward_pass_draws_what_the_forward_pass_drew() -> None:
     x = jax.random.normal(jax.random.key(0), SHAPE)
     out, pull = jax.vjp(lambda x: dropout(x, 0.3, jax.random.key(1)), x)
