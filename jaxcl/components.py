@@ -16,10 +16,11 @@ from jaxcl.data.pipeline import Pipeline
 from jaxcl.data.plan import Shape
 from jaxcl.data.rows import Rows
 from jaxcl.data.sources import TaskData, load_task
-from jaxcl.data.spec import DataConfig, SourceSpec, TokenizerConfig
+from jaxcl.data.spec import DataConfig, SourceSpec, TaskSpec, TokenizerConfig
 from jaxcl.data.text import Objective, TextRows
 from jaxcl.data.tokenizer import Tokenizer, prepare_tokenizer
 from jaxcl.errors import UserError
+from jaxcl.evaluation.results import Results
 from jaxcl.methods.base import Method
 from jaxcl.models.lora import overlay
 from jaxcl.models.network import Network
@@ -41,7 +42,7 @@ class Components:
 
     Attributes:
       config: the configuration.
-      tasks: rows of every task, in the order learned.
+      tasks: rows of every task, in the order learned; none of a learned task whose data nothing needs any more.
       tokenizer: text to ids and back.
       network: the network.
       method: the continual-learning method.
@@ -71,16 +72,26 @@ class Components:
         """What the model is trained on in a phase: the task's name, or all tasks."""
         return "all tasks" if self.method.joint else self.tasks[index].name
 
+    def train_rows(self, index: int) -> Rows:
+        """The encoded training examples of a task, encoded once."""
+        if index not in self._train_rows:
+            self._train_rows[index] = self.encode(index, "train")
+        return self._train_rows[index]
+
     @functools.cached_property
-    def train_rows(self) -> tuple[Rows, ...]:
-        """The encoded training examples of every task."""
-        return tuple(self.encode(index, "train") for index in range(len(self.tasks)))
+    def _train_rows(self) -> dict[int, Rows]:
+        return {}
+
+    def all_train_rows(self) -> list[Rows]:
+        """`train_rows` of every task."""
+        return [self.train_rows(index) for index in range(len(self.tasks))]
 
     @functools.cached_property
     def shapes(self) -> list[Shape] | None:
         """Shapes of prompt-answer batches, the same for all tasks and their memory: each compiles its own step."""
-        rows = [rows for rows in self.train_rows if isinstance(rows, PairRows)]
-        return pair_shapes(rows, self.config.data) if rows else None
+        pairs = [index for index, task in enumerate(self.tasks) if task.kind == "pairs" and task.train]
+        rows = [self.train_rows(index) for index in pairs]
+        return pair_shapes([one for one in rows if isinstance(one, PairRows)], self.config.data) if rows else None
 
     def encode(self, index: int, split: str) -> Rows:
         """The encoded examples of a task.
@@ -156,12 +167,25 @@ def build(config: ExperimentConfig, folder: RunFolder) -> Components:
     if any(spec.end_task is not None for spec in config.tasks):
         size = config.evaluation.end_task.batch_size
         check_batch_size(size, 1, layout.batch_ways, processes, key="evaluation.end_task.batch_size")
-    tasks = tuple(load_task(rooted(spec, config.data_root)) for spec in config.tasks)
-    method = find_method(config.method.name)(config.method.options, network, len(tasks))
+    method = find_method(config.method.name)(config.method.options, network, len(config.tasks))
+    tasks = _load_tasks(config, method, folder)
     _check_tasks(config, tasks, method)
     tokenizer = load_tokenizer(config, tasks, folder.tokenizer)
     tokenizer.check_vocab(network.vocab_size)
     return Components(config, tasks, tokenizer, network, method, layout, make_trainer(config, method, layout))
+
+
+def _load_tasks(config: ExperimentConfig, method: Method, folder: RunFolder) -> tuple[TaskData, ...]:
+    """The tasks' rows; none of tasks that the run has learned, does not score and does not replay."""
+    learned = len(Results.read(folder.results).steps) if folder.results.is_file() else 0
+    replays = method.joint or (method.replay is not None and method.replay.source == "kept")
+
+    def load(index: int, spec: TaskSpec) -> TaskData:
+        if index < learned and not spec.scored and not replays and spec.kind is not None:
+            return TaskData(spec.name, spec.kind, (), (), ())
+        return load_task(rooted(spec, config.data_root))
+
+    return tuple(load(index, spec) for index, spec in enumerate(config.tasks))
 
 
 def make_trainer(config: ExperimentConfig, method: Method, layout: Layout) -> Trainer:

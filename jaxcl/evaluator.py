@@ -14,7 +14,7 @@ from jaxcl.data.pipeline import LabelledPipeline
 from jaxcl.data.sources import TaskData, load_end_task
 from jaxcl.errors import UserError
 from jaxcl.evaluation.end_tasks import score_end_task
-from jaxcl.evaluation.metrics import find_metric
+from jaxcl.evaluation.metrics import Kind, find_metric
 from jaxcl.evaluation.scoring import score_pairs, text_loss
 from jaxcl.methods.base import Method
 from jaxcl.models.batch import Batch
@@ -211,13 +211,23 @@ def higher_is_better(metrics: Sequence[str]) -> list[bool]:
     return [find_metric(name.removeprefix(f"{_END_TASK} ")).higher_is_better for name in metrics]
 
 
+def scored_kind(metric: str) -> Kind:
+    """The kind of task that has a metric of that name in results.
+
+    >>> scored_kind("end task macro_f1"), scored_kind("exact_match")
+    ('text', 'pairs')
+    """
+    return "text" if metric.startswith(_END_TASK) or "text" in find_metric(metric).kinds else "pairs"
+
+
 def scored_tasks(parts: Components, after: int) -> Iterator[int]:
     """Indices of the tasks to score after task `after` (-1: before any training)."""
+    tasks = parts.config.tasks
+    learned = len(tasks) if parts.method.joint and after >= 0 else after + 1
+    due: Sequence[int] = parts.config.evaluation.tasks_after(learned, len(tasks))
     if parts.method.individual and after >= 0:
-        yield after  # the models of the tasks before are as they were, those of the tasks to come do not exist yet
-        return
-    learned = len(parts.tasks) if parts.method.joint and after >= 0 else after + 1
-    yield from parts.config.evaluation.tasks_after(learned, len(parts.tasks))
+        due = [after]  # the models of the tasks before are as they were, those of the tasks to come do not exist yet
+    yield from (index for index in due if tasks[index].scored)
 
 
 def answering_params(parts: Components, state: TrainState, index: int) -> Params:

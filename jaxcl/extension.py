@@ -10,12 +10,15 @@ from jaxcl.config import ExperimentConfig, find_method
 from jaxcl.config_file import ConfigError, apply_overrides, read_yaml, validate
 from jaxcl.errors import UserError
 from jaxcl.evaluation.results import Results
+from jaxcl.evaluator import scored_kind
 from jaxcl.experiment import Outcome, run
 from jaxcl.run_folder import RunFolder
 
 
-def extend(folder: Path, task: Sequence[str], length: float | None = None) -> Outcome:
-    """Lets a finished run learn one more task, from its folder and its tasks' data, which it is evaluated on again.
+def extend(folder: Path, task: Sequence[str], length: float | None = None, *, scored: bool = True) -> Outcome:
+    """Lets a finished run learn one more task, from its folder alone but for the earlier tasks' data.
+
+    These are needed for evaluation and by methods that replay examples; without both, they may be gone.
 
     The run goes on from its last checkpoint with the method's state. Its folder then is that of a run over all tasks.
     Given again after an interruption, the same call goes on where it stopped.
@@ -25,6 +28,7 @@ def extend(folder: Path, task: Sequence[str], length: float | None = None) -> Ou
       task: `KEY=VALUE`, the keys of the task's section in the configuration; `name` and `source` at least.
       length: the task's epochs or steps, whichever the run counts; `None`: as many as every task has, for a run that
         does not list them by task.
+      scored: whether the model is evaluated on the earlier tasks again.
 
     Returns:
       The results over all tasks, and the path of the report.
@@ -40,6 +44,8 @@ def extend(folder: Path, task: Sequence[str], length: float | None = None) -> Ou
     if find_method(before.method.name).joint:
         raise UserError(f"{folder}: {before.method.name} learns all tasks at once; there is no next one to learn")
     added = apply_overrides({}, task)
+    if not scored:
+        content = _unscored(content, Results.read(RunFolder(folder).results), names=[added.get("name")])
     names = [one.name for one in before.tasks]
     if names[-1] == added.get("name") and len(names) > 1:
         # Either the same call once more, which goes on or has nothing to do, or another task of that name.
@@ -51,6 +57,15 @@ def extend(folder: Path, task: Sequence[str], length: float | None = None) -> Ou
     if not results.finished or results.tasks != names:
         raise UserError(f"{folder}: has not learned its own tasks yet; finish it first: jaxcl run {stored}")
     return run(config, grown_from=before)
+
+
+def _unscored(content: dict[str, Any], results: Results, names: Sequence[str | None]) -> dict[str, Any]:
+    """The configuration with its tasks no longer scored, but for those called so, and their kinds written down."""
+    tasks = [
+        one if one["name"] in names else {**one, "scored": False, "kind": one["kind"] or scored_kind(metric)}
+        for one, metric in zip(content["tasks"], results.metric, strict=False)
+    ]
+    return {**content, "tasks": [*tasks, *content["tasks"][len(tasks) :]]}
 
 
 def _with_task(content: dict[str, Any], task: dict[str, Any], length: float | None, origin: Path) -> dict[str, Any]:

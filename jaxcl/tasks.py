@@ -24,7 +24,7 @@ def remember(parts: Components, memory: Memory, index: int) -> Memory:
     return memory.with_task(
         index,
         parts.phase_name(index),
-        count=len(parts.train_rows[index]),
+        count=len(parts.train_rows(index)),
         fraction=replay.fraction,
         minimum=replay.minimum,
     )
@@ -33,7 +33,7 @@ def remember(parts: Components, memory: Memory, index: int) -> Memory:
 def remembered_rows(parts: Components, task: TaskMemory) -> Rows:
     """What a task's memory chooses from: its training examples, or what the model wrote for it."""
     if not task.written:
-        return parts.train_rows[task.task]
+        return parts.train_rows(task.task)
     return parts.encode_written(task.written, task.task, task.name)
 
 
@@ -66,7 +66,7 @@ def running_task(
     """
     size = micro_batch_size(parts.config.training, parts.layout.batch_ways, jax.process_count())
     remembered = any(task.task == index and task.examples for task in memory.tasks)
-    sources = list(parts.train_rows) if parts.method.joint else [parts.train_rows[index]]
+    sources = parts.all_train_rows() if parts.method.joint else [parts.train_rows(index)]
     return RunningTask(
         index=index,
         name=parts.phase_name(index),

@@ -198,3 +198,56 @@ def test_only_finished_runs_go_on(das: Runs, tmp_path: Path) -> None:
         das.extend(folder)
     with pytest.raises(UserError, match="not a run folder"):
         extend(tmp_path / "nowhere", ["name=x", "source=y"])
+
+
+def jsonl_domain(folder: Path, word: str) -> dict[str, str]:
+    folder.mkdir()
+    for split, count in (("train", 24), ("test", 8)):
+        lines = [json.dumps({"text": f"the {word} number {number} of {split}"}) for number in range(count)]
+        (folder / f"{split}.jsonl").write_text("\n".join(lines))
+    return {"name": word, "source": f"jsonl:{folder}"}
+
+
+@pytest.mark.parametrize("method", ["das", "replay"])
+def test_earlier_data_may_be_gone_where_nothing_needs_it(tmp_path: Path, tokenizer: Path, method: str) -> None:
+    options = {"das": TEXT["method"], "replay": {"name": "replay", "replay": {"fraction": 0.25}}}[method]
+    domains = [jsonl_domain(tmp_path / word, word) for word in ("language", "reference")]
+    content = {**TEXT, "method": options, "tasks": domains}
+    folder = tmp_path / "run"
+    earlier = experiment.run(config(content, folder, tokenizer, 2)).results
+    shutil.rmtree(tmp_path / "language")
+    new = [f"{key}={value}" for key, value in jsonl_domain(tmp_path / "letter", "letter").items()]
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="language"):
+        extend(folder, new, 4)
+    if method == "replay":
+        with pytest.raises(UserError, match="language"):
+            extend(folder, new, 4, scored=False)
+        assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+        return
+
+    results = extend(folder, new, 4, scored=False).results
+    assert results.finished
+    assert results.matrix[:2] == [[*row[:2], None] for row in earlier.matrix]
+    assert results.matrix[2][:2] == [None, None]
+    assert results.matrix[2][2] > 1
+    assert (results.op, results.bwt) == (None, None)
+    stored = read_yaml(folder / "config.yaml")["tasks"]
+    assert [(one["scored"], one["kind"]) for one in stored] == [(False, "text"), (False, "text"), (True, None)]
+    # Neither the same call nor one that goes on from here needs the data either.
+    written = (folder / "results.json").read_bytes()
+    extend(folder, new, 4, scored=False)
+    assert (folder / "results.json").read_bytes() == written
+    last = [f"{key}={value}" for key, value in jsonl_domain(tmp_path / "upper", "upper").items()]
+    again = extend(folder, last, 4).results
+    assert again.matrix[3][:2] == [None, None]
+    assert None not in again.matrix[3][2:]
+
+
+def test_das_learns_the_same_whether_earlier_data_is_there(das: Runs, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(das.two, folder)
+    extend(folder, ADDED["text"], LENGTH["text"], scored=False)
+    left, right = content_of(folder), content_of(das.whole)
+    jax.tree.map(np.testing.assert_array_equal, left["params"], right["params"])
+    jax.tree.map(np.testing.assert_array_equal, left["state"], right["state"])

@@ -93,7 +93,7 @@ def test_bytes_are_those_on_disk(folder: Path, report: str, index: int, task: st
     assert numbers(r"bytes a sample: ([\d,]+) \(", text)[0] == pytest.approx(sum(means.values()), abs=0.51)
     assert numbers(r"([\d,]+) in the compressed file", text)[0] == pytest.approx(disk, abs=0.51)
     # Maps of all heads and logits of all answer tokens, of rows without padding.
-    rows = build(load_config(folder / "config.yaml"), RunFolder(folder)).train_rows[index]
+    rows = build(load_config(folder / "config.yaml"), RunFolder(folder)).train_rows(index)
     kept = Memory.load(RunFolder(folder).memory).tasks[index].examples
     batches = [rows.sizes[example] for example in kept]
     full = np.mean([4 * (LAYERS * HEADS * tokens**2 + VOCAB * scored) for tokens, scored in batches])

@@ -64,6 +64,11 @@ class TaskSpec(SourceSpec):
         description="builds the prompt from the row's fields, for example `{text} Sentiment:`; none: the prompt field",
     )
     end_task: EndTaskSpec | None = Field(None, description="labelled task that measures what this domain taught")
+    scored: bool = Field(
+        True,
+        description="whether the model is evaluated on it; false, with kind given: once learned its data need not "
+        "be there, unless replayed",
+    )
 
     @field_validator("prompt_template")
     @classmethod

@@ -31,8 +31,8 @@ def test_importance_over_two_domains(network: Network) -> None:
     @jax.jit
     def general(key: jax.Array) -> Gates:
         sums = ImportanceSums.zero(network)
-        for number, batch in enumerate(batches):
-            sums = add_general_importance(network, sums, params, batch, jax.random.fold_in(key, number), 0.2, 0)
+        for batch in batches:
+            sums = add_general_importance(network, sums, params, batch, key, 0.2, 0)
         return normalise(sums.mean(), "tanh", 0.5)
 
     prepared = method.prepare(params, start, first)
@@ -158,7 +158,7 @@ def test_proxy_is_a_choice() -> None:
         task = StandInTask(batches)
         found.append(method.prepare(params, method.init(params), task)["importance"])
         sums = add_general_importance(
-            network, ImportanceSums.zero(network), params, batches[0], jax.random.fold_in(task.key, 0), 0.1, 0, proxy
+            network, ImportanceSums.zero(network), params, batches[0], task.key, 0.1, 0, proxy
         )
         assert_close(found[-1], normalise(sums.mean(), "tanh", 0.5), rtol=1e-3)
     assert not np.allclose(found[0].output, found[1].output, rtol=1e-2)
