@@ -52,7 +52,7 @@ def _run(args: argparse.Namespace) -> None:
 def _extend(args: argparse.Namespace) -> None:
     from jaxcl.extension import extend
 
-    _say(extend(Path(args.run), args.overrides, args.length, scored=not args.unscored).report)
+    _say(extend(Path(args.run), args.overrides, args.length, data_gone=args.data_gone).report)
 
 
 def _importance(args: argparse.Namespace) -> None:
@@ -203,8 +203,8 @@ def build_parser() -> argparse.ArgumentParser:
     extend.add_argument("overrides", nargs="+", metavar="KEY=VALUE", help="the task: name, source, what else it needs")
     length_help = "epochs or steps of the task, as the run counts; needed where it lists them by task"
     extend.add_argument("--length", type=_number, default=None, metavar="N", help=length_help)
-    unscored_help = "do not evaluate on the earlier tasks from now on: their data need not be there"
-    extend.add_argument("--unscored", action="store_true", help=unscored_help)
+    gone_help = "the earlier tasks' data is there no more: they are not scored again; not for methods that replay"
+    extend.add_argument("--data-gone", action="store_true", help=gone_help)
 
     importance = _command(
         commands,

@@ -20,7 +20,6 @@ from jaxcl.data.spec import DataConfig, SourceSpec, TaskSpec, TokenizerConfig
 from jaxcl.data.text import Objective, TextRows
 from jaxcl.data.tokenizer import Tokenizer, prepare_tokenizer
 from jaxcl.errors import UserError
-from jaxcl.evaluation.results import Results
 from jaxcl.methods.base import Method
 from jaxcl.models.lora import overlay
 from jaxcl.models.network import Network
@@ -42,7 +41,7 @@ class Components:
 
     Attributes:
       config: the configuration.
-      tasks: rows of every task, in the order learned; none of a learned task whose data nothing needs any more.
+      tasks: rows of every task, in the order learned; none where the data is gone.
       tokenizer: text to ids and back.
       network: the network.
       method: the continual-learning method.
@@ -72,26 +71,27 @@ class Components:
         """What the model is trained on in a phase: the task's name, or all tasks."""
         return "all tasks" if self.method.joint else self.tasks[index].name
 
-    def train_rows(self, index: int) -> Rows:
-        """The encoded training examples of a task, encoded once."""
-        if index not in self._train_rows:
-            self._train_rows[index] = self.encode(index, "train")
-        return self._train_rows[index]
-
     @functools.cached_property
-    def _train_rows(self) -> dict[int, Rows]:
-        return {}
+    def all_train_rows(self) -> Mapping[int, Rows]:
+        """The encoded training examples of every task whose data is there, by its index."""
+        there = (index for index, spec in enumerate(self.config.tasks) if not spec.data_gone)
+        return {index: self.encode(index, "train") for index in there}
 
-    def all_train_rows(self) -> list[Rows]:
-        """`train_rows` of every task."""
-        return [self.train_rows(index) for index in range(len(self.tasks))]
+    def train_rows(self, index: int) -> Rows:
+        """The encoded training examples of a task.
+
+        Raises:
+          UserError: its data is gone.
+        """
+        if index not in self.all_train_rows:
+            raise UserError(f"task {self.names[index]}: its examples are needed (tasks.{index}.data_gone is true)")
+        return self.all_train_rows[index]
 
     @functools.cached_property
     def shapes(self) -> list[Shape] | None:
         """Shapes of prompt-answer batches, the same for all tasks and their memory: each compiles its own step."""
-        pairs = [index for index, task in enumerate(self.tasks) if task.kind == "pairs" and task.train]
-        rows = [self.train_rows(index) for index in pairs]
-        return pair_shapes([one for one in rows if isinstance(one, PairRows)], self.config.data) if rows else None
+        rows = [rows for rows in self.all_train_rows.values() if isinstance(rows, PairRows)]
+        return pair_shapes(rows, self.config.data) if rows else None
 
     def encode(self, index: int, split: str) -> Rows:
         """The encoded examples of a task.
@@ -167,25 +167,20 @@ def build(config: ExperimentConfig, folder: RunFolder) -> Components:
     if any(spec.end_task is not None for spec in config.tasks):
         size = config.evaluation.end_task.batch_size
         check_batch_size(size, 1, layout.batch_ways, processes, key="evaluation.end_task.batch_size")
-    method = find_method(config.method.name)(config.method.options, network, len(config.tasks))
-    tasks = _load_tasks(config, method, folder)
+    tasks = tuple(_load(spec, config.data_root) for spec in config.tasks)
+    method = find_method(config.method.name)(config.method.options, network, len(tasks))
     _check_tasks(config, tasks, method)
     tokenizer = load_tokenizer(config, tasks, folder.tokenizer)
     tokenizer.check_vocab(network.vocab_size)
     return Components(config, tasks, tokenizer, network, method, layout, make_trainer(config, method, layout))
 
 
-def _load_tasks(config: ExperimentConfig, method: Method, folder: RunFolder) -> tuple[TaskData, ...]:
-    """The tasks' rows; none of tasks that the run has learned, does not score and does not replay."""
-    learned = len(Results.read(folder.results).steps) if folder.results.is_file() else 0
-    replays = method.joint or (method.replay is not None and method.replay.source == "kept")
-
-    def load(index: int, spec: TaskSpec) -> TaskData:
-        if index < learned and not spec.scored and not replays and spec.kind is not None:
-            return TaskData(spec.name, spec.kind, (), (), ())
-        return load_task(rooted(spec, config.data_root))
-
-    return tuple(load(index, spec) for index, spec in enumerate(config.tasks))
+def _load(spec: TaskSpec, root: str) -> TaskData:
+    if not spec.data_gone:
+        return load_task(rooted(spec, root))
+    if spec.kind is None:
+        raise UserError(f"task {spec.name}: data_gone leaves nothing to tell its kind by; give kind", exit_code=2)
+    return TaskData(spec.name, spec.kind, (), (), ())
 
 
 def make_trainer(config: ExperimentConfig, method: Method, layout: Layout) -> Trainer:
@@ -216,6 +211,13 @@ def _check_tasks(config: ExperimentConfig, tasks: tuple[TaskData, ...], method: 
         "text": ("length", data.length),
         "pairs": (f"prompt_length + answer_length{soft}", data.prompt_length + data.answer_length + opening),
     }
+    gone = [spec.name for spec in config.tasks if spec.data_gone]
+    if gone and (method.joint or method.replay is not None):
+        raise UserError(
+            f"task {gone[0]}: data_gone is for methods that learn without earlier examples; {config.method.name} needs "
+            "them",
+            exit_code=2,
+        )
     written = method.replay is not None and method.replay.source != "kept"
     for task in tasks:
         if task.kind == "pairs" and not method.network.causal:

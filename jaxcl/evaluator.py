@@ -227,7 +227,7 @@ def scored_tasks(parts: Components, after: int) -> Iterator[int]:
     due: Sequence[int] = parts.config.evaluation.tasks_after(learned, len(tasks))
     if parts.method.individual and after >= 0:
         due = [after]  # the models of the tasks before are as they were, those of the tasks to come do not exist yet
-    yield from (index for index in due if tasks[index].scored)
+    yield from (index for index in due if not tasks[index].data_gone)
 
 
 def answering_params(parts: Components, state: TrainState, index: int) -> Params:

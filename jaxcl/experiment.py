@@ -267,7 +267,7 @@ class TaskSequence:
         """The batches of a task, with those of the memory between or beside them where there are any."""
         parts, replay = self.parts, self.parts.method.replay
         if parts.method.joint:
-            return parts.pipeline(parts.all_train_rows())
+            return parts.pipeline(list(parts.all_train_rows.values()))
         pipeline = parts.pipeline([parts.train_rows(index)])
         earlier = [task for task in self.memory.tasks if task.task < index and task.examples]
         if replay is None or not earlier:
@@ -306,7 +306,7 @@ class TaskSequence:
             return task_steps(training, index, count, stream.steps_per_epoch)
         if training.steps is not None:
             return sum(task_steps(training, task, count, 1) for task in range(count))
-        parts = [self.parts.pipeline([rows]).steps_per_epoch for rows in self.parts.all_train_rows()]
+        parts = [self.parts.pipeline([rows]).steps_per_epoch for rows in self.parts.all_train_rows.values()]
         return sum(task_steps(training, task, count, steps) for task, steps in enumerate(parts))
 
     def _remove_stores(self, index: int) -> None:

@@ -15,10 +15,8 @@ from jaxcl.experiment import Outcome, run
 from jaxcl.run_folder import RunFolder
 
 
-def extend(folder: Path, task: Sequence[str], length: float | None = None, *, scored: bool = True) -> Outcome:
-    """Lets a finished run learn one more task, from its folder alone but for the earlier tasks' data.
-
-    These are needed for evaluation and by methods that replay examples; without both, they may be gone.
+def extend(folder: Path, task: Sequence[str], length: float | None = None, *, data_gone: bool = False) -> Outcome:
+    """Lets a finished run learn one more task, from its folder and its tasks' data, which it is scored on again.
 
     The run goes on from its last checkpoint with the method's state. Its folder then is that of a run over all tasks.
     Given again after an interruption, the same call goes on where it stopped.
@@ -28,7 +26,8 @@ def extend(folder: Path, task: Sequence[str], length: float | None = None, *, sc
       task: `KEY=VALUE`, the keys of the task's section in the configuration; `name` and `source` at least.
       length: the task's epochs or steps, whichever the run counts; `None`: as many as every task has, for a run that
         does not list them by task.
-      scored: whether the model is evaluated on the earlier tasks again.
+      data_gone: the earlier tasks' data is there no more: the folder is all that is needed, and their scores end with
+        the tasks learned so far. Not for methods that replay examples.
 
     Returns:
       The results over all tasks, and the path of the report.
@@ -44,28 +43,25 @@ def extend(folder: Path, task: Sequence[str], length: float | None = None, *, sc
     if find_method(before.method.name).joint:
         raise UserError(f"{folder}: {before.method.name} learns all tasks at once; there is no next one to learn")
     added = apply_overrides({}, task)
-    if not scored:
-        content = _unscored(content, Results.read(RunFolder(folder).results), names=[added.get("name")])
     names = [one.name for one in before.tasks]
     if names[-1] == added.get("name") and len(names) > 1:
         # Either the same call once more, which goes on or has nothing to do, or another task of that name.
         earlier = _without_last(content)
         if validate(ExperimentConfig, _with_task(earlier, added, length, stored), str(stored)) == before:
             return run(before)
-    config = validate(ExperimentConfig, _with_task(content, added, length, stored), str(stored))
     results = Results.read(RunFolder(folder).results)
+    grown = _with_task(_without_data(content, results) if data_gone else content, added, length, stored)
+    config = validate(ExperimentConfig, grown, str(stored))
     if not results.finished or results.tasks != names:
         raise UserError(f"{folder}: has not learned its own tasks yet; finish it first: jaxcl run {stored}")
     return run(config, grown_from=before)
 
 
-def _unscored(content: dict[str, Any], results: Results, names: Sequence[str | None]) -> dict[str, Any]:
-    """The configuration with its tasks no longer scored, but for those called so, and their kinds written down."""
-    tasks = [
-        one if one["name"] in names else {**one, "scored": False, "kind": one["kind"] or scored_kind(metric)}
-        for one, metric in zip(content["tasks"], results.metric, strict=False)
-    ]
-    return {**content, "tasks": [*tasks, *content["tasks"][len(tasks) :]]}
+def _without_data(content: dict[str, Any], results: Results) -> dict[str, Any]:
+    """The configuration with the data of all its tasks gone; their kinds, which it told, are written down."""
+    kinds = dict(zip(results.tasks, map(scored_kind, results.metric), strict=True))
+    tasks = [{**one, "data_gone": True, "kind": one["kind"] or kinds.get(one["name"])} for one in content["tasks"]]
+    return {**content, "tasks": tasks}
 
 
 def _with_task(content: dict[str, Any], task: dict[str, Any], length: float | None, origin: Path) -> dict[str, Any]:

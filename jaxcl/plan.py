@@ -149,7 +149,8 @@ def programs(config: ExperimentConfig, mesh: Mesh) -> dict[str, Program]:
     if method.replay is not None and not method.joint:
         found["replay"] = step(_remembered(method, target, training.batch_size, shape, layout))
     # Between tasks the optimizer's state stays where it is: it counts, though no program sees it.
-    measured = _batch(micro_batch_size(training, layout.batch_ways), shape, layout)
+    processes = len({device.process_index for device in mesh.devices.flat})
+    measured = _batch(micro_batch_size(training, layout.batch_ways, processes), shape, layout)
     given = (target.params, target.params, target.method_state, measured, key)
     moments = {"optimizer": target.opt_state}
     for name in jax.eval_shape(method.measurements, *given):

@@ -66,7 +66,7 @@ def running_task(
     """
     size = micro_batch_size(parts.config.training, parts.layout.batch_ways, jax.process_count())
     remembered = any(task.task == index and task.examples for task in memory.tasks)
-    sources = parts.all_train_rows() if parts.method.joint else [parts.train_rows(index)]
+    sources = list(parts.all_train_rows.values()) if parts.method.joint else [parts.train_rows(index)]
     return RunningTask(
         index=index,
         name=parts.phase_name(index),

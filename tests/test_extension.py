@@ -17,6 +17,7 @@ from jaxcl.data.tokenizer import Tokenizer
 from jaxcl.errors import UserError
 from jaxcl.evaluation.results import Results
 from jaxcl.extension import extend
+from jaxcl.importance import measure_importance
 from jaxcl.run_folder import RunFolder
 from jaxcl.training.checkpoint import Checkpoints
 
@@ -200,54 +201,74 @@ def test_only_finished_runs_go_on(das: Runs, tmp_path: Path) -> None:
         extend(tmp_path / "nowhere", ["name=x", "source=y"])
 
 
-def jsonl_domain(folder: Path, word: str) -> dict[str, str]:
+def jsonl_task(folder: Path, word: str, kind: str) -> dict[str, str]:
     folder.mkdir()
     for split, count in (("train", 24), ("test", 8)):
-        lines = [json.dumps({"text": f"the {word} number {number} of {split}"}) for number in range(count)]
-        (folder / f"{split}.jsonl").write_text("\n".join(lines))
+        passages = [f"the {word} number {number} of {split}" for number in range(count)]
+        rows = [{"text": one} if kind == "text" else {"prompt": one, "answer": word[:3]} for one in passages]
+        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return {"name": word, "source": f"jsonl:{folder}"}
 
 
-@pytest.mark.parametrize("method", ["das", "replay"])
-def test_earlier_data_may_be_gone_where_nothing_needs_it(tmp_path: Path, tokenizer: Path, method: str) -> None:
-    options = {"das": TEXT["method"], "replay": {"name": "replay", "replay": {"fraction": 0.25}}}[method]
-    domains = [jsonl_domain(tmp_path / word, word) for word in ("language", "reference")]
-    content = {**TEXT, "method": options, "tasks": domains}
-    folder = tmp_path / "run"
-    earlier = experiment.run(config(content, folder, tokenizer, 2)).results
-    shutil.rmtree(tmp_path / "language")
-    new = [f"{key}={value}" for key, value in jsonl_domain(tmp_path / "letter", "letter").items()]
-    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    with pytest.raises(UserError, match="language"):
-        extend(folder, new, 4)
-    if method == "replay":
-        with pytest.raises(UserError, match="language"):
-            extend(folder, new, 4, scored=False)
-        assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
-        return
+def words(task: dict[str, str]) -> list[str]:
+    return [f"{key}={value}" for key, value in task.items()]
 
-    results = extend(folder, new, 4, scored=False).results
+
+def without_data(tmp_path: Path, tokenizer: Path, kind: str, **changes: Any) -> tuple[Path, list[str], Results]:
+    """A run of two tasks whose data is gone, a third task, and the run's results."""
+    content = {**{"text": TEXT, "pairs": PAIRS}[kind], **changes}
+    content["tasks"] = [jsonl_task(tmp_path / word, word, kind) for word in ("language", "reference")]
+    results = experiment.run(config(content, tmp_path / "run", tokenizer, 2)).results
+    for word in ("language", "reference"):
+        shutil.rmtree(tmp_path / word)
+    return tmp_path / "run", words(jsonl_task(tmp_path / "letter", "letter", kind)), results
+
+
+def test_das_goes_on_from_the_run_folder_alone(tmp_path: Path, tokenizer: Path) -> None:
+    folder, task, earlier = without_data(tmp_path, tokenizer, "text")
+    with pytest.raises(UserError, match="language"):
+        extend(folder, task, 4)
+    results = extend(folder, task, 4, data_gone=True).results
     assert results.finished
     assert results.matrix[:2] == [[*row[:2], None] for row in earlier.matrix]
     assert results.matrix[2][:2] == [None, None]
     assert results.matrix[2][2] > 1
-    assert (results.op, results.bwt) == (None, None)
+    assert (results.op, results.bwt, results.forgetting) == (None, None, None)
     stored = read_yaml(folder / "config.yaml")["tasks"]
-    assert [(one["scored"], one["kind"]) for one in stored] == [(False, "text"), (False, "text"), (True, None)]
-    # Neither the same call nor one that goes on from here needs the data either.
+    assert [(one["data_gone"], one["kind"]) for one in stored] == [(True, "text"), (True, "text"), (False, None)]
+    # The same call has nothing to do, and the folder goes on once more.
     written = (folder / "results.json").read_bytes()
-    extend(folder, new, 4, scored=False)
+    extend(folder, task, 4, data_gone=True)
     assert (folder / "results.json").read_bytes() == written
-    last = [f"{key}={value}" for key, value in jsonl_domain(tmp_path / "upper", "upper").items()]
-    again = extend(folder, last, 4).results
+    again = extend(folder, words(jsonl_task(tmp_path / "upper", "upper", "text")), 4).results
     assert again.matrix[3][:2] == [None, None]
     assert None not in again.matrix[3][2:]
+    assert "upper" in (folder / "report.html").read_text()
+    with pytest.raises(UserError, match=r"task language: its examples are needed \(tasks.0.data_gone is true\)"):
+        measure_importance(str(folder), [], tmp_path / "importance")
+
+
+def test_models_that_stay_as_they_are_keep_their_scores(tmp_path: Path, tokenizer: Path) -> None:
+    folder, task, earlier = without_data(tmp_path, tokenizer, "pairs", method="one")
+    results = extend(folder, task, data_gone=True).results
+    assert results.matrix[2][:2] == earlier.matrix[1]
+    assert results.op is not None
+    assert read_yaml(folder / "config.yaml")["tasks"][0]["kind"] == "pairs"
+
+
+def test_a_method_that_replays_needs_the_data(tmp_path: Path, tokenizer: Path) -> None:
+    method = {"name": "replay", "replay": {"fraction": 0.25}}
+    folder, task, _ = without_data(tmp_path, tokenizer, "pairs", method=method)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="task language: data_gone is for methods that learn without earlier examples"):
+        extend(folder, task, data_gone=True)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
 def test_das_learns_the_same_whether_earlier_data_is_there(das: Runs, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(das.two, folder)
-    extend(folder, ADDED["text"], LENGTH["text"], scored=False)
+    extend(folder, ADDED["text"], LENGTH["text"], data_gone=True)
     left, right = content_of(folder), content_of(das.whole)
     jax.tree.map(np.testing.assert_array_equal, left["params"], right["params"])
     jax.tree.map(np.testing.assert_array_equal, left["state"], right["state"])

@@ -20,8 +20,8 @@ class LabelledRows(Rows):
 
     The text comes first, then the model's separator and the second text, in one segment; for encoders with several
     token types the second text has its own (`Tokenizer.pair_type`). Where both are too long, the longer one loses its
-    right part first. `labels` is the class; `weights` is 1 for an example and 0 for a
-    filler row (one scored position a row, which carries no token).
+    right part first. `labels` is the class; `weights` is 1 for an example and 0 for a filler row (one scored position a
+    row, which carries no token).
 
     Attributes:
       labels: class names; an example's label is the index into them.

@@ -64,10 +64,9 @@ class TaskSpec(SourceSpec):
         description="builds the prompt from the row's fields, for example `{text} Sentiment:`; none: the prompt field",
     )
     end_task: EndTaskSpec | None = Field(None, description="labelled task that measures what this domain taught")
-    scored: bool = Field(
-        True,
-        description="whether the model is evaluated on it; false, with kind given: once learned its data need not "
-        "be there, unless replayed",
+    data_gone: bool = Field(
+        False,
+        description="it was learned and its data is there no more: it is not scored again (jaxcl extend --data-gone)",
     )
 
     @field_validator("prompt_template")

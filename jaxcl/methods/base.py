@@ -133,7 +133,11 @@ class Task(Protocol):
     key: Array
 
     def examples(self, limit: int | None = None) -> Iterator[Batch]:
-        """One pass over (the first `limit` of a seeded shuffle of) the task's training examples."""
+        """One pass over (the first `limit` of a seeded shuffle of) the task's training examples, in micro-batches.
+
+        What is taken of a batch as a whole, such as the square of its mean gradient, depends on their size
+        (`training.batch_size / training.accumulate`); the last batch may hold fillers.
+        """
         ...
 
     def memory(self) -> Iterator[Batch]:

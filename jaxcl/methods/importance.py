@@ -3,9 +3,10 @@ r"""Importance of units for what a model knows: per-example gradients of virtual
 $I = \frac{1}{N} \sum_n |\partial L(x_n) / \partial g|$ for gates $g = 1$ on attention heads, feed-forward
 intermediate units and feed-forward outputs. Each example has its own copy of the gates, so one backward pass over a
 batch gives all per-example gradients, and $L(x_n)$ is the example's own mean over its scored positions: how examples
-are put into batches changes nothing, not even the dropout that general knowledge is measured by. An example is a row:
-where text is packed (`data.packing`), the documents of a row count as one. The authors' code sums gradients over
-examples before the absolute value.
+are put into batches changes nothing, not even the dropout that general knowledge is measured by (but for a model's own
+dropout of attention, whose draws follow the padded length of a row as well). An example is a row: where text is packed
+(`data.packing`), the documents of a row count as one. The authors' code sums gradients over examples before it takes
+absolute values.
 """
 
 from __future__ import annotations
@@ -130,9 +131,9 @@ def dropout_divergence(
 ) -> Float[Array, " batch"]:
     """`KL(f1(x) || f2(x))` of two passes under different dropout, in nats.
 
-    Both passes run as one batch in which every row stands twice, with a key of its own each time: an example's
-    divergence does not depend on the batch it stands in. (In the authors' code the passes run in evaluation mode, so
-    that they are equal, on hidden states.)
+    Both passes run as one batch in which every row stands twice, with a key of its own each time: other rows have no
+    say in an example's divergence. (In the authors' code the passes run in evaluation mode, so that they are equal, on
+    hidden states.)
 
     Args:
       network: the network.
