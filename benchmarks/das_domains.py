@@ -73,6 +73,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "das (update, no contrast)": {**DAS, "mask_on": "update", "contrast_weight": 0.0},
     "das (update, quantile)": {**DAS, "mask_on": "update", "normalisation": "quantile"},
     "das (update, shared)": {**DAS, "mask_on": "update", "shared": "mean"},
+    "das (update, shared, no contrast)": {**DAS, "mask_on": "update", "shared": "mean", "contrast_weight": 0.0},
 }
 NEWS = {"name": "news", "source": "text:das/domains/news.txt.gz", "test": 400}
 
