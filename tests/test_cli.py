@@ -106,15 +106,18 @@ def test_overrides_may_follow_options(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_extend_and_importance_hand_their_arguments_on(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[object] = []
     outcome = SimpleNamespace(report="page")
-    monkeypatch.setattr("jaxcl.extension.extend", lambda *arguments: seen.append(arguments) or outcome)
+    monkeypatch.setattr(
+        "jaxcl.extension.extend",
+        lambda *arguments, data_gone: seen.append((*arguments, data_gone)) or outcome,
+    )
     monkeypatch.setattr("jaxcl.importance.measure_importance", lambda *arguments: seen.append(arguments) or "page")
     assert main(["extend", "run", "name=x", "--length", "100", "source=y"]) == 0
-    assert main(["extend", "run", "name=x", "--length", "0.5"]) == 0
+    assert main(["extend", "run", "name=x", "--length", "0.5", "--data-gone"]) == 0
     assert main(["importance", "c.yaml", "seed=1", "--out", "o"]) == 0
     assert main(["importance", "run"]) == 0
     assert seen == [
-        (Path("run"), ["name=x", "source=y"], 100),
-        (Path("run"), ["name=x"], 0.5),
+        (Path("run"), ["name=x", "source=y"], 100, False),
+        (Path("run"), ["name=x"], 0.5, True),
         ("c.yaml", ["seed=1"], Path("o")),
         ("run", [], None),
     ]
