@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import tempfile
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,9 @@ def plan_step(
 
 def compile_with_text(lowered: Any) -> tuple[Any, str]:
     """The compiled program of what `jax.jit(...).lower` returned, and its text."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        # Where there is no TPU, what was compiled for one cannot be read back from the cache: jax warns, and compiles.
+        warnings.filterwarnings("ignore", "Error reading persistent compilation cache entry", UserWarning)
         compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
         texts = sorted(Path(folder).glob(_COMPILED))
         return compiled, texts[-1].read_text() if texts else compiled.as_text()
