@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from jaxcl.plan_search import Arrangement, arranged, arrangements, estimate
 from jaxcl.plan_table import as_table
 from jaxcl.sharding.hardware import CHIPS
 from jaxcl.sharding.mesh import make_mesh
-from jaxcl.sharding.planning import StepPlan
+from jaxcl.sharding.planning import StepPlan, compile_with_text
 
 GOLDEN = sorted((Path(__file__).parent / "golden" / "plans").glob("*.json"))
 SEVENTY = ("seekr_llama2_70b_v5p_4x4x4", "seekr_llama2_70b_v5e_16x16")
@@ -133,6 +134,23 @@ def test_measurements_between_tasks_see_micro_batches() -> None:
     found = programs(config, make_mesh(config.mesh, jax.devices()[:1]))
     assert found["train"].arguments["batch"].size == found["replay"].arguments["batch"].size == 8
     assert found["sensitivity"].arguments["batch"].size == found["forgettability"].arguments["batch"].size == 2
+
+
+def test_entries_of_the_cache_that_only_a_tpu_can_read_raise_no_warning() -> None:
+    class Lowered:
+        """Stands for a program for TPUs, compiled before: jax warns and compiles it again."""
+
+        def compile(self, **_: Any) -> Any:
+            warnings.warn("Error reading persistent compilation cache entry for 'jit_step'", stacklevel=1)
+            return self
+
+        def as_text(self) -> str:
+            return "HloModule"
+
+    with warnings.catch_warnings(record=True) as raised:
+        warnings.simplefilter("always")
+        assert compile_with_text(Lowered())[1] == "HloModule"
+    assert not raised
 
 
 def test_search_splits_whole_heads_and_whole_batches() -> None:
