@@ -80,9 +80,9 @@ NEWS = {"name": "news", "source": "text:das/domains/news.txt.gz", "test": 400}
 
 def prepare(model: str, out: Path, weights: Path, options: argparse.Namespace) -> None:
     """Makes the model all runs start from, a Hugging Face folder with its tokenizer, unless it is there."""
+    from jaxcl.commands.convert import convert
     from jaxcl.config import parse_config
-    from jaxcl.experiment import run
-    from jaxcl.inference import convert
+    from jaxcl.run.sequence import run
 
     if not (weights / "config.json").is_file():
         config = {

@@ -24,11 +24,11 @@ def main() -> None:
     options = parser.parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # planned for chips that are not here
     from jaxcl.config import load_config
-    from jaxcl.plan import programs, topology_mesh
-    from jaxcl.sharding.cost import count_cost
-    from jaxcl.sharding.hardware import parse_topology
-    from jaxcl.sharding.hlo import parse
-    from jaxcl.sharding.planning import compile_with_text
+    from jaxcl.planning.cost import count_cost
+    from jaxcl.planning.hardware import parse_topology
+    from jaxcl.planning.hlo import parse
+    from jaxcl.planning.plan import programs, topology_mesh
+    from jaxcl.planning.step import compile_with_text
 
     chips = parse_topology(options.topology).chips
     overrides = (

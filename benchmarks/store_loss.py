@@ -21,16 +21,16 @@ import jax
 import numpy as np
 
 from benchmarks.records import over_seeds
-from jaxcl.components import Components, build
+from jaxcl.commands.teacher import KeptModels
 from jaxcl.config import parse_config
-from jaxcl.config_file import read_yaml
+from jaxcl.config.file import read_yaml
 from jaxcl.data.memory import Memory
 from jaxcl.data.teacher_store import TeacherStore
 from jaxcl.methods.seekr import Seekr
 from jaxcl.models.batch import Batch
-from jaxcl.run_folder import RunFolder
-from jaxcl.tasks import memory_pipeline
-from jaxcl.teacher_report import KeptModels
+from jaxcl.run.components import Components, build
+from jaxcl.run.folder import RunFolder
+from jaxcl.run.tasks import memory_pipeline
 from jaxcl.training.checkpoint import Checkpoints
 from jaxcl.training.feed import place_batch
 

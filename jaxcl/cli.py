@@ -44,31 +44,31 @@ def _say(result: object) -> None:
 
 def _run(args: argparse.Namespace) -> None:
     from jaxcl.config import load_config
-    from jaxcl.experiment import run
+    from jaxcl.run.sequence import run
 
     _say(run(load_config(args.config, args.overrides)).report)
 
 
 def _extend(args: argparse.Namespace) -> None:
-    from jaxcl.extension import extend
+    from jaxcl.commands.extend import extend
 
     _say(extend(Path(args.run), args.overrides, args.length, data_gone=args.data_gone).report)
 
 
 def _importance(args: argparse.Namespace) -> None:
-    from jaxcl.importance import measure_importance
+    from jaxcl.commands.importance import measure_importance
 
     _say(measure_importance(args.config, args.overrides, None if args.out is None else Path(args.out)))
 
 
 def _teacher(args: argparse.Namespace) -> None:
-    from jaxcl.teacher_report import describe_teacher
+    from jaxcl.commands.teacher import describe_teacher
 
     _say(describe_teacher(Path(args.run)))
 
 
 def _compare(args: argparse.Namespace) -> None:
-    from jaxcl.comparison import compare
+    from jaxcl.commands.compare import compare
 
     _say(compare(args.config, args.overrides, args.methods, args.seeds, Path(args.out)))
 
@@ -77,13 +77,13 @@ def _plan(args: argparse.Namespace) -> None:
     # Plans are made for hardware that is not here: what is here must not get in the way.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from jaxcl.config import load_config
-    from jaxcl.plan import as_json, plan
-    from jaxcl.plan_table import as_table
+    from jaxcl.planning.plan import as_json, plan
+    from jaxcl.planning.table import as_table
 
     overrides = [*args.overrides, *(f"mesh.{one.strip()}" for one in args.mesh.split(",") if one)]
     config = load_config(args.config, overrides)
     if args.search:
-        from jaxcl.plan_search import search
+        from jaxcl.planning.search import search
 
         found = search(config, args.topology, args.search, args.tries)
     else:
@@ -92,13 +92,13 @@ def _plan(args: argparse.Namespace) -> None:
 
 
 def _convert(args: argparse.Namespace) -> None:
-    from jaxcl.inference import convert
+    from jaxcl.commands.convert import convert
 
     print(convert(args.source, Path(args.destination), args.format, args.dtype))
 
 
 def _generate(args: argparse.Namespace) -> None:
-    from jaxcl.inference import generate_text
+    from jaxcl.commands.generate import generate_text
 
     print(
         generate_text(

@@ -86,8 +86,8 @@ def test_a_search_compiles_as_many_as_it_is_told(
 ) -> None:
     seen: list[object] = []
     monkeypatch.setattr("jaxcl.config.load_config", lambda *_: "config")
-    monkeypatch.setattr("jaxcl.plan_search.search", lambda *arguments: seen.append(arguments))
-    monkeypatch.setattr("jaxcl.plan_table.as_table", lambda _: "table")
+    monkeypatch.setattr("jaxcl.planning.search.search", lambda *arguments: seen.append(arguments))
+    monkeypatch.setattr("jaxcl.planning.table.as_table", lambda _: "table")
     words = ["plan", "c.yaml", "--topology", "v5e:4x4", "--search", "train"]
     assert main(words) == main([*words, "--tries", "1"]) == 0
     assert seen == [("config", "v5e:4x4", "train", tries) for tries in (3, 1)]
@@ -98,7 +98,7 @@ def test_a_search_compiles_as_many_as_it_is_told(
 
 def test_overrides_may_follow_options(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[object] = []
-    monkeypatch.setattr("jaxcl.comparison.compare", lambda *arguments: seen.extend(arguments) or "page")
+    monkeypatch.setattr("jaxcl.commands.compare.compare", lambda *arguments: seen.extend(arguments) or "page")
     assert main(["compare", "c.yaml", "--methods", "a,b", "seed=3", "--out", "o", "x.y=1"]) == 0
     assert seen[:4] == ["c.yaml", ["seed=3", "x.y=1"], ["a", "b"], None]
 
@@ -107,10 +107,12 @@ def test_extend_and_importance_hand_their_arguments_on(monkeypatch: pytest.Monke
     seen: list[object] = []
     outcome = SimpleNamespace(report="page")
     monkeypatch.setattr(
-        "jaxcl.extension.extend",
+        "jaxcl.commands.extend.extend",
         lambda *arguments, data_gone: seen.append((*arguments, data_gone)) or outcome,
     )
-    monkeypatch.setattr("jaxcl.importance.measure_importance", lambda *arguments: seen.append(arguments) or "page")
+    monkeypatch.setattr(
+        "jaxcl.commands.importance.measure_importance", lambda *arguments: seen.append(arguments) or "page"
+    )
     assert main(["extend", "run", "name=x", "--length", "100", "source=y"]) == 0
     assert main(["extend", "run", "name=x", "--length", "0.5", "--data-gone"]) == 0
     assert main(["importance", "c.yaml", "seed=1", "--out", "o"]) == 0

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import yaml
 
-from jaxcl.config import ExperimentConfig, find_method, load_config, parse_config
-from jaxcl.config_file import ConfigError, apply_overrides, read_yaml, validate
-from jaxcl.config_reference import reference
+from jaxcl.config import ExperimentConfig, load_config, parse_config
+from jaxcl.config.file import ConfigError, apply_overrides, read_yaml, validate
+from jaxcl.config.reference import reference
+from jaxcl.methods import find_method
 from jaxcl.methods.base import Method
 
 ROOT = Path(__file__).parents[1]

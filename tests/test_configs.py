@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcl.config import find_method, load_config
+from jaxcl.config import load_config
 from jaxcl.data.plan import Shape
 from jaxcl.evaluation.config import EvaluationConfig
+from jaxcl.methods import find_method
 from jaxcl.methods.importance import ImportanceSums
 from jaxcl.models.batch import Batch
 from jaxcl.models.network import Network
@@ -137,7 +138,7 @@ def test_both_kinds_of_step_lower(path: Path) -> None:
     config = load(path)
     network = Network.create(config.model)
     layout = Layout.create(make_mesh(config.mesh), network.axes(), network.shapes())
-    method = find_method(config.method.name)(config.method.options, network, len(config.tasks))
+    method = config.method.build(network, len(config.tasks))
     trainer = Trainer(method, config.optimizer, layout, accumulate=1, seed=0)
     rows = 2
     if network.causal:
@@ -167,7 +168,7 @@ def test_parts_of_a_step_have_their_names_in_a_trace(name: str, kind: str, scope
     config = load(CONFIGS[0].with_name(f"{name}.yaml"))
     network = Network.create(config.model)
     layout = Layout.create(make_mesh(config.mesh), network.axes(), network.shapes())
-    method = find_method(config.method.name)(config.method.options, network, len(config.tasks))
+    method = config.method.build(network, len(config.tasks))
     trainer = Trainer(method, config.optimizer, layout, accumulate=1, seed=0)
     batch = batch_shapes(2, 64, 16, kind=kind)
     if kind == "memory":

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from test_experiment import PAIRS, SEEKR, TEXT, Interrupted, numbers, run
 
-from jaxcl import experiment
 from jaxcl.evaluation.results import Results
 from jaxcl.methods import METHODS
 from jaxcl.methods.base import Method
+from jaxcl.run import sequence
 from jaxcl.training.trainer import Trainer
 
 REPLAY = {"fraction": 0.25, "every": 2}
@@ -98,7 +98,7 @@ def test_an_interrupted_run_of_one_goes_on(
     one_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saves: int
 ) -> None:
     """Killed at the end of the first task, which the second must not go on from, and within the second."""
-    original, count = experiment.TaskSequence._save, 0
+    original, count = sequence.TaskSequence._save, 0
     content = {**PAIRS, "optimizer": {"learning_rate": 1e-2, "reset_optimizer": False}}
 
     def save_then_die(self: Any, *arguments: Any, **options: Any) -> None:
@@ -110,7 +110,7 @@ def test_an_interrupted_run_of_one_goes_on(
             raise Interrupted
 
     with monkeypatch.context() as patched:
-        patched.setattr(experiment.TaskSequence, "_save", save_then_die)
+        patched.setattr(sequence.TaskSequence, "_save", save_then_die)
         with pytest.raises(Interrupted):
             run(content, tmp_path / "run", "one")
     results = run(content, tmp_path / "run", "one")

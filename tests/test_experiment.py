@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import yaml
 
-from jaxcl import experiment
+from jaxcl.commands.generate import generate_text
 from jaxcl.config import parse_config
 from jaxcl.errors import UserError
 from jaxcl.evaluation.results import Results
-from jaxcl.inference import generate_text
+from jaxcl.run import sequence
 
 PAIRS: dict[str, Any] = {
     "model": {
@@ -63,7 +63,7 @@ TEXT: dict[str, Any] = {
 
 
 def run(content: dict[str, Any], output: Path, method: Any) -> Results:
-    return experiment.run(parse_config({**content, "output": str(output), "method": method})).results
+    return sequence.run(parse_config({**content, "output": str(output), "method": method})).results
 
 
 def numbers(folder: Path) -> list[dict[str, Any]]:
@@ -113,7 +113,7 @@ def results_bytes(folder: Path) -> int:
 
 
 def test_a_finished_run_is_not_repeated(seekr_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(experiment, "build", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(sequence, "build", lambda *_: pytest.fail("trained again"))
     assert run(PAIRS, seekr_folder, SEEKR).finished
 
 
@@ -127,7 +127,7 @@ def test_a_folder_of_another_configuration_is_refused(seekr_folder: Path) -> Non
 def test_a_folder_from_before_a_key_existed_is_the_same_run_if_its_default_holds(
     seekr_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(experiment, "build", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(sequence, "build", lambda *_: pytest.fail("trained again"))
     path = seekr_folder / "config.yaml"
     text = path.read_text()
     content = yaml.safe_load(text)
@@ -160,7 +160,7 @@ def test_an_interrupted_run_goes_on_exactly_where_it_stopped(
     seekr_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saves: int
 ) -> None:
     """Killed right after its 2nd, 3rd and 4th checkpoint: within the first task, at its end, within the second."""
-    original, count = experiment.TaskSequence._save, 0
+    original, count = sequence.TaskSequence._save, 0
 
     def save_then_die(self: Any, *arguments: Any, **options: Any) -> None:
         nonlocal count
@@ -172,7 +172,7 @@ def test_an_interrupted_run_goes_on_exactly_where_it_stopped(
 
     folder = tmp_path / "run"
     with monkeypatch.context() as patched:
-        patched.setattr(experiment.TaskSequence, "_save", save_then_die)
+        patched.setattr(sequence.TaskSequence, "_save", save_then_die)
         with pytest.raises(Interrupted):
             run(PAIRS, folder, SEEKR)
     results = run(PAIRS, folder, SEEKR)

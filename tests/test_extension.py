@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import yaml
 
-from jaxcl import experiment
+from jaxcl.commands.extend import extend
+from jaxcl.commands.importance import measure_importance
 from jaxcl.config import ExperimentConfig, parse_config
-from jaxcl.config_file import read_yaml, validate
+from jaxcl.config.file import read_yaml, validate
 from jaxcl.data.tokenizer import Tokenizer
 from jaxcl.errors import UserError
 from jaxcl.evaluation.results import Results
-from jaxcl.extension import extend
-from jaxcl.importance import measure_importance
-from jaxcl.run_folder import RunFolder
+from jaxcl.run import sequence
+from jaxcl.run.folder import RunFolder
 from jaxcl.training.checkpoint import Checkpoints
 
 OPTIMISED = True  # bits are compared
@@ -76,8 +76,8 @@ class Runs:
     def __init__(self, kind: str, folder: Path, tokenizer: Path) -> None:
         self.kind, self.whole, self.two = kind, folder / "whole", folder / "two"
         content = {"pairs": PAIRS, "text": TEXT}[kind]
-        experiment.run(config(content, self.whole, tokenizer, 3))
-        experiment.run(config(content, self.two, tokenizer, 2))
+        sequence.run(config(content, self.whole, tokenizer, 3))
+        sequence.run(config(content, self.two, tokenizer, 2))
 
     def extend(self, folder: Path) -> Results:
         return extend(folder, ADDED[self.kind], LENGTH[self.kind]).results
@@ -134,7 +134,7 @@ def test_das_learns_one_more_domain_as_if_it_had_been_there_from_the_start(das: 
     # Nothing is left to do: neither the same call nor the folder's own configuration changes anything.
     before = (folder / "results.json").read_bytes()
     das.extend(folder)
-    experiment.run(validate(ExperimentConfig, read_yaml(folder / "config.yaml"), "config"))
+    sequence.run(validate(ExperimentConfig, read_yaml(folder / "config.yaml"), "config"))
     assert (folder / "results.json").read_bytes() == before
 
 
@@ -147,7 +147,7 @@ def test_an_interrupted_extension_goes_on(
     das: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saves: int
 ) -> None:
     """Killed before the new task's first step, and within it."""
-    original, count = experiment.TaskSequence._save, 0
+    original, count = sequence.TaskSequence._save, 0
 
     def die(self: Any, *arguments: Any, **options: Any) -> None:
         nonlocal count
@@ -160,7 +160,7 @@ def test_an_interrupted_extension_goes_on(
     folder = tmp_path / "run"
     shutil.copytree(das.two, folder)
     with monkeypatch.context() as patched:
-        patched.setattr(experiment.TaskSequence, "_save", die)
+        patched.setattr(sequence.TaskSequence, "_save", die)
         with pytest.raises(Interrupted):
             das.extend(folder)
     assert "numpy" in (folder / "config.yaml").read_text()
@@ -218,7 +218,7 @@ def without_data(tmp_path: Path, tokenizer: Path, kind: str, **changes: Any) -> 
     """A run of two tasks whose data is gone, a third task, and the run's results."""
     content = {**{"text": TEXT, "pairs": PAIRS}[kind], **changes}
     content["tasks"] = [jsonl_task(tmp_path / word, word, kind) for word in ("language", "reference")]
-    results = experiment.run(config(content, tmp_path / "run", tokenizer, 2)).results
+    results = sequence.run(config(content, tmp_path / "run", tokenizer, 2)).results
     for word in ("language", "reference"):
         shutil.rmtree(tmp_path / word)
     return tmp_path / "run", words(jsonl_task(tmp_path / "letter", "letter", kind)), results

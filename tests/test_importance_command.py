@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import yaml
 
-from jaxcl import experiment
+from jaxcl.commands.importance import measure_importance
 from jaxcl.config import parse_config
 from jaxcl.errors import UserError
-from jaxcl.importance import measure_importance
 from jaxcl.models.batch import Batch
+from jaxcl.run import sequence
 from jaxcl.training.task import RunningTask
 
 OPTIMISED = True  # bits are compared
@@ -61,7 +61,7 @@ def arrays(path: Path) -> dict[str, np.ndarray]:
 
 def run(content: dict[str, Any], folder: Path, **changes: Any) -> Path:
     output = folder / "run"
-    experiment.run(parse_config({**content, "output": str(output), **changes}))
+    sequence.run(parse_config({**content, "output": str(output), **changes}))
     return output
 
 

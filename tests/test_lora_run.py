@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from test_experiment import PAIRS, run
 
+from jaxcl.commands.convert import convert
+from jaxcl.commands.generate import generate_text
 from jaxcl.config import parse_config
-from jaxcl.config_file import ConfigError
+from jaxcl.config.file import ConfigError
 from jaxcl.errors import UserError
-from jaxcl.inference import convert, generate_text, load_model
 from jaxcl.models.lora import trained
+from jaxcl.run.model import load_model
 from jaxcl.weights import load_weights
 from jaxcl.weights.tree import flatten
 

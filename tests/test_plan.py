@@ -10,17 +10,17 @@ from typing import Any
 import jax
 import pytest
 
-from jaxcl import plan as planning
-from jaxcl import plan_search
 from jaxcl.cli import main
 from jaxcl.config import parse_config
 from jaxcl.errors import UserError
-from jaxcl.plan import Plan, Unplaceable, as_json, plan, programs
-from jaxcl.plan_search import Arrangement, arranged, arrangements, estimate
-from jaxcl.plan_table import as_table
-from jaxcl.sharding.hardware import CHIPS
+from jaxcl.planning import plan as plan_module
+from jaxcl.planning import search as search_module
+from jaxcl.planning.hardware import CHIPS
+from jaxcl.planning.plan import Plan, Unplaceable, as_json, plan, programs
+from jaxcl.planning.search import Arrangement, arranged, arrangements, estimate
+from jaxcl.planning.step import StepPlan, compile_with_text
+from jaxcl.planning.table import as_table
 from jaxcl.sharding.mesh import make_mesh
-from jaxcl.sharding.planning import StepPlan, compile_with_text
 
 GOLDEN = sorted((Path(__file__).parent / "golden" / "plans").glob("*.json"))
 SEVENTY = ("seekr_llama2_70b_v5p_4x4x4", "seekr_llama2_70b_v5e_16x16")
@@ -56,7 +56,7 @@ SEEKR = {"name": "seekr", "layer_budget": 2, "head_budget": 3, "query_budget": 5
 
 @pytest.fixture(autouse=True)
 def without_libtpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "find_devices", lambda topology: None)
+    monkeypatch.setattr(plan_module, "find_devices", lambda topology: None)
 
 
 def test_every_step_of_a_method_is_planned_without_its_data() -> None:
@@ -180,7 +180,7 @@ def test_estimates_know_what_saves_memory() -> None:
 
 
 def test_search_says_when_nothing_can_be_split() -> None:
-    from jaxcl.plan_search import search
+    from jaxcl.planning.search import search
 
     with pytest.raises(UserError, match=r"training.batch_size: 4 rows cannot be split over 64 chips"):
         search(config_of({"name": "sequential"}), "v5p:4x4x4", "train")
@@ -194,7 +194,7 @@ def test_the_loop_over_heads_is_counted_as_the_method_says(monkeypatch: pytest.M
         turns.append(unknown_turns)
         return StepPlan(fits=True, bytes_per_chip=1.0, arguments={}, compile_seconds=0.0)
 
-    monkeypatch.setattr(planning, "plan_step", record)
+    monkeypatch.setattr(plan_module, "plan_step", record)
     plan(config_of({**SEEKR, "layer_budget": 3, "head_budget": 12}), "v5e:1x1", ["replay"])
     assert turns == [4]
 
@@ -228,8 +228,8 @@ def searched(monkeypatch: pytest.MonkeyPatch, answer: Any) -> Any:
             versions={},
         )
 
-    monkeypatch.setattr(plan_search, "plan", compiled)
-    return plan_search.search(config_of({"name": "sequential"}, training={"batch_size": 8}), "v5e:2x2", "train", 3)
+    monkeypatch.setattr(search_module, "plan", compiled)
+    return search_module.search(config_of({"name": "sequential"}, training={"batch_size": 8}), "v5e:2x2", "train", 3)
 
 
 def test_search_goes_past_meshes_that_chips_cannot_form(monkeypatch: pytest.MonkeyPatch) -> None:

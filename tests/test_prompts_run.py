@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from test_experiment import PAIRS, TEXT, run
 
+from jaxcl.commands.convert import convert
+from jaxcl.commands.generate import generate_text
 from jaxcl.errors import UserError
 from jaxcl.evaluation.results import Results
-from jaxcl.inference import convert, generate_text, load_model
+from jaxcl.run.model import load_model
 from jaxcl.weights.tree import flatten
 
 CONTENT: dict[str, Any] = {

@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxcl import evaluator, experiment
 from jaxcl.config import parse_config
 from jaxcl.errors import UserError
 from jaxcl.evaluation.end_tasks import EndTaskScore
 from jaxcl.evaluation.results import Results
+from jaxcl.run import evaluator, sequence
 
 TEXT: dict[str, Any] = {
     "model": {
@@ -60,7 +60,7 @@ class Given:
 
 def run(folder: Path, tasks: list[dict[str, Any]] = TEXT["tasks"], **evaluation: Any) -> Results:
     content = {**TEXT, "output": str(folder), "tasks": tasks, "evaluation": {**TEXT["evaluation"], **evaluation}}
-    return experiment.run(parse_config(content)).results
+    return sequence.run(parse_config(content)).results
 
 
 def test_end_tasks_as_the_metric_measured_only_where_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 from test_experiment import PAIRS, SEEKR, TEXT, numbers, run
 
-from jaxcl import synthesis
-from jaxcl.components import build, initial_params
+from jaxcl.commands.convert import convert
 from jaxcl.config import parse_config
 from jaxcl.data.synthetic import Frame, Sample
 from jaxcl.data.teacher_store import TeacherStore
 from jaxcl.errors import UserError
-from jaxcl.inference import convert
 from jaxcl.methods.base import Synthetic
-from jaxcl.run_folder import RunFolder
+from jaxcl.run import synthesis
+from jaxcl.run.components import build, initial_params
+from jaxcl.run.folder import RunFolder
 from jaxcl.weights import load_weights
 
 WRITTEN: dict[str, Any] = {

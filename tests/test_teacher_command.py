@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from benchmarks import store_loss
-from jaxcl import experiment
-from jaxcl.components import build
+from jaxcl.commands.teacher import describe_teacher
 from jaxcl.config import load_config, parse_config
 from jaxcl.data.memory import Memory
 from jaxcl.data.teacher_store import TeacherStore
 from jaxcl.errors import UserError
-from jaxcl.run_folder import RunFolder
-from jaxcl.teacher_report import describe_teacher
+from jaxcl.run import sequence
+from jaxcl.run.components import build
+from jaxcl.run.folder import RunFolder
 
 LAYERS, HEADS, VOCAB = 2, 2, 300
 WEIGHTS = {"loss": 0.5, "logits": 0.5, "attention": 1000.0}
@@ -46,7 +46,7 @@ CONFIG: dict[str, Any] = {
 
 def run(folder: Path, **changes: Any) -> Path:
     content = {**CONFIG, "output": str(folder), "method": {**CONFIG["method"], **changes}}
-    experiment.run(parse_config(content))
+    sequence.run(parse_config(content))
     return folder
 
 

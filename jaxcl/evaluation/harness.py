@@ -2,7 +2,7 @@
 
     import lm_eval
     from jaxcl.evaluation.harness import HarnessModel
-    from jaxcl.inference import load_model
+    from jaxcl.run.model import load_model
 
     model = load_model("runs/mine")
     harness = HarnessModel(model.network, model.params, model.tokenizer)

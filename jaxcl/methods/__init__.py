@@ -1,29 +1,9 @@
-"""What continual learning adds: one file a method, and the pure functions they share."""
+"""What continual learning adds to training: one file per method, and what the methods share.
 
-from jaxcl.methods.base import Method
-from jaxcl.methods.das import Das
-from jaxcl.methods.derpp import Derpp
-from jaxcl.methods.ewc import Ewc
-from jaxcl.methods.joint import Joint
-from jaxcl.methods.lwf import Lwf
-from jaxcl.methods.olora import Olora
-from jaxcl.methods.one import One
-from jaxcl.methods.progressive_prompts import ProgressivePrompts
-from jaxcl.methods.replay import Replay
-from jaxcl.methods.seekr import Seekr
-from jaxcl.methods.sequential import Sequential
+`base` says what a method is. `registry` finds one by name and imports no other. `passes` holds the forward and backward
+passes that several methods use.
+"""
 
-METHODS: dict[str, type[Method]] = {
-    "sequential": Sequential,
-    "one": One,
-    "joint": Joint,
-    "ewc": Ewc,
-    "lwf": Lwf,
-    "replay": Replay,
-    "derpp": Derpp,
-    "das": Das,
-    "seekr": Seekr,
-    "olora": Olora,
-    "progressive_prompts": ProgressivePrompts,
-}
-"""Methods by the name a configuration gives them."""
+from jaxcl.methods.registry import METHODS, find_method
+
+__all__ = ["METHODS", "find_method"]

@@ -27,6 +27,15 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FULL_WORDS = ("no space left", "quota exceeded", "file too large", "resource_exhausted")
 
 
+START_MARK = "before the first task"
+"""Mark of the checkpoint that a run begins with."""
+
+
+def mark_after(task: int) -> str:
+    """Mark of the checkpoint after a task."""
+    return f"after task {task}"
+
+
 @dataclasses.dataclass(frozen=True)
 class Saved:
     """A checkpoint that lies on disk.

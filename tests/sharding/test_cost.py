@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxcl.sharding.cost import Collective, count_cost
-from jaxcl.sharding.hlo import parse, times, trips
+from jaxcl.planning.cost import Collective, count_cost
+from jaxcl.planning.hlo import parse, times, trips
 
 
 def cost_of(function, *shapes):

@@ -9,8 +9,8 @@ import pytest
 
 from jaxcl.config import ExperimentConfig, parse_config
 from jaxcl.errors import UserError
-from jaxcl.plan import plan
-from jaxcl.plan_search import search
+from jaxcl.planning.plan import plan
+from jaxcl.planning.search import search
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 

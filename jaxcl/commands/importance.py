@@ -10,19 +10,19 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxcl.components import Components, build, initial_params
-from jaxcl.config import ExperimentConfig, find_method, load_config, parse_config
-from jaxcl.config_file import apply_overrides, read_yaml
+from jaxcl.config import ExperimentConfig, load_config, parse_config
+from jaxcl.config.file import apply_overrides
 from jaxcl.data.memory import Memory
 from jaxcl.errors import UserError
 from jaxcl.evaluation.results import write_arrays
-from jaxcl.methods import METHODS
+from jaxcl.methods import METHODS, find_method
 from jaxcl.methods.base import Method
 from jaxcl.reporting.importance_page import write_importance
-from jaxcl.run_folder import RunFolder
+from jaxcl.run.components import Components, build, initial_params
+from jaxcl.run.folder import RunFolder
+from jaxcl.run.model import latest_params
+from jaxcl.run.tasks import remember, running_task
 from jaxcl.sharding.processes import initialize
-from jaxcl.tasks import remember, running_task
-from jaxcl.training.checkpoint import Checkpoints
 
 Params = Any
 
@@ -66,7 +66,7 @@ def measure_importance(source: str, overrides: Sequence[str], out: Path | None) 
         config, subject = _subject(source, overrides, Path(scratch))
         method = find_method(config.method.name)
         if method.tables is Method.tables:
-            able = ", ".join(name for name, one in METHODS.items() if one.tables is not Method.tables)
+            able = ", ".join(name for name in METHODS if find_method(name).tables is not Method.tables)
             raise UserError(
                 f"method.name: {config.method.name} measures no importance; allowed: {able}, or a method with tables",
                 exit_code=2,
@@ -115,17 +115,10 @@ def _subject(source: str, overrides: Sequence[str], scratch: Path) -> tuple[Expe
         config = load_config(source, overrides)
         words = config.weights or "a model from scratch"
         return config, _Subject(RunFolder(scratch), initial_params, None, words)
-    folder = RunFolder(Path(source))
-    if not folder.config.is_file():
-        raise UserError(f"{source}: not a run folder (no config.yaml)")
-    content = {**read_yaml(folder.config), "output": source}
-    config = parse_config(apply_overrides(content, overrides), str(folder.config))
+    folder = RunFolder.open(Path(source))
+    config = parse_config(apply_overrides(folder.content(), overrides), str(folder.config_file))
 
     def latest(parts: Components) -> Params:
-        with Checkpoints.reading(folder.checkpoints) as checkpoints:
-            saved = checkpoints.latest()
-            if saved is None:
-                raise UserError(f"{source}: the run has no checkpoint yet")
-            return checkpoints.params(parts.trainer.target.params, saved)
+        return latest_params(folder, parts.trainer.target.params)
 
     return config, _Subject(folder, latest, initial_params, f"the model of {source}")

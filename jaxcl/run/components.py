@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import jax
 
-from jaxcl.config import ExperimentConfig, find_method
+from jaxcl.config import ExperimentConfig
 from jaxcl.data.pairs import PairRows, pair_shapes
 from jaxcl.data.pipeline import Pipeline
 from jaxcl.data.plan import Shape
@@ -24,7 +24,7 @@ from jaxcl.methods.base import Method
 from jaxcl.models.lora import overlay
 from jaxcl.models.network import Network
 from jaxcl.models.soft_tokens import SOFT_TOKENS, start_from_words
-from jaxcl.run_folder import RunFolder
+from jaxcl.run.folder import RunFolder
 from jaxcl.sharding.layout import Layout
 from jaxcl.sharding.mesh import make_mesh
 from jaxcl.sharding.processes import on_first
@@ -168,7 +168,7 @@ def build(config: ExperimentConfig, folder: RunFolder) -> Components:
         size = config.evaluation.end_task.batch_size
         check_batch_size(size, 1, layout.batch_ways, processes, key="evaluation.end_task.batch_size")
     tasks = tuple(_load(spec, config.data_root) for spec in config.tasks)
-    method = find_method(config.method.name)(config.method.options, network, len(tasks))
+    method = config.method.build(network, len(tasks))
     _check_tasks(config, tasks, method)
     tokenizer = load_tokenizer(config, tasks, folder.tokenizer)
     tokenizer.check_vocab(network.vocab_size)

@@ -2,57 +2,24 @@
 
 from __future__ import annotations
 
-import importlib
 import os
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
 
-from jaxcl.config_file import ConfigError, apply_overrides, nearest, read_yaml, validate
+from jaxcl.config.file import ConfigError, apply_overrides, read_yaml, validate
 from jaxcl.data.spec import DataConfig, TaskSpec, TokenizerConfig
 from jaxcl.errors import UserError
 from jaxcl.evaluation.config import EvaluationConfig
-from jaxcl.methods import METHODS
 from jaxcl.methods.base import Method
-from jaxcl.models.network import ModelConfig
+from jaxcl.methods.registry import METHODS, find_method
+from jaxcl.models.network import ModelConfig, Network
 from jaxcl.schema import Schema
 from jaxcl.sharding.mesh import MeshConfig
 from jaxcl.training.config import TrainingConfig
 from jaxcl.training.optimizer import OptimizerConfig
-
-
-def find_method(name: str) -> type[Method]:
-    """The method of a registered name, or of `module:Class` for one that lives outside jaxcl.
-
-    >>> find_method("sequential").__name__
-    'Sequential'
-
-    Raises:
-      ValueError: no such name; the message gives the nearest one.
-    """
-    if ":" in name:
-        module, _, attribute = name.partition(":")
-        try:
-            found = getattr(_import(module), attribute)
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"cannot load {name!r}: {error}") from None
-        if not (isinstance(found, type) and issubclass(found, Method)):
-            raise ValueError(f"{name!r} is no jaxcl.methods.base.Method")
-        return found
-    if name not in METHODS:
-        raise ValueError(f"no method {name!r}{nearest(name, METHODS)} allowed: {', '.join(METHODS)}, or module:Class")
-    return METHODS[name]
-
-
-def _import(module: str) -> Any:
-    """A module that is installed, on `PYTHONPATH`, or a file in the current folder."""
-    here = os.getcwd()
-    if here not in sys.path:
-        sys.path.append(here)
-    return importlib.import_module(module)
 
 
 class MethodSection(Schema):
@@ -60,6 +27,10 @@ class MethodSection(Schema):
 
     name: str = Field(description="registered name, or `module:Class` for a method outside jaxcl")
     options: SerializeAsAny[Schema] = Field(description="the method's own options")
+
+    def build(self, network: Network, num_tasks: int) -> Method:
+        """The method, for a network and a number of tasks."""
+        return find_method(self.name)(self.options, network, num_tasks)
 
 
 def _split_method(value: Any) -> Any:
@@ -169,9 +140,3 @@ def _check_model(config: ExperimentConfig, origin: str) -> None:
         find_method(config.method.name).check(config.method.options, config.model)
     except (ValueError, ValidationError) as error:
         raise ConfigError(f"{origin}: method.{error}") from None
-
-
-if __name__ == "__main__":
-    from jaxcl.config_reference import reference
-
-    print(reference(ExperimentConfig), end="")

@@ -11,7 +11,7 @@ from typing import IO, Any
 import yaml
 
 from jaxcl.config import ExperimentConfig
-from jaxcl.config_file import ConfigError, validate
+from jaxcl.config.file import ConfigError, read_yaml, validate
 from jaxcl.errors import UserError
 
 # May differ between the first start and a resumed one: none of them changes a number.
@@ -37,7 +37,28 @@ class RunFolder:
         self.path = path
         self._lock: IO[str] | None = None
 
-    config = property(lambda self: self.path / "config.yaml")
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """The folder of a run that has begun.
+
+        Raises:
+          UserError: it is not a run folder.
+        """
+        folder = cls(path)
+        if not folder.is_run:
+            raise UserError(f"{path}: not a run folder (no config.yaml)")
+        return folder
+
+    @property
+    def is_run(self) -> bool:
+        """Whether a run has begun here."""
+        return self.config_file.is_file()
+
+    def content(self) -> dict[str, Any]:
+        """The run's configuration as plain values, with the folder where it lies now as its output."""
+        return {**read_yaml(self.config_file), "output": str(self.path)}
+
+    config_file = property(lambda self: self.path / "config.yaml")
     report = property(lambda self: self.path / "report.html")
     results = property(lambda self: self.path / "results.json")
     tensorboard = property(lambda self: self.path / "tensorboard")
@@ -69,11 +90,11 @@ class RunFolder:
         """
         if self.path.is_file():
             raise UserError(f"output {self.path}: is a file; name a folder")
-        if self.path.is_dir() and not self.config.is_file() and {p.name for p in self.path.iterdir()} - {".lock"}:
+        if self.path.is_dir() and not self.is_run and {p.name for p in self.path.iterdir()} - {".lock"}:
             raise UserError(f"output {self.path}: holds files but no run (no config.yaml); name an empty or new folder")
         self.path.mkdir(parents=True, exist_ok=True)
         self._take_lock()
-        if self.config.is_file():
+        if self.is_run:
             self._check_same(resolved)
             return
         for folder in (self.predictions, self.importance):
@@ -82,9 +103,9 @@ class RunFolder:
 
     def describe(self, resolved: Mapping[str, Any]) -> None:
         """Writes `config.yaml`; a reader sees the old one or the new one, never a part."""
-        partial = self.config.with_suffix(".partial")
+        partial = self.config_file.with_suffix(".partial")
         partial.write_text(yaml.safe_dump(dict(resolved), sort_keys=False, allow_unicode=True), encoding="utf-8")
-        os.replace(partial, self.config)
+        os.replace(partial, self.config_file)
 
     def release(self) -> None:
         """Lets another process use the folder."""
@@ -101,7 +122,7 @@ class RunFolder:
             raise UserError(f"output {self.path}: another process is running here; name another folder") from None
 
     def _check_same(self, resolved: Mapping[str, Any]) -> None:
-        stored = dict(_flatten(_completed(yaml.safe_load(self.config.read_text(encoding="utf-8")))))
+        stored = dict(_flatten(_completed(yaml.safe_load(self.config_file.read_text(encoding="utf-8")))))
         wanted = dict(_flatten(resolved))
         for key in sorted(stored.keys() | wanted.keys()):
             before, now = stored.get(key), wanted.get(key)

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from jaxcl.methods import METHODS
+from jaxcl.methods.registry import METHODS, find_method
 
 _BOUNDS = ((Ge, "ge", "≥"), (Gt, "gt", ">"), (Le, "le", "≤"), (Lt, "lt", "<"))
 
@@ -34,7 +34,7 @@ def reference(config: type[BaseModel]) -> str:
     ]
     for title, section in _sections(config, ""):
         parts += [f"## {title}\n", f"{_first_line(section)}\n", _table(section)]
-    for name, method in METHODS.items():
+    for name, method in ((name, find_method(name)) for name in METHODS):
         parts += [f"## method: {name}\n", f"{_first_line(method)}\n"]
         parts += [_table(method.Config)] if method.Config.model_fields else ["No options.\n"]
         for title, section in _sections(method.Config, "method."):

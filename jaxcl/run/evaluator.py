@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from jaxcl.components import Components, ProcessShare, rooted
 from jaxcl.data.pairs import encode_prompts
 from jaxcl.data.pipeline import LabelledPipeline
 from jaxcl.data.sources import TaskData, load_end_task
@@ -19,6 +18,7 @@ from jaxcl.evaluation.scoring import score_pairs, text_loss
 from jaxcl.methods.base import Method
 from jaxcl.models.batch import Batch
 from jaxcl.models.generation import Generator
+from jaxcl.run.components import Components, ProcessShare, rooted
 from jaxcl.training.feed import place_batch
 from jaxcl.training.state import TrainState
 

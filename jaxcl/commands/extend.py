@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxcl.config import ExperimentConfig, find_method
-from jaxcl.config_file import ConfigError, apply_overrides, read_yaml, validate
+from jaxcl.config import ExperimentConfig
+from jaxcl.config.file import ConfigError, apply_overrides, validate
 from jaxcl.errors import UserError
 from jaxcl.evaluation.results import Results
-from jaxcl.evaluator import scored_kind
-from jaxcl.experiment import Outcome, run
-from jaxcl.run_folder import RunFolder
+from jaxcl.methods import find_method
+from jaxcl.run.evaluator import scored_kind
+from jaxcl.run.folder import RunFolder
+from jaxcl.run.sequence import Outcome, run
 
 
 def extend(folder: Path, task: Sequence[str], length: float | None = None, *, data_gone: bool = False) -> Outcome:
@@ -35,10 +36,8 @@ def extend(folder: Path, task: Sequence[str], length: float | None = None, *, da
     Raises:
       UserError: the folder holds no finished run, or the task cannot be learned; the folder is as it was.
     """
-    stored = RunFolder(folder).config
-    if not stored.is_file():
-        raise UserError(f"{folder}: not a run folder (no config.yaml)")
-    content = {**read_yaml(stored), "output": str(folder)}
+    opened = RunFolder.open(folder)
+    stored, content = opened.config_file, opened.content()
     before = validate(ExperimentConfig, content, str(stored))
     if find_method(before.method.name).joint:
         raise UserError(f"{folder}: {before.method.name} learns all tasks at once; there is no next one to learn")
@@ -49,7 +48,7 @@ def extend(folder: Path, task: Sequence[str], length: float | None = None, *, da
         earlier = _without_last(content)
         if validate(ExperimentConfig, _with_task(earlier, added, length, stored), str(stored)) == before:
             return run(before)
-    results = Results.read(RunFolder(folder).results)
+    results = Results.read(opened.results)
     grown = _with_task(_without_data(content, results) if data_gone else content, added, length, stored)
     config = validate(ExperimentConfig, grown, str(stored))
     if not results.finished or results.tasks != names:

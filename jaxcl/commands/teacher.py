@@ -10,18 +10,17 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxcl.components import Components, build, initial_params
 from jaxcl.config import parse_config
-from jaxcl.config_file import read_yaml
 from jaxcl.data.memory import Memory, TaskMemory
 from jaxcl.data.teacher_store import TeacherStore
 from jaxcl.errors import UserError
 from jaxcl.methods.base import Method
 from jaxcl.methods.seekr import Seekr
-from jaxcl.run_folder import RunFolder
+from jaxcl.run.components import Components, build, initial_params
+from jaxcl.run.folder import RunFolder
+from jaxcl.run.tasks import memory_pipeline, remembered_rows
 from jaxcl.sharding.processes import initialize
-from jaxcl.tasks import memory_pipeline, remembered_rows
-from jaxcl.training.checkpoint import Checkpoints
+from jaxcl.training.checkpoint import Checkpoints, mark_after
 from jaxcl.training.feed import place_batch
 
 Params = Any
@@ -75,10 +74,8 @@ def describe_teacher(path: Path) -> str:
       UserError: it is no run folder, or the run stores nothing (yet).
     """
     initialize()
-    folder = RunFolder(path)
-    if not folder.config.is_file():
-        raise UserError(f"{path}: not a run folder (no config.yaml)")
-    config = parse_config({**read_yaml(folder.config), "output": str(path)}, str(folder.config))
+    folder = RunFolder.open(path)
+    config = parse_config(folder.content(), str(folder.config_file))
     if not folder.memory.is_file() or not folder.stores():
         raise UserError(f"{path}: nothing is stored beside remembered samples; method {config.method.name}")
     parts, memory = build(config, folder), Memory.load(folder.memory)
@@ -173,13 +170,13 @@ class KeptModels:
 
     def after(self, task: int) -> Params | None:
         """Params after a task, `None` if they are not kept."""
-        saved = self._checkpoints.find(f"after task {task}")
+        saved = self._checkpoints.find(mark_after(task))
         return None if saved is None else self._checkpoints.params(self.parts.trainer.target.params, saved)
 
     def later(self, task: int) -> tuple[Params, str]:
         """Params that have moved since a task, and whose they are; without any, those that the run began with."""
         latest = self._checkpoints.latest()
-        if latest is None or latest.mark == f"after task {task}":
+        if latest is None or latest.mark == mark_after(task):
             return initial_params(self.parts), "the model that the run began with"
         return self._checkpoints.params(self.parts.trainer.target.params, latest), "the run's latest model"
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import jax
 
-from jaxcl.components import Components
 from jaxcl.evaluation.matrix import ContinualMatrix
 from jaxcl.evaluation.results import Measure, Results, installed_versions, measure, write_predictions
-from jaxcl.evaluator import Evaluation, Evaluator, Score, higher_is_better, scored_tasks
-from jaxcl.run_folder import RunFolder
+from jaxcl.run.components import Components
+from jaxcl.run.evaluator import Evaluation, Evaluator, Score, higher_is_better, scored_tasks
+from jaxcl.run.folder import RunFolder
 
 Params = Any
 

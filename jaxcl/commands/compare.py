@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxcl.config import ExperimentConfig, find_method, parse_config
-from jaxcl.config_file import ConfigError, apply_overrides, read_yaml
-from jaxcl.experiment import run
+from jaxcl.config import ExperimentConfig, parse_config
+from jaxcl.config.file import ConfigError, apply_overrides, read_yaml
+from jaxcl.methods import find_method
 from jaxcl.reporting.comparison import comparison_table, read_comparison, write_comparison
+from jaxcl.run.sequence import run
 from jaxcl.sharding.processes import initialize, is_first, on_first
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +11,7 @@ from typing import Any, NoReturn, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from jaxcl.errors import UserError
+from jaxcl.errors import UserError, nearest
 
 Section = TypeVar("Section", bound=BaseModel)
 
@@ -107,16 +106,6 @@ def _assign(node: Any, path: Sequence[str], value: Any, override: str) -> None:
             _assign(node[head], rest, value, override)
     else:
         raise ConfigError(f"override {override!r}: {head!r} lies inside a plain value")
-
-
-def nearest(name: str, valid: Iterable[str]) -> str:
-    """`; did you mean X?`, when some valid name is close to `name`, else `;`: what is allowed is said behind it.
-
-    >>> nearest("seker", ["seekr", "das"]), nearest("x", ["seekr", "das"])
-    ('; did you mean seekr?', ';')
-    """
-    close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ";"
 
 
 def validate(section: type[Section], content: Mapping[str, Any], origin: str) -> Section:

@@ -7,9 +7,9 @@ from typing import Any
 
 import jax
 
-from jaxcl.components import Components, ProcessShare
 from jaxcl.data.memory import Memory, MemoryPipeline, TaskMemory
 from jaxcl.data.rows import Rows
+from jaxcl.run.components import Components, ProcessShare
 from jaxcl.training.config import micro_batch_size
 from jaxcl.training.task import RunningTask
 

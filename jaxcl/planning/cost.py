@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
-from jaxcl.sharding.hlo import Computation, Instruction, Program, Shape, times
+from jaxcl.planning.hlo import Computation, Instruction, Program, Shape, times
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 # These move nothing: they name, wait, or stand for what is counted where it happens.

@@ -16,7 +16,6 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from jaxcl.components import Components
 from jaxcl.data.memory import draw_count
 from jaxcl.data.pairs import encode_prompts, open_prompts
 from jaxcl.data.plan import Shape
@@ -26,6 +25,7 @@ from jaxcl.methods.base import Synthetic
 from jaxcl.methods.losses import example_losses
 from jaxcl.models.batch import Batch
 from jaxcl.models.generation import Generator
+from jaxcl.run.components import Components
 from jaxcl.training.feed import place_batch
 
 Params = Any

@@ -15,19 +15,19 @@ import numpy as np
 from jax.sharding import Mesh
 from pydantic import Field
 
-from jaxcl.components import make_trainer
-from jaxcl.config import ExperimentConfig, find_method
+from jaxcl.config import ExperimentConfig
 from jaxcl.data.plan import Shape
 from jaxcl.errors import UserError
 from jaxcl.methods.base import Method
 from jaxcl.models.batch import Batch
 from jaxcl.models.generation import Generator
 from jaxcl.models.network import Network
+from jaxcl.planning.hardware import Topology, find_devices, parse_topology
+from jaxcl.planning.step import StepPlan, plan_step
+from jaxcl.run.components import make_trainer
 from jaxcl.schema import Schema
-from jaxcl.sharding.hardware import Topology, find_devices, parse_topology
 from jaxcl.sharding.layout import Layout
 from jaxcl.sharding.mesh import AXES, make_mesh, mesh_sizes
-from jaxcl.sharding.planning import StepPlan, plan_step
 from jaxcl.training.config import check_batch_size, micro_batch_size
 from jaxcl.training.trainer import Trainer
 
@@ -133,7 +133,7 @@ def programs(config: ExperimentConfig, mesh: Mesh) -> dict[str, Program]:
     layout = Layout.create(mesh, network.axes(), network.shapes())
     training, evaluation = config.training, config.evaluation
     check_batch_size(training.batch_size, training.accumulate, layout.batch_ways)
-    method = find_method(config.method.name)(config.method.options, network, len(config.tasks))
+    method = config.method.build(network, len(config.tasks))
     trainer = make_trainer(config, method, layout)
     shape = row_shape(config, network.causal)
     shape = shape._replace(length=shape.length + method.longest_opening)

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxcl.components import Components, build, initial_params
 from jaxcl.config import ExperimentConfig
 from jaxcl.data.memory import Memory
 from jaxcl.data.mix import Interleaved, Mixed
@@ -22,14 +21,15 @@ from jaxcl.data.pipeline import Pipeline
 from jaxcl.data.teacher_store import TeacherStore, write_records
 from jaxcl.errors import UserError
 from jaxcl.evaluation.results import Results, write_tables
-from jaxcl.evaluator import answering_params
 from jaxcl.reporting.report import write_report
-from jaxcl.run_folder import RunFolder
-from jaxcl.scoreboard import Scoreboard
+from jaxcl.run.components import Components, build, initial_params
+from jaxcl.run.evaluator import answering_params
+from jaxcl.run.folder import RunFolder
+from jaxcl.run.scoreboard import Scoreboard
+from jaxcl.run.synthesis import write_samples
+from jaxcl.run.tasks import memory_pipeline, remember, running_task
 from jaxcl.sharding.processes import initialize, on_first, wait_for_all
-from jaxcl.synthesis import write_samples
-from jaxcl.tasks import memory_pipeline, remember, running_task
-from jaxcl.training.checkpoint import Checkpoints, Saved
+from jaxcl.training.checkpoint import START_MARK, Checkpoints, Saved, mark_after
 from jaxcl.training.compile import enable_compilation_cache
 from jaxcl.training.config import task_steps
 from jaxcl.training.loop import train_task
@@ -96,7 +96,7 @@ def run(config: ExperimentConfig, *, grown_from: ExperimentConfig | None = None)
 def _check_shared(folder: RunFolder) -> None:
     """Whether this process sees what process 0 wrote: checkpoints, memory and teacher store are read by all."""
     for _ in range(_VISIBLE_SECONDS):
-        if folder.config.is_file():
+        if folder.is_run:
             return
         time.sleep(1.0)  # network file systems may be late
     raise UserError(
@@ -139,7 +139,7 @@ class TaskSequence:
         if saved is None:
             with self._timed("setup"):
                 state = self.parts.trainer.init(initial_params(self.parts))
-            self._save(state, task=-1, phase="learned", mark="before the first task")
+            self._save(state, task=-1, phase="learned", mark=START_MARK)
             position = None
         else:
             self.timing = dict(saved.progress["timing"])
@@ -223,7 +223,7 @@ class TaskSequence:
                 (stream.task_steps_in(total), stream.task) if isinstance(stream, Interleaved) else (total, stream)
             )
             self.board.note_privacy(index, spent(privacy, steps=steps, steps_per_epoch=own.steps_per_epoch))
-        self._save(state, task=index, phase="learned", mark=f"after task {index}")
+        self._save(state, task=index, phase="learned", mark=mark_after(index))
         return state
 
     def _afresh(self, state: TrainState) -> TrainState:
@@ -291,7 +291,7 @@ class TaskSequence:
     def _params_before(self, index: int) -> Any:
         if self.parts.method.individual:
             return initial_params(self.parts)
-        mark = "before the first task" if index == 0 else f"after task {index - 1}"
+        mark = START_MARK if index == 0 else mark_after(index - 1)
         saved = self.checkpoints.find(mark)
         if saved is None:
             raise UserError(f"checkpoints {self.folder.checkpoints}: the one {mark} is gone; the run cannot go on")

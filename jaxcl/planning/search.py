@@ -14,8 +14,8 @@ from typing import NamedTuple
 from jaxcl.config import ExperimentConfig
 from jaxcl.errors import UserError
 from jaxcl.models.network import Network
-from jaxcl.plan import Plan, Unplaceable, plan, row_shape
-from jaxcl.sharding.hardware import Chip, parse_topology
+from jaxcl.planning.hardware import Chip, parse_topology
+from jaxcl.planning.plan import Plan, Unplaceable, plan, row_shape
 from jaxcl.sharding.mesh import MeshConfig
 
 logger = logging.getLogger(__name__)

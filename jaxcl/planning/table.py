@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from jaxcl.plan import Plan
-from jaxcl.sharding.planning import StepPlan
+from jaxcl.planning.plan import Plan
+from jaxcl.planning.step import StepPlan
 
 
 def as_table(found: Plan) -> str:

@@ -13,10 +13,10 @@ from typing import Any
 import jax
 from pydantic import Field
 
+from jaxcl.planning.cost import count_cost
+from jaxcl.planning.hardware import Chip
+from jaxcl.planning.hlo import parse
 from jaxcl.schema import Schema
-from jaxcl.sharding.cost import count_cost
-from jaxcl.sharding.hardware import Chip
-from jaxcl.sharding.hlo import parse
 
 # What the compiler says where a program does not fit: all it needs, or its temporaries alone.
 _NEEDED = re.compile(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", re.IGNORECASE)

@@ -1,0 +1,71 @@
+"""`jaxcl convert`: a model as a checkpoint of another library."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxcl.data.tokenizer import Tokenizer
+from jaxcl.errors import UserError
+from jaxcl.methods import find_method
+from jaxcl.methods.base import Method
+from jaxcl.run.folder import RunFolder
+from jaxcl.run.model import Model, load_model
+from jaxcl.weights import convert as convert_weights
+from jaxcl.weights import locate, save_hf, save_orbax, save_peft
+
+
+def convert(source: str, destination: Path, format: str, dtype: str) -> Path:
+    """Writes a model as a Hugging Face or Orbax checkpoint, or its adapters alone, with its tokenizer.
+
+    Args:
+      source: see `load_model`.
+      destination: a folder that does not exist yet.
+      format: `hf` (adapters merged into the weights), `orbax` (adapters kept beside them) or `peft` (adapters alone).
+      dtype: `float32`, `bfloat16`, or but for `orbax` `float16`.
+
+    Returns:
+      The folder.
+
+    Raises:
+      UserError: the source cannot be read, or the destination not be written.
+    """
+    if not RunFolder(Path(source)).is_run:
+
+        def write_tokenizer(folder: Path) -> None:
+            _, place = locate(source)
+            if place.suffix == ".gguf":
+                Tokenizer.load(place).save(folder)
+
+        return convert_weights(source, destination, format=format, dtype=dtype, write_tokenizer=write_tokenizer)  # type: ignore[arg-type]
+    model = load_model(source)
+    ids: dict[str, Any] = {
+        "bos_token_id": model.tokenizer.bos_id,
+        "eos_token_id": model.tokenizer.eos_id,
+        "pad_token_id": model.tokenizer.pad_id,
+    }
+    tokenizer_folder = RunFolder(Path(source)).tokenizer
+    if format == "hf":
+        return save_hf(
+            destination, model.network, model.params, dtype=dtype, tokenizer_folder=tokenizer_folder, token_ids=ids
+        )
+    if format == "peft":
+        _check_base(model, source)
+        base = None if model.config is None else model.config.weights
+        return save_peft(
+            destination, model.network, model.params, base=base, dtype=dtype, tokenizer_folder=tokenizer_folder
+        )
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), model.params)
+    return save_orbax(destination, model.network, params, tokenizer_folder=tokenizer_folder)
+
+
+def _check_base(model: Model, source: str) -> None:
+    """Adapters alone mean something only beside the weights that the run started from."""
+    if model.config is not None and find_method(model.config.method.name).finish is not Method.finish:
+        raise UserError(
+            f"{source}: {model.config.method.name} changes the weights beside the adapters, which are nothing without "
+            "them; allowed formats are hf, orbax",
+            exit_code=2,
+        )

@@ -1,0 +1,55 @@
+"""Methods by name. A method is imported when it is asked for, and only that one."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Any
+
+from jaxcl.errors import nearest
+from jaxcl.methods.base import Method
+
+METHODS: dict[str, str] = {
+    "sequential": "jaxcl.methods.sequential:Sequential",
+    "one": "jaxcl.methods.one:One",
+    "joint": "jaxcl.methods.joint:Joint",
+    "ewc": "jaxcl.methods.ewc:Ewc",
+    "lwf": "jaxcl.methods.lwf:Lwf",
+    "replay": "jaxcl.methods.replay:Replay",
+    "derpp": "jaxcl.methods.derpp:Derpp",
+    "das": "jaxcl.methods.das:Das",
+    "seekr": "jaxcl.methods.seekr:Seekr",
+    "olora": "jaxcl.methods.olora:Olora",
+    "progressive_prompts": "jaxcl.methods.progressive_prompts:ProgressivePrompts",
+}
+"""`module:Class` of each method, by the name that a configuration gives it."""
+
+
+def find_method(name: str) -> type[Method]:
+    """The method with a registered name, or the class that `module:Class` names.
+
+    >>> find_method("sequential").__name__
+    'Sequential'
+
+    Raises:
+      ValueError: there is no such method; the message suggests the nearest name.
+    """
+    if ":" not in name and name not in METHODS:
+        raise ValueError(f"no method {name!r}{nearest(name, METHODS)} allowed: {', '.join(METHODS)}, or module:Class")
+    module, _, attribute = METHODS.get(name, name).partition(":")
+    try:
+        found = getattr(_import(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"cannot load {name!r}: {error}") from None
+    if not (isinstance(found, type) and issubclass(found, Method)):
+        raise ValueError(f"{name!r} is not a jaxcl.methods.Method")
+    return found
+
+
+def _import(module: str) -> Any:
+    """A module that is installed, on `PYTHONPATH`, or a file in the current folder."""
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.append(here)
+    return importlib.import_module(module)

@@ -1,0 +1,1 @@
+"""`jaxcl plan`: what a configuration needs of hardware that is not here."""

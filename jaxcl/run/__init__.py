@@ -1,0 +1,1 @@
+"""One run: its folder, its parts, the sequence of tasks, and the model that comes out of it."""

@@ -1,0 +1,72 @@
+"""A model by name: that of a run, or a checkpoint of another library."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+from jaxcl.config import ExperimentConfig
+from jaxcl.config.file import read_yaml, validate
+from jaxcl.data.tokenizer import Tokenizer
+from jaxcl.errors import UserError
+from jaxcl.models.network import Network, Params
+from jaxcl.run.folder import RunFolder
+from jaxcl.training.checkpoint import Checkpoints
+from jaxcl.weights import load_params, locate, read_config
+
+
+class Model(NamedTuple):
+    """A model ready to use.
+
+    Attributes:
+      network: the network.
+      params: its params.
+      tokenizer: text to ids and back.
+      config: the configuration of the run it comes from, `None` for any other model.
+    """
+
+    network: Network
+    params: Params
+    tokenizer: Tokenizer
+    config: ExperimentConfig | None
+
+
+def load_model(name: str) -> Model:
+    """A model by name.
+
+    Args:
+      name: a run folder (its latest checkpoint is taken), or what `jaxcl.weights.locate` finds: a Hugging Face, GGUF
+        or Orbax checkpoint, or `package:NAME`.
+
+    Raises:
+      UserError: no model there, or none that can be read.
+    """
+    folder = RunFolder(Path(name))
+    if not folder.is_run:
+        _, place = locate(name)
+        network = Network.create(read_config(name))
+        return Model(network, load_params(name, network), Tokenizer.load(place), None)
+    config = validate(ExperimentConfig, read_yaml(folder.config_file), str(folder.config_file))
+    network = Network.create(config.model)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), network.shapes())
+    return Model(network, latest_params(folder, target), Tokenizer.load(folder.tokenizer), config)
+
+
+def latest_params(folder: RunFolder, target: Params) -> Params:
+    """The params of a run's latest checkpoint.
+
+    Args:
+      folder: the run folder.
+      target: their shapes, dtypes and shardings, as `jax.ShapeDtypeStruct`.
+
+    Raises:
+      UserError: there is no checkpoint yet.
+    """
+    with Checkpoints.reading(folder.checkpoints) as checkpoints:
+        saved = checkpoints.latest()
+        if saved is None:
+            raise UserError(f"{folder.path}: the run has no checkpoint yet")
+        return checkpoints.params(target, saved)
