@@ -35,7 +35,7 @@ def compile_once(layers: int) -> dict[str, float]:
     shape = {"vocab_size": 8192, "hidden_size": 256, "intermediate_size": 688, "num_heads": 8}
     network = Network.create(LlamaConfig(**shape, num_layers=layers, max_length=512))
     layout = Layout.create(make_mesh(MeshConfig()), network.axes(), network.shapes())
-    trainer = Trainer(Sequential(Sequential.Config(), network, 1), OptimizerConfig(), layout, accumulate=1, seed=0)
+    trainer = Trainer(Sequential(Sequential.Options(), network, 1), OptimizerConfig(), layout, accumulate=1, seed=0)
     tokens = jax.ShapeDtypeStruct((4, 512), "int32")
     row = jax.ShapeDtypeStruct((4,), "int32")
     weights = jax.ShapeDtypeStruct((4, 512), "float32")

@@ -26,13 +26,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.program import Program, machine, run_in_turn
-from jaxcl.methods.base import Method, Term, Terms
-from jaxcl.methods.contrast import contrast, pool
-from jaxcl.methods.das import Das, DasConfig
-from jaxcl.methods.importance import ImportanceSums
-from jaxcl.methods.losses import language_model_loss, language_model_terms
+from jaxcl.functional.contrast import contrast, pool
+from jaxcl.functional.importance import ImportanceSums
+from jaxcl.functional.soft_masks import soft_masks
+from jaxcl.functional.terms import Term, Terms
+from jaxcl.methods.base import Method
+from jaxcl.methods.das import Das, DasOptions
+from jaxcl.methods.passes.losses import language_model_loss, language_model_terms
 from jaxcl.methods.sequential import Sequential
-from jaxcl.methods.soft_mask import soft_masks
 from jaxcl.models.batch import Batch
 from jaxcl.models.gates import Gates
 from jaxcl.models.layers import dropout
@@ -91,7 +92,7 @@ class AllInOneBatch(Das):
     def loss(self, params: Any, state: Any, batch: Batch, key: Any) -> Terms:
         """See `Method.loss`."""
         states = _side_by_side(self, params, state["importance"], batch, 4, key)
-        loss = language_model_loss(self.network, params, states[:, 0], batch, self.config.loss_chunk)
+        loss = language_model_loss(self.network, params, states[:, 0], batch, self.options.loss_chunk)
         return {"loss": loss, "contrast": _contrast_of(self, states[:, 1:], batch)}
 
 
@@ -116,19 +117,19 @@ def _side_by_side(method: Das, params: Any, importance: Gates, batch: Batch, cop
 
 def _contrast_of(method: Das, states: Any, batch: Batch) -> Term:
     pooled = [pool(states[:, copy], batch.segments) for copy in range(3)]
-    total, count = contrast(*pooled, jnp.any(batch.segments != 0, axis=1), method.config.temperature)
-    return Term(total, count, method.config.contrast_weight)
+    total, count = contrast(*pooled, jnp.any(batch.segments != 0, axis=1), method.options.temperature)
+    return Term(total, count, method.options.contrast_weight)
 
 
 STEPS: dict[str, Callable[[Network], Method]] = {
-    "plain": lambda network: Sequential(Sequential.Config(), network, 1),
-    "no_contrast": lambda network: Das(DasConfig(contrast_weight=0), network, 1),
-    "own_trained": lambda network: Das(DasConfig(anchor="own"), network, 1),
-    "own_fixed": lambda network: Das(DasConfig(anchor="own", negatives="fixed"), network, 1),
-    "language_model_trained": lambda network: Das(DasConfig(anchor="language_model"), network, 1),
-    "language_model_fixed": lambda network: Das(DasConfig(anchor="language_model", negatives="fixed"), network, 1),
-    "contrast_in_one_batch": lambda network: ContrastInOneBatch(DasConfig(anchor="own"), network, 1),
-    "all_in_one_batch": lambda network: AllInOneBatch(DasConfig(anchor="own"), network, 1),
+    "plain": lambda network: Sequential(Sequential.Options(), network, 1),
+    "no_contrast": lambda network: Das(DasOptions(contrast_weight=0), network, 1),
+    "own_trained": lambda network: Das(DasOptions(anchor="own"), network, 1),
+    "own_fixed": lambda network: Das(DasOptions(anchor="own", negatives="fixed"), network, 1),
+    "language_model_trained": lambda network: Das(DasOptions(anchor="language_model"), network, 1),
+    "language_model_fixed": lambda network: Das(DasOptions(anchor="language_model", negatives="fixed"), network, 1),
+    "contrast_in_one_batch": lambda network: ContrastInOneBatch(DasOptions(anchor="own"), network, 1),
+    "all_in_one_batch": lambda network: AllInOneBatch(DasOptions(anchor="own"), network, 1),
 }
 
 
@@ -145,11 +146,11 @@ def step_program(method: Method, layout: Layout, params: Any, batch: Batch) -> P
 
 def importance_programs(network: Network, params: Any, batch: Batch) -> dict[str, Program]:
     key = jax.random.key(0)
-    das = {proxy: Das(DasConfig(proxy=proxy), network, 1) for proxy in ("outputs", "pooled")}
-    sums = ImportanceSums.zero(network)
+    das = {proxy: Das(DasOptions(proxy=proxy), network, 1) for proxy in ("outputs", "pooled")}
+    sums = ImportanceSums.zero(network.gates())
 
     def loss(params: Any, batch: Batch, key: Any) -> Any:
-        term = language_model_terms(network, params, batch, key, DasConfig().loss_chunk)["loss"]
+        term = language_model_terms(network, params, batch, key, DasOptions().loss_chunk)["loss"]
         return term.sum / term.count
 
     return {
@@ -183,13 +184,11 @@ def fused_difference(model: str) -> float:
     batch = place_batch(
         rows(model, 4, 32), Layout.create(make_mesh(MeshConfig()), network.axes(), network.shapes()).batch
     )
-    gates = jax.tree.map(
-        lambda leaf: 0.2 + 0.6 * (jnp.arange(leaf.size) % 2).reshape(leaf.shape), Gates.ones(network.config)
-    )
+    gates = jax.tree.map(lambda leaf: 0.2 + 0.6 * (jnp.arange(leaf.size) % 2).reshape(leaf.shape), network.gates())
 
     gradients = []
     for kind in (Das, ContrastInOneBatch, AllInOneBatch):
-        method = kind(DasConfig(anchor="own", proxy_dropout=0.0), network, 1)
+        method = kind(DasOptions(anchor="own", proxy_dropout=0.0), network, 1)
 
         def total(params: Any, method: Das = method) -> Any:
             terms = method.loss(params, {"importance": gates}, batch, jax.random.key(0))
@@ -218,7 +217,7 @@ def measure(model: str, options: argparse.Namespace) -> dict[str, Any]:
         "dropout": dropout_programs(network, options.batch),
     }
     run_in_turn([program for group in groups.values() for program in group.values()], options.rounds)
-    masks = jax.eval_shape(lambda: soft_masks(network, Gates.ones(network.config), "mean"))
+    masks = jax.eval_shape(lambda: soft_masks(network, network.gates(), "mean"))
     size = {
         name: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
         for name, tree in (("params", params), ("masks", masks))

@@ -40,7 +40,7 @@ def main() -> None:
     found = programs(config, topology_mesh(config, parse_topology(options.topology))[0])
     plain, replay = (parse(compile_with_text(found[name].lower())[1]) for name in ("train", "replay"))
     base = count_cost(plain, causal=True)
-    costs = {turns: count_cost(replay, causal=True, unknown_turns=turns) for turns in TURNS}
+    costs = {turns: count_cost(replay, causal=True, loop_trips=turns) for turns in TURNS}
     result = {
         turns: {"bytes": round(cost.bytes / base.bytes, 4), "flops": round(cost.flops / base.flops, 5)}
         for turns, cost in costs.items()

@@ -31,11 +31,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.program import Program, machine, run_in_turn
-from jaxcl.data.plan import Shape
 from jaxcl.data.teacher_store import write_records
+from jaxcl.functional.heads import HeadSums
 from jaxcl.methods.base import Method, Record
-from jaxcl.methods.head_selection import HeadSums
-from jaxcl.methods.seekr import Seekr, SeekrConfig
+from jaxcl.methods.seekr import Seekr, SeekrOptions
 from jaxcl.methods.sequential import Sequential
 from jaxcl.models.batch import Batch
 from jaxcl.models.llama import LlamaConfig
@@ -98,7 +97,7 @@ class Bench:
 
     def method(self, **changes: Any) -> Seekr:
         """SEEKR with some options."""
-        return Seekr(SeekrConfig(**changes), self.network, TASKS)
+        return Seekr(SeekrOptions(**changes), self.network, TASKS)
 
     def trainer(self, method: Method) -> Trainer:
         """A method's compiled step."""
@@ -111,15 +110,15 @@ class Bench:
             state, _ = trainer.step(state, place_batch(rows(task, 4, scored, seed=1 + step), self.layout.batch))
         self.params = state.params
 
-        batch = self.batch({**rows(task, self.options.batch // TASKS, scored, seed=0), "kind": "memory"})
-        method, zero = self.methods["compact"], HeadSums.zero(self.network)
+        batch = self.batch({**rows(task, self.options.batch // TASKS, scored, seed=0), "origin": "memory"})
+        method, zero = self.methods["compact"], HeadSums.zero(self.network.num_layers, self.network.num_heads)
         sensitivity = jax.jit(method.add_sensitivity)(zero, self.params, batch)
         forgettability = jax.jit(method.add_forgettability)(zero, before, self.params, batch)
         self.state = jax.jit(method.select)(self.state, sensitivity, forgettability, jnp.int32(task))
         for name, one in self.methods.items():
             signals = jax.device_get(jax.jit(one.signals)(self.params, self.state, batch, jax.random.key(task)))
             self.records[name] += [
-                one.trim({field: values[row] for field, values in signals.items()}) for row in range(batch.size)
+                {field: values[row] for field, values in signals.items()} for row in range(batch.size)
             ]
 
     def batch(self, fields: Mapping[str, Any]) -> Batch:
@@ -135,8 +134,9 @@ class Bench:
         }
         if store is None:
             return self.batch(fields)
-        teacher = self.methods[store].collate(self.records[store], Shape(LENGTH, self.options.scored))
-        return self.batch({**fields, "kind": "memory", "teacher": teacher})
+        records = self.records[store]
+        teacher = {field: np.stack([record[field] for record in records]) for field in records[0]}
+        return self.batch({**fields, "origin": "memory", "teacher": teacher})
 
     def step_program(self, method: Method, batch: Batch) -> Program:
         """The step of `jaxcl run`."""
@@ -148,9 +148,9 @@ class Bench:
 
     def programs(self) -> dict[str, Program]:
         """Everything that is timed, compiled."""
-        plain = Sequential(Sequential.Config(), self.network, TASKS)
+        plain = Sequential(Sequential.Options(), self.network, TASKS)
         batch = self.remembered("compact")
-        seekr, zero = self.methods["compact"], HeadSums.zero(self.network)
+        seekr, zero = self.methods["compact"], HeadSums.zero(self.network.num_layers, self.network.num_heads)
         before = jax.tree.map(jnp.copy, self.params)
         return {
             "plain": self.step_program(plain, self.remembered(None)),

@@ -23,7 +23,6 @@ import numpy as np
 from benchmarks.records import over_seeds
 from jaxcl.commands.teacher import KeptModels
 from jaxcl.config import parse_config
-from jaxcl.config.file import read_yaml
 from jaxcl.data.memory import Memory
 from jaxcl.data.teacher_store import TeacherStore
 from jaxcl.methods.seekr import Seekr
@@ -33,6 +32,7 @@ from jaxcl.run.folder import RunFolder
 from jaxcl.run.tasks import memory_pipeline
 from jaxcl.training.checkpoint import Checkpoints
 from jaxcl.training.feed import place_batch
+from jaxcl.training.stored import Collate
 
 Params = Any
 
@@ -57,22 +57,23 @@ class OutputTerm:
 
 def changes(folder: RunFolder, options: argparse.Namespace) -> dict[str, Any]:
     """The summary of all tasks."""
-    parts = build(parse_config({**read_yaml(folder.config), "output": str(folder.path)}), folder)
+    parts = build(parse_config(folder.content()), folder)
     if not isinstance(parts.method, Seekr):
         raise SystemExit(f"{folder.path}: a run by {parts.config.method.name}, not by seekr")
     method, memory, found = parts.method, Memory.load(folder.memory), {}
     variants = {}
     for count, share in itertools.product(map(int, options.stored.split(",")), map(float, options.drawn.split(","))):
-        config = method.config.model_copy(update={"store_logits": count, "store_drawn": share})
+        config = method.options.model_copy(update={"store_logits": count, "store_drawn": share})
         variants[f"{count}, {share:g} drawn"] = OutputTerm(
             type(method)(config, method.network, method.num_tasks), parts
         )
-    exact = OutputTerm(method.exact(), parts)
+    collate = Collate(method, parts.trainer.target.params, parts.trainer.target.method_state)
+    exact = OutputTerm(method.exact().method, parts)
     with Checkpoints.reading(folder.checkpoints) as checkpoints:
         kept = KeptModels(parts, checkpoints)
         for task in memory.tasks:
             stores = {task.task: TeacherStore.open(folder.stores(task.task), parts.about(task.task))}
-            pipeline = memory_pipeline(parts, memory, [task.task], stores=stores, collate=method.collate)
+            pipeline = memory_pipeline(parts, memory, [task.task], stores=stores, collate=collate)
             batches = [place_batch(rows, parts.layout.batch) for rows in pipeline.once()]
             teacher, (student, whose) = kept.after(task.task), kept.later(task.task)
             if teacher is None:

@@ -67,7 +67,7 @@ def jaxcl_step(options: argparse.Namespace, folder: Path) -> tuple[Callable[[], 
         weight_decay=WEIGHT_DECAY,
         clip_norm=CLIP,
     )
-    method = Sequential(Sequential.Config(), network, 1)
+    method = Sequential(Sequential.Options(), network, 1)
     trainer = Trainer(method, optimizer, layout, accumulate=1, seed=0)
     params = jax.jit(network.init)(jax.random.key(0))
     save_hf(folder, network, params)

@@ -6,18 +6,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from jaxcl.config import load_config
 from jaxcl.data.plan import Shape
 from jaxcl.evaluation.config import EvaluationConfig
+from jaxcl.functional.importance import ImportanceSums
 from jaxcl.methods import find_method
-from jaxcl.methods.importance import ImportanceSums
 from jaxcl.models.batch import Batch
 from jaxcl.models.network import Network
 from jaxcl.sharding.layout import Layout
 from jaxcl.sharding.mesh import make_mesh
+from jaxcl.training.stored import stored_shapes
 from jaxcl.training.trainer import Trainer
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
@@ -40,12 +40,7 @@ def batch_shapes(rows: int, length: int, predict: int, **fields: Any) -> Batch:
 
 def teacher_shapes(method: Any, target: Any, batch: Batch, shape: Shape) -> Any:
     """What the method's own signals look like once stored and collated, from shapes alone."""
-    signals = jax.eval_shape(method.signals, target.params, target.method_state, batch, jax.random.key(0))
-    if signals is None:
-        return None
-    zeros = {name: np.zeros(value.shape[1:], value.dtype) for name, value in signals.items()}
-    collated = method.collate([method.trim(zeros)], shape)
-    return {name: jax.ShapeDtypeStruct((batch.size, *value.shape[1:]), value.dtype) for name, value in collated.items()}
+    return stored_shapes(method, target.params, target.method_state, batch.size, shape) or None
 
 
 def test_there_are_the_papers_settings_and_the_quickstarts() -> None:
@@ -148,9 +143,9 @@ def test_both_kinds_of_step_lower(path: Path) -> None:
     length, predict = shape.length, shape.predict or 0
     batches = [batch_shapes(rows, length, predict)]
     if method.replay is not None:
-        memory = batch_shapes(rows, length, predict, kind="memory")
+        memory = batch_shapes(rows, length, predict, origin="memory")
         teacher = teacher_shapes(method, trainer.target, memory, shape)
-        batches.append(batch_shapes(rows, length, predict, kind="memory", teacher=teacher))
+        batches.append(batch_shapes(rows, length, predict, origin="memory", teacher=teacher))
     for batch in batches:
         lowered = trainer.jitted_step.lower(trainer.target, batch, trainer.key)
         # The layers are scanned: the program must not grow with depth.
@@ -183,7 +178,7 @@ def test_parts_of_a_step_have_their_names_in_a_trace(name: str, kind: str, scope
 def test_measuring_importance_has_its_name_in_a_trace() -> None:
     config = load(CONFIGS[0].with_name("quickstart_das.yaml"))
     network = Network.create(config.model)
-    sums = jax.eval_shape(lambda: ImportanceSums.zero(network))
+    sums = jax.eval_shape(lambda: ImportanceSums.zero(network.gates()))
     method = find_method("das")(config.method.options, network, 3)
     lowered = jax.jit(method.add_domain).lower(sums, network.shapes(), batch_shapes(2, 64, 16), jax.random.key(0))
     assert '"jit(add_domain)/importance/' in lowered.as_text(debug_info=True)

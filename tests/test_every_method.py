@@ -44,7 +44,7 @@ def test_a_whole_run(name: str, tmp_path: Path) -> None:
     assert results.op is not None
     rows = numbers(tmp_path / "run")
     assert all(np.isfinite(row["loss"]) for row in rows)
-    remembers = METHODS[name].Config(**{key: value for key, value in OPTIONS.get(name, {}).items() if key != "name"})
+    remembers = METHODS[name].Options(**{key: value for key, value in OPTIONS.get(name, {}).items() if key != "name"})
     assert ("memory" in {row["kind"] for row in rows}) == hasattr(remembers, "replay")
 
 

@@ -14,7 +14,7 @@ from jaxcl.commands.generate import generate_text
 from jaxcl.config import parse_config
 from jaxcl.config.file import ConfigError
 from jaxcl.errors import UserError
-from jaxcl.models.lora import trained
+from jaxcl.models.trainable import trained
 from jaxcl.run.model import load_model
 from jaxcl.weights import load_weights
 from jaxcl.weights.tree import flatten

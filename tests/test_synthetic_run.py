@@ -18,7 +18,7 @@ from jaxcl.config import parse_config
 from jaxcl.data.synthetic import Frame, Sample
 from jaxcl.data.teacher_store import TeacherStore
 from jaxcl.errors import UserError
-from jaxcl.methods.base import Synthetic
+from jaxcl.methods.options import SyntheticConfig
 from jaxcl.run import synthesis
 from jaxcl.run.components import build, initial_params
 from jaxcl.run.folder import RunFolder
@@ -82,7 +82,7 @@ def test_a_model_continues_the_instruction_and_answers_what_it_wrote(tmp_path: P
     encode, frame = parts.tokenizer.encode, Frame("Say ", "\nIs:")
     writer = chain(parts, [*encode("y dog\nIs:"), parts.tokenizer.eos_id])
     learned = chain(parts, [*encode(": L"), parts.tokenizer.eos_id])
-    settings = Synthetic(**WRITTEN["replay"]["synthetic"])
+    settings = SyntheticConfig(**WRITTEN["replay"]["synthetic"])
     bodies = synthesis._continue(parts, writer, frame, ["Say a cat\nIs:"], settings, 3, jax.random.key(0))
     assert bodies == ["dog"] * 3
     samples = synthesis._answer(parts, learned, frame, ["dog", None], 0)

@@ -57,7 +57,7 @@ def _variant(content: dict[str, Any], origin: str, method: str, seed: int, outpu
     own = content.get("method") or {}
     own = {"name": own} if isinstance(own, str) else dict(own)
     try:
-        known = find_method(method).Config.model_fields
+        known = find_method(method).Options.model_fields
     except ValueError as error:
         raise ConfigError(f"--methods: {error}") from None
     shared = own if own.get("name") == method else {key: value for key, value in own.items() if key in known}

@@ -63,7 +63,7 @@ def convert(source: str, destination: Path, format: str, dtype: str) -> Path:
 
 def _check_base(model: Model, source: str) -> None:
     """Adapters alone mean something only beside the weights that the run started from."""
-    if model.config is not None and find_method(model.config.method.name).finish is not Method.finish:
+    if model.config is not None and find_method(model.config.method.name).final_params is not Method.final_params:
         raise UserError(
             f"{source}: {model.config.method.name} changes the weights beside the adapters, which are nothing without "
             "them; allowed formats are hf, orbax",

@@ -52,7 +52,7 @@ def generate_text(
     model = load_model(name)
     if not model.network.causal:
         raise UserError(f"{name}: is an encoder; only decoders write text")
-    ids = [*_opening(name, model, task), *_prompt_ids(model, prompt, raw)]
+    ids = [*_prompt_prefix(name, model, task), *_prompt_ids(model, prompt, raw)]
     room = model.network.config.max_length - max_new_tokens
     if len(ids) > room:
         raise UserError(
@@ -71,7 +71,7 @@ def generate_text(
     return model.tokenizer.decode(answer).strip()
 
 
-def _opening(name: str, model: Model, task: str | None) -> Sequence[int]:
+def _prompt_prefix(name: str, model: Model, task: str | None) -> Sequence[int]:
     """What the run's method puts before prompts of a task."""
     config = model.config
     if config is None:
@@ -82,11 +82,11 @@ def _opening(name: str, model: Model, task: str | None) -> Sequence[int]:
     if task is not None and task not in tasks:
         raise UserError(f"--task {task}: unknown; allowed: {', '.join(tasks)}", exit_code=2)
     method = config.method.build(model.network, len(tasks))
-    if task is None and method.opening(0):
+    if task is None and method.prompt_prefix(0):
         raise UserError(
             f"{name}: {config.method.name} must know the task; give --task, allowed: {', '.join(tasks)}", exit_code=2
         )
-    return () if task is None else method.opening(tasks.index(task))
+    return () if task is None else method.prompt_prefix(tasks.index(task))
 
 
 def _prompt_ids(model: Model, prompt: str, raw: bool) -> list[int]:

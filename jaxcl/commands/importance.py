@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -17,14 +17,13 @@ from jaxcl.errors import UserError
 from jaxcl.evaluation.results import write_arrays
 from jaxcl.methods import METHODS, find_method
 from jaxcl.methods.base import Method
+from jaxcl.models.trainable import Params
 from jaxcl.reporting.importance_page import write_importance
 from jaxcl.run.components import Components, build, initial_params
 from jaxcl.run.folder import RunFolder
 from jaxcl.run.model import latest_params
 from jaxcl.run.tasks import remember, running_task
 from jaxcl.sharding.processes import initialize
-
-Params = Any
 
 
 class _Subject(NamedTuple):
@@ -73,7 +72,7 @@ def measure_importance(source: str, overrides: Sequence[str], out: Path | None) 
             )
         note = ""
         if subject.before is None:
-            options, note = method.untrained(config.method.options)
+            options, note = method.without_training(config.method.options)
             section = config.method.model_copy(update={"options": options})
             config = config.model_copy(update={"method": section})
         parts = build(config, subject.folder)
@@ -102,10 +101,10 @@ def importance_tables(
         return params if before is None else before(parts)
 
     for index in range(parts.phases):
-        task = running_task(parts, memory, index, moment=0, params_before=params_before)
+        task = running_task(parts, memory, index, stage="before", params_before=params_before)
         state = layout.place(method.prepare(params, state, task))
         memory = remember(parts, memory, index)
-        task = running_task(parts, memory, index, moment=1, params_before=params_before)
+        task = running_task(parts, memory, index, stage="after", params_before=params_before)
         state = layout.place(method.consolidate(params, state, task))
     return {name: np.asarray(table) for name, table in method.tables(state).items()}
 

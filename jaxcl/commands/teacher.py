@@ -15,15 +15,15 @@ from jaxcl.data.memory import Memory, TaskMemory
 from jaxcl.data.teacher_store import TeacherStore
 from jaxcl.errors import UserError
 from jaxcl.methods.base import Method
-from jaxcl.methods.seekr import Seekr
+from jaxcl.models.trainable import Params
 from jaxcl.run.components import Components, build, initial_params
 from jaxcl.run.folder import RunFolder
 from jaxcl.run.tasks import memory_pipeline, remembered_rows
 from jaxcl.sharding.processes import initialize
 from jaxcl.training.checkpoint import Checkpoints, mark_after
 from jaxcl.training.feed import place_batch
+from jaxcl.training.stored import Collate
 
-Params = Any
 _ROWS = 8  # of a batch: an exact store's outputs are large
 
 
@@ -43,7 +43,7 @@ class Size(NamedTuple):
     full: float
 
 
-class Term(NamedTuple):
+class Comparison(NamedTuple):
     """A mean term of the loss of remembered samples, under an exact store and under the run's."""
 
     exact: float
@@ -59,12 +59,12 @@ class Loss(NamedTuple):
     """What the store's compact form changes.
 
     Attributes:
-      student: which model is held against the task's own.
+      student: which model is compared with the task's own.
       terms: by name.
     """
 
     student: str
-    terms: dict[str, Term]
+    terms: dict[str, Comparison]
 
 
 def describe_teacher(path: Path) -> str:
@@ -112,24 +112,24 @@ def measure_size(parts: Components, task: TaskMemory, store: TeacherStore, disk:
 
 def measure_loss(
     parts: Components, memory: Memory, task: TaskMemory, store: TeacherStore, teacher: Params, student: Params
-) -> dict[str, Term]:
+) -> dict[str, Comparison]:
     """The terms of the replay loss on a task's samples, with what is stored and with an exact store.
 
     The exact store holds the same heads and queries, read from the task's model again.
 
     Args:
-      parts: of a run by a method that is, or extends, `seekr`.
+      parts: of a run by a method whose store loses something (`ToolHooks.exact`).
       memory: the run's.
       task: the kept samples of the task.
       store: what is stored beside them.
       teacher: params of the task's model.
-      student: params that are held against it.
+      student: params that are compared with it.
     """
     method, compiler = parts.method, parts.trainer.compile
-    assert isinstance(method, Seekr)
     exact = method.exact()
+    assert exact is not None
     read = compiler.per_row(exact.read)
-    sums_of = {name: compiler(_sums(one)) for name, one in (("stored", method), ("exact", exact))}
+    sums_of = {name: compiler(_sums(one)) for name, one in (("stored", method), ("exact", exact.method))}
     state = parts.trainer.init_method(student)
     ways = parts.layout.batch_ways
     pipeline = memory_pipeline(
@@ -138,18 +138,17 @@ def measure_loss(
         [task.task],
         batch_size=ways * -(-min(_ROWS, parts.config.training.batch_size) // ways),
         stores={task.task: store},
-        collate=method.collate,
+        collate=Collate(method, parts.trainer.target.params, parts.trainer.target.method_state),
     )
     totals: dict[str, dict[str, np.ndarray]] = {name: {} for name in sums_of}
     for rows in pipeline.once(process_index=jax.process_index(), process_count=jax.process_count()):
         batch = place_batch(rows, parts.layout.batch)
-        assert batch.teacher is not None
-        again = read(teacher, batch, batch.teacher["heads"], batch.teacher["queries"], jax.random.key(0))
+        again = read(teacher, batch, jax.random.key(0))
         for name, batch_of in (("stored", batch), ("exact", dataclasses.replace(batch, teacher=again))):
             for term, pair in sums_of[name](student, state, batch_of, jax.random.key(0)).items():
                 totals[name][term] = totals[name].get(term, 0) + np.asarray(pair, np.float64)
     means = {name: {term: float(a / max(b, 1.0)) for term, (a, b) in found.items()} for name, found in totals.items()}
-    return {term: Term(value, means["stored"][term]) for term, value in means["exact"].items()}
+    return {term: Comparison(value, means["stored"][term]) for term, value in means["exact"].items()}
 
 
 def _sums(method: Method) -> Callable[..., dict[str, Any]]:
@@ -190,14 +189,14 @@ def _size_lines(size: Size) -> Iterator[str]:
 
 def _loss_lines(models: KeptModels, memory: Memory, task: TaskMemory, store: TeacherStore) -> list[str]:
     parts = models.parts
-    if not isinstance(parts.method, Seekr):
+    if parts.method.exact() is None:
         return [f"  loss of information: none; {parts.config.method.name} stores its signals as they are"]
     teacher = models.after(task.task)
     if teacher is None:
         return ["  loss of information: not measured, the task's model is not kept (training.keep_tasks)"]
     student, words = models.later(task.task)
     terms = measure_loss(parts, memory, task, store, teacher, student)
-    lines = [f"  loss of information, {words} held against the task's:"]
+    lines = [f"  loss of information, {words} compared with the task's:"]
     for name, term in terms.items():
         lines.append(f"    {name:<10} exact {term.exact:.6g}, as stored {term.stored:.6g}: {100 * term.change:+.3f}%")
     return lines

@@ -40,7 +40,7 @@ def _split_method(value: Any) -> Any:
     if not isinstance(value, dict) or "name" not in value:
         raise ValueError(f"needs a name; allowed: {', '.join(METHODS)}, or module:Class")
     options = {key: item for key, item in value.items() if key != "name"}
-    section = find_method(str(value["name"])).Config
+    section = find_method(str(value["name"])).Options
     return {"name": value["name"], "options": validate(section, options, "method")}
 
 

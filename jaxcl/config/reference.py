@@ -36,8 +36,8 @@ def reference(config: type[BaseModel]) -> str:
         parts += [f"## {title}\n", f"{_first_line(section)}\n", _table(section)]
     for name, method in ((name, find_method(name)) for name in METHODS):
         parts += [f"## method: {name}\n", f"{_first_line(method)}\n"]
-        parts += [_table(method.Config)] if method.Config.model_fields else ["No options.\n"]
-        for title, section in _sections(method.Config, "method."):
+        parts += [_table(method.Options)] if method.Options.model_fields else ["No options.\n"]
+        for title, section in _sections(method.Options, "method."):
             parts += [f"## {title} ({name})\n", f"{_first_line(section)}\n", _table(section)]
     return "\n".join(parts)
 

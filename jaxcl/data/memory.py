@@ -197,7 +197,7 @@ class MemoryPipeline(Pipeline):
             batch_size,
             config,
             shapes=shapes,
-            kind="memory",
+            origin="memory",
             fixed_noise=memory.seed,
             lookup=None if stores is None else lambda task, example: stores[task].get(example),
             collate=collate,

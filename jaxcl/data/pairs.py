@@ -117,7 +117,7 @@ class PairRows(Rows):
         *,
         task: int,
         name: str,
-        opening: Sequence[int] = (),
+        prompt_prefix: Sequence[int] = (),
     ) -> None:
         """Encodes all pairs.
 
@@ -127,7 +127,7 @@ class PairRows(Rows):
           config: windows, template, buckets.
           task: index of the task.
           name: its name, with the split, for messages.
-          opening: token ids before every prompt, beyond `prompt_length`; see `Method.opening`.
+          prompt_prefix: token ids before every prompt, beyond `prompt_length`; see `Method.prompt_prefix`.
 
         Raises:
           UserError: an answer is longer than `answer_length`, or the tokenizer has no end token.
@@ -152,7 +152,7 @@ class PairRows(Rows):
             )
         self.cut_prompts = encoded.cut
         self.cut_answers = len(over)
-        self.prompts = Ragged([*opening, *ids] for ids in encoded.ids)
+        self.prompts = Ragged([*prompt_prefix, *ids] for ids in encoded.ids)
         self.answers = Ragged(answer[: config.answer_length] for answer in closed)
         self.sizes: Int[np.ndarray, "examples 2"] = np.stack(
             [self.prompts.lengths + self.answers.lengths, self.answers.lengths], axis=1

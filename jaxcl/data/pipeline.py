@@ -22,9 +22,9 @@ from jaxcl.data.tokenizer import Tokenizer
 from jaxcl.errors import UserError
 
 FIELDS = ("tokens", "segments", "positions", "predict", "targets", "weights", "labels", "types")
-#: Puts the stored records of a batch's rows into arrays whose shapes follow from the batch's shape alone. The record
-#: of a filler row is all zeros.
-Collate = Callable[[Sequence[Mapping[str, np.ndarray]], Shape], dict[str, np.ndarray]]
+#: Puts the stored records of a batch's rows (`None` for filler rows) into arrays whose shapes follow from the batch's
+#: shape alone.
+Collate = Callable[[Sequence[Mapping[str, np.ndarray] | None], Shape], dict[str, np.ndarray]]
 #: The stored record of an example of a task.
 Lookup = Callable[[int, int], Mapping[str, np.ndarray]]
 
@@ -98,7 +98,7 @@ class Pipeline:
       shapes: the shapes of all batches, which are the shapes a step is compiled for.
       batch_size: rows of a batch over all processes.
       steps_per_epoch: batches in which every example appears once.
-      kind: `task` or `memory`; goes into every batch.
+      origin: `task` or `memory`; goes into every batch.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class Pipeline:
         config: DataConfig,
         *,
         shapes: Sequence[Shape] | None = None,
-        kind: str = "task",
+        origin: str = "task",
         fixed_noise: int | None = None,
         lookup: Lookup | None = None,
         collate: Collate | None = None,
@@ -120,24 +120,26 @@ class Pipeline:
           batch_size: rows of a batch over all processes.
           config: `prefetch` and `threads` are used.
           shapes: shapes for prompt-answer batches (see `pair_shapes`); none: chosen from `sources`.
-          kind: `task` or `memory`.
+          origin: `task` or `memory`.
           fixed_noise: mask the same tokens of a row in every epoch, by this seed; needed where something was stored
             beside the rows.
-          lookup: gives what was stored beside a row, from its task and example.
-          collate: puts what was stored into arrays; none: stacks it.
+          lookup: gives what was stored with a row, from its task and example.
+          collate: puts what was stored into arrays; needed with `lookup`.
 
         Raises:
           UserError: there is no example.
-          ValueError: an example fits none of `shapes`.
+          ValueError: an example fits none of `shapes`, or `collate` is missing.
         """
+        if lookup is not None and collate is None:
+            raise ValueError("collate: needed to put what lookup gives into arrays, got None")
         self.sources = list(sources)
         self.batch_size = batch_size
-        self.kind = kind
+        self.origin = origin
         self.prefetch = config.prefetch
         self.threads = config.threads
         self._fixed_noise = fixed_noise
         self._lookup = lookup
-        self._collate = collate or stack_records
+        self._collate = collate
         self._offsets = np.concatenate([[0], np.cumsum([len(rows) for rows in self.sources])]).astype(np.int64)
         self.examples = int(self._offsets[-1])
         if self.examples == 0:
@@ -226,26 +228,11 @@ class Pipeline:
             rows.append(source.row(local, shape, (*noise, source.task, max(examples[-1], 0))))
             tasks.append(source.task)
         batch = self._stack(rows, tasks, examples)
-        if self._lookup is not None:
-            batch["teacher"] = self._collate(
-                self._records(self._lookup, tasks, examples, int(plan.rows[place, 0])), shape
-            )
+        if self._lookup is not None and self._collate is not None:
+            lookup = self._lookup
+            stored = [None if row < 0 else lookup(task, row) for task, row in zip(tasks, examples, strict=True)]
+            batch["teacher"] = self._collate(stored, shape)
         return batch
-
-    def _records(
-        self, lookup: Lookup, tasks: list[int], examples: list[int], first: int
-    ) -> list[Mapping[str, np.ndarray]]:
-        records = [
-            lookup(task, example) if example >= 0 else None for task, example in zip(tasks, examples, strict=True)
-        ]
-        if None not in records:
-            return [record for record in records if record is not None]
-        # All rows of this process may be fillers; the first row of the whole batch never is one.
-        number = int(np.searchsorted(self._offsets, first, side="right") - 1)
-        source = self.sources[number]
-        model = lookup(source.task, source.number(first - int(self._offsets[number])))
-        zeros = {name: np.zeros_like(value) for name, value in model.items()}
-        return [zeros if record is None else record for record in records]
 
     def _first(self, group: int) -> int:
         names = list(dict.fromkeys(rows.group for rows in self.sources))
@@ -258,7 +245,7 @@ class Pipeline:
         batch["task"] = np.array(tasks, np.int32)
         batch["example"] = np.array(examples, np.int32)
         batch["teacher"] = None
-        batch["kind"] = self.kind
+        batch["origin"] = self.origin
         return batch
 
     def describe(self) -> dict[str, Any]:
@@ -273,11 +260,6 @@ class Pipeline:
             "real_token_share": round(tokens / padded, 4),
             "sources": {rows.name: rows.describe() for rows in self.sources},
         }
-
-
-def stack_records(records: Sequence[Mapping[str, np.ndarray]], shape: Shape) -> dict[str, np.ndarray]:
-    """Stacks records whose arrays have equal shapes."""
-    return {name: np.stack([record[name] for record in records]) for name in records[0]}
 
 
 class PairPipeline(Pipeline):

@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import Field, ValidationError
 
 from jaxcl.errors import UserError
-from jaxcl.evaluation.matrix import ContinualMatrix
+from jaxcl.functional.matrix import ContinualMatrix
 from jaxcl.schema import Schema
 
 Row = list[float | None]

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxcl.evaluation.metrics import find_metric
+from jaxcl.functional.losses import scored_states, token_losses
 from jaxcl.models.batch import Batch
 from jaxcl.models.network import Network, Params
 
@@ -194,19 +195,16 @@ def row_sums(
       params: its params.
       batch: token rows.
     """
-    states = network.hidden(params, batch).states
-    if batch.predict is not None:
-        states = jnp.take_along_axis(states, batch.predict[:, :, None], axis=1)
+    states = scored_states(network.hidden(params, batch).states, batch.predict)
 
     def row(
         inputs: tuple[Float[Array, "predict embed"], Array, Float[Array, " predict"]],
     ) -> tuple[Array, Array, Array]:
         states, targets, weights = inputs
-        logits = network.logits(params, states).astype(jnp.float32)
-        chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-        nats = jax.nn.logsumexp(logits, axis=-1) - chosen
+        logits = network.logits(params, states)
+        nats = token_losses(logits, targets)
         right = jnp.argmax(logits, axis=-1) == targets
         return (nats * weights).sum(), (right * weights).sum(), weights.sum()
 
-    # A row at a time: the logits of a whole batch would be the largest array of the program by far.
+    # One row at a time: the logits of a whole batch would be the largest array of the program by far.
     return jax.lax.map(row, (states, batch.targets, batch.weights))

@@ -17,7 +17,7 @@ attention off its fast kernel and hold an array `[batch, heads, length, length]`
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,26 +25,21 @@ import optax
 from jaxtyping import Array
 from pydantic import Field
 
-from jaxcl.methods.base import Method, MethodConfig, OptimizerParts, Params, State, Task, Term, Terms
-from jaxcl.methods.contrast import contrast, pool
-from jaxcl.methods.importance import (
-    ImportanceSums,
-    Normalisation,
-    Proxy,
-    accumulate,
-    add_domain_importance,
-    add_general_importance,
-    normalise,
-)
-from jaxcl.methods.losses import language_model_loss
-from jaxcl.methods.soft_mask import MaskOn, Shared, masked_optimizer, soft_masks
+from jaxcl.functional.contrast import contrast, pool
+from jaxcl.functional.importance import ImportanceSums, Normalisation, accumulate, normalise
+from jaxcl.functional.soft_masks import MaskOn, Shared, masked_optimizer, soft_masks
+from jaxcl.functional.terms import Term, Terms
+from jaxcl.methods.base import Method, OptimizerParts, Params, State, Task
+from jaxcl.methods.options import MethodOptions
+from jaxcl.methods.passes.importance import Proxy, add_domain_importance, add_general_importance
+from jaxcl.methods.passes.losses import language_model_loss
 from jaxcl.models.batch import Batch
 from jaxcl.models.gates import Gates
 from jaxcl.models.network import ModelConfig
-from jaxcl.schema import Schema
+from jaxcl.models.trainable import trained
 
 
-class DasConfig(MethodConfig):
+class DasOptions(MethodOptions):
     """Options of `das`; the defaults are the paper's, but for `mask_on` and `anchor`.
 
     The paper's optimizer undoes masks on the gradient; the anchor's own pass changes no expected gradient.
@@ -104,36 +99,34 @@ class DasConfig(MethodConfig):
     )
 
 
-class Das(Method):
+class Das(Method[DasOptions]):
     """Soft masks and contrast.
 
     State: `importance`, the accumulated `Gates` in [0, 1], zero before the first domain; `history`, the normalised
     importance of general knowledge (place 0) and of each domain.
     """
 
-    Config: ClassVar[type[Schema]] = DasConfig
-
     @property
     def couples_examples(self) -> bool:
         """The contrast does."""
-        return bool(self.config.contrast_weight > 0)
+        return bool(self.options.contrast_weight > 0)
 
     @classmethod
-    def check(cls, config: Any, model: ModelConfig) -> None:
+    def check(cls, options: Any, model: ModelConfig) -> None:
         """See `Method.check`."""
-        noisy = config.general_knowledge or config.contrast_weight > 0
-        if noisy and _own_dropout(model) == 0 and config.proxy_dropout == 0:
+        noisy = options.general_knowledge or options.contrast_weight > 0
+        if noisy and _own_dropout(model) == 0 and options.proxy_dropout == 0:
             raise ValueError("proxy_dropout: 0 leaves the general-knowledge proxy without noise; allowed: above 0")
 
     def init(self, params: Params) -> State:
         """See `Method.init`."""
-        zero = jax.tree.map(jnp.zeros_like, Gates.ones(self.network.config))
+        zero = jax.tree.map(jnp.zeros_like, self.network.gates())
         history = jax.tree.map(lambda gate: jnp.zeros((self.num_tasks + 1, *gate.shape)), zero)
         return {"importance": zero, "history": history}
 
     def prepare(self, params: Params, state: State, task: Task) -> State:
         """Before the first domain: what the model knows in general."""
-        if task.index > 0 or not self.config.general_knowledge:
+        if task.index > 0 or not self.options.general_knowledge:
             return state
         return self._learn_importance(self.add_general, params, state, task, place=0)
 
@@ -145,19 +138,21 @@ class Das(Method):
         """Language-model loss and contrast."""
         model_key, contrast_key = jax.random.split(key)
         states = self.network.hidden(params, batch, dropout_key=model_key).states
-        terms = {"loss": language_model_loss(self.network, params, states, batch, self.config.loss_chunk)}
-        if self.config.contrast_weight > 0:
-            anchor = pool(states, batch.segments) if self.config.anchor == "language_model" else None
+        terms = {"loss": language_model_loss(self.network, params, states, batch, self.options.loss_chunk)}
+        if self.options.contrast_weight > 0:
+            anchor = pool(states, batch.segments) if self.options.anchor == "language_model" else None
             terms["contrast"] = self._contrast(params, state["importance"], batch, anchor, contrast_key)
         return terms
 
     def transform(self, parts: OptimizerParts) -> optax.GradientTransformationExtraArgs:
         """See `Method.transform`."""
-        return masked_optimizer(parts, self.config.mask_on)
+        return masked_optimizer(**parts._asdict(), mask_on=self.options.mask_on)
 
     def update_args(self, params: Params, state: State, batch: Batch, key: Array) -> dict[str, Any]:
         """The soft masks."""
-        return {"masks": soft_masks(self.network, state["importance"], self.config.shared)}
+        network = self.network
+        masks = soft_masks(network.units(), network.shapes(), vars(state["importance"]), self.options.shared)
+        return {"masks": trained(masks)}
 
     def tables(self, state: State) -> dict[str, Array]:
         """Accumulated importance, and that of each domain (place 0: general knowledge)."""
@@ -166,34 +161,34 @@ class Das(Method):
 
     def measurements(self, before: Params, params: Params, state: State, batch: Batch, key: Array) -> dict[str, Any]:
         """See `Method.measurements`."""
-        zero = ImportanceSums.zero(self.network)
+        zero = ImportanceSums.zero(self.network.gates())
         found = {"importance": self.add_domain(zero, params, batch, key)}
-        if self.config.general_knowledge:
+        if self.options.general_knowledge:
             found["general importance"] = self.add_general(zero, params, batch, key)
         return found
 
     def add_general(self, sums: ImportanceSums, params: Params, batch: Batch, key: Array) -> ImportanceSums:
         """Adds a batch to the importance for general knowledge; pure."""
         rate = self._noise_rate()
-        c = self.config
-        return add_general_importance(self.network, sums, params, batch, key, rate, c.loss_chunk, c.proxy)
+        options = self.options
+        return add_general_importance(self.network, sums, params, batch, key, rate, options.loss_chunk, options.proxy)
 
     def add_domain(self, sums: ImportanceSums, params: Params, batch: Batch, key: Array) -> ImportanceSums:
         """Adds a batch to the importance for the domain at hand; pure."""
-        return add_domain_importance(self.network, sums, params, batch, self.config.loss_chunk)
+        return add_domain_importance(self.network, sums, params, batch, self.options.loss_chunk)
 
-    def absorb(self, state: State, sums: ImportanceSums, place: Array) -> State:
+    def update_state(self, state: State, sums: ImportanceSums, place: Array) -> State:
         """Takes a finished measurement into the state; pure."""
-        new = normalise(sums.mean(), self.config.normalisation, self.config.protected_share)
+        new = normalise(sums.mean(), self.options.normalisation, self.options.protected_share)
         history = jax.tree.map(lambda before, one: before.at[place].set(one), state["history"], new)
         return {"importance": accumulate(state["importance"], new), "history": history}
 
     def _learn_importance(self, add: Any, params: Params, state: State, task: Task, place: int) -> State:
         add = task.compile(add)
-        sums = ImportanceSums.zero(self.network)
-        for batch in task.examples(self.config.importance_examples):
+        sums = ImportanceSums.zero(self.network.gates())
+        for batch in task.examples(self.options.importance_examples):
             sums = add(sums, params, batch, task.key)
-        return task.compile(self.absorb)(state, sums, jnp.int32(place))
+        return task.compile(self.update_state)(state, sums, jnp.int32(place))
 
     @jax.named_scope("contrast")
     def _contrast(self, params: Params, importance: Gates, batch: Batch, anchor: Array | None, key: Array) -> Term:
@@ -204,11 +199,11 @@ class Das(Method):
         anchor_key, positive_key, past_key = jax.random.split(key, 3)
         anchor = self._pooled(params, batch, None, anchor_key) if anchor is None else anchor
         positive = self._pooled(params, batch, None, positive_key)
-        known = jax.lax.stop_gradient(params) if self.config.negatives == "fixed" else params
+        known = jax.lax.stop_gradient(params) if self.options.negatives == "fixed" else params
         past = self._pooled(known, batch, importance, past_key)
         real = jnp.any(batch.segments != 0, axis=1)
-        total, count = contrast(anchor, positive, past, real, self.config.temperature)
-        return Term(total, count, self.config.contrast_weight)
+        total, count = contrast(anchor, positive, past, real, self.options.temperature)
+        return Term(total, count, self.options.contrast_weight)
 
     def _pooled(self, params: Params, batch: Batch, gates: Gates | None, key: Array) -> Array:
         rate = self._noise_rate()
@@ -216,7 +211,7 @@ class Das(Method):
         return pool(states, batch.segments)
 
     def _noise_rate(self) -> float | None:
-        return None if _own_dropout(self.network.config) > 0 else self.config.proxy_dropout
+        return None if _own_dropout(self.network.config) > 0 else self.options.proxy_dropout
 
 
 def _own_dropout(model: ModelConfig) -> float:

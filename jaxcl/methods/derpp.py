@@ -13,27 +13,25 @@ and beta 1 this is the method `replay`. Remembered text is masked as it was when
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Mapping
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 from pydantic import Field
 
 from jaxcl.errors import UserError
-from jaxcl.methods.base import Method, MethodConfig, Params, Record, Replay, RowShape, State, Term, Terms
-from jaxcl.methods.losses import extent, over_positions, scored_states, token_losses
+from jaxcl.functional.losses import over_positions, scored_states, token_losses
+from jaxcl.functional.terms import Term, Terms
+from jaxcl.methods.base import Method, Params, State, Stored
+from jaxcl.methods.options import ReplayOptions
 from jaxcl.models.batch import Batch
-from jaxcl.models.network import ModelConfig, Network
-from jaxcl.schema import Schema
 
 
-class DerppConfig(MethodConfig):
+class DerppOptions(ReplayOptions):
     """Options of `derpp`."""
 
-    replay: Replay = Field(Replay(), description="which examples are kept and how they come back")
     match: Literal["hidden", "logits"] = Field(
         "hidden",
         description="outputs that are stored and matched; hidden: final states, `hidden_size` numbers a scored "
@@ -43,64 +41,44 @@ class DerppConfig(MethodConfig):
     beta: float = Field(1.0, ge=0, description="factor on the cross-entropy of remembered rows")
 
 
-class Derpp(Method):
-    """Replays a memory and holds its outputs near the stored ones."""
-
-    Config: ClassVar[type[Schema]] = DerppConfig
-
-    @classmethod
-    def check(cls, config: Any, model: ModelConfig) -> None:
-        """See `Method.check`."""
-        config.replay.check()
-
-    def __init__(self, config: Any, network: Network, num_tasks: int) -> None:
-        super().__init__(config, network, num_tasks)
-        self.replay = config.replay
+class Derpp(Method[DerppOptions]):
+    """Replays a memory and keeps its outputs near the stored ones."""
 
     def loss(self, params: Params, state: State, batch: Batch, key: Array) -> Terms:
         """Language-model loss; on remembered rows both terms."""
-        if batch.kind != "memory":
+        if batch.origin != "memory":
             return super().loss(params, state, batch, key)
         if batch.teacher is None:
             raise UserError("derpp: nothing is stored beside the remembered rows; was the run's teacher store removed?")
-        states = scored_states(self.network.hidden(params, batch, dropout_key=key).states, batch)
+        states = scored_states(self.network.hidden(params, batch, dropout_key=key).states, batch.predict)
 
         def compare(part: tuple[Array, Array, Array]) -> tuple[Array, Array]:
             logits = self.network.logits(params, part[0])
-            output = part[0] if self.config.match == "hidden" else logits
+            output = part[0] if self.options.match == "hidden" else logits
             return token_losses(logits, part[1]), _mean_square(output, part[2])
 
         inputs = (states, batch.targets, batch.teacher["outputs"])
-        losses, differences = over_positions(compare, inputs, self.config.loss_chunk)
+        losses, differences = over_positions(compare, inputs, self.options.loss_chunk)
         count = jnp.sum(batch.weights)
         return {
-            "loss": Term(jnp.sum(losses * batch.weights), count, self.config.beta),
-            "match": Term(jnp.sum(differences * batch.weights), count, self.config.alpha),
+            "loss": Term(jnp.sum(losses * batch.weights), count, self.options.beta),
+            "match": Term(jnp.sum(differences * batch.weights), count, self.options.alpha),
         }
+
+    @property
+    def stored(self) -> Mapping[str, Stored]:
+        """See `Method.stored`."""
+        return {"outputs": Stored(("predict",))}
 
     def signals(self, params: Params, state: State, batch: Batch, key: Array) -> dict[str, Array]:
         """The outputs at the scored positions, without dropout.
 
         Returns:
-          `outputs [batch, predict, embed or vocab]`: final states in the compute dtype, or float32 logits;
-          `predicted [batch]`, how far scored positions are real.
+          `outputs [batch, predict, embed or vocab]`: final states in the compute dtype, or float32 logits.
         """
-        outputs = scored_states(self.network.hidden(params, batch).states, batch)
-        if self.config.match == "logits":
+        outputs = scored_states(self.network.hidden(params, batch).states, batch.predict)
+        if self.options.match == "logits":
             outputs = self.network.logits(params, outputs)
-        return {"outputs": outputs, "predicted": extent(batch.weights)}
-
-    def trim(self, record: Record) -> Record:
-        """A row of `signals` without positions that are not scored."""
-        return {"outputs": record["outputs"][: int(record["predicted"])]}
-
-    def collate(self, records: Sequence[Mapping[str, np.ndarray]], shape: RowShape) -> Record:
-        """See `Method.collate`: `outputs [batch, predict, embed or vocab]`, zeros behind the real ones."""
-        first = records[0]["outputs"]
-        predict = shape.length if shape.predict is None else shape.predict
-        outputs = np.zeros((len(records), predict, first.shape[1]), first.dtype)
-        for row, record in enumerate(records):
-            outputs[row, : len(record["outputs"])] = record["outputs"]
         return {"outputs": outputs}
 
 

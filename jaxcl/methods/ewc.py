@@ -1,7 +1,7 @@
 r"""Elastic weight consolidation: params that mattered are held near where they were.
 
 Kirkpatrick et al., PNAS 2017 (arXiv 1612.00796, equation 3), in the online form of Schwarz et al., ICML 2018 (arXiv
-1805.06370): one anchor and one running Fisher for all earlier tasks instead of a pair a task. After a task the anchor
+1805.06370): one anchor and one running Fisher for all earlier tasks instead of a pair per task. After a task the anchor
 moves to its params $\theta^*$, and the diagonal Fisher becomes $F \leftarrow \gamma F + F_t$; while the next task is
 learned,
 
@@ -15,22 +15,22 @@ puts before its penalty is part of $\lambda$.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple
-
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
 from pydantic import Field
 
-from jaxcl.methods.base import Method, MethodConfig, Params, State, Task, Term, Terms
-from jaxcl.methods.losses import example_losses
+from jaxcl.functional.fisher import FisherSums, quadratic_penalty, summed_squares
+from jaxcl.functional.terms import Term, Terms
+from jaxcl.methods.base import Method, Params, State, Task
+from jaxcl.methods.options import MethodOptions
+from jaxcl.methods.passes.losses import example_losses
 from jaxcl.models.axes import constrain, shards
 from jaxcl.models.batch import Batch
-from jaxcl.models.lora import overlay, trained
-from jaxcl.schema import Schema
+from jaxcl.models.trainable import overlay, trained
 
 
-class EwcConfig(MethodConfig):
+class EwcOptions(MethodOptions):
     """Options of `ewc`."""
 
     strength: float = Field(
@@ -42,63 +42,41 @@ class EwcConfig(MethodConfig):
     fisher_examples: int = Field(1000, gt=0, description="examples of a task that its Fisher is measured on")
 
 
-class FisherSums(NamedTuple):
-    """A mean over examples in the making.
-
-    Attributes:
-      total: sums of squared gradients, the tree of the trained params, float32.
-      examples: how many.
-    """
-
-    total: Params
-    examples: Float[Array, ""]
-
-    def mean(self) -> Params:
-        """The diagonal Fisher; 0 where there was no example."""
-        return jax.tree.map(lambda total: total / jnp.maximum(self.examples, 1.0), self.total)
-
-
-class Ewc(Method):
+class Ewc(Method[EwcOptions]):
     """Pulls params back to where the last task left them, by their Fisher information.
 
     State: `anchor`, the trained params after the last task; `fisher`, float32, 0 before the first one. That is twice
     their memory, and once more while a Fisher is measured.
     """
 
-    Config: ClassVar[type[Schema]] = EwcConfig
-
     def init(self, params: Params) -> State:
         """See `Method.init`."""
-        return {"anchor": trained(params), "fisher": _zeros(trained(params))}
+        return {"anchor": trained(params), "fisher": FisherSums.zero(trained(params)).total}
 
     def loss(self, params: Params, state: State, batch: Batch, key: Array) -> Terms:
         """Language-model loss and the penalty."""
-
-        def penalty(param: Array, anchor: Array, fisher: Array) -> Array:
-            return jnp.sum(fisher * jnp.square(param.astype(jnp.float32) - anchor.astype(jnp.float32)))
-
         with jax.named_scope("penalty"):
-            penalties = jax.tree.map(penalty, trained(params), state["anchor"], state["fisher"])
-        term = Term(sum(jax.tree.leaves(penalties), jnp.float32(0)), jnp.float32(1), 0.5 * self.config.strength)
+            penalty = quadratic_penalty(trained(params), state["anchor"], state["fisher"])
+        term = Term(penalty, jnp.float32(1), 0.5 * self.options.strength)
         return {**super().loss(params, state, batch, key), "penalty": term}
 
     def consolidate(self, params: Params, state: State, task: Task) -> State:
         """Measures the task's Fisher, and moves the anchor."""
         add = task.compile(self.add_fisher)
         sums = task.compile(self.no_fisher)(params)
-        for batch in task.examples(self.config.fisher_examples):
+        for batch in task.examples(self.options.fisher_examples):
             sums = add(sums, params, batch)
-        return task.compile(self.absorb)(state, params, sums)
+        return task.compile(self.update_state)(state, params, sums)
 
     def no_fisher(self, params: Params) -> FisherSums:
         """No example yet; pure."""
-        return FisherSums(_zeros(trained(params)), jnp.float32(0))
+        return FisherSums.zero(trained(params))
 
     @jax.named_scope("importance")
     def add_fisher(self, sums: FisherSums, params: Params, batch: Batch) -> FisherSums:
         """Adds a batch's squared per-example gradients; pure.
 
-        One row a device is worked on at a time: a row's gradient is as large as the trained params. No dropout is
+        One row per device is worked on at a time: a row's gradient is as large as the trained params. No dropout is
         used; rows without a scored position add nothing.
         """
         ways = shards("batch")
@@ -106,7 +84,7 @@ class Ewc(Method):
         def loss(part: Params, row: Batch) -> Array:
             single, whole = jax.tree.map(lambda leaf: leaf[None], row), overlay(params, part)
             states = self.network.hidden(whole, single).states
-            return example_losses(self.network, whole, states, single, self.config.loss_chunk)[0]
+            return example_losses(self.network, whole, states, single, self.options.loss_chunk)[0]
 
         def split(leaf: Array) -> Array:
             """Part i holds row i of each device, so that no row moves."""
@@ -114,19 +92,13 @@ class Ewc(Method):
             return constrain(parts, None, "batch", *[None] * (leaf.ndim - 1))
 
         def add(total: Params, rows: Batch) -> tuple[Params, None]:
-            gradients = jax.vmap(jax.grad(loss), in_axes=(None, 0))(trained(params), rows)
-            squares = jax.tree.map(lambda leaf: jnp.sum(jnp.square(leaf.astype(jnp.float32)), axis=0), gradients)
-            return jax.tree.map(jnp.add, total, squares), None
+            return jax.tree.map(jnp.add, total, summed_squares(loss, trained(params), rows)), None
 
         total, _ = jax.lax.scan(add, sums.total, jax.tree.map(split, batch))
         real = jnp.sum(jnp.any(batch.weights > 0, axis=1).astype(jnp.float32))
         return FisherSums(total, sums.examples + real)
 
-    def absorb(self, state: State, params: Params, sums: FisherSums) -> State:
+    def update_state(self, state: State, params: Params, sums: FisherSums) -> State:
         """Takes a finished measurement into the state; pure."""
-        fisher = jax.tree.map(lambda before, now: self.config.decay * before + now, state["fisher"], sums.mean())
+        fisher = jax.tree.map(lambda before, now: self.options.decay * before + now, state["fisher"], sums.mean())
         return {"anchor": trained(params), "fisher": fisher}
-
-
-def _zeros(params: Params) -> Any:
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)

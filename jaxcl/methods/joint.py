@@ -1,9 +1,9 @@
 """Training on the examples of all tasks at once (multi-task learning): the upper bound, and no continual learning."""
 
-from jaxcl.methods.base import Method
+from jaxcl.methods.base import Method, MethodOptions
 
 
-class Joint(Method):
+class Joint(Method[MethodOptions]):
     """Sees every task from the start."""
 
     joint = True

@@ -10,36 +10,33 @@ the new one fall away. The baseline that DAS calls KD is a relative: its code co
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 from pydantic import Field
 
-from jaxcl.methods.base import Method, MethodConfig, Params, State, Task, Term, Terms
-from jaxcl.methods.distillation import full_divergence
-from jaxcl.methods.losses import over_positions, scored_states, token_losses
+from jaxcl.functional.distillation import full_divergence
+from jaxcl.functional.losses import over_positions, scored_states, token_losses
+from jaxcl.functional.terms import Term, Terms
+from jaxcl.methods.base import Method, Params, State, Task
+from jaxcl.methods.options import MethodOptions
 from jaxcl.models.batch import Batch
-from jaxcl.models.lora import overlay, trained
-from jaxcl.schema import Schema
+from jaxcl.models.trainable import overlay, trained
 
 
-class LwfConfig(MethodConfig):
+class LwfOptions(MethodOptions):
     """Options of `lwf`; the defaults are the paper's."""
 
     weight: float = Field(1.0, ge=0, description="factor on the divergence from the previous model")
     temperature: float = Field(2.0, gt=0, description="T: both distributions are softened by it")
 
 
-class Lwf(Method):
+class Lwf(Method[LwfOptions]):
     """Distils the previous model's outputs on the new task's inputs.
 
     State: `teacher`, the trained params before the task at hand (their memory once more); `learned`, the number of
     tasks before it. Without any, the teacher is not run.
     """
-
-    Config: ClassVar[type[Schema]] = LwfConfig
 
     def init(self, params: Params) -> State:
         """See `Method.init`."""
@@ -51,8 +48,8 @@ class Lwf(Method):
 
     def loss(self, params: Params, state: State, batch: Batch, key: Array) -> Terms:
         """Language-model loss and divergence from the teacher; the latter has count 0 during the first task."""
-        network, temperature, chunk = self.network, self.config.temperature, self.config.loss_chunk
-        states = scored_states(network.hidden(params, batch, dropout_key=key).states, batch)
+        network, temperature, chunk = self.network, self.options.temperature, self.options.loss_chunk
+        states = scored_states(network.hidden(params, batch, dropout_key=key).states, batch.predict)
         teacher = overlay(params, state["teacher"])
 
         def alone(states: Array) -> tuple[Array, Array]:
@@ -68,7 +65,7 @@ class Lwf(Method):
                 softened = jax.nn.log_softmax(network.logits(teacher, part[1]) / temperature, axis=-1)
                 return token_losses(logits, part[2]), full_divergence(softened, logits / temperature)
 
-            known = scored_states(network.hidden(teacher, batch).states, batch)
+            known = scored_states(network.hidden(teacher, batch).states, batch.predict)
             return over_positions(scores, (states, known, batch.targets), chunk)
 
         has_teacher = state["learned"] > 0
@@ -76,5 +73,5 @@ class Lwf(Method):
         count = jnp.sum(batch.weights)
         return {
             "loss": Term(jnp.sum(losses * batch.weights), count),
-            "distillation": Term(jnp.sum(divergences * batch.weights), count * has_teacher, self.config.weight),
+            "distillation": Term(jnp.sum(divergences * batch.weights), count * has_teacher, self.options.weight),
         }

@@ -14,22 +14,24 @@ adapter, which the paper leaves out, is left out here too.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 from pydantic import Field
 
-from jaxcl.methods.base import Method, MethodConfig, Params, State, Task, Term, Terms
+from jaxcl.functional.terms import Term, Terms
+from jaxcl.methods.base import Method, Params, State, Task
+from jaxcl.methods.options import MethodOptions
 from jaxcl.models.batch import Batch
-from jaxcl.models.lora import adapted, fold, overlay
+from jaxcl.models.lora import adapted, fold
 from jaxcl.models.network import ModelConfig
-from jaxcl.schema import Schema
+from jaxcl.models.trainable import overlay
 
 Directions = dict[str, Array]
 
 
-class OloraConfig(MethodConfig):
+class OloraOptions(MethodOptions):
     """Options of `olora`; adapters are described in `model.lora`."""
 
     orthogonality: float = Field(
@@ -37,17 +39,15 @@ class OloraConfig(MethodConfig):
     )
 
 
-class Olora(Method):
-    """A fresh adapter a task, orthogonal to the earlier ones; needs `model.lora`.
+class Olora(Method[OloraOptions]):
+    """A fresh adapter per task, orthogonal to the earlier ones; needs `model.lora`.
 
     State: `past`, by path of the projection, the `lora_a` of every task `[tasks, layers, inputs.., rank]`, zeros for
     tasks to come.
     """
 
-    Config: ClassVar[type[Schema]] = OloraConfig
-
     @classmethod
-    def check(cls, config: Any, model: ModelConfig) -> None:
+    def check(cls, options: Any, model: ModelConfig) -> None:
         """See `Method.check`."""
         if model.lora is None:
             raise ValueError("name: olora trains adapters and the model has none; set model.lora, such as its rank")
@@ -60,14 +60,14 @@ class Olora(Method):
         """Language-model loss and overlap with earlier tasks."""
         terms = dict(super().loss(params, state, batch, key))
         overlaps = [overlap(a, state["past"][path]) for path, a in _directions(params).items()]
-        terms["orthogonality"] = Term(sum(overlaps, jnp.float32(0)), jnp.float32(1), self.config.orthogonality)
+        terms["orthogonality"] = Term(sum(overlaps, jnp.float32(0)), jnp.float32(1), self.options.orthogonality)
         return terms
 
     def consolidate(self, params: Params, state: State, task: Task) -> State:
         """Keeps the task's directions."""
         return task.compile(self.keep)(state, _directions(params), jnp.int32(task.index))
 
-    def finish(self, params: Params, state: State, task: Task) -> Params:
+    def final_params(self, params: Params, state: State, task: Task) -> Params:
         """Adds the task's adapter to the weights, and starts the next one."""
         return overlay(params, task.compile(self.fold)(params, task.key))
 

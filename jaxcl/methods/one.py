@@ -5,10 +5,10 @@ continual method gains over this is what the tasks have to say to each other. Th
 model; `training.keep_tasks: null` keeps them all.
 """
 
-from jaxcl.methods.base import Method
+from jaxcl.methods.base import Method, MethodOptions
 
 
-class One(Method):
+class One(Method[MethodOptions]):
     """Trains a separate model for each task."""
 
     individual = True

@@ -10,32 +10,31 @@ training, is left out.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 from pydantic import Field
 
 from jaxcl.errors import UserError
-from jaxcl.methods.base import Method, MethodConfig, OptimizerParts, Params, State, Task
-from jaxcl.methods.soft_mask import masked_optimizer
+from jaxcl.functional.soft_masks import masked_optimizer
+from jaxcl.methods.base import Method, OptimizerParts, Params, State, Task
+from jaxcl.methods.options import MethodOptions
 from jaxcl.models.batch import Batch
 from jaxcl.models.llama import LlamaConfig
-from jaxcl.models.lora import overlay
 from jaxcl.models.network import ModelConfig, Network
-from jaxcl.models.soft_tokens import SOFT_TOKENS, soft_id
-from jaxcl.schema import Schema
+from jaxcl.models.soft_tokens import soft_id
+from jaxcl.models.trainable import SOFT_TOKENS
 
 
-class ProgressivePromptsConfig(MethodConfig):
+class ProgressivePromptsOptions(MethodOptions):
     """Options of `progressive_prompts`; `model.soft_tokens` says how many vectors there are for all tasks."""
 
     length: int = Field(10, gt=0, description="soft tokens of each task")
 
 
-class ProgressivePrompts(Method):
+class ProgressivePrompts(Method[ProgressivePromptsOptions]):
     """A soft prompt a task, read before those of earlier tasks; needs `model.soft_tokens`, and prompt-answer tasks.
 
     Soft tokens `k * length` to `(k + 1) * length` are those of task k.
@@ -43,26 +42,26 @@ class ProgressivePrompts(Method):
     State: `task`, the index of the one that learns.
     """
 
-    Config: ClassVar[type[Schema]] = ProgressivePromptsConfig
-
     @classmethod
-    def check(cls, config: Any, model: ModelConfig) -> None:
+    def check(cls, options: Any, model: ModelConfig) -> None:
         """See `Method.check`."""
         if not isinstance(model, LlamaConfig):
             raise ValueError("name: progressive_prompts needs a decoder; the model is an encoder")
         if model.lora is not None:
             raise ValueError("name: progressive_prompts trains soft tokens alone; model.lora must be none")
-        if model.soft_tokens < config.length:
+        if model.soft_tokens < options.length:
             raise ValueError(
-                f"length: {config.length} soft tokens a task, and the model has {model.soft_tokens}; "
+                f"length: {options.length} soft tokens a task, and the model has {model.soft_tokens}; "
                 "model.soft_tokens must be at least length times the number of tasks"
             )
 
-    def __init__(self, config: Any, network: Network, num_tasks: int) -> None:
-        super().__init__(config, network, num_tasks)
-        needed, there = num_tasks * config.length, network.num_soft_tokens
+    def __init__(self, options: ProgressivePromptsOptions, network: Network, num_tasks: int) -> None:
+        super().__init__(options, network, num_tasks)
+        needed, there = num_tasks * options.length, network.num_soft_tokens
         if there < needed:
-            raise UserError(f"model.soft_tokens: {there} is too few for {num_tasks} tasks of {config.length}: {needed}")
+            raise UserError(
+                f"model.soft_tokens: {there} is too few for {num_tasks} tasks of {options.length}: {needed}"
+            )
 
     def init(self, params: Params) -> State:
         """See `Method.init`."""
@@ -74,16 +73,15 @@ class ProgressivePrompts(Method):
 
     def transform(self, parts: OptimizerParts) -> optax.GradientTransformationExtraArgs:
         """See `Method.transform`."""
-        return masked_optimizer(parts, "update")
+        return masked_optimizer(**parts._asdict(), mask_on="update")
 
     def update_args(self, params: Params, state: State, batch: Batch, key: Array) -> dict[str, Any]:
         """Masks of 1 on the prompt of the task at hand, 0 on all others."""
-        owner = jnp.arange(len(params[SOFT_TOKENS]["embedding"])) // self.config.length
+        owner = jnp.arange(len(params[SOFT_TOKENS]["embedding"])) // self.options.length
         own = (owner == state["task"]).astype(jnp.float32)[:, None]
-        nothing = jax.tree.map(lambda leaf: jnp.float32(0), params)
-        return {"masks": overlay(nothing, {SOFT_TOKENS: {"embedding": own}})}
+        return {"masks": {SOFT_TOKENS: {"embedding": own}}}
 
-    def opening(self, index: int) -> Sequence[int]:
+    def prompt_prefix(self, index: int) -> Sequence[int]:
         """The task's own prompt, then those before it, the latest first."""
-        length = self.config.length
+        length = self.options.length
         return [soft_id(task * length + place) for task in range(index, -1, -1) for place in range(length)]

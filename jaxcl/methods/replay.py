@@ -5,31 +5,8 @@ the same loss as new ones. The authors' code keeps the first rows of a task inst
 where the memory is smaller than a batch; here an epoch of a task goes once through the memory, whatever the sizes.
 """
 
-from typing import Any, ClassVar
-
-from pydantic import Field
-
-from jaxcl.methods import base
-from jaxcl.models.network import ModelConfig, Network
-from jaxcl.schema import Schema
+from jaxcl.methods.base import Method, ReplayOptions
 
 
-class ReplayConfig(base.MethodConfig):
-    """Options of `replay`."""
-
-    replay: base.Replay = Field(base.Replay(), description="which examples are kept and how they come back")
-
-
-class Replay(base.Method):
+class Replay(Method[ReplayOptions]):
     """Trains on remembered examples too."""
-
-    Config: ClassVar[type[Schema]] = ReplayConfig
-
-    @classmethod
-    def check(cls, config: Any, model: ModelConfig) -> None:
-        """See `Method.check`."""
-        config.replay.check()
-
-    def __init__(self, config: Any, network: Network, num_tasks: int) -> None:
-        super().__init__(config, network, num_tasks)
-        self.replay = config.replay

@@ -13,46 +13,45 @@ of some drawn twice. Attention maps are never stored or gathered whole.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array
 from pydantic import Field
 
 from jaxcl.errors import UserError
-from jaxcl.methods.base import Method, MethodConfig, Params, Record, Replay, RowShape, State, Task, Term, Terms
-from jaxcl.methods.distillation import (
-    TopScores,
+from jaxcl.functional.attention_divergence import (
+    AttentionTeacher,
+    attention_divergence,
     example_divergence,
-    full_divergence,
-    sample_queries,
-    top_divergence,
-    top_scores,
+    heads_of_layers,
+    write_rows,
 )
-from jaxcl.methods.head_selection import (
+from jaxcl.functional.attention_rows import sample_queries
+from jaxcl.functional.distillation import TopScores, full_divergence, top_divergence, top_scores
+from jaxcl.functional.heads import (
+    HeadImportance,
     HeadSums,
-    Importance,
-    add_forgettability,
-    add_sensitivity,
     combine,
     normalise_sensitivity,
     resolve_budget,
     select_heads,
 )
-from jaxcl.methods.losses import extent, over_positions, scored_states, token_losses
-from jaxcl.methods.selected_attention import AttentionTeacher, attention_divergence, heads_of_layers, write_rows
-from jaxcl.methods.teacher import collate_records, trim_record
+from jaxcl.functional.losses import over_positions, scored_states, token_losses
+from jaxcl.functional.terms import Term, Terms
+from jaxcl.methods.base import Method, Params, State, Stored, Task
+from jaxcl.methods.options import ReplayConfig, ReplayOptions
+from jaxcl.methods.passes.heads import add_forgettability, add_sensitivity
+from jaxcl.methods.tool_hooks import Exact
 from jaxcl.models.batch import Batch
-from jaxcl.models.lora import overlay, trained
 from jaxcl.models.network import ModelConfig, Network
 from jaxcl.models.probe import Probe
-from jaxcl.schema import Schema
+from jaxcl.models.trainable import overlay, trained
 
 
-class SeekrConfig(MethodConfig):
+class SeekrOptions(ReplayOptions):
     """Options of `seekr`; the defaults are the paper's for LLaMA-2-7B."""
 
     distil_on: Literal["memory", "task"] = Field(
@@ -60,7 +59,6 @@ class SeekrConfig(MethodConfig):
         description="rows that are distilled; memory: remembered ones; task: those of the task at hand, by the model "
         "as it was before it: no example is kept",
     )
-    replay: Replay = Field(Replay(), description="which examples are kept and how they come back")
     importance_examples: int = Field(
         64, gt=0, description="examples of a task that heads are rated on where none is kept (distil_on: task)"
     )
@@ -75,7 +73,7 @@ class SeekrConfig(MethodConfig):
         0, ge=0, description="at most so many of them in one layer, which spreads them over layers; 0: no limit"
     )
     query_budget: int = Field(100, ge=0, description="query positions of an example that are distilled; 0: all")
-    importance: Importance = Field(
+    importance: HeadImportance = Field(
         "product_of_sums",
         description="importance of a head over tasks, from sensitivity S and forgettability F; product_of_sums: "
         "sum of S times sum of F (the paper); sum_of_products: sum of S times F (the authors' code); "
@@ -98,7 +96,7 @@ class SeekrConfig(MethodConfig):
     )
 
 
-class Seekr(Method):
+class Seekr(Method[SeekrOptions]):
     """Replay with selective attention distillation.
 
     State: `sensitivity` (normalised) and `forgettability` `[tasks, layers, heads]`, zeros for tasks to come; `heads`
@@ -106,64 +104,72 @@ class Seekr(Method):
     `distil_on: task` also `teacher`, the trained params before the task at hand, and `learned`, the tasks before it.
     """
 
-    Config: ClassVar[type[Schema]] = SeekrConfig
+    def __init__(self, options: SeekrOptions, network: Network, num_tasks: int) -> None:
+        super().__init__(options, network, num_tasks)
+        self.check(options, network.config)
+        self.layers = resolve_budget(options.layer_budget, network.num_layers)
+        self.heads = resolve_budget(options.head_budget, network.num_layers * network.num_heads)
+        self.per_layer = min(options.heads_per_layer or network.num_heads, self.heads)
+        # If all rows select the same heads, the loop runs heads / num_layers times per layer on average.
+        self.loop_trips = max(1, round(self.heads / network.num_layers))
 
-    def __init__(self, config: Any, network: Network, num_tasks: int) -> None:
-        super().__init__(config, network, num_tasks)
-        self.check(config, network.config)
-        self.replay = config.replay if config.distil_on == "memory" else None
-        self.layers = resolve_budget(config.layer_budget, network.num_layers)
-        self.heads = resolve_budget(config.head_budget, network.num_layers * network.num_heads)
-        self.per_layer = min(config.heads_per_layer or network.num_heads, self.heads)
-        # Over all layers a head of each example is compared as often as there are heads, where all select the same.
-        self.turns = max(1, round(self.heads / network.num_layers))
+    @property
+    def replay(self) -> ReplayConfig | None:
+        """None with `distil_on: task`."""
+        return self.options.replay if self.options.distil_on == "memory" else None
 
     @classmethod
-    def check(cls, config: Any, model: ModelConfig) -> None:
+    def check(cls, options: Any, model: ModelConfig) -> None:
         """See `Method.check`."""
         sizes = {"layer_budget": model.num_layers, "head_budget": model.num_layers * model.num_heads}
         budgets = {}
         for name, size in sizes.items():
             try:
-                budgets[name] = resolve_budget(getattr(config, name), size)
+                budgets[name] = resolve_budget(getattr(options, name), size)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
-        if config.distil_on == "memory":
-            config.replay.check()
-        if config.heads_per_layer > model.num_heads:
-            raise ValueError(f"heads_per_layer: {config.heads_per_layer} is over the model's {model.num_heads}")
-        room = budgets["layer_budget"] * (config.heads_per_layer or model.num_heads)
+        if options.distil_on == "memory":
+            options.replay.check()
+        if options.heads_per_layer > model.num_heads:
+            raise ValueError(f"heads_per_layer: {options.heads_per_layer} is over the model's {model.num_heads}")
+        room = budgets["layer_budget"] * (options.heads_per_layer or model.num_heads)
         if budgets["head_budget"] > room:
             raise ValueError(
-                f"head_budget: {config.head_budget} is over the {room} heads of {budgets['layer_budget']} layers"
+                f"head_budget: {options.head_budget} is over the {room} heads of {budgets['layer_budget']} layers"
             )
 
     @classmethod
-    def untrained(cls, config: Any) -> tuple[Any, str]:
+    def without_training(cls, options: Any) -> tuple[Any, str]:
         """Sensitivity alone: without training, no attention weight moves."""
         missing = (
-            "Forgettability compares attention before and after training and is not there for a model that was not "
-            "trained: heads are rated by sensitivity alone. A run folder shows both."
+            "Forgettability compares attention before and after training, so it cannot be measured on a model that was "
+            "not trained: heads are rated by sensitivity alone. A run folder shows both."
         )
-        return config.model_copy(update={"importance": "sensitivity"}), missing
+        return options.model_copy(update={"importance": "sensitivity"}), missing
 
-    def exact(self) -> Seekr:
-        """The same method with a store that loses nothing."""
+    def exact(self) -> Exact:
+        """See `ToolHooks.exact`."""
         changes = {"store_logits": 0, "store_attention": "float32"}
-        return type(self)(self.config.model_copy(update=changes), self.network, self.num_tasks)
+        method = type(self)(self.options.model_copy(update=changes), self.network, self.num_tasks)
+
+        def read(params: Params, batch: Batch, key: Array) -> dict[str, Array]:
+            assert batch.teacher is not None
+            return method.read(params, batch, batch.teacher["heads"], batch.teacher["queries"], key)
+
+        return Exact(method, read)
 
     def init(self, params: Params) -> State:
         """See `Method.init`."""
         scores = jnp.zeros((self.num_tasks, self.network.num_layers, self.network.num_heads))
         heads = jnp.full((self.num_tasks, self.heads, 2), -1, jnp.int32)
         state: dict[str, Any] = {"sensitivity": scores, "forgettability": scores, "heads": heads}
-        if self.config.distil_on == "task":
+        if self.options.distil_on == "task":
             state |= {"teacher": trained(params), "learned": jnp.int32(0)}
         return state
 
     def prepare(self, params: Params, state: State, task: Task) -> State:
         """With `distil_on: task`, the model as it is becomes the teacher."""
-        if self.config.distil_on == "memory":
+        if self.options.distil_on == "memory":
             return state
         return state | {"teacher": trained(params), "learned": jnp.int32(task.index)}
 
@@ -171,17 +177,17 @@ class Seekr(Method):
         """Rates the heads on the task's memory (or examples, where none is kept), and selects some for the task."""
         add_sensitivity, add_forgettability = task.compile(self.add_sensitivity), task.compile(self.add_forgettability)
         before = task.params_before()
-        sensitivity = forgettability = HeadSums.zero(self.network)
-        kept = self.config.distil_on == "memory"
-        for batch in task.memory() if kept else task.examples(self.config.importance_examples):
+        sensitivity = forgettability = HeadSums.zero(self.network.num_layers, self.network.num_heads)
+        kept = self.options.distil_on == "memory"
+        for batch in task.memory() if kept else task.examples(self.options.importance_examples):
             sensitivity = add_sensitivity(sensitivity, params, batch)
             forgettability = add_forgettability(forgettability, before, params, batch)
         return task.compile(self.select)(state, sensitivity, forgettability, jnp.int32(task.index), task.key)
 
     def loss(self, params: Params, state: State, batch: Batch, key: Array) -> Terms:
         """Language-model loss; on remembered rows with both divergences (SEEKR, equation 9)."""
-        if batch.kind != "memory":
-            if self.config.distil_on == "task":
+        if batch.origin != "memory":
+            if self.options.distil_on == "task":
                 return self._taught(params, state, batch, key)
             return super().loss(params, state, batch, key)
         if batch.teacher is None:
@@ -196,14 +202,14 @@ class Seekr(Method):
 
         These rows are there to be learned, so their cross-entropy weighs 1; a and b are those of equation 9.
         """
-        model_key, query_key, lot_key = jax.random.split(key, 3)
+        model_key, query_key, offset_key = jax.random.split(key, 3)
         known = state["learned"] > 0
         heads = state["heads"][jnp.maximum(state["learned"] - 1, 0)]
         heads = jnp.broadcast_to(heads, (batch.size, *heads.shape))
-        queries = sample_queries(batch.keys(query_key), batch.segments, self.config.query_budget)
+        queries = sample_queries(batch.keys(query_key), batch.segments, self.options.query_budget)
 
         def read() -> dict[str, Array]:
-            return self.read(overlay(params, state["teacher"]), batch, heads, queries, lot_key)
+            return self.read(overlay(params, state["teacher"]), batch, heads, queries, offset_key)
 
         nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(read))
         teacher = jax.lax.stop_gradient(jax.lax.cond(known, read, lambda: nothing))
@@ -217,7 +223,7 @@ class Seekr(Method):
         """Cross-entropy and both divergences from a teacher (SEEKR, equation 9)."""
         terms = {}
         probe = None
-        if self.config.attention_weight > 0:
+        if self.options.attention_weight > 0:
             probe = Probe(
                 lambda view, heads: attention_divergence(
                     view, AttentionTeacher(teacher["rows"], heads, teacher["queries"])
@@ -228,19 +234,29 @@ class Seekr(Method):
         if probe is not None:
             divergence, present = example_divergence(*hidden.probed)
             count = jnp.sum(present.astype(jnp.float32))
-            terms["attention"] = Term(jnp.sum(divergence), count, self.config.attention_weight)
+            terms["attention"] = Term(jnp.sum(divergence), count, self.options.attention_weight)
 
         def scores(part: tuple[Array, Array, dict[str, Array]]) -> tuple[Array, Array]:
             logits = self.network.logits(params, part[0])
             return token_losses(logits, part[1]), self._divergence(part[2], logits)
 
         outputs = {name: teacher[name] for name in self._outputs}
-        inputs = (scored_states(hidden.states, batch), batch.targets, outputs)
-        sums = [jnp.sum(one * batch.weights) for one in over_positions(scores, inputs, self.config.loss_chunk)]
+        inputs = (scored_states(hidden.states, batch.predict), batch.targets, outputs)
+        sums = [jnp.sum(one * batch.weights) for one in over_positions(scores, inputs, self.options.loss_chunk)]
         count = jnp.sum(batch.weights)
-        terms["loss"] = Term(sums[0], count, 1.0 - self.config.logit_weight)
-        terms["logits"] = Term(sums[1], count, self.config.logit_weight)
+        terms["loss"] = Term(sums[0], count, 1.0 - self.options.logit_weight)
+        terms["logits"] = Term(sums[1], count, self.options.logit_weight)
         return terms
+
+    @property
+    def stored(self) -> Mapping[str, Stored]:
+        """See `Method.stored`."""
+        attention = {
+            "heads": Stored(fill=-1),
+            "queries": Stored(("queries",), fill=-1),
+            "rows": Stored((None, "queries", "length")),
+        }
+        return attention | {name: Stored(("predict",)) for name in self._outputs}
 
     @jax.named_scope("teacher")
     def signals(self, params: Params, state: State, batch: Batch, key: Array) -> dict[str, Array]:
@@ -249,14 +265,12 @@ class Seekr(Method):
         Returns:
           `heads [batch, selected, 2]`; `queries [batch, queries]`, -1 behind the real ones; `rows [batch, selected,
           queries, length]`; `top_ids` and `top_values` `[batch, predict, top]`, `drawn_ids` and `drawn_values` `[batch,
-          predict, drawn]`, or `scores [batch, predict, vocab]`; `length` and `predicted` `[batch]`, how far rows and
-          scored positions are real.
+          predict, drawn]`, or `scores [batch, predict, vocab]`.
         """
-        query_key, lot_key = jax.random.split(key)
+        query_key, offset_key = jax.random.split(key)
         heads = state["heads"][batch.task]
-        queries = sample_queries(batch.keys(query_key), batch.segments, self.config.query_budget)
-        signals = self.read(params, batch, heads, queries, lot_key)
-        return signals | {"length": extent(batch.segments), "predicted": extent(batch.weights)}
+        queries = sample_queries(batch.keys(query_key), batch.segments, self.options.query_budget)
+        return self.read(params, batch, heads, queries, offset_key)
 
     def read(self, params: Params, batch: Batch, heads: Array, queries: Array, key: Array) -> dict[str, Array]:
         """What the store holds of attention at given heads and queries, and of the outputs; pure.
@@ -272,7 +286,7 @@ class Seekr(Method):
           See `signals`.
         """
         network, context = self.network, self.network.context(batch)
-        dtype = jnp.uint8 if self.config.store_attention == "uint8" else jnp.float32
+        dtype = jnp.uint8 if self.options.store_attention == "uint8" else jnp.float32
         rows = jnp.zeros((*heads.shape[:2], queries.shape[1], batch.tokens.shape[1]), dtype)
 
         def body(carry: tuple[Array, Array], layer: tuple[Params, Array]) -> tuple[tuple[Array, Array], None]:
@@ -282,27 +296,14 @@ class Seekr(Method):
 
         layers = network.blocks(params), heads_of_layers(heads, network.num_layers)
         (x, rows), _ = jax.lax.scan(body, (network.embed(params, batch), rows), layers)
-        states = scored_states(network.finish(params, x), batch)
-        lots = jax.vmap(lambda key: jax.random.uniform(key, states.shape[1:2]))(batch.keys(key))
+        states = scored_states(network.finish(params, x), batch.predict)
+        offsets = jax.vmap(lambda key: jax.random.uniform(key, states.shape[1:2]))(batch.keys(key))
         outputs = over_positions(
             lambda part: self._teacher_outputs(network.logits(params, part[0]), part[1]),
-            (states, lots),
-            self.config.loss_chunk,
+            (states, offsets),
+            self.options.loss_chunk,
         )
         return {"heads": heads.astype(jnp.int16), "queries": queries, "rows": rows, **outputs}
-
-    def trim(self, record: Record) -> Record:
-        """See `Method.trim` and `teacher.trim_record`."""
-        return trim_record(record)
-
-    def collate(self, records: Sequence[Mapping[str, np.ndarray]], shape: RowShape) -> Record:
-        """See `Method.collate` and `teacher.collate_records`."""
-        return collate_records(
-            records,
-            queries=min(self.config.query_budget or shape.length, shape.length),
-            length=shape.length,
-            predict=shape.length if shape.predict is None else shape.predict,
-        )
 
     def tables(self, state: State) -> dict[str, Array]:
         """Both measures by task, importance over the tasks so far, and the heads selected by task."""
@@ -311,7 +312,7 @@ class Seekr(Method):
         layer, head = state["heads"][..., 0], state["heads"][..., 1]
         layer = jnp.where(layer < 0, self.network.num_layers, layer)
         # Where heads are drawn, what would have been chosen otherwise is worth a picture.
-        how: Importance = "product_of_sums" if self.config.importance == "random" else self.config.importance
+        how: HeadImportance = "product_of_sums" if self.options.importance == "random" else self.options.importance
         return {
             "sensitivity": state["sensitivity"],
             "forgettability": state["forgettability"],
@@ -321,7 +322,7 @@ class Seekr(Method):
 
     def measurements(self, before: Params, params: Params, state: State, batch: Batch, key: Array) -> dict[str, Any]:
         """See `Method.measurements`."""
-        zero = HeadSums.zero(self.network)
+        zero = HeadSums.zero(self.network.num_layers, self.network.num_heads)
         return {
             "sensitivity": self.add_sensitivity(zero, params, batch),
             "forgettability": self.add_forgettability(zero, before, params, batch),
@@ -329,7 +330,7 @@ class Seekr(Method):
 
     def add_sensitivity(self, sums: HeadSums, params: Params, batch: Batch) -> HeadSums:
         """Adds a batch to the sensitivity of the task at hand; pure."""
-        return add_sensitivity(self.network, sums, params, batch, self.config.loss_chunk)
+        return add_sensitivity(self.network, sums, params, batch, self.options.loss_chunk)
 
     def add_forgettability(self, sums: HeadSums, before: Params, params: Params, batch: Batch) -> HeadSums:
         """Adds a batch to the forgettability of the task at hand; pure."""
@@ -346,32 +347,32 @@ class Seekr(Method):
             "sensitivity": state["sensitivity"].at[index].set(normalise_sensitivity(sensitivity.mean())),
             "forgettability": state["forgettability"].at[index].set(forgettability.mean()),
         }
-        importance = combine(state["sensitivity"], state["forgettability"], self.config.importance, key)
+        importance = combine(state["sensitivity"], state["forgettability"], self.options.importance, key)
         heads = select_heads(importance, self.layers, self.heads, self.per_layer)
         return state | {"heads": state["heads"].at[index].set(heads)}
 
     @property
     def _outputs(self) -> tuple[str, ...]:
         """Names of the stored outputs; compact ones in the order of `TopScores`."""
-        if not self.config.store_logits:
+        if not self.options.store_logits:
             return ("scores",)
         return ("top_ids", "top_values") + (("drawn_ids", "drawn_values") if self._drawn else ())
 
     @property
     def _drawn(self) -> int:
         """How many of the stored tokens of a position are drawn; none where all are stored."""
-        if self.config.store_logits >= self.network.vocab_size:
+        if self.options.store_logits >= self.network.vocab_size:
             return 0
-        return int(self.config.store_drawn * self.config.store_logits)
+        return int(self.options.store_drawn * self.options.store_logits)
 
-    def _teacher_outputs(self, logits: Array, lots: Array) -> dict[str, Array]:
-        if not self.config.store_logits:
+    def _teacher_outputs(self, logits: Array, offsets: Array) -> dict[str, Array]:
+        if not self.options.store_logits:
             return {"scores": jax.nn.log_softmax(logits, axis=-1)}
-        top = min(self.config.store_logits, logits.shape[-1]) - self._drawn
-        stored = top_scores(logits, top, self._drawn, lots)
+        top = min(self.options.store_logits, logits.shape[-1]) - self._drawn
+        stored = top_scores(logits, top, self._drawn, offsets)
         return {name: value for name, value in zip(self._outputs, stored, strict=False) if value is not None}
 
     def _divergence(self, outputs: dict[str, Array], logits: Array) -> Array:
-        if not self.config.store_logits:
+        if not self.options.store_logits:
             return full_divergence(outputs["scores"], logits)
         return top_divergence(TopScores(*(outputs[name] for name in self._outputs)), logits)

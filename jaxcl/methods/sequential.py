@@ -1,7 +1,7 @@
 """Plain fine-tuning on one task after another (NCL in the DAS paper, SeqFT in SEEKR's): the lower bound."""
 
-from jaxcl.methods.base import Method
+from jaxcl.methods.base import Method, MethodOptions
 
 
-class Sequential(Method):
+class Sequential(Method[MethodOptions]):
     """Does nothing against forgetting."""

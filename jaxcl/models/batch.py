@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 
@@ -36,7 +37,7 @@ class Batch:
       types: token type of each position, int32, for encoders that have them; `None` means 0 everywhere.
       packed: `False` promises that every row is at most one document followed by padding, which makes attention
         masks cheaper. Static.
-      kind: `"task"` for rows of the current task, `"memory"` for remembered rows. Static: each kind compiles its
+      origin: `"task"` for rows of the current task, `"memory"` for remembered rows. Static: each origin compiles its
         own step.
       memory: remembered rows that are learned in the same step (`replay.mode: mix`); `None` for none.
     """
@@ -53,8 +54,31 @@ class Batch:
     teacher: dict[str, Any] | None = None
     types: Int[Array, "batch length"] | None = None
     packed: bool = dataclasses.field(default=True, metadata={"static": True})
-    kind: str = dataclasses.field(default="task", metadata={"static": True})
+    origin: str = dataclasses.field(default="task", metadata={"static": True})
     memory: Batch | None = None
+
+    @classmethod
+    def abstract(cls, rows: int, length: int, predict: int | None, *, sharding: Any = None, **fields: Any) -> Batch:
+        """A batch of `jax.ShapeDtypeStruct`s, for tracing and compiling without data.
+
+        Args:
+          rows: number of rows.
+          length: tokens of a row.
+          predict: scored positions of a row; `None` scores all.
+          sharding: of every array.
+          fields: values of further fields.
+        """
+
+        def array(*sizes: int, dtype: Any = jnp.int32) -> Any:
+            return jax.ShapeDtypeStruct(sizes, dtype, sharding=sharding)
+
+        whole, scored = (rows, length), (rows, length if predict is None else predict)
+        # Where every position is scored, the data says so by leaving the list of positions out.
+        positions = None if predict is None else array(*scored)
+        tokens = array(*whole), array(*whole), array(*whole)
+        return cls(
+            *tokens, positions, array(*scored), array(*scored, dtype=jnp.float32), array(rows), array(rows), **fields
+        )
 
     @property
     def size(self) -> int:
@@ -62,7 +86,7 @@ class Batch:
         return self.tokens.shape[0]
 
     def keys(self, key: Array) -> Key[Array, " batch"]:
-        """A random key a row, which follows from `key` and the row's task and example: no other row has a say."""
+        """One random key per row, from `key` and the row's task and example alone."""
         return jax.vmap(lambda task, example: jax.random.fold_in(jax.random.fold_in(key, task), example))(
             self.task.astype("uint32"), self.example.astype("uint32")
         )

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxcl.models.compute import recomputed
-
-if TYPE_CHECKING:
-    from jaxcl.models.llama import LlamaConfig
-    from jaxcl.models.roberta import RobertaConfig
 
 
 @jax.tree_util.register_dataclass
@@ -35,25 +30,22 @@ class Gates:
     output: Float[Array, "layers *batch embed"]
 
     @classmethod
-    def ones(cls, config: LlamaConfig | RobertaConfig, batch: int | None = None) -> Gates:
+    def ones(cls, *, layers: int, heads: int, intermediate: int, output: int, batch: int | None = None) -> Gates:
         """Gates that change nothing, float32.
 
         Args:
-          config: the network's configuration.
+          layers: number of layers.
+          heads: attention heads per layer.
+          intermediate: feed-forward intermediate units per layer.
+          output: feed-forward output units per layer.
           batch: number of examples, for a copy of the gates each; `None` for one copy shared by all.
 
         Examples:
-          >>> from jaxcl.models.llama import LlamaConfig
-          >>> config = LlamaConfig(vocab_size=8, hidden_size=4, intermediate_size=6, num_layers=3, num_heads=2)
-          >>> Gates.ones(config, batch=5).heads.shape
+          >>> Gates.ones(layers=3, heads=2, intermediate=6, output=4, batch=5).heads.shape
           (3, 5, 2)
         """
-        lead = (config.num_layers,) if batch is None else (config.num_layers, batch)
-        return cls(
-            heads=jnp.ones((*lead, config.num_heads)),
-            intermediate=jnp.ones((*lead, config.intermediate_size)),
-            output=jnp.ones((*lead, config.hidden_size)),
-        )
+        lead = (layers,) if batch is None else (layers, batch)
+        return cls(jnp.ones((*lead, heads)), jnp.ones((*lead, intermediate)), jnp.ones((*lead, output)))
 
 
 def gate(x: Float[Array, "batch length ..."], factor: Float[Array, "*batch units"] | None, axis: int) -> Array:
@@ -65,10 +57,10 @@ def gate(x: Float[Array, "batch length ..."], factor: Float[Array, "*batch units
     if factor.ndim == 2:
         shape[0] = factor.shape[0]
     factor = factor.reshape(shape)
-    return x * factor if x.dtype == factor.dtype else _wide_product(x, factor)
+    return x * factor if x.dtype == factor.dtype else _product_in_float32(x, factor)
 
 
 @recomputed
-def _wide_product(x: Array, factor: Array) -> Array:
+def _product_in_float32(x: Array, factor: Array) -> Array:
     """In float32, so that the gradient of a factor, which is a sum over tokens, is summed in float32."""
     return (x.astype(factor.dtype) * factor).astype(x.dtype)

@@ -1,7 +1,8 @@
 """The small modules both architectures are made of. Inside a scan they hold one layer, outside all of them.
 
-Every parameter is an `nnx.Param` whose `axes` metadata names its logical axes. A module that is repeated in every
-layer is built with `layers=n`: its parameters then have a leading `layers` axis.
+Every parameter is an `nnx.Param` whose metadata say what it is: `axes` names its logical axes, `unit` the unit it
+belongs to (`jaxcl.functional.Unit`). A module that is repeated in every layer is built with `layers=n`: its parameters
+then have a leading `layers` axis.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, UInt32
 
+from jaxcl.functional.soft_masks import LAYER, Unit
 from jaxcl.models.compute import Compute, recomputed
 from jaxcl.models.lora import LoraConfig, initial_std
 from jaxcl.models.product import product
@@ -24,10 +26,31 @@ Sizes = dict[str, int]
 _DRAWN_FLAT = 2**22
 
 
+UNIT_AXES = {"heads": ("heads", "kv_heads"), "intermediate": ("mlp",), "output": ("embed",)}
+"""Logical axes that run along the units of a kind; key/value heads serve groups of heads."""
+
+
 def parameter(
-    key: Array, shape: Sequence[int], axes: Sequence[str | None], std: float, compute: Compute, layers: int | None
+    key: Array,
+    shape: Sequence[int],
+    axes: Sequence[str | None],
+    std: float,
+    compute: Compute,
+    layers: int | None,
+    unit: str | None = None,
 ) -> nnx.Param[Array]:
-    """A parameter drawn from a normal distribution with named axes, repeated along `layers` if given."""
+    """A parameter drawn from a normal distribution.
+
+    Args:
+      key: what it is drawn from.
+      shape: its shape within a layer.
+      axes: logical names of these axes.
+      std: standard deviation.
+      compute: gives the dtype.
+      layers: repeats it along a leading `layers` axis; `None` outside layers.
+      unit: kind of unit that it belongs to, if one of its axes runs along such units; a key of `UNIT_AXES`.
+    """
+    own = _unit(axes, layers, unit)
     lead, lead_axes = ((), ()) if layers is None else ((layers,), ("layers",))
     shape, axes = (*lead, *shape), (*lead_axes, *axes)
     # Drawing in one dimension compiles several times faster, and draws the same; in its own shape, a large
@@ -35,15 +58,29 @@ def parameter(
     size = math.prod(shape)
     drawn = (size,) if size <= _DRAWN_FLAT else shape
     value = jax.random.normal(key, drawn, compute.parameter_dtype).reshape(shape)
-    return nnx.Param(std * value, axes=axes)
+    return nnx.Param(std * value, axes=axes, unit=own)
 
 
 def constant(
-    value: float, shape: Sequence[int], axes: Sequence[str | None], compute: Compute, layers: int | None
+    value: float,
+    shape: Sequence[int],
+    axes: Sequence[str | None],
+    compute: Compute,
+    layers: int | None,
+    unit: str | None = None,
 ) -> nnx.Param[Array]:
-    """A parameter that starts at one value everywhere."""
+    """A parameter that starts at one value everywhere; see `parameter`."""
+    own = _unit(axes, layers, unit)
     lead, lead_axes = ((), ()) if layers is None else ((layers,), ("layers",))
-    return nnx.Param(jnp.full((*lead, *shape), value, compute.parameter_dtype), axes=(*lead_axes, *axes))
+    return nnx.Param(jnp.full((*lead, *shape), value, compute.parameter_dtype), axes=(*lead_axes, *axes), unit=own)
+
+
+def _unit(axes: Sequence[str | None], layers: int | None, kind: str | None) -> Unit | None:
+    """The unit of a parameter with these axes within a layer; `None` outside layers."""
+    if layers is None:
+        return None
+    found = [axis for axis, name in enumerate(axes, 1) if kind is not None and name in UNIT_AXES[kind]]
+    return Unit(kind, found[0]) if kind is not None and found else Unit(LAYER, 0)
 
 
 class Linear(nnx.Module):
@@ -55,7 +92,8 @@ class Linear(nnx.Module):
       bias: whether to add a bias of the shape of `outputs`.
       std: standard deviation of the initial kernel.
       kernel_axes: logical axes of the kernel where they differ from the names in `inputs` and `outputs`.
-      lora: adds an adapter of this kind; calls use it, `wide` does not.
+      unit: kind of unit that the parameters belong to which have its axis; see `parameter`.
+      lora: adds an adapter of this kind; calls use it, `in_float32` does not.
     """
 
     def __init__(
@@ -69,12 +107,14 @@ class Linear(nnx.Module):
         compute: Compute,
         layers: int | None = None,
         kernel_axes: Sequence[str | None] | None = None,
+        unit: str | None = None,
         lora: LoraConfig | None = None,
     ) -> None:
         axes = (*inputs, *outputs) if kernel_axes is None else tuple(kernel_axes)
         shape = (*inputs.values(), *outputs.values())
-        self.kernel = parameter(rngs.params(), shape, axes, std, compute, layers)
-        self.bias = constant(0.0, tuple(outputs.values()), axes[len(inputs) :], compute, layers) if bias else None
+        self.kernel = parameter(rngs.params(), shape, axes, std, compute, layers, unit)
+        width, width_axes = tuple(outputs.values()), axes[len(inputs) :]
+        self.bias = constant(0.0, width, width_axes, compute, layers, unit) if bias else None
         self.contracted = len(inputs)
         self.dtype = compute.dtype
         if lora is None:
@@ -84,8 +124,8 @@ class Linear(nnx.Module):
         a_shape, b_shape = (*shape[: len(inputs)], lora.rank), (lora.rank, *shape[len(inputs) :])
         a_axes, b_axes = (*axes[: len(inputs)], "rank"), ("rank", *axes[len(inputs) :])
         # Drawn from a stream of their own: the rest of the network is the same with and without adapters.
-        self.lora_a = parameter(rngs.lora(), a_shape, a_axes, initial_std(a_shape[:-1]), wide, layers)
-        self.lora_b = constant(0.0, b_shape, b_axes, wide, layers)
+        self.lora_a = parameter(rngs.lora(), a_shape, a_axes, initial_std(a_shape[:-1]), wide, layers, unit)
+        self.lora_b = constant(0.0, b_shape, b_axes, wide, layers, unit)
         self.lora_scale = lora.scale
 
     def __call__(self, x: Array) -> Array:
@@ -98,7 +138,7 @@ class Linear(nnx.Module):
             y = y + self.lora_scale * jnp.tensordot(inner, self.lora_b[...].astype(dtype), axes=1)
         return y if self.bias is None else y + self.bias[...].astype(dtype)
 
-    def wide(self, x: Array) -> Array:
+    def in_float32(self, x: Array) -> Array:
         """As a call, but factors in the dtype of `x`, sums and result in float32: for scores."""
         kernel = self.kernel[...].astype(x.dtype)
         y = product(x, kernel, self.contracted, jnp.float32)

@@ -20,7 +20,7 @@ from jaxcl.models.compute import Compute, recomputed
 from jaxcl.models.gates import Gates, gate
 from jaxcl.models.layer import Context, Noise
 from jaxcl.models.layers import Embedding, Linear, RMSNorm
-from jaxcl.models.lora import LoraConfig, beside
+from jaxcl.models.lora import LoraConfig, adapter_for
 from jaxcl.models.rotary import RopeScaling, Rotary, frequencies, rotary, rotate
 from jaxcl.models.soft_tokens import soft_id
 from jaxcl.schema import Schema
@@ -93,11 +93,11 @@ class LlamaAttention(nnx.Module):
         embed, depth = {"embed": c.hidden_size}, {"head_dim": c.head_dim}
         heads, kv_heads = {"heads": c.num_heads, **depth}, {"kv_heads": c.num_kv_heads, **depth}
         linear = partial(Linear, rngs, bias=c.attention_bias, compute=c.compute, layers=layers)
-        lora = partial(beside, c.lora)
-        self.query = linear(embed, heads, std=c.init_std, lora=lora("query"))
-        self.key = linear(embed, kv_heads, std=c.init_std, lora=lora("key"))
-        self.value = linear(embed, kv_heads, std=c.init_std, lora=lora("value"))
-        self.out = linear(heads, embed, std=_residual_std(c), lora=lora("out"))
+        lora = partial(adapter_for, c.lora)
+        self.query = linear(embed, heads, std=c.init_std, unit="heads", lora=lora("query"))
+        self.key = linear(embed, kv_heads, std=c.init_std, unit="heads", lora=lora("key"))
+        self.value = linear(embed, kv_heads, std=c.init_std, unit="heads", lora=lora("value"))
+        self.out = linear(heads, embed, std=_residual_std(c), unit="heads", lora=lora("out"))
 
 
 class LlamaMlp(nnx.Module):
@@ -107,10 +107,10 @@ class LlamaMlp(nnx.Module):
         c = config
         embed, mlp = {"embed": c.hidden_size}, {"mlp": c.intermediate_size}
         linear = partial(Linear, rngs, bias=c.mlp_bias, compute=c.compute, layers=layers)
-        lora = partial(beside, c.lora)
-        self.gate = linear(embed, mlp, std=c.init_std, lora=lora("gate"))
-        self.up = linear(embed, mlp, std=c.init_std, lora=lora("up"))
-        self.down = linear(mlp, embed, std=_residual_std(c), lora=lora("down"))
+        lora = partial(adapter_for, c.lora)
+        self.gate = linear(embed, mlp, std=c.init_std, unit="intermediate", lora=lora("gate"))
+        self.up = linear(embed, mlp, std=c.init_std, unit="intermediate", lora=lora("up"))
+        self.down = linear(mlp, embed, std=_residual_std(c), unit="output", lora=lora("down"))
 
     def __call__(self, x: Float[Array, "batch length embed"], gates: Gates | None) -> Array:
         """Feed-forward output, gated."""
@@ -209,7 +209,7 @@ class Llama(nnx.Module):
         """Scores of the next token, float32."""
         if self.head is None:
             return self.embed.logits(states)
-        return self.head.wide(states)
+        return self.head.in_float32(states)
 
     def classify(self, states: Array, batch: Batch, noise: Noise | None) -> Float[Array, "batch labels"]:
         """Class scores from the last real token, float32."""
@@ -218,7 +218,7 @@ class Llama(nnx.Module):
         index = jnp.arange(batch.segments.shape[1])
         last = jnp.max(jnp.where(batch.segments != 0, index, 0), axis=1)
         pooled = jnp.take_along_axis(states, last[:, None, None], axis=1)[:, 0]
-        return self.classifier.out.wide(pooled)
+        return self.classifier.out.in_float32(pooled)
 
 
 def _soft_tokens(config: LlamaConfig, rngs: nnx.Rngs) -> Embedding:

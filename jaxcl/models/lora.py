@@ -17,13 +17,10 @@ import jax.numpy as jnp
 from jaxtyping import Array
 from pydantic import Field
 
-from jaxcl.models.soft_tokens import SOFT_TOKENS
+from jaxcl.models.trainable import ADAPTER_NAMES, Params
 from jaxcl.schema import Schema
 
 Target = Literal["query", "key", "value", "out", "gate", "up", "down"]
-Params = dict[str, Any]
-
-ADAPTER_NAMES = ("lora_a", "lora_b")
 
 
 class LoraConfig(Schema):
@@ -44,8 +41,8 @@ class LoraConfig(Schema):
         return self.alpha / self.rank
 
 
-def beside(config: LoraConfig | None, target: Target) -> LoraConfig | None:
-    """The adapter that stands beside a projection, `None` where there is none."""
+def adapter_for(config: LoraConfig | None, target: Target) -> LoraConfig | None:
+    """The adapter of a projection, `None` if it has none."""
     return config if config is not None and target in config.targets else None
 
 
@@ -66,30 +63,6 @@ def product(a: Array, b: Array, scale: float) -> Array:
 def is_adapter(path: str) -> bool:
     """Whether a param's path, such as `blocks/attention/query/lora_a`, is that of a part of an adapter."""
     return path.rpartition("/")[2] in ADAPTER_NAMES
-
-
-def trained(tree: Params) -> Params:
-    """The part of a params tree that training changes: adapters and soft tokens where there are any, else all of it.
-
-    Serves params and whatever has their tree: shapes, shardings, masks.
-
-    >>> trained({"embed": 0, "query": {"kernel": 1, "lora_a": 2, "lora_b": 3}, "norm": {"scale": 4}})
-    {'query': {'lora_a': 2, 'lora_b': 3}}
-    >>> trained({"embed": 0, "query": {"kernel": 1}})
-    {'embed': 0, 'query': {'kernel': 1}}
-    """
-    return _beside(tree) or tree
-
-
-def overlay(tree: Params, part: Params) -> Params:
-    """`tree` with the leaves of `part` in place of its own: the inverse of `trained`.
-
-    >>> overlay({"query": {"kernel": 1, "lora_a": 2}}, {"query": {"lora_a": 5}})
-    {'query': {'kernel': 1, 'lora_a': 5}}
-    """
-    if not isinstance(part, Mapping):
-        return part
-    return {name: overlay(leaf, part[name]) if name in part else leaf for name, leaf in tree.items()}
 
 
 def adapted(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Params]]:
@@ -131,13 +104,3 @@ def fold(params: Params, config: LoraConfig, key: Array) -> Params:
             "lora_b": jnp.zeros_like(b),
         }
     return changed
-
-
-def _beside(tree: Mapping[str, Any]) -> Params:
-    found: Params = {}
-    for name, node in tree.items():
-        if name in ADAPTER_NAMES or name == SOFT_TOKENS:
-            found[name] = node
-        elif isinstance(node, Mapping) and (below := _beside(node)):
-            found[name] = below
-    return found

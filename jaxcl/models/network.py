@@ -22,9 +22,9 @@ from jaxcl.models.llama import Llama, LlamaConfig
 from jaxcl.models.probe import Probe, Tap
 from jaxcl.models.product import PRODUCT
 from jaxcl.models.roberta import Roberta, RobertaConfig
+from jaxcl.models.trainable import Params
 
 ModelConfig = Annotated[LlamaConfig | RobertaConfig, Field(discriminator="architecture")]
-Params = dict[str, Any]
 
 
 class Hidden(NamedTuple):
@@ -142,10 +142,21 @@ class Network:
 
     def axes(self) -> Params:
         """The params' tree with tuples of logical axis names as leaves, `None` for an axis never to be split."""
-        flat = {
-            path: variable.get_metadata()["axes"] for path, variable in nnx.to_flat_state(_abstract(self.config).state)
-        }
-        return _nest(flat)
+        return self._metadata("axes")
+
+    def units(self) -> Params:
+        """The params' tree with the `jaxcl.functional.Unit` of each param as leaf, `None` for those outside layers."""
+        return self._metadata("unit")
+
+    def gates(self, batch: int | None = None) -> Gates:
+        """Gates of 1; see `Gates.ones`."""
+        c = self.config
+        sizes = {"heads": c.num_heads, "intermediate": c.intermediate_size, "output": c.hidden_size}
+        return Gates.ones(layers=c.num_layers, batch=batch, **sizes)
+
+    def _metadata(self, name: str) -> Params:
+        state = nnx.to_flat_state(_abstract(self.config).state)
+        return _nest({path: variable.get_metadata()[name] for path, variable in state})
 
     def hidden(
         self,

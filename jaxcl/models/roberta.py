@@ -21,7 +21,7 @@ from jaxcl.models.compute import Compute, recomputed
 from jaxcl.models.gates import Gates, gate
 from jaxcl.models.layer import Context, Noise
 from jaxcl.models.layers import Embedding, LayerNorm, Linear, constant
-from jaxcl.models.lora import LoraConfig, beside
+from jaxcl.models.lora import LoraConfig, adapter_for
 from jaxcl.models.rotary import Rotary
 from jaxcl.schema import Schema
 
@@ -105,11 +105,11 @@ class RobertaAttention(nnx.Module):
         c = config
         embed, heads = {"embed": c.hidden_size}, {"heads": c.num_heads, "head_dim": c.head_dim}
         linear = partial(Linear, rngs, bias=True, std=c.init_std, compute=c.compute, layers=layers)
-        lora = partial(beside, c.lora)
-        self.query = linear(embed, heads, lora=lora("query"))
-        self.key = linear(embed, heads, lora=lora("key"))
-        self.value = linear(embed, heads, lora=lora("value"))
-        self.out = linear(heads, embed, lora=lora("out"))
+        lora = partial(adapter_for, c.lora)
+        self.query = linear(embed, heads, unit="heads", lora=lora("query"))
+        self.key = linear(embed, heads, unit="heads", lora=lora("key"))
+        self.value = linear(embed, heads, unit="heads", lora=lora("value"))
+        self.out = linear(heads, embed, unit="heads", lora=lora("out"))
 
 
 class RobertaMlp(nnx.Module):
@@ -119,9 +119,9 @@ class RobertaMlp(nnx.Module):
         c = config
         embed, mlp = {"embed": c.hidden_size}, {"mlp": c.intermediate_size}
         linear = partial(Linear, rngs, bias=True, std=c.init_std, compute=c.compute, layers=layers)
-        lora = partial(beside, c.lora)
-        self.up = linear(embed, mlp, lora=lora("up"))
-        self.down = linear(mlp, embed, lora=lora("down"))
+        lora = partial(adapter_for, c.lora)
+        self.up = linear(embed, mlp, unit="intermediate", lora=lora("up"))
+        self.down = linear(mlp, embed, unit="output", lora=lora("down"))
         self.activation = c.activation
 
     def __call__(self, x: Float[Array, "batch length embed"], gates: Gates | None) -> Array:
@@ -222,7 +222,7 @@ class Roberta(nnx.Module):
         x = x if noise is None else noise.drop(x, 1)
         x = jnp.tanh(self.classifier.dense(x))
         x = x if noise is None else noise.drop(x, 2)
-        return self.classifier.out.wide(x)
+        return self.classifier.out.in_float32(x)
 
 
 def _square(config: RobertaConfig, rngs: nnx.Rngs) -> Linear:

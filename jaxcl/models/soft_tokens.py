@@ -7,14 +7,13 @@ nothing else (adapters, if it has any, apart).
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 from jaxtyping import Array
 
-Params = dict[str, Any]
+from jaxcl.models.trainable import SOFT_TOKENS, Params
 
-SOFT_TOKENS = "soft_tokens"
 Ids = TypeVar("Ids", int, Array)
 
 
@@ -40,7 +39,7 @@ def start_from_words(params: Params, key: Array) -> Params:
       key: to draw from.
 
     Returns:
-      The changed leaf alone, for `jaxcl.models.lora.overlay`.
+      The changed leaf alone, for `jaxcl.models.trainable.overlay`.
     """
     words, soft = params["embed"]["embedding"], params[SOFT_TOKENS]["embedding"]
     chosen = jax.random.choice(key, len(words), (len(soft),), replace=False)

@@ -59,18 +59,18 @@ class Cost(NamedTuple):
         return sum(one.bytes for one in self.collectives.values())
 
 
-def count_cost(program: Program, *, causal: bool, unknown_turns: int = 1) -> Cost:
+def count_cost(program: Program, *, causal: bool, loop_trips: int = 1) -> Cost:
     """The cost of a program.
 
     Args:
       program: as parsed.
       causal: whether splash attention leaves out the blocks of later keys, which are half of all.
-      unknown_turns: turns of loops whose number the program computes.
+      loop_trips: trip count of loops whose length the program computes.
     """
     flops = memory = 0.0
     collectives: dict[str, Collective] = defaultdict(lambda: Collective(0.0, 0.0))
     started = _started(program)
-    for name, count, fused in times(program, unknown_turns):
+    for name, count, fused in times(program, loop_trips):
         computation = program.computations[name]
         for one in computation.values():
             flops += count * _flops(one, computation, causal)

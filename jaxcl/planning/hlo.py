@@ -96,7 +96,7 @@ def times(program: Program, unknown: int = 1) -> Iterator[tuple[str, float, bool
 
     Args:
       program: as parsed.
-      unknown: turns of loops whose number the program computes.
+      unknown: trip count of loops whose length the program computes.
 
     Yields:
       Name of a computation, how often it runs, and whether it is a part of one fused instruction. One that is called

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 from pydantic import Field
 
@@ -24,11 +23,13 @@ from jaxcl.models.generation import Generator
 from jaxcl.models.network import Network
 from jaxcl.planning.hardware import Topology, find_devices, parse_topology
 from jaxcl.planning.step import StepPlan, plan_step
-from jaxcl.run.components import make_trainer
+from jaxcl.run.components import longest_prefix, make_trainer
 from jaxcl.schema import Schema
 from jaxcl.sharding.layout import Layout
 from jaxcl.sharding.mesh import AXES, make_mesh, mesh_sizes
 from jaxcl.training.config import check_batch_size, micro_batch_size
+from jaxcl.training.state import TrainState
+from jaxcl.training.stored import stored_shapes
 from jaxcl.training.trainer import Trainer
 
 
@@ -61,13 +62,13 @@ class Program(NamedTuple):
     Attributes:
       lower: gives the lowered program.
       arguments: what it is given, by part.
-      unknown_turns: see `Method.turns`.
+      loop_trips: see `ToolHooks.loop_trips`.
       resident: what lies on the chips meanwhile, by part.
     """
 
     lower: Callable[[], Any]
     arguments: Mapping[str, Any]
-    unknown_turns: int = 1
+    loop_trips: int = 1
     resident: Mapping[str, Any] = {}
 
 
@@ -98,7 +99,7 @@ def plan(config: ExperimentConfig, topology_name: str, steps: Sequence[str] | No
             one.arguments,
             topology.chip,
             causal=network.causal,
-            unknown_turns=one.unknown_turns,
+            loop_trips=one.loop_trips,
             resident=one.resident,
         )
         for name, one in chosen.items()
@@ -136,14 +137,16 @@ def programs(config: ExperimentConfig, mesh: Mesh) -> dict[str, Program]:
     method = config.method.build(network, len(config.tasks))
     trainer = make_trainer(config, method, layout)
     shape = row_shape(config, network.causal)
-    shape = shape._replace(length=shape.length + method.longest_opening)
+    shape = shape._replace(length=shape.length + longest_prefix(method))
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=layout.replicated)
     target, batch = trainer.target, _batch(training.batch_size, shape, layout)
     parts = {"params": target.params, "optimizer": target.opt_state, "method": target.method_state}
 
     def step(batch: Batch) -> Program:
-        return Program(lambda: trainer.jitted_step.lower(target, batch, key), {**parts, "batch": batch}, method.turns)
+        return Program(
+            lambda: trainer.jitted_step.lower(target, batch, key), {**parts, "batch": batch}, method.loop_trips
+        )
 
     found = {"train": step(batch)}
     if method.replay is not None and not method.joint:
@@ -203,42 +206,20 @@ def topology_mesh(config: ExperimentConfig, topology: Topology) -> tuple[Mesh, s
 
 
 def _batch(rows: int, shape: Shape, layout: Layout, **fields: Any) -> Batch:
-    def array(*sizes: int, dtype: Any = jnp.int32) -> Any:
-        return jax.ShapeDtypeStruct(sizes, dtype, sharding=layout.batch)
-
-    whole, scored = (rows, shape.length), (rows, shape.length if shape.predict is None else shape.predict)
-    # Where every position is scored, the data says so by leaving the list of positions out.
-    positions = None if shape.predict is None else array(*scored)
-    return Batch(
-        array(*whole),
-        array(*whole),
-        array(*whole),
-        positions,
-        array(*scored),
-        array(*scored, dtype=jnp.float32),
-        array(rows),
-        array(rows),
-        **fields,
-    )
+    return Batch.abstract(rows, shape.length, shape.predict, sharding=layout.batch, **fields)
 
 
-def _remembered(method: Method, target: Any, rows: int, shape: Shape, layout: Layout) -> Batch:
-    """A batch of remembered rows, with what the method stores beside them, from shapes alone."""
-    batch = _batch(rows, shape, layout, kind="memory")
-    signals = jax.eval_shape(method.signals, target.params, target.method_state, batch, jax.random.key(0))
-    if signals is None:
-        return batch
-    zeros = {name: np.zeros(value.shape[1:], value.dtype) for name, value in signals.items()}
-    collated = method.collate([method.trim(zeros)], shape)
+def _remembered(method: Method[Any], target: TrainState, rows: int, shape: Shape, layout: Layout) -> Batch:
+    """A batch of remembered rows, with what the method stores with them, from shapes alone."""
     teacher = {
-        name: jax.ShapeDtypeStruct((rows, *value.shape[1:]), value.dtype, sharding=layout.batch)
-        for name, value in collated.items()
+        name: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=layout.batch)
+        for name, value in stored_shapes(method, target.params, target.method_state, rows, shape).items()
     }
-    return _batch(rows, shape, layout, kind="memory", teacher=teacher)
+    return _batch(rows, shape, layout, origin="memory", teacher=teacher or None)
 
 
 def _generation(config: ExperimentConfig, network: Network, trainer: Trainer) -> Program:
-    rows, length = config.evaluation.batch_size, config.data.prompt_length + trainer.method.longest_opening
+    rows, length = config.evaluation.batch_size, config.data.prompt_length + longest_prefix(trainer.method)
     generator = Generator(
         network,
         batch_size=rows,

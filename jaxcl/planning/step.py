@@ -56,7 +56,7 @@ def plan_step(
     chip: Chip,
     *,
     causal: bool,
-    unknown_turns: int = 1,
+    loop_trips: int = 1,
     resident: Mapping[str, Any] | None = None,
 ) -> StepPlan:
     """Compiles a program and reads what it needs.
@@ -66,7 +66,7 @@ def plan_step(
       arguments: the program's arguments by part, as `jax.ShapeDtypeStruct` with shardings.
       chip: the limits.
       causal: see `count_cost`.
-      unknown_turns: see `count_cost`.
+      loop_trips: see `count_cost`.
       resident: what lies on the chip meanwhile and is no argument, by part, likewise.
     """
     started = time.monotonic()
@@ -95,7 +95,7 @@ def plan_step(
         + memory.generated_code_size_in_bytes
         + held
     )
-    cost = count_cost(parse(text), causal=causal, unknown_turns=unknown_turns)
+    cost = count_cost(parse(text), causal=causal, loop_trips=loop_trips)
     least = {
         "compute": cost.flops / chip.flops,
         "memory": cost.bytes / chip.bandwidth,

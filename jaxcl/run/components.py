@@ -21,9 +21,9 @@ from jaxcl.data.text import Objective, TextRows
 from jaxcl.data.tokenizer import Tokenizer, prepare_tokenizer
 from jaxcl.errors import UserError
 from jaxcl.methods.base import Method
-from jaxcl.models.lora import overlay
 from jaxcl.models.network import Network
 from jaxcl.models.soft_tokens import SOFT_TOKENS, start_from_words
+from jaxcl.models.trainable import Params, overlay
 from jaxcl.run.folder import RunFolder
 from jaxcl.sharding.layout import Layout
 from jaxcl.sharding.mesh import make_mesh
@@ -31,8 +31,6 @@ from jaxcl.sharding.processes import on_first
 from jaxcl.training.config import check_batch_size
 from jaxcl.training.privacy import check_private
 from jaxcl.training.trainer import Trainer
-
-Params = Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +122,9 @@ class Components:
         return self._pairs(rows, index, name, data)
 
     def _pairs(self, rows: Sequence[Mapping[str, str]], index: int, name: str, data: DataConfig) -> PairRows:
-        return PairRows(rows, self.tokenizer, data, task=index, name=name, opening=self.method.opening(index))
+        return PairRows(
+            rows, self.tokenizer, data, task=index, name=name, prompt_prefix=self.method.prompt_prefix(index)
+        )
 
     def pipeline(self, sources: list[Rows], *, batch_size: int | None = None) -> Pipeline:
         """Training batches of encoded examples; see `Pipeline`."""
@@ -183,6 +183,11 @@ def _load(spec: TaskSpec, root: str) -> TaskData:
     return TaskData(spec.name, spec.kind, (), (), ())
 
 
+def longest_prefix(method: Method[Any]) -> int:
+    """Tokens of the longest `Method.prompt_prefix` of all tasks."""
+    return max(len(method.prompt_prefix(index)) for index in range(method.num_tasks))
+
+
 def make_trainer(config: ExperimentConfig, method: Method, layout: Layout) -> Trainer:
     """The method's compiled step, as the configuration says.
 
@@ -205,11 +210,11 @@ def make_trainer(config: ExperimentConfig, method: Method, layout: Layout) -> Tr
 def _check_tasks(config: ExperimentConfig, tasks: tuple[TaskData, ...], method: Method) -> None:
     """Whether model and method can learn each kind of task, and the model's window holds the longest row."""
     data, window = config.data, config.model.max_length
-    opening = method.longest_opening
-    soft = f" + {opening} soft tokens" if opening else ""
+    prefix = longest_prefix(method)
+    soft = f" + {prefix} soft tokens" if prefix else ""
     needed = {
         "text": ("length", data.length),
-        "pairs": (f"prompt_length + answer_length{soft}", data.prompt_length + data.answer_length + opening),
+        "pairs": (f"prompt_length + answer_length{soft}", data.prompt_length + data.answer_length + prefix),
     }
     gone = [spec.name for spec in config.tasks if spec.data_gone]
     if gone and (method.joint or method.replay is not None):
@@ -228,9 +233,9 @@ def _check_tasks(config: ExperimentConfig, tasks: tuple[TaskData, ...], method: 
             raise UserError(
                 f"task {task.name}: labelled examples can only be the end_task of a text domain", exit_code=2
             )
-        if task.kind == "text" and (opening or written):
+        if task.kind == "text" and (prefix or written):
             # Only prompts and answers can be told from what a model writes, or begin with something.
-            key = f"name: {config.method.name}" if opening else "replay.source: synthetic"
+            key = f"name: {config.method.name}" if prefix else "replay.source: synthetic"
             raise UserError(
                 f"method.{key} needs prompts and answers; task {task.name} is {task.kind}",
                 exit_code=2,

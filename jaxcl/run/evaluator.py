@@ -18,12 +18,10 @@ from jaxcl.evaluation.scoring import score_pairs, text_loss
 from jaxcl.methods.base import Method
 from jaxcl.models.batch import Batch
 from jaxcl.models.generation import Generator
-from jaxcl.run.components import Components, ProcessShare, rooted
+from jaxcl.models.trainable import Params
+from jaxcl.run.components import Components, ProcessShare, longest_prefix, rooted
 from jaxcl.training.feed import place_batch
 from jaxcl.training.state import TrainState
-
-Params = Any
-
 
 _END_TASK = "end task"
 
@@ -124,7 +122,7 @@ class Evaluator:
         return Generator(
             self.parts.network,
             batch_size=self.settings.batch_size,
-            prompt_length=data.prompt_length + self.parts.method.longest_opening,
+            prompt_length=data.prompt_length + longest_prefix(self.parts.method),
             max_new_tokens=self.settings.max_new_tokens,
             eos_id=tokenizer.eos_id,
             pad_id=tokenizer.pad_id,
@@ -132,9 +130,9 @@ class Evaluator:
         )
 
     def _answer(self, params: Params, index: int, prompts: list[str]) -> list[str]:
-        opening = self.parts.method.opening(index)
+        prefix = self.parts.method.prompt_prefix(index)
         prompt_ids = encode_prompts(prompts, self.parts.tokenizer, self.parts.config.data).ids
-        ids = [[*opening, *row] for row in prompt_ids]
+        ids = [[*prefix, *row] for row in prompt_ids]
         return [self.parts.tokenizer.decode(answer).strip() for answer in self._generator(params, ids)]
 
     def _score_text(self, params: Params, index: int, after: int) -> Evaluation:

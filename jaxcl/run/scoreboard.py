@@ -7,13 +7,12 @@ from typing import Any
 
 import jax
 
-from jaxcl.evaluation.matrix import ContinualMatrix
 from jaxcl.evaluation.results import Measure, Results, installed_versions, measure, write_predictions
+from jaxcl.functional.matrix import ContinualMatrix
+from jaxcl.models.trainable import Params
 from jaxcl.run.components import Components
 from jaxcl.run.evaluator import Evaluation, Evaluator, Score, higher_is_better, scored_tasks
 from jaxcl.run.folder import RunFolder
-
-Params = Any
 
 
 class Scoreboard:

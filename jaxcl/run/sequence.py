@@ -27,7 +27,7 @@ from jaxcl.run.evaluator import answering_params
 from jaxcl.run.folder import RunFolder
 from jaxcl.run.scoreboard import Scoreboard
 from jaxcl.run.synthesis import write_samples
-from jaxcl.run.tasks import memory_pipeline, remember, running_task
+from jaxcl.run.tasks import Stage, memory_pipeline, remember, running_task
 from jaxcl.sharding.processes import initialize, on_first, wait_for_all
 from jaxcl.training.checkpoint import START_MARK, Checkpoints, Saved, mark_after
 from jaxcl.training.compile import enable_compilation_cache
@@ -37,13 +37,13 @@ from jaxcl.training.privacy import spent
 from jaxcl.training.profile import Profiler
 from jaxcl.training.sinks import Sink, open_sinks
 from jaxcl.training.state import TrainState
+from jaxcl.training.stored import Collate
 from jaxcl.training.task import RunningTask, signal_records
 
 # How long a file may take to be seen by another machine.
 _VISIBLE_SECONDS = 30
 
 Stream = Pipeline | Interleaved | Mixed
-Record = dict[str, np.ndarray]
 
 
 class Outcome(NamedTuple):
@@ -186,7 +186,7 @@ class TaskSequence:
                 with self._timed("setup"):
                     state = self._afresh(state)
             with self._timed("method"):
-                prepared = parts.method.prepare(state.params, state.method_state, self._task(index, moment=0))
+                prepared = parts.method.prepare(state.params, state.method_state, self._task(index, stage="before"))
             state = parts.trainer.with_method_state(state, prepared)
         with self._timed("data"):
             stream = self._stream(index)
@@ -239,10 +239,10 @@ class TaskSequence:
         self.memory = self._remember(state, index)
         if self.main and self.memory.tasks:
             self.memory.save(self.folder.memory)
-        task = self._task(index, moment=1)
+        task = self._task(index, stage="after")
         new = method.consolidate(state.params, state.method_state, task)
         state = parts.trainer.with_method_state(state, new)
-        state = parts.trainer.with_params(state, method.finish(state.params, state.method_state, task))
+        state = parts.trainer.with_params(state, method.final_params(state.params, state.method_state, task))
         on_first(lambda: self._remove_stores(index))
         records = signal_records(parts.trainer, state, task)
         if (first := next(records, None)) is not None:
@@ -273,7 +273,9 @@ class TaskSequence:
         if replay is None or not earlier:
             return pipeline
         stores = {task.task: store for task in earlier if (store := self._open_store(task.task)) is not None}
-        collate = parts.method.collate if stores else None
+        collate = (
+            Collate(parts.method, parts.trainer.target.params, parts.trainer.target.method_state) if stores else None
+        )
         tasks = [task.task for task in earlier]
         memory = memory_pipeline(parts, self.memory, tasks, stores=stores or None, collate=collate)
         if replay.mode == "mix":
@@ -283,10 +285,10 @@ class TaskSequence:
         latest = batches if self.config.training.steps is None else batches - 1
         return Interleaved(pipeline, memory, every=replay.every, latest=latest)
 
-    def _task(self, index: int, moment: int) -> RunningTask:
-        """The task as the method sees it before (`moment` 0) or after (1) training on it."""
+    def _task(self, index: int, stage: Stage) -> RunningTask:
+        """The task as the method sees it before or after training on it."""
         params_before = partial(self._params_before, index)
-        return running_task(self.parts, self.memory, index, moment=moment, params_before=params_before)
+        return running_task(self.parts, self.memory, index, stage=stage, params_before=params_before)
 
     def _params_before(self, index: int) -> Any:
         if self.parts.method.individual:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -21,14 +20,14 @@ from jaxcl.data.pairs import encode_prompts, open_prompts
 from jaxcl.data.plan import Shape
 from jaxcl.data.synthetic import Frame, Sample, choose_samples, read_body, shared_frame
 from jaxcl.errors import UserError
-from jaxcl.methods.base import Synthetic
-from jaxcl.methods.losses import example_losses
+from jaxcl.methods.options import SyntheticConfig
+from jaxcl.methods.passes.losses import example_losses
 from jaxcl.models.batch import Batch
 from jaxcl.models.generation import Generator
+from jaxcl.models.trainable import Params
 from jaxcl.run.components import Components
 from jaxcl.training.feed import place_batch
 
-Params = Any
 logger = logging.getLogger(__name__)
 
 
@@ -75,7 +74,13 @@ def write_samples(
 
 
 def _continue(
-    parts: Components, params: Params, frame: Frame, prompts: list[str], settings: Synthetic, count: int, key: Array
+    parts: Components,
+    params: Params,
+    frame: Frame,
+    prompts: list[str],
+    settings: SyntheticConfig,
+    count: int,
+    key: Array,
 ) -> list[str | None]:
     """Bodies of prompts that the model writes behind the prefix; `None` where it never came to the suffix."""
     tokenizer, data = parts.tokenizer, parts.config.data
@@ -124,7 +129,7 @@ def _likelihoods(parts: Components, params: Params, rows: Sequence[Mapping[str, 
     if not rows:
         return []
     encoded = parts.encode_written(rows, index, "samples")
-    network, chunk = parts.network, parts.method.config.loss_chunk
+    network, chunk = parts.network, parts.method.options.loss_chunk
 
     def losses(params: Params, batch: Batch) -> Mapping[str, Array]:
         states = network.hidden(params, batch).states

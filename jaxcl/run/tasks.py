@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
 from jaxcl.data.memory import Memory, MemoryPipeline, TaskMemory
 from jaxcl.data.rows import Rows
+from jaxcl.models.trainable import Params
 from jaxcl.run.components import Components, ProcessShare
 from jaxcl.training.config import micro_batch_size
 from jaxcl.training.task import RunningTask
 
-Params = Any
+Stage = Literal["before", "after"]
 
 
 def remember(parts: Components, memory: Memory, index: int) -> Memory:
@@ -53,15 +54,15 @@ def memory_pipeline(
 
 
 def running_task(
-    parts: Components, memory: Memory, index: int, *, moment: int, params_before: Callable[[], Params]
+    parts: Components, memory: Memory, index: int, *, stage: Stage, params_before: Callable[[], Params]
 ) -> RunningTask:
-    """The task as the method sees it before (`moment` 0) or after (1) training on it, in micro-batches.
+    """The task as the method sees it before or after training on it, in micro-batches.
 
     Args:
       parts: the parts of the run.
       memory: what is remembered so far.
       index: which task.
-      moment: 0 for `Method.prepare`, 1 for `Method.consolidate`.
+      stage: `before` for `Method.prepare`, `after` for `Method.consolidate`.
       params_before: reads the params as they were before the task.
     """
     size = micro_batch_size(parts.config.training, parts.layout.batch_ways, jax.process_count())
@@ -71,7 +72,7 @@ def running_task(
         index=index,
         name=parts.phase_name(index),
         count=parts.phases,
-        key=jax.random.fold_in(jax.random.key(parts.config.seed), 2 * index + moment),
+        key=jax.random.fold_in(jax.random.key(parts.config.seed), 2 * index + (stage == "after")),
         seed=parts.config.seed + index,
         pipeline=ProcessShare(parts.pipeline(sources, batch_size=size)),
         memory=ProcessShare(memory_pipeline(parts, memory, [index], batch_size=size)) if remembered else None,

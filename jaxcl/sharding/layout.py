@@ -8,10 +8,9 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
 
 from jaxcl.sharding import rules
-
-PyTree = Any
 
 
 @dataclasses.dataclass(frozen=True)

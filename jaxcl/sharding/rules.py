@@ -9,12 +9,12 @@ from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
 
 from jaxcl.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-PyTree = Any
 Names = Sequence[str | None]
 Rules = Mapping[str, tuple[str, ...]]
 

@@ -17,11 +17,10 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from jaxtyping import PyTree
 
 from jaxcl.errors import UserError
 from jaxcl.training.state import TrainState
-
-PyTree = Any
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FULL_WORDS = ("no space left", "quota exceeded", "file too large", "resource_exhausted")

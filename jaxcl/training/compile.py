@@ -18,8 +18,6 @@ from jaxcl.models.axes import constraints
 from jaxcl.sharding.layout import Layout, put
 from jaxcl.sharding.rules import Activations
 
-PyTree = Any
-
 
 class Compiler:
     """`jax.jit` for functions of a run's params; the same function is compiled once, however often it is asked for."""

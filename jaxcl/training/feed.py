@@ -56,7 +56,7 @@ def place_batch(rows: Rows, sharding: NamedSharding) -> Batch:
     if "weights" in fields:
         fields["weights"] = np.asarray(fields["weights"], np.float32)
     if "kind" in fields:
-        fields["kind"] = str(fields["kind"])
+        fields["origin"] = str(fields["origin"])
     try:
         batch = Batch(**{"predict": None, **fields})
     except TypeError as error:

@@ -99,7 +99,7 @@ def train_task(
                 with profiler.step(offset + step, state):
                     state, metrics = trainer.step(state, batch)
                 profiler.done(offset + step, metrics)
-                previous, pending = pending, _Pending(step, batch.kind, metrics, vote)
+                previous, pending = pending, _Pending(step, batch.origin, metrics, vote)
                 stop = read(previous)
                 due = save_every > 0 and step % save_every == 0 and step < total
                 if stop or due:

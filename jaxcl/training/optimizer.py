@@ -8,13 +8,11 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 from pydantic import Field
 
 from jaxcl.methods.base import OptimizerParts
 from jaxcl.schema import Schema
-
-PyTree = Any
 
 _UNDECAYED = frozenset({"bias", "scale"})
 

@@ -14,18 +14,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 from pydantic import Field
 
 from jaxcl.errors import UserError
 from jaxcl.methods.base import Method, Terms
 from jaxcl.models.batch import Batch
-from jaxcl.models.lora import trained
+from jaxcl.models.trainable import trained
 from jaxcl.schema import Schema
 from jaxcl.sharding.layout import Layout
 from jaxcl.training.micro_batches import micro_batches
-
-PyTree = Any
 
 
 class PrivacyConfig(Schema):

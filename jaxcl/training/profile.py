@@ -7,8 +7,7 @@ import os
 from typing import Any
 
 import jax
-
-PyTree = Any
+from jaxtyping import PyTree
 
 
 class Profiler:

@@ -7,12 +7,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, PyTree
 
 from jaxcl.sharding.layout import Layout, put
 from jaxcl.training.optimizer import Clock
-
-PyTree = Any
 
 
 @jax.tree_util.register_dataclass
@@ -82,24 +80,24 @@ def replace_method_state(state: TrainState, new: PyTree, layout: Layout) -> Trai
     Raises:
       ValueError: structure, a shape or a dtype differs from before; the message names the leaf.
     """
-    new = successor("method state", state.method_state, new, beside=state.params)
+    new = check_replacement("method state", state.method_state, new, beside=state.params)
     return state.replace(method_state=layout.place(new))
 
 
 def replace_params(state: TrainState, new: PyTree, layout: Layout) -> TrainState:
-    """A state with what `Method.finish` returned, put where it lives.
+    """A state with what `Method.final_params` returned, put where it lives.
 
     Raises:
       ValueError: structure, a shape or a dtype differs from before; the message names the leaf.
     """
     if new is state.params:
         return state
-    new = successor("params", state.params, new, beside=state.method_state)
+    new = check_replacement("params", state.params, new, beside=state.method_state)
     return state.replace(params=put(new, layout.params))
 
 
-def successor(name: str, old: PyTree, new: PyTree, beside: PyTree = None) -> PyTree:
-    """`new`, held against what it takes the place of, without buffers that `beside` has too.
+def check_replacement(name: str, old: PyTree, new: PyTree, beside: PyTree = None) -> PyTree:
+    """Checks that `new` has the structure, shapes and dtypes of `old`, and copies buffers that it shares with `beside`.
 
     Raises:
       ValueError: structure, a shape or a dtype differs; the message names the leaf.

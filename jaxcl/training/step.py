@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from jaxcl.errors import UserError
-from jaxcl.methods.base import Method, Term, Terms
+from jaxcl.functional.terms import Term, Terms
+from jaxcl.methods.base import Method
 from jaxcl.models.batch import Batch
-from jaxcl.models.lora import overlay, trained
+from jaxcl.models.trainable import overlay, trained
 from jaxcl.sharding.layout import Layout
 from jaxcl.training.micro_batches import micro_batches
 from jaxcl.training.optimizer import OptimizerConfig, learning_rate
 from jaxcl.training.privacy import PrivacyConfig, private_gradient
-from jaxcl.training.state import TrainState, successor
+from jaxcl.training.state import TrainState, check_replacement
 
-PyTree = Any
 Metrics = dict[str, Float[Array, ""]]
 Step = Callable[[TrainState, Batch, Array], tuple[TrainState, Metrics]]
 Sums = Mapping[str, Float[Array, ""]]
@@ -35,7 +34,7 @@ def make_train_step(
     accumulate: int,
     layout: Layout,
     privacy: PrivacyConfig | None = None,
-    moments: PyTree = None,
+    opt_shardings: PyTree = None,
 ) -> Step:
     r"""The training step of a method; pure, not compiled.
 
@@ -54,7 +53,7 @@ def make_train_step(
       accumulate: micro-batches of a batch; the batch size must be a multiple of it.
       layout: the run's layout.
       privacy: clip each example's gradient and add noise; see `private_gradient`.
-      moments: shardings of the optimizer's state on the devices, where it waits elsewhere; none: it is there.
+      opt_shardings: where to bring optimizer state that is offloaded to the host; `None`: it is not offloaded.
 
     Returns:
       `step(state, batch, key) -> (state, metrics)`. `key` is the run's: it is folded with the step's number. Metrics
@@ -78,13 +77,12 @@ def make_train_step(
             # The optimizer works in float32 whatever the params are kept in; see `Trainer.init`.
             grads = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), grads)
             extra = method.update_args(state.params, _own(state.method_state), batch, jax.random.fold_in(key, 1))
-            extra = _for_trained(extra, state.params)
-            opt_state = state.opt_state if moments is None else jax.device_put(state.opt_state, moments)
+            opt_state = state.opt_state if opt_shardings is None else jax.device_put(state.opt_state, opt_shardings)
             updates, opt_state = transform.update(grads, opt_state, params, learning_rate=rate, **extra)
             before, params = params, optax.apply_updates(params, updates)
         with jax.named_scope("track"):
             tracked = method.track(params, _own(state.method_state), before, grads)
-            method_state = successor("method state", state.method_state, tracked)
+            method_state = check_replacement("method state", state.method_state, tracked)
         with jax.named_scope("metrics"):
             both = [batch] if batch.memory is None else [batch, batch.memory]
             metrics = {
@@ -127,14 +125,6 @@ def _terms(method: Method, params: PyTree, state: PyTree, batch: Batch, key: Arr
 def _own(state: PyTree) -> PyTree:
     """A copy of the containers, so that a method that changes its state in place changes nothing that others see."""
     return jax.tree.map(lambda leaf: leaf, state)
-
-
-def _for_trained(arguments: dict[str, Any], params: PyTree) -> dict[str, Any]:
-    """A method's arguments for the update: of a tree over all params (masks), the part that is trained."""
-    structure: Any = jax.tree.structure(params)
-    return {
-        name: trained(value) if jax.tree.structure(value) == structure else value for name, value in arguments.items()
-    }
 
 
 def global_norm(tree: PyTree) -> Float[Array, ""]:

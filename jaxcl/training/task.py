@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
-from jaxcl.methods.base import Record
+from jaxcl.functional.losses import real_length
 from jaxcl.models.batch import Batch
 from jaxcl.sharding.layout import Layout
 from jaxcl.training.compile import Compiler
 from jaxcl.training.feed import Rows, place_batch
 from jaxcl.training.state import TrainState
+from jaxcl.training.stored import Record, trim
 from jaxcl.training.trainer import Trainer
-
-PyTree = Any
 
 
 class Pipeline(Protocol):
@@ -108,27 +107,34 @@ def signal_records(trainer: Trainer, state: TrainState, task: RunningTask) -> It
       task: the task just learned.
 
     Yields:
-      The example's number in its task, and its record as `Method.trim` leaves it; nothing if the method stores nothing.
+      The example's number in its task, and its record without its padding; nothing if the method stores nothing.
     """
     signals = trainer.compile.per_row(trainer.method.signals)
-    pending: tuple[Array, dict[str, Array]] | None = None
+    pending: dict[str, Array] | None = None
     for batch in task.memory():
         records = signals(state.params, state.method_state, batch, task.key)
         if records is None:
             return
-        previous, pending = pending, (batch.example, records)
+        sizes = {_EXAMPLE: batch.example, _LENGTH: real_length(batch.segments), _PREDICT: real_length(batch.weights)}
+        previous, pending = pending, records | sizes
         yield from _real_rows(trainer, previous)
     yield from _real_rows(trainer, pending)
 
 
-def _real_rows(trainer: Trainer, pending: tuple[Array, dict[str, Array]] | None) -> Iterator[tuple[int, Record]]:
+# What stands with the signals of a batch on their way to the host.
+_EXAMPLE, _LENGTH, _PREDICT = "/example", "/length", "/predict"
+
+
+def _real_rows(trainer: Trainer, pending: dict[str, Array] | None) -> Iterator[tuple[int, Record]]:
     if pending is None:
         return
-    examples = _local_rows(pending[0])
-    records = {name: _local_rows(value) for name, value in pending[1].items()}
+    rows = {name: _local_rows(value) for name, value in pending.items()}
+    examples, length, predict = (rows.pop(name) for name in (_EXAMPLE, _LENGTH, _PREDICT))
     for row, example in enumerate(examples):
         if example >= 0:
-            yield int(example), trainer.method.trim({name: value[row] for name, value in records.items()})
+            record = {name: value[row] for name, value in rows.items()}
+            sizes = {"length": int(length[row]), "predict": int(predict[row])}
+            yield int(example), trim(record, trainer.method.stored, **sizes)
 
 
 def _local_rows(array: Array) -> np.ndarray:

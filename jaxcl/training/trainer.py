@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from jaxcl.methods.base import Method
 from jaxcl.models.batch import Batch
-from jaxcl.models.lora import trained
+from jaxcl.models.trainable import trained
 from jaxcl.sharding.layout import Layout, put
 from jaxcl.training.compile import Compiler
 from jaxcl.training.feed import Feed, RowIterator
@@ -20,8 +19,6 @@ from jaxcl.training.optimizer import Clock, OptimizerConfig, make_parts
 from jaxcl.training.privacy import PrivacyConfig
 from jaxcl.training.state import TrainState, abstract, on_host, replace_method_state, replace_params, state_shardings
 from jaxcl.training.step import Metrics, make_train_step
-
-PyTree = Any
 
 
 class Trainer:
@@ -76,7 +73,7 @@ class Trainer:
             accumulate=accumulate,
             layout=layout,
             privacy=privacy,
-            moments=moments,
+            opt_shardings=moments,
         )
         self.jitted_step = jax.jit(
             self.compile.trace(step),
@@ -111,7 +108,7 @@ class Trainer:
 
     def target_of(self, num_tasks: int) -> TrainState:
         """The `target` of a run of the same method with another number of tasks."""
-        method = type(self.method)(self.method.config, self.method.network, num_tasks)
+        method = type(self.method)(self.method.options, self.method.network, num_tasks)
         shapes = jax.eval_shape(method.init, self.layout.shapes)
         return self.target.replace(method_state=abstract(shapes, self.layout.like_params(shapes)))
 
@@ -147,7 +144,7 @@ class Trainer:
         return replace_method_state(state, new, self.layout)
 
     def with_params(self, state: TrainState, new: PyTree) -> TrainState:
-        """The state with what `Method.finish` returned.
+        """The state with what `Method.final_params` returned.
 
         Raises:
           ValueError: structure, shapes or dtypes changed.

@@ -15,9 +15,10 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array
 
 from jaxcl.errors import UserError
-from jaxcl.models.lora import ADAPTER_NAMES, is_adapter, product
+from jaxcl.models.lora import is_adapter, product
 from jaxcl.models.network import Network, Params
 from jaxcl.models.roberta import RobertaConfig
+from jaxcl.models.trainable import ADAPTER_NAMES
 from jaxcl.weights.folder import new_folder
 from jaxcl.weights.hf_config import is_bert, to_hf
 from jaxcl.weights.source import INDEX_FILE, SINGLE_FILE

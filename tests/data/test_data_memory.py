@@ -72,7 +72,7 @@ def test_batches_hold_the_kept_examples_of_all_tasks_and_nothing_else():
     for batches in (list(stream.once()), [stream.batch_at(s, seed=1) for s in range(stream.steps_per_epoch)]):
         seen = set()
         for batch in batches:
-            assert batch["kind"] == "memory"
+            assert batch["origin"] == "memory"
             for at, (task, example) in enumerate(zip(batch["task"], batch["example"], strict=True)):
                 if example >= 0:
                     seen.add((int(task), int(example)))

@@ -32,7 +32,7 @@ def mixture(tasks=20, memories=6, **options):
 
 def kinds(mixed, count):
     iterator = mixed.train(0)
-    found = [next(iterator)["kind"][0] for _ in range(count)]
+    found = [next(iterator)["origin"][0] for _ in range(count)]
     iterator.close()
     return "".join(found)
 
@@ -67,8 +67,8 @@ def test_a_memory_batch_that_would_come_too_late_comes_at_the_latest_that_is_ask
 def test_an_epoch_sees_each_example_once_and_by_default_the_memory_once(tasks, memories, every):
     mixed = mixture(tasks, memories, every=every)
     epoch = [mixed.batch_at(step, seed=0) for step in range(mixed.steps_per_epoch)]
-    by_kind = {kind: [b for b in epoch if b["kind"] == kind] for kind in ("task", "memory")}
-    assert epoch[0]["kind"] == "task"
+    by_kind = {kind: [b for b in epoch if b["origin"] == kind] for kind in ("task", "memory")}
+    assert epoch[0]["origin"] == "task"
     assert len(by_kind["task"]) == mixed.task.steps_per_epoch
     seen = [i for b in by_kind["task"] for i in b["example"] if i >= 0]
     assert sorted(seen) == list(range(tasks))
@@ -96,7 +96,7 @@ def test_both_streams_run_on_in_their_own_order(options):
     found: dict[str, list] = {"task": [], "memory": []}
     for step in range(3 * mixed.steps_per_epoch):
         batch = mixed.batch_at(step, seed=4)
-        found[batch["kind"]].append(batch)
+        found[batch["origin"]].append(batch)
     for kind, stream in (("task", mixed.task), ("memory", mixed.memory)):
         for number, batch in enumerate(found[kind]):
             assert_same_batch(batch, stream.batch_at(number, seed=4))
@@ -143,7 +143,7 @@ def test_processes_share_each_batch(make):
     parts = [make().train(3, index, 2) for index in range(2)]
     for _ in range(30):
         for expected, left, right in zip(*(flat(next(stream)) for stream in (whole, *parts)), strict=True):
-            assert expected["kind"] == left["kind"] == right["kind"]
+            assert expected["origin"] == left["origin"] == right["origin"]
             np.testing.assert_array_equal(expected["tokens"], np.concatenate([left["tokens"], right["tokens"]]))
 
 

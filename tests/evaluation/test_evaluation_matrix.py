@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from jaxcl.evaluation.matrix import ContinualMatrix
+from jaxcl.functional.matrix import ContinualMatrix
 
 UP = [True, True, True]
 

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from jaxcl.errors import UserError
-from jaxcl.evaluation.matrix import ContinualMatrix
 from jaxcl.evaluation.results import Measure, Results, installed_versions, measure, write_predictions, write_tables
+from jaxcl.functional.matrix import ContinualMatrix
 
 
 def results() -> Results:

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from methods_helpers import StandInTask, filled, init, make_batch, pad_batch, perturbed, tiny_llama, tiny_roberta
 
-from jaxcl.methods.das import Das, DasConfig
-from jaxcl.methods.importance import ImportanceSums, add_domain_importance, add_general_importance, normalise
+from jaxcl.functional.importance import ImportanceSums, normalise
+from jaxcl.methods.das import Das, DasOptions
+from jaxcl.methods.passes.importance import add_domain_importance, add_general_importance
 from jaxcl.models.gates import Gates
 from jaxcl.models.network import Network
 
@@ -22,7 +23,7 @@ def assert_close(one: Any, other: Any, rtol: float = 1e-4) -> None:
 
 
 def test_importance_over_two_domains(network: Network) -> None:
-    method = Das(DasConfig(proxy_dropout=0.2, importance_examples=7), network, 2)
+    method = Das(DasOptions(proxy_dropout=0.2, importance_examples=7), network, 2)
     params = init(network)
     start = method.init(params)
     batches = [make_batch(), make_batch(seed=1)]
@@ -30,7 +31,7 @@ def test_importance_over_two_domains(network: Network) -> None:
 
     @jax.jit
     def general(key: jax.Array) -> Gates:
-        sums = ImportanceSums.zero(network)
+        sums = ImportanceSums.zero(network.gates())
         for batch in batches:
             sums = add_general_importance(network, sums, params, batch, key, 0.2, 0)
         return normalise(sums.mean(), "tanh", 0.5)
@@ -44,7 +45,7 @@ def test_importance_over_two_domains(network: Network) -> None:
 
     @jax.jit
     def domain() -> Gates:
-        sums = ImportanceSums.zero(network)
+        sums = ImportanceSums.zero(network.gates())
         for batch in batches:
             sums = add_domain_importance(network, sums, later, batch, 0)
         return normalise(sums.mean(), "tanh", 0.5)
@@ -68,7 +69,7 @@ def test_importance_over_two_domains(network: Network) -> None:
 def test_normalisation_is_a_choice(network: Network) -> None:
     params = init(network)
     batches = [make_batch()]
-    method = Das(DasConfig(normalisation="quantile", protected_share=0.25), network, 1)
+    method = Das(DasOptions(normalisation="quantile", protected_share=0.25), network, 1)
     state = method.consolidate(params, method.init(params), StandInTask(batches))
     np.testing.assert_allclose((np.asarray(state["importance"].output) > 0).mean(), 0.25)
 
@@ -90,7 +91,7 @@ def test_contrast_equals_separate_passes(network: Network) -> None:
     scores = np.exp(np.concatenate([full @ full.T, full @ past.T], axis=1) / 0.1)
     expected = -np.log(np.diagonal(scores) / scores.sum(axis=1)).sum()
     for anchor in ("own", "language_model"):
-        options = DasConfig(proxy_dropout=0.0, temperature=0.1, contrast_weight=0.5, anchor=anchor)
+        options = DasOptions(proxy_dropout=0.0, temperature=0.1, contrast_weight=0.5, anchor=anchor)
         method = Das(options, network, 1)
         state = {**method.init(params), "importance": importance}
         terms = jax.jit(method.loss)(params, state, batch, jax.random.key(0))
@@ -135,7 +136,7 @@ def test_fixed_negatives_leave_only_the_slope_through_the_full_network() -> None
     assert abs(slopes["trained"] - slopes["fixed"]) > 0.1 * abs(slopes["trained"])
     values = set()
     for negatives, slope in slopes.items():
-        method = Das(DasConfig(proxy_dropout=0.0, temperature=1.0, negatives=negatives), network, 1)
+        method = Das(DasOptions(proxy_dropout=0.0, temperature=1.0, negatives=negatives), network, 1)
         state = {**method.init(params), "importance": importance}
 
         def contrast(params: Any, method: Das = method, state: Any = state) -> jax.Array:
@@ -154,11 +155,11 @@ def test_proxy_is_a_choice() -> None:
     params, batches = init(network), [make_batch()]
     found = []
     for proxy in ("outputs", "pooled"):
-        method = Das(DasConfig(proxy=proxy), network, 1)
+        method = Das(DasOptions(proxy=proxy), network, 1)
         task = StandInTask(batches)
         found.append(method.prepare(params, method.init(params), task)["importance"])
         sums = add_general_importance(
-            network, ImportanceSums.zero(network), params, batches[0], task.key, 0.1, 0, proxy
+            network, ImportanceSums.zero(network.gates()), params, batches[0], task.key, 0.1, 0, proxy
         )
         assert_close(found[-1], normalise(sums.mean(), "tanh", 0.5), rtol=1e-3)
     assert not np.allclose(found[0].output, found[1].output, rtol=1e-2)
@@ -169,7 +170,7 @@ def test_passes_of_the_contrast_draw_noise_of_their_own() -> None:
     params, batch = init(network), make_batch()
     sums: dict[float, set[float]] = {}
     for rate in (0.0, 0.3):
-        method = Das(DasConfig(proxy_dropout=rate), network, 1)
+        method = Das(DasOptions(proxy_dropout=rate), network, 1)
         loss = jax.jit(method.loss)
         terms = [loss(params, method.init(params), batch, jax.random.key(seed)) for seed in (0, 1)]
         sums[rate] = {float(one["contrast"].sum) for one in terms}
@@ -180,21 +181,21 @@ def test_passes_of_the_contrast_draw_noise_of_their_own() -> None:
 
 
 def test_a_model_with_dropout_keeps_its_own() -> None:
-    assert Das(DasConfig(), tiny_llama(), 1)._noise_rate() == 0.1
-    assert Das(DasConfig(), tiny_llama(dropout=0.2), 1)._noise_rate() is None
-    assert Das(DasConfig(), tiny_roberta(attention_dropout=0.2), 1)._noise_rate() is None
+    assert Das(DasOptions(), tiny_llama(), 1)._noise_rate() == 0.1
+    assert Das(DasOptions(), tiny_llama(dropout=0.2), 1)._noise_rate() is None
+    assert Das(DasOptions(), tiny_roberta(attention_dropout=0.2), 1)._noise_rate() is None
 
 
 def test_each_variant_runs_its_passes_and_no_other() -> None:
     """A pass over the layers is a scan; one more for each that is differentiated."""
     network = tiny_llama(num_layers=1)
     params, batch = network.shapes(), make_batch()
-    variants: dict[tuple[Any, ...], DasConfig] = {
-        (1, 1): DasConfig(contrast_weight=0),
-        (4, 4): DasConfig(anchor="own", negatives="trained"),
-        (4, 3): DasConfig(anchor="own", negatives="fixed"),
-        (3, 3): DasConfig(anchor="language_model", negatives="trained"),
-        (3, 2): DasConfig(anchor="language_model", negatives="fixed"),
+    variants: dict[tuple[Any, ...], DasOptions] = {
+        (1, 1): DasOptions(contrast_weight=0),
+        (4, 4): DasOptions(anchor="own", negatives="trained"),
+        (4, 3): DasOptions(anchor="own", negatives="fixed"),
+        (3, 3): DasOptions(anchor="language_model", negatives="trained"),
+        (3, 2): DasOptions(anchor="language_model", negatives="fixed"),
     }
     for (forward, backward), options in variants.items():
         method = Das(options, network, 1)
@@ -212,7 +213,7 @@ def test_each_variant_runs_its_passes_and_no_other() -> None:
 
 def test_options_are_held_against_the_model() -> None:
     with pytest.raises(ValueError, match="proxy_dropout"):
-        Das.check(DasConfig(proxy_dropout=0.0), tiny_llama().config)
-    Das.check(DasConfig(proxy_dropout=0.0), tiny_roberta(hidden_dropout=0.1).config)
-    Das.check(DasConfig(proxy_dropout=0.0, general_knowledge=False, contrast_weight=0.0), tiny_llama().config)
-    Das.check(DasConfig(), tiny_llama().config)
+        Das.check(DasOptions(proxy_dropout=0.0), tiny_llama().config)
+    Das.check(DasOptions(proxy_dropout=0.0), tiny_roberta(hidden_dropout=0.1).config)
+    Das.check(DasOptions(proxy_dropout=0.0, general_knowledge=False, contrast_weight=0.0), tiny_llama().config)
+    Das.check(DasOptions(), tiny_llama().config)

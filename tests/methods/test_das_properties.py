@@ -22,15 +22,10 @@ from methods_helpers import (
     tiny_roberta,
 )
 
-from jaxcl.methods.das import Das, DasConfig
-from jaxcl.methods.importance import (
-    ImportanceSums,
-    add_domain_importance,
-    add_general_importance,
-    gate_gradients,
-    normalise_tanh,
-)
-from jaxcl.methods.losses import example_losses
+from jaxcl.functional.importance import ImportanceSums, gate_gradients, normalise_tanh
+from jaxcl.methods.das import Das, DasOptions
+from jaxcl.methods.passes.importance import add_domain_importance, add_general_importance
+from jaxcl.methods.passes.losses import example_losses
 from jaxcl.models.compute import Compute
 from jaxcl.models.gates import Gates
 from jaxcl.models.network import Network
@@ -51,7 +46,7 @@ def assert_close(found: Any, expected: Any, tolerance: float) -> None:
 def test_state_after_a_domain_does_not_depend_on_batching(make: Any) -> None:
     network = make(num_layers=1)
     params = init(network)
-    method = Das(DasConfig(), network, 1)
+    method = Das(DasOptions(), network, 1)
     batch = make_batch((6, 4, 5, 3), predict=2)
     whole = method.consolidate(params, method.init(params), StandInTask([batch]))
     # Other order, longer rows, one batch full and one nearly empty.
@@ -66,7 +61,7 @@ def measure(network: Network, params: Any, general: bool) -> Gates:
     batch = make_batch((6, 4, 5))
 
     def run() -> Gates:
-        sums = ImportanceSums.zero(network)
+        sums = ImportanceSums.zero(network.gates())
         if general:
             return add_general_importance(network, sums, params, batch, jax.random.key(1), 0.2, 2).mean()
         return add_domain_importance(network, sums, params, batch, 2).mean()
@@ -96,7 +91,7 @@ def test_bfloat16_gives_nearly_the_same_gate_gradients(make: Any) -> None:
         def losses(gates: Gates) -> jax.Array:
             return example_losses(network, params, network.hidden(params, batch, gates=gates).states, batch, 0)
 
-        return jax.jit(lambda: gate_gradients(network, losses, batch.size))()
+        return jax.jit(lambda: gate_gradients(losses, network.gates(batch.size)))()
 
     for wide, low in zip(*map(jax.tree.leaves, (gradients("float32"), gradients("bfloat16"))), strict=True):
         assert low.dtype == jnp.float32
@@ -116,7 +111,7 @@ def test_masks_act_once_however_many_micro_batches(mask_on: Any) -> None:
     network = tiny_llama(num_layers=1)
     layout = Layout.create(make_mesh(MeshConfig(), jax.devices()[:1]), network.axes(), network.shapes())
     batch = jax.device_put(make_batch((6, 4, 5, 3)), layout.batch)
-    method = Das(DasConfig(contrast_weight=0.0, mask_on=mask_on), network, 1)
+    method = Das(DasOptions(contrast_weight=0.0, mask_on=mask_on), network, 1)
     start = named(init(network))
     moved = []
     for accumulate in (1, 4):
@@ -134,14 +129,14 @@ SMALL = tiny_llama(num_layers=1, intermediate_size=6)
 @settings(max_examples=10, deadline=None)
 @given(st.lists(st.lists(st.integers(0, 9), min_size=8, max_size=8), min_size=3, max_size=3), st.booleans())
 def test_accumulated_importance_never_falls_and_each_domain_is_kept(domains: list[list[int]], tanh: bool) -> None:
-    method = Das(DasConfig(normalisation="tanh" if tanh else "quantile"), SMALL, 3)
+    method = Das(DasOptions(normalisation="tanh" if tanh else "quantile"), SMALL, 3)
     state = method.init(None)
     seen = []
     for place, values in enumerate(domains, start=1):
         total = jax.tree.map(
             lambda gate, values=values: 1e-4 * jnp.array([values[: gate.shape[1]]]), state["importance"]
         )
-        new = method.absorb(state, ImportanceSums(total, jnp.float32(2)), jnp.int32(place))
+        new = method.update_state(state, ImportanceSums(total, jnp.float32(2)), jnp.int32(place))
         for before, after in zip(jax.tree.leaves(state["importance"]), jax.tree.leaves(new["importance"]), strict=True):
             assert np.all((np.asarray(after) >= before) & (np.asarray(after) <= 1))
         seen.append(jax.tree.map(lambda leaf, place=place: np.asarray(leaf[place]), new["history"]))

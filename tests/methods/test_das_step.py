@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from methods_helpers import filled, in_unit, init, make_batch, named, tiny_llama, tiny_roberta
 
-from jaxcl.methods.base import Method, MethodConfig
-from jaxcl.methods.das import Das, DasConfig
+from jaxcl.methods.base import Method
+from jaxcl.methods.das import Das, DasOptions
+from jaxcl.methods.options import MethodOptions
 from jaxcl.methods.sequential import Sequential
 from jaxcl.models.network import Network
 from jaxcl.sharding.layout import Layout
@@ -28,7 +29,7 @@ def network(request: pytest.FixtureRequest) -> Network:
 
 @pytest.fixture(scope="module")
 def masked(network: Network) -> Trainer:
-    return make_trainer(network, Das(DasConfig(contrast_weight=0.0), network, 1))
+    return make_trainer(network, Das(DasOptions(contrast_weight=0.0), network, 1))
 
 
 def make_trainer(network: Network, method: Method) -> Trainer:
@@ -48,7 +49,7 @@ def train(trainer: Trainer, network: Network, importance: float | None) -> dict[
 
 
 def test_importance_0_trains_like_plain_fine_tuning_to_the_bit(network: Network, masked: Trainer) -> None:
-    plain = train(make_trainer(network, Sequential(MethodConfig(), network, 1)), network, None)
+    plain = train(make_trainer(network, Sequential(MethodOptions(), network, 1)), network, None)
     das = train(masked, network, 0.0)
     start = named(init(network))
     for path, leaf in plain.items():
@@ -68,7 +69,7 @@ def test_importance_1_freezes_to_the_bit(network: Network, masked: Trainer) -> N
 
 def test_importance_1_with_shared_params_frozen_freezes_everything(network: Network) -> None:
     # The contrast is on: its gradient is masked like the other.
-    trainer = make_trainer(network, Das(DasConfig(shared="frozen"), network, 1))
+    trainer = make_trainer(network, Das(DasOptions(shared="frozen"), network, 1))
     start = named(init(network))
     for path, leaf in train(trainer, network, 1.0).items():
         np.testing.assert_array_equal(leaf, start[path], err_msg=path)

@@ -5,12 +5,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from methods_helpers import VOCAB, init, make_batch, perturbed, tiny_llama, tiny_roberta
+from methods_helpers import VOCAB, collated, init, make_batch, perturbed, stored_records, tiny_llama, tiny_roberta
 
 from jaxcl.errors import UserError
-from jaxcl.methods.base import Replay
-from jaxcl.methods.derpp import Derpp, DerppConfig
-from jaxcl.methods.losses import language_model_terms
+from jaxcl.methods.derpp import Derpp, DerppOptions
+from jaxcl.methods.options import ReplayConfig
+from jaxcl.methods.passes.losses import language_model_terms
 from jaxcl.models.batch import Batch
 from jaxcl.models.network import Network
 
@@ -20,22 +20,14 @@ def network(request: pytest.FixtureRequest) -> Network:
     return tiny_llama(num_layers=1) if request.param == "llama" else tiny_roberta(num_layers=1)
 
 
-@dataclasses.dataclass
-class Shape:
-    length: int
-    predict: int | None
-
-
-def through_the_store(method: Derpp, params: Any, batch: Batch, shape: Shape) -> Batch:
-    """The batch as it comes back: stored row by row, put together again, zeros beside rows that only fill."""
-    signals = jax.jit(method.signals)(params, {}, batch, jax.random.key(0))
-    rows = [{name: np.asarray(value[row]) for name, value in signals.items()} for row in range(batch.size)]
-    records = [method.trim(row) for row in rows]
+def through_the_store(method: Derpp, params: Any, batch: Batch, length: int, predict: int | None) -> Batch:
+    """The batch as it comes back: stored row by row and put together again."""
+    records: list[Any] = list(stored_records(method, params, {}, batch))
     for row, example in enumerate(np.asarray(batch.example)):
         if example < 0:
-            records[row] = {name: np.zeros_like(value) for name, value in records[0].items()}
-    teacher = {name: jnp.asarray(value) for name, value in method.collate(records, shape).items()}
-    return dataclasses.replace(batch, kind="memory", teacher=teacher)
+            records[row] = None
+    teacher = collated(method, params, {}, records, length, predict)
+    return dataclasses.replace(batch, origin="memory", teacher=teacher)
 
 
 def outputs(network: Network, params: Any, batch: Batch, match: str) -> np.ndarray:
@@ -48,8 +40,8 @@ def outputs(network: Network, params: Any, batch: Batch, match: str) -> np.ndarr
 @pytest.mark.parametrize("chunk", [0, 2])
 def test_terms_are_the_formula(network: Network, match: Any, chunk: int) -> None:
     before, now, batch = init(network), perturbed(init(network), 0.2), make_batch((6, 4, 0))
-    method = Derpp(DerppConfig(match=match, alpha=0.3, beta=0.7, loss_chunk=chunk), network, 2)
-    memory = through_the_store(method, before, batch, Shape(7, 3))
+    method = Derpp(DerppOptions(match=match, alpha=0.3, beta=0.7, loss_chunk=chunk), network, 2)
+    memory = through_the_store(method, before, batch, 7, 3)
     assert memory.teacher is not None
     assert memory.teacher["outputs"].shape == (3, 3, 8 if match == "hidden" else VOCAB)
     terms = jax.jit(method.loss)(now, {}, memory, jax.random.key(0))
@@ -64,28 +56,27 @@ def test_terms_are_the_formula(network: Network, match: Any, chunk: int) -> None
 @pytest.mark.parametrize("match", ["hidden", "logits"])
 def test_a_model_that_did_not_move_matches_itself(network: Network, match: Any) -> None:
     params = init(network)
-    method = Derpp(DerppConfig(match=match), network, 2)
-    memory = through_the_store(method, params, make_batch(), Shape(7, 3))
+    method = Derpp(DerppOptions(match=match), network, 2)
+    memory = through_the_store(method, params, make_batch(), 7, 3)
     terms = jax.jit(method.loss)(params, {}, memory, jax.random.key(0))
     np.testing.assert_allclose(terms["match"].sum, 0.0, atol=1e-10)
 
 
 def test_positions_that_are_not_scored_are_not_stored(network: Network) -> None:
-    method = Derpp(DerppConfig(), network, 1)
+    method = Derpp(DerppOptions(), network, 1)
     batch = make_batch((6, 4), predict=3)  # 3 and 2 scored positions
-    signals = jax.jit(method.signals)(init(network), {}, batch, jax.random.key(0))
-    rows = [{name: np.asarray(value[row]) for name, value in signals.items()} for row in (0, 1)]
-    assert [method.trim(row)["outputs"].shape for row in rows] == [(3, 8), (2, 8)]
+    records = stored_records(method, init(network), {}, batch)
+    assert [record["outputs"].shape for record in records] == [(3, 8), (2, 8)]
 
 
 def test_rows_that_are_scored_everywhere_are_stored_up_to_their_last_target() -> None:
     network = tiny_llama(num_layers=1)
-    method = Derpp(DerppConfig(), network, 1)
+    method = Derpp(DerppOptions(), network, 1)
     weights = jnp.array([[1, 1, 0, 1, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0]], jnp.float32)
     batch = make_batch((6, 4))
     batch = dataclasses.replace(batch, predict=None, weights=weights, targets=batch.tokens)
     before, now = init(network), perturbed(init(network), 0.2)
-    memory = through_the_store(method, before, batch, Shape(7, None))
+    memory = through_the_store(method, before, batch, 7, None)
     assert memory.teacher is not None
     assert memory.teacher["outputs"].shape == (2, 7, 8)
     assert [int(np.any(row, axis=1).sum()) for row in np.asarray(memory.teacher["outputs"])] == [4, 1]
@@ -96,7 +87,7 @@ def test_rows_that_are_scored_everywhere_are_stored_up_to_their_last_target() ->
 
 def test_rows_of_the_task_have_the_plain_loss(network: Network) -> None:
     params, batch, key = init(network), make_batch(), jax.random.key(0)
-    terms = jax.jit(Derpp(DerppConfig(), network, 1).loss)(params, {}, batch, key)
+    terms = jax.jit(Derpp(DerppOptions(), network, 1).loss)(params, {}, batch, key)
     assert list(terms) == ["loss"]
     assert terms["loss"].weight == 1.0
 
@@ -104,6 +95,6 @@ def test_rows_of_the_task_have_the_plain_loss(network: Network) -> None:
 def test_what_cannot_work_is_said() -> None:
     network = tiny_llama(num_layers=1)
     with pytest.raises(ValueError, match="keeps nothing"):
-        Derpp.check(DerppConfig(replay=Replay(fraction=0, minimum=0)), network.config)
+        Derpp.check(DerppOptions(replay=ReplayConfig(fraction=0, minimum=0)), network.config)
     with pytest.raises(UserError, match="nothing is stored"):
-        Derpp(DerppConfig(), network, 1).loss(init(network), {}, make_batch(kind="memory"), jax.random.key(0))
+        Derpp(DerppOptions(), network, 1).loss(init(network), {}, make_batch(origin="memory"), jax.random.key(0))

@@ -8,16 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from methods_helpers import log_softmax
 
-from jaxcl.methods.distillation import (
-    TopScores,
-    decode_rows,
-    encode_rows,
-    example_divergence,
-    full_divergence,
-    sample_queries,
-    top_divergence,
-    top_scores,
-)
+from jaxcl.functional.attention_divergence import example_divergence
+from jaxcl.functional.attention_rows import decode_rows, encode_rows, sample_queries
+from jaxcl.functional.distillation import TopScores, full_divergence, top_divergence, top_scores
 
 RNG = np.random.default_rng(0)
 

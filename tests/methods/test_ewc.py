@@ -17,7 +17,7 @@ from methods_helpers import (
     tiny_roberta,
 )
 
-from jaxcl.methods.ewc import Ewc, EwcConfig
+from jaxcl.methods.ewc import Ewc, EwcOptions
 from jaxcl.models.batch import Batch
 from jaxcl.models.network import Network
 
@@ -28,7 +28,7 @@ def network(request: pytest.FixtureRequest) -> Network:
 
 
 def measured(network: Network, params: Any, batches: list[Batch], chunk: int = 512) -> dict[str, np.ndarray]:
-    method = Ewc(EwcConfig(loss_chunk=chunk), network, 1)
+    method = Ewc(EwcOptions(loss_chunk=chunk), network, 1)
     add, sums = jax.jit(method.add_fisher), method.no_fisher(params)
     for batch in batches:
         sums = add(sums, params, batch)
@@ -81,7 +81,7 @@ def test_how_examples_are_put_into_batches_changes_nothing(network: Network) -> 
 
 
 def test_the_penalty_is_the_formula(network: Network) -> None:
-    method = Ewc(EwcConfig(strength=3.0), network, 1)
+    method = Ewc(EwcOptions(strength=3.0), network, 1)
     params, batch, key = init(network), make_batch(), jax.random.key(0)
     state = {"anchor": perturbed(params, 0.3), "fisher": jax.tree.map(jnp.square, perturbed(params, 1.0, seed=3))}
 
@@ -101,14 +101,14 @@ def test_the_penalty_is_the_formula(network: Network) -> None:
 
 
 def test_before_the_first_task_there_is_no_penalty(network: Network) -> None:
-    method = Ewc(EwcConfig(), network, 1)
+    method = Ewc(EwcOptions(), network, 1)
     params = init(network)
     terms = jax.jit(method.loss)(perturbed(params, 0.1), method.init(params), make_batch(), jax.random.key(0))
     assert terms["penalty"].sum == 0
 
 
 def test_the_fisher_of_earlier_tasks_fades_by_decay(network: Network) -> None:
-    method = Ewc(EwcConfig(decay=0.25), network, 2)
+    method = Ewc(EwcOptions(decay=0.25), network, 2)
     first, second = init(network), perturbed(init(network), 0.1)
     one, other = [make_batch()], [make_batch(seed=1)]
     start = method.init(first)
@@ -123,7 +123,7 @@ def test_the_fisher_of_earlier_tasks_fades_by_decay(network: Network) -> None:
 def test_bfloat16_params_have_a_float32_fisher() -> None:
     network = tiny_llama(num_layers=1)
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), init(network))
-    method = Ewc(EwcConfig(), network, 1)
+    method = Ewc(EwcOptions(), network, 1)
     state = method.consolidate(params, method.init(params), StandInTask([make_batch()]))
     assert {leaf.dtype for leaf in jax.tree.leaves(state["fisher"])} == {jnp.dtype("float32")}
     assert {leaf.dtype for leaf in jax.tree.leaves(state["anchor"])} == {jnp.dtype("bfloat16")}

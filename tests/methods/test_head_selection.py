@@ -9,16 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from methods_helpers import init, make_batch, pad_batch, perturbed, take_rows, tiny_llama, tiny_roberta
 
-from jaxcl.methods.head_selection import (
-    HeadSums,
-    add_forgettability,
-    add_sensitivity,
-    combine,
-    normalise_sensitivity,
-    resolve_budget,
-    select_heads,
-)
-from jaxcl.methods.losses import example_losses
+from jaxcl.functional.heads import HeadSums, combine, normalise_sensitivity, resolve_budget, select_heads
+from jaxcl.methods.passes.heads import add_forgettability, add_sensitivity
+from jaxcl.methods.passes.losses import example_losses
 from jaxcl.models.batch import Batch
 from jaxcl.models.compute import Compute
 from jaxcl.models.network import Network, Params
@@ -37,7 +30,7 @@ def params(network: Network) -> Params:
 
 def sensitivity(network: Network, params: Params, batches: list[Batch], chunk: int = 0) -> HeadSums:
     add = jax.jit(lambda sums, batch: add_sensitivity(network, sums, params, batch, chunk))
-    sums = HeadSums.zero(network)
+    sums = HeadSums.zero(network.num_layers, network.num_heads)
     for batch in batches:
         sums = add(sums, batch)
     return sums
@@ -45,7 +38,7 @@ def sensitivity(network: Network, params: Params, batches: list[Batch], chunk: i
 
 def forgettability(network: Network, before: Params, after: Params, batches: list[Batch]) -> HeadSums:
     add = jax.jit(lambda sums, batch: add_forgettability(network, sums, before, after, batch))
-    sums = HeadSums.zero(network)
+    sums = HeadSums.zero(network.num_layers, network.num_heads)
     for batch in batches:
         sums = add(sums, batch)
     return sums
@@ -150,7 +143,7 @@ def test_sensitivity_holds_maps_of_one_layer_only() -> None:
     # Whatever the configuration says of rematerialisation: the program carries no attention map from layer to layer.
     network = tiny_llama(num_layers=3, compute=Compute(remat="none"))
     batch = make_batch((16, 16), length=16)
-    zero = HeadSums.zero(network)
+    zero = HeadSums.zero(network.num_layers, network.num_heads)
     program = jax.make_jaxpr(lambda params: add_sensitivity(network, zero, params, batch, 0))(network.shapes())
     stacked = [
         variable.aval.shape

@@ -8,19 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from methods_helpers import init, log_softmax, make_batch, pad_batch, take_rows, tiny_llama, tiny_roberta
 
-from jaxcl.methods.importance import (
+from jaxcl.functional.importance import (
     ImportanceSums,
-    Proxy,
     accumulate,
-    add_domain_importance,
-    add_general_importance,
-    dropout_divergence,
     gate_gradients,
     normalise,
     normalise_quantile,
     normalise_tanh,
 )
-from jaxcl.methods.losses import example_losses, scored_states
+from jaxcl.functional.losses import scored_states
+from jaxcl.methods.passes.importance import Proxy, add_domain_importance, add_general_importance, dropout_divergence
+from jaxcl.methods.passes.losses import example_losses
 from jaxcl.models.batch import Batch
 from jaxcl.models.compute import Compute
 from jaxcl.models.gates import Gates
@@ -44,14 +42,14 @@ def mean_loss(network: Network, params: Params, batch: Batch, gates: Gates) -> j
 
 
 def single_example_gradients(network: Network, params: Params, batch: Batch) -> list[Gates]:
-    ones = Gates.ones(network.config)
+    ones = network.gates()
     gradient = jax.jit(jax.grad(lambda gates, row: mean_loss(network, params, row, gates)))
     return [gradient(ones, take_rows(batch, [row])) for row in range(batch.size)]
 
 
 def domain_importance(network: Network, params: Params, batches: list[Batch]) -> Gates:
     add = jax.jit(lambda sums, batch: add_domain_importance(network, sums, params, batch, chunk=0))
-    sums = ImportanceSums.zero(network)
+    sums = ImportanceSums.zero(network.gates())
     for batch in batches:
         sums = add(sums, batch)
     return sums.mean()
@@ -77,14 +75,14 @@ def test_gate_gradients_equal_finite_differences(network: Network, params: Param
     def losses(gates: Gates) -> jax.Array:
         return example_losses(network, params, network.hidden(params, batch, gates=gates).states, batch, 0)
 
-    gradients = jax.jit(lambda: gate_gradients(network, losses, batch.size))()
+    gradients = jax.jit(lambda: gate_gradients(losses, network.gates(batch.size)))()
     compiled = jax.jit(losses)
     step = 1e-2
     for name, unit in (("heads", 1), ("intermediate", 5), ("output", 3)):
         for layer in range(network.num_layers):
             moved = []
             for sign in (1, -1):
-                gates = Gates.ones(network.config, batch=2)
+                gates = network.gates(2)
                 leaf = getattr(gates, name).at[layer, :, unit].add(sign * step)
                 moved.append(compiled(Gates(**{**vars(gates), name: leaf})))
             slope = (np.asarray(moved[0], np.float64) - np.asarray(moved[1])) / (2 * step)
@@ -119,7 +117,7 @@ def test_batch_size_order_and_padding_change_no_general_importance(
     network: Network, params: Params, proxy: Proxy
 ) -> None:
     def importance(batches: list[Batch]) -> Gates:
-        sums = ImportanceSums.zero(network)
+        sums = ImportanceSums.zero(network.gates())
         for batch in batches:
             sums = add(sums, batch)
         return sums.mean()
@@ -143,7 +141,7 @@ def test_divergence_equals_numpy(network: Network, params: Params) -> None:
     key = jax.random.key(3)
     keys = keys_of_passes(batch, key)
     passes = jax.jit(
-        lambda: scored_states(network.hidden(params, twice, dropout_key=keys, dropout_rate=0.2).states, twice)
+        lambda: scored_states(network.hidden(params, twice, dropout_key=keys, dropout_rate=0.2).states, twice.predict)
     )
     logs = log_softmax(np.asarray(network.logits(params, passes())))
     first, second = logs[0::2], logs[1::2]
@@ -183,7 +181,7 @@ def test_general_importance_equals_finite_differences(network: Network, params: 
         return dropout_divergence(network, params, batch, key, gates, 0.2, 0, proxy)
 
     compiled = jax.jit(divergence)
-    ones = Gates.ones(network.config, batch=2)
+    ones = network.gates(2)
     slopes = []
     for unit in range(network.num_heads):
         moved = [
@@ -192,13 +190,13 @@ def test_general_importance_equals_finite_differences(network: Network, params: 
         ]
         slopes.append((moved[0] - moved[1]) / (2 * step))
     add = jax.jit(lambda sums: add_general_importance(network, sums, params, batch, key, 0.2, 0, proxy))
-    sums = add(ImportanceSums.zero(network))
+    sums = add(ImportanceSums.zero(network.gates()))
     assert sums.examples == 2
     np.testing.assert_allclose(sums.total.heads[0], np.abs(slopes).sum(axis=1), rtol=2e-2, atol=1e-3)
 
 
 def test_mean_without_examples_is_zero() -> None:
-    mean = ImportanceSums.zero(tiny_llama()).mean()
+    mean = ImportanceSums.zero(tiny_llama().gates()).mean()
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(mean))
 
 

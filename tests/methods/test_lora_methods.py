@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +9,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from methods_helpers import StandInTask, init, make_batch, named, perturbed, take_rows, tiny_llama
+from methods_helpers import (
+    StandInTask,
+    collated,
+    init,
+    make_batch,
+    named,
+    perturbed,
+    stored_records,
+    take_rows,
+    tiny_llama,
+)
 
-from jaxcl.methods.base import Method, MethodConfig
-from jaxcl.methods.das import Das, DasConfig
-from jaxcl.methods.ewc import Ewc, EwcConfig
-from jaxcl.methods.lwf import Lwf, LwfConfig
-from jaxcl.methods.olora import Olora, OloraConfig
-from jaxcl.methods.seekr import Seekr, SeekrConfig
+from jaxcl.methods.base import Method
+from jaxcl.methods.das import Das, DasOptions
+from jaxcl.methods.ewc import Ewc, EwcOptions
+from jaxcl.methods.lwf import Lwf, LwfOptions
+from jaxcl.methods.olora import Olora, OloraOptions
+from jaxcl.methods.options import MethodOptions
+from jaxcl.methods.seekr import Seekr, SeekrOptions
 from jaxcl.methods.sequential import Sequential
 from jaxcl.models.batch import Batch
-from jaxcl.models.gates import Gates
-from jaxcl.models.lora import overlay, trained
+from jaxcl.models.trainable import overlay, trained
 from jaxcl.sharding.layout import Layout
 from jaxcl.sharding.mesh import MeshConfig, make_mesh
 from jaxcl.training.checkpoint import Checkpoints
@@ -44,45 +53,42 @@ def start(trainer: Trainer, params: Any = None) -> Any:
 
 
 def sequential(accumulate: int = 1, **optimizer: Any) -> Trainer:
-    return make_trainer(Sequential(MethodConfig(), NETWORK, 1), accumulate, **optimizer)
+    return make_trainer(Sequential(MethodOptions(), NETWORK, 1), accumulate, **optimizer)
 
 
 def das() -> tuple[Method, Any, Batch]:
     """In the middle of a sequence: half of each kind of unit matters."""
-    method = Das(DasConfig(), NETWORK, 2)
-    half = jax.tree.map(lambda ones: ones * (jnp.arange(ones.shape[-1]) % 2), Gates.ones(NETWORK.config))
+    method = Das(DasOptions(), NETWORK, 2)
+    half = jax.tree.map(lambda ones: ones * (jnp.arange(ones.shape[-1]) % 2), NETWORK.gates())
     return method, {"importance": half}, BATCH
 
 
 def seekr() -> tuple[Method, Any, Batch]:
     """At a replay step, with what another model's heads had seen."""
     options = {"layer_budget": 1, "head_budget": 2, "query_budget": 3, "attention_weight": 1.0}
-    method = Seekr(SeekrConfig(**options), NETWORK, 2)
+    method = Seekr(SeekrOptions(**options), NETWORK, 2)
     state = {"heads": jnp.array([[[0, 1], [0, 2]], [[-1, -1], [-1, -1]]])}
     teacher = perturbed(init(NETWORK), 0.2)
-    signals = jax.jit(method.signals)(teacher, {**method.init(teacher), **state}, BATCH, jax.random.key(0))
-    host = {name: np.asarray(value) for name, value in signals.items()}
-    records = [method.trim({name: value[row] for name, value in host.items()}) for row in range(BATCH.size)]
-    shape = namedtuple("Shape", "length predict")(7, 3)
-    stored = jax.tree.map(jnp.asarray, method.collate(records, shape))
-    return method, state, dataclasses.replace(BATCH, kind="memory", teacher=stored)
+    whole = {**method.init(teacher), **state}
+    stored = collated(method, teacher, whole, stored_records(method, teacher, whole, BATCH), 7, 3)
+    return method, state, dataclasses.replace(BATCH, origin="memory", teacher=stored)
 
 
 def olora() -> tuple[Method, Any, Batch]:
-    return Olora(OloraConfig(), NETWORK, 2), {}, BATCH
+    return Olora(OloraOptions(), NETWORK, 2), {}, BATCH
 
 
 def plain() -> tuple[Method, Any, Batch]:
-    return Sequential(MethodConfig(), NETWORK, 1), {}, BATCH
+    return Sequential(MethodOptions(), NETWORK, 1), {}, BATCH
 
 
 def ewc() -> tuple[Method, Any, Batch]:
-    return Ewc(EwcConfig(), NETWORK, 2), {}, BATCH
+    return Ewc(EwcOptions(), NETWORK, 2), {}, BATCH
 
 
 def lwf() -> tuple[Method, Any, Batch]:
     """On the second task, whose teacher is a fresh adapter."""
-    return Lwf(LwfConfig(weight=0.1), NETWORK, 2), {"learned": jnp.int32(1)}, BATCH
+    return Lwf(LwfOptions(weight=0.1), NETWORK, 2), {"learned": jnp.int32(1)}, BATCH
 
 
 @pytest.mark.parametrize("case", [plain, das, seekr, olora, ewc, lwf])
@@ -109,7 +115,7 @@ def test_methods_that_keep_params_keep_those_trained(case: Any, copies: int) -> 
 
 
 def test_the_fisher_of_adapters_is_that_of_the_whole_model_at_their_places() -> None:
-    method, params = Ewc(EwcConfig(), NETWORK, 2), perturbed(init(NETWORK), 0.3)
+    method, params = Ewc(EwcOptions(), NETWORK, 2), perturbed(init(NETWORK), 0.3)
     fisher = named(jax.jit(method.add_fisher)(method.no_fisher(params), params, BATCH).mean())
 
     def loss(params: Any, row: Batch) -> jax.Array:
@@ -186,7 +192,7 @@ def test_a_restored_run_goes_on_with_the_same_bits(tmp_path: Path) -> None:
 
 
 def test_params_that_a_method_finishes_with_are_checked_and_never_shared() -> None:
-    trainer = make_trainer(Olora(OloraConfig(), NETWORK, 2))
+    trainer = make_trainer(Olora(OloraOptions(), NETWORK, 2))
     state = start(trainer)
     assert trainer.with_params(state, state.params) is state
     with pytest.raises(ValueError, match="params: expected structure"):
@@ -197,5 +203,5 @@ def test_params_that_a_method_finishes_with_are_checked_and_never_shared() -> No
     task: Any = StandInTask([BATCH])
     new = trainer.method.consolidate(state.params, state.method_state, task)
     state = trainer.with_method_state(state, new)
-    state = trainer.with_params(state, trainer.method.finish(state.params, state.method_state, task))
+    state = trainer.with_params(state, trainer.method.final_params(state.params, state.method_state, task))
     trainer.step(state, BATCH)  # donates both, which a shared buffer would make impossible

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,15 +9,9 @@ import numpy as np
 import pytest
 from methods_helpers import VOCAB, init, log_softmax, make_batch, pad_batch, tiny_llama, tiny_roberta
 
-from jaxcl.methods.base import Term
-from jaxcl.methods.losses import (
-    cross_entropy,
-    example_losses,
-    language_model_terms,
-    over_positions,
-    scored_states,
-    token_losses,
-)
+from jaxcl.functional.losses import cross_entropy, over_positions, scored_states, token_losses
+from jaxcl.functional.terms import Term
+from jaxcl.methods.passes.losses import example_losses, language_model_terms
 from jaxcl.models.batch import Batch
 from jaxcl.models.network import Network
 
@@ -60,7 +55,7 @@ def test_chunks_change_neither_loss_nor_gradient(network: Network) -> None:
     weights = jnp.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1.0]])
 
     def loss(params: Any, states: Any, chunk: int) -> Any:
-        return cross_entropy(network, params, states, targets, weights, chunk)
+        return cross_entropy(functools.partial(network.logits, params), states, targets, weights, chunk)
 
     plain = jax.jit(jax.value_and_grad(lambda *args: loss(*args, chunk=0), (0, 1), has_aux=True))(params, states)
     parts = jax.jit(jax.value_and_grad(lambda *args: loss(*args, chunk=2), (0, 1), has_aux=True))(params, states)
@@ -92,7 +87,7 @@ def test_chunks_hold_no_scores_of_all_positions(chunk: int, held: bool) -> None:
     weights = jax.ShapeDtypeStruct((2, 16), jnp.float32)
 
     def loss(params: Any, states: Any, targets: Any, weights: Any) -> Any:
-        return cross_entropy(network, params, states, targets, weights, chunk)[0]
+        return cross_entropy(functools.partial(network.logits, params), states, targets, weights, chunk)[0]
 
     program = jax.make_jaxpr(jax.value_and_grad(loss, (0, 1)))(params, states, targets, weights)
     largest = max(int(np.prod(array.shape)) for array in _arrays(program.jaxpr))
@@ -128,7 +123,7 @@ def test_all_positions_are_scored_without_predict() -> None:
     )
     listed = dataclasses.replace(every, predict=jnp.broadcast_to(jnp.arange(7), (3, 7)))
     states = jax.random.normal(jax.random.key(0), (3, 7, 8))
-    np.testing.assert_array_equal(scored_states(states, every), scored_states(states, listed))
+    np.testing.assert_array_equal(scored_states(states, every.predict), scored_states(states, listed.predict))
     params = init(network)
     one, other = (terms_of(network, params, x) for x in (every, listed))
     assert one.count == other.count == 15

@@ -15,8 +15,8 @@ from methods_helpers import (
     tiny_roberta,
 )
 
-from jaxcl.methods.losses import language_model_terms
-from jaxcl.methods.lwf import Lwf, LwfConfig
+from jaxcl.methods.lwf import Lwf, LwfOptions
+from jaxcl.methods.passes.losses import language_model_terms
 from jaxcl.models.batch import Batch
 from jaxcl.models.network import Network
 
@@ -40,7 +40,7 @@ def softened(network: Network, params: Any, batch: Batch, temperature: float) ->
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_terms_are_the_formula(network: Network, temperature: float) -> None:
     params, teacher, batch = init(network), perturbed(init(network), 0.2), make_batch((6, 4, 0))
-    method = Lwf(LwfConfig(temperature=temperature, weight=0.5), network, 2)
+    method = Lwf(LwfOptions(temperature=temperature, weight=0.5), network, 2)
     terms = jax.jit(method.loss)(params, prepared(method, teacher), batch, jax.random.key(0))
     old, new = (softened(network, one, batch, temperature) for one in (teacher, params))
     divergence = np.sum(np.exp(old) * (old - new), axis=-1)
@@ -53,7 +53,7 @@ def test_terms_are_the_formula(network: Network, temperature: float) -> None:
 
 def test_its_gradient_is_that_of_the_papers_cross_entropy(network: Network) -> None:
     params, teacher, batch = init(network), perturbed(init(network), 0.2), make_batch()
-    method = Lwf(LwfConfig(), network, 2)
+    method = Lwf(LwfOptions(), network, 2)
     old = np.exp(softened(network, teacher, batch, 2.0))
 
     def cross_entropy(params: Any) -> Any:
@@ -73,7 +73,7 @@ def test_its_gradient_is_that_of_the_papers_cross_entropy(network: Network) -> N
 def test_the_first_task_is_plain_training_and_runs_no_teacher(network: Network) -> None:
     # A teacher of other params would be seen in the loss, one of NaN in the gradient as well.
     params, batch, key = init(network), make_batch(), jax.random.key(0)
-    method = Lwf(LwfConfig(), network, 2)
+    method = Lwf(LwfOptions(), network, 2)
     state = prepared(method, jax.tree.map(lambda leaf: leaf * np.nan, params), index=0)
 
     def total(params: Any) -> tuple[Any, Any]:
@@ -89,14 +89,14 @@ def test_the_first_task_is_plain_training_and_runs_no_teacher(network: Network) 
 
 
 def test_a_model_agrees_with_itself(network: Network) -> None:
-    params, method = init(network), Lwf(LwfConfig(), network, 2)
+    params, method = init(network), Lwf(LwfOptions(), network, 2)
     terms = jax.jit(method.loss)(params, prepared(method, params), make_batch(), jax.random.key(0))
     np.testing.assert_allclose(terms["distillation"].sum, 0.0, atol=1e-5)
 
 
 def test_padding_and_chunks_change_nothing(network: Network) -> None:
     params, batch, key = init(network), make_batch((6, 4, 5)), jax.random.key(0)
-    whole, parts = (Lwf(LwfConfig(loss_chunk=chunk), network, 2) for chunk in (0, 1))
+    whole, parts = (Lwf(LwfOptions(loss_chunk=chunk), network, 2) for chunk in (0, 1))
     state = prepared(whole, perturbed(params, 0.2))
     expected = jax.jit(whole.loss)(params, state, batch, key)
     padded = jax.jit(parts.loss)(params, state, pad_batch(batch, rows=1, length=2, predict=1), key)
@@ -107,7 +107,7 @@ def test_padding_and_chunks_change_nothing(network: Network) -> None:
 
 def test_scores_of_all_positions_never_exist_at_once() -> None:
     network, length = tiny_llama(num_layers=1, vocab_size=97), 16
-    method = Lwf(LwfConfig(loss_chunk=4), network, 2)
+    method = Lwf(LwfOptions(loss_chunk=4), network, 2)
     params = network.shapes()
     batch = make_batch((16, 16), length=length, predict=length)
     gradient = jax.grad(
@@ -120,7 +120,7 @@ def test_scores_of_all_positions_never_exist_at_once() -> None:
 
 
 def test_shapes_of_the_state_never_change(network: Network) -> None:
-    params, method = init(network), Lwf(LwfConfig(), network, 2)
+    params, method = init(network), Lwf(LwfOptions(), network, 2)
     start, later = method.init(params), prepared(method, perturbed(params, 0.1))
     assert jax.tree.structure(start) == jax.tree.structure(later)
     jax.tree.map(lambda a, b: np.testing.assert_equal((a.shape, a.dtype), (b.shape, b.dtype)), start, later)

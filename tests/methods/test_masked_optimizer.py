@@ -6,11 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from methods_helpers import filled, in_unit, init, make_batch, named, tiny_llama
+from methods_helpers import filled, in_unit, init, make_batch, masks_of, named, tiny_llama
 
+from jaxcl.functional.soft_masks import masked_decay, masked_optimizer, soft_mask
 from jaxcl.methods.base import OptimizerParts
-from jaxcl.methods.losses import language_model_terms
-from jaxcl.methods.soft_mask import masked_decay, masked_optimizer, soft_mask, soft_masks
+from jaxcl.methods.passes.losses import language_model_terms
 
 OPTIMISED = True  # bits are compared
 
@@ -22,6 +22,10 @@ def make_parts(weight_decay: float = 0.1, clip: float = 1.0) -> OptimizerParts:
         optax.add_decayed_weights(weight_decay),
         optax.scale_by_learning_rate(0.01),
     )
+
+
+def masked(parts: OptimizerParts, mask_on: Any) -> optax.GradientTransformationExtraArgs:
+    return masked_optimizer(**parts._asdict(), mask_on=mask_on)
 
 
 @pytest.fixture(scope="module")
@@ -50,19 +54,19 @@ def trained() -> dict[Any, Any]:
         return named(current)
 
     parts = make_parts()
-    masks = {value: soft_masks(network, filled(network, value), "free") for value in (0.0, 1.0)}
-    everything = soft_masks(network, filled(network, 1.0), "mean")
+    masks = {value: masks_of(network, filled(network, value)) for value in (0.0, 1.0)}
+    everything = masks_of(network, filled(network, 1.0), "mean")
     # Fused with a mask, Adam's own sums are contracted into other multiply-adds than without.
     apart = {"xla_disable_hlo_passes": "fusion"}
     return {
         "start": named(params),
         ("update", "plain"): train(parts.chain(), None),
-        ("update", 0): train(masked_optimizer(parts, "update"), masks[0.0]),
+        ("update", 0): train(masked(parts, "update"), masks[0.0]),
         ("gradient", "plain"): train(parts.chain(), None, apart),
-        ("gradient", 0): train(masked_optimizer(parts, "gradient"), masks[0.0], apart),
-        ("update", 1): train(masked_optimizer(parts, "update"), masks[1.0]),
-        ("gradient", 1): train(masked_optimizer(parts, "gradient"), masks[1.0]),
-        "frozen": train(masked_optimizer(parts, "update"), everything),
+        ("gradient", 0): train(masked(parts, "gradient"), masks[0.0], apart),
+        ("update", 1): train(masked(parts, "update"), masks[1.0]),
+        ("gradient", 1): train(masked(parts, "gradient"), masks[1.0]),
+        "frozen": train(masked(parts, "update"), everything),
     }
 
 
@@ -92,23 +96,23 @@ MASKS = {"a": jnp.array([0.25]), "b": jnp.array(1.0)}
 
 def test_mask_on_update_scales_the_whole_update() -> None:
     plain = single_update(make_parts().chain(), GRADIENTS, PARAMS)
-    found = single_update(masked_optimizer(make_parts(), "update"), GRADIENTS, PARAMS, masks=MASKS)
+    found = single_update(masked(make_parts(), "update"), GRADIENTS, PARAMS, masks=MASKS)
     np.testing.assert_allclose(found["a"], 0.25 * plain["a"], rtol=1e-6)
     np.testing.assert_array_equal(found["b"], plain["b"])
 
 
 def test_mask_on_gradient_is_undone_by_adam_but_for_the_decay() -> None:
-    found = single_update(masked_optimizer(make_parts(), "gradient"), GRADIENTS, PARAMS, masks=MASKS)
+    found = single_update(masked(make_parts(), "gradient"), GRADIENTS, PARAMS, masks=MASKS)
     # Adam's first step is the gradient's sign, whatever its size; the decay is masked: -0.01 (sign + 0.1 * 0.25 p).
     np.testing.assert_allclose(found["a"], [-0.01 * (1 + 0.025), -0.01 * (1 - 0.05)], rtol=1e-5)
     sgd = make_parts(weight_decay=0.0)._replace(precondition=optax.identity())
-    found = single_update(masked_optimizer(sgd, "gradient"), GRADIENTS, PARAMS, masks=MASKS)
+    found = single_update(masked(sgd, "gradient"), GRADIENTS, PARAMS, masks=MASKS)
     np.testing.assert_allclose(found["a"], [-0.01 * 0.25 * 0.3, -0.01 * 0.25 * 0.1], rtol=1e-6)
 
 
 def test_clipping_sees_the_unmasked_gradient() -> None:
     parts = make_parts(weight_decay=0.0, clip=0.1)._replace(precondition=optax.identity())
-    found = single_update(masked_optimizer(parts, "gradient"), GRADIENTS, PARAMS, masks=MASKS)
+    found = single_update(masked(parts, "gradient"), GRADIENTS, PARAMS, masks=MASKS)
     norm = np.sqrt(0.3**2 + 0.1**2 + 0.2**2)
     np.testing.assert_allclose(found["a"], -0.01 * 0.25 * np.array([0.3, 0.1]) * 0.1 / norm, rtol=1e-5)
 
@@ -121,7 +125,7 @@ def test_masked_decay_passes_structure_masks_on() -> None:
 
 
 def test_masks_cannot_be_forgotten() -> None:
-    transform = masked_optimizer(make_parts(), "update")
+    transform = masked(make_parts(), "update")
     with pytest.raises(TypeError, match="masks"):
         single_update(transform, GRADIENTS, PARAMS)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from methods_helpers import StandInTask, init, make_batch, perturbed, tiny_llama
 
-from jaxcl.methods.olora import Olora, OloraConfig, overlap
+from jaxcl.methods.olora import Olora, OloraOptions, overlap
 from jaxcl.models.lora import adapted
 from jaxcl.models.network import Network
 
@@ -12,7 +12,7 @@ NETWORK = tiny_llama(lora={"rank": 2, "alpha": 3.0, "targets": ["query", "out"]}
 
 
 def method(weight: float = 0.5) -> Olora:
-    return Olora(OloraConfig(orthogonality=weight), NETWORK, 3)
+    return Olora(OloraOptions(orthogonality=weight), NETWORK, 3)
 
 
 def test_overlap_by_hand() -> None:
@@ -56,7 +56,7 @@ def test_after_a_task_its_directions_are_kept_and_its_adapter_stays_in_effect() 
     state = olora.init(params)
     task: object = StandInTask([batch], index=1)
     state = olora.consolidate(params, state, task)  # type: ignore[arg-type]
-    after = olora.finish(params, state, task)  # type: ignore[arg-type]
+    after = olora.final_params(params, state, task)  # type: ignore[arg-type]
     for path, leaves in adapted(params):
         np.testing.assert_array_equal(state["past"][path][1], leaves["lora_a"])
         assert not np.any(state["past"][path][jnp.array([0, 2])])
@@ -71,4 +71,4 @@ def test_after_a_task_its_directions_are_kept_and_its_adapter_stays_in_effect() 
 def test_a_model_without_adapters_is_refused() -> None:
     plain: Network = tiny_llama()
     with pytest.raises(ValueError, match=r"^name: olora trains adapters and the model has none; set model\.lora"):
-        Olora.check(OloraConfig(), plain.config)
+        Olora.check(OloraOptions(), plain.config)

@@ -10,16 +10,16 @@ from methods_helpers import StandInTask, init, make_batch, perturbed, tiny_llama
 
 from jaxcl.errors import UserError
 from jaxcl.methods.base import OptimizerParts
-from jaxcl.methods.progressive_prompts import ProgressivePrompts, ProgressivePromptsConfig
+from jaxcl.methods.progressive_prompts import ProgressivePrompts, ProgressivePromptsOptions
 from jaxcl.models.generation import Generator
-from jaxcl.models.lora import trained
 from jaxcl.models.soft_tokens import soft_id, start_from_words
+from jaxcl.models.trainable import trained
 
 NETWORK = tiny_llama(soft_tokens=6)
 
 
 def method(length: int = 2, tasks: int = 3) -> ProgressivePrompts:
-    return ProgressivePrompts(ProgressivePromptsConfig(length=length), NETWORK, tasks)
+    return ProgressivePrompts(ProgressivePromptsOptions(length=length), NETWORK, tasks)
 
 
 def with_words(params: Any, soft: np.ndarray) -> Any:
@@ -31,7 +31,7 @@ def with_words(params: Any, soft: np.ndarray) -> Any:
 
 def test_the_latest_prompt_comes_first() -> None:
     prompts = method()
-    assert [list(prompts.opening(task)) for task in range(3)] == [
+    assert [list(prompts.prompt_prefix(task)) for task in range(3)] == [
         [-1, -2],
         [-3, -4, -1, -2],
         [-5, -6, -3, -4, -1, -2],
@@ -68,7 +68,7 @@ def test_generation_goes_on_from_soft_tokens() -> None:
 
 def test_training_changes_the_own_prompt_alone() -> None:
     prompts, params, batch = method(), perturbed(init(NETWORK), 0.3), make_batch()
-    opening = jnp.array(prompts.opening(2), jnp.int32)
+    opening = jnp.array(prompts.prompt_prefix(2), jnp.int32)
     tokens = jnp.concatenate([jnp.tile(opening, (3, 1)), batch.tokens[:, :1]], axis=1)
     ones = jnp.ones_like(tokens)
     positions = jnp.tile(jnp.arange(7), (3, 1))
@@ -109,7 +109,7 @@ def test_the_rest_of_the_network_is_the_same_with_and_without_soft_tokens() -> N
 
 
 def test_what_does_not_go_together_is_refused() -> None:
-    options = ProgressivePromptsConfig(length=3)
+    options = ProgressivePromptsOptions(length=3)
     with pytest.raises(ValueError, match=r"^name: progressive_prompts needs a decoder"):
         ProgressivePrompts.check(options, tiny_roberta().config)
     with pytest.raises(ValueError, match=r"^length: 3 soft tokens a task, and the model has 0"):

@@ -7,7 +7,7 @@ import pytest
 from methods_helpers import init, make_batch, tiny_llama
 
 from jaxcl.methods import METHODS, find_method
-from jaxcl.methods.base import MethodConfig
+from jaxcl.methods.options import MethodOptions
 
 OPTIONS: dict[str, Any] = {
     "seekr": {"layer_budget": 1, "head_budget": 2},
@@ -19,10 +19,10 @@ MODELS: dict[str, Any] = {"olora": {"lora": {"rank": 2}}, "progressive_prompts":
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_keeps_to_the_interface(name: str) -> None:
     cls = find_method(name)
-    assert issubclass(cls.Config, MethodConfig)
-    assert all(field.description for field in cls.Config.model_fields.values())
-    options = cls.Config(**OPTIONS.get(name, {}))
-    assert cls.Config(**json.loads(options.model_dump_json())) == options
+    assert issubclass(cls.Config, MethodOptions)
+    assert all(field.description for field in cls.Options.model_fields.values())
+    options = cls.Options(**OPTIONS.get(name, {}))
+    assert cls.Options(**json.loads(options.model_dump_json())) == options
     network = tiny_llama(num_layers=1, **MODELS.get(name, {}))
     cls.check(options, network.config)
     method = cls(options, network, num_tasks=3)

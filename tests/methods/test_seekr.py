@@ -1,5 +1,4 @@
 import dataclasses
-from collections import namedtuple
 from typing import Any
 
 import jax
@@ -8,26 +7,27 @@ import numpy as np
 import pytest
 from methods_helpers import (
     StandInTask,
+    collated,
     init,
     log_softmax,
     make_batch,
     pad_batch,
     perturbed,
+    stored_records,
     take_rows,
     tiny_llama,
     tiny_roberta,
 )
 
 from jaxcl.errors import UserError
-from jaxcl.methods.base import Replay
-from jaxcl.methods.head_selection import HeadSums, add_forgettability, add_sensitivity
+from jaxcl.functional.heads import HeadSums
+from jaxcl.methods.options import ReplayConfig, ReplayOptions
+from jaxcl.methods.passes.heads import add_forgettability, add_sensitivity
 from jaxcl.methods.replay import Replay as ReplayMethod
-from jaxcl.methods.replay import ReplayConfig
-from jaxcl.methods.seekr import Seekr, SeekrConfig
+from jaxcl.methods.seekr import Seekr, SeekrOptions
 from jaxcl.models.batch import Batch
 from jaxcl.models.probe import Tap
 
-Shape = namedtuple("Shape", "length predict")
 NETWORK = tiny_llama()
 EXACT = {"layer_budget": 2, "head_budget": 3, "query_budget": 3, "store_logits": 0, "store_attention": "float32"}
 BATCH = make_batch((6, 4, 5))
@@ -36,7 +36,7 @@ HEADS = jnp.array([[[0, 1], [1, 0], [1, 3]], [[1, 0], [1, 1], [1, 2]]])
 
 
 def make_method(**changes: Any) -> Seekr:
-    return Seekr(SeekrConfig(**{**EXACT, **changes}), NETWORK, 2)
+    return Seekr(SeekrOptions(**{**EXACT, **changes}), NETWORK, 2)
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +49,15 @@ def state_of(method: Seekr, params: Any) -> Any:
 
 
 def records_of(method: Seekr, params: Any, batch: Batch, key: int = 0) -> list[dict[str, np.ndarray]]:
-    signals = jax.jit(method.signals)(params, state_of(method, params), batch, jax.random.key(key))
-    host = {name: np.asarray(value) for name, value in signals.items()}
-    return [method.trim({name: value[row] for name, value in host.items()}) for row in range(batch.size)]
+    return stored_records(method, params, state_of(method, params), batch, key)
+
+
+def teacher_of(method: Seekr, params: Any, records: Any, length: int = 7, predict: int = 3) -> dict[str, Any]:
+    return collated(method, params, state_of(method, params), records, length, predict)
 
 
 def remembered(batch: Batch, teacher: dict[str, np.ndarray]) -> Batch:
-    return dataclasses.replace(batch, kind="memory", teacher=jax.tree.map(jnp.asarray, teacher))
+    return dataclasses.replace(batch, origin="memory", teacher=jax.tree.map(jnp.asarray, teacher))
 
 
 def terms_of(method: Seekr, params: Any, batch: Batch) -> dict[str, tuple[float, float, float]]:
@@ -119,7 +121,7 @@ def exact(params: Any) -> tuple[Batch, Any, dict[str, Any]]:
     batch = dataclasses.replace(BATCH, task=jnp.array([0, 1, 0]))
     method = make_method()
     records = records_of(method, params, batch)
-    teacher = method.collate(records, Shape(7, 3))
+    teacher = teacher_of(method, params, records)
     after = perturbed(params, 0.1)
 
     old, new = attention_maps(params, batch), attention_maps(after, batch)
@@ -172,11 +174,10 @@ def test_a_model_has_no_divergence_from_itself(params: Any, exact: tuple[Batch, 
 def test_neither_padding_nor_fillers_change_the_terms(params: Any, exact: tuple[Batch, Any, Any]) -> None:
     batch, after, expected = exact
     method = make_method()
-    plain = dataclasses.replace(batch, kind="task", teacher=None)
+    plain = dataclasses.replace(batch, origin="task", teacher=None)
     records = records_of(method, params, plain)
-    filler = {name: np.zeros_like(value) for name, value in records[0].items()}
     # Longer rows, more scored positions, a row that only fills the batch.
-    teacher = method.collate([*records, filler], Shape(9, 4))
+    teacher = teacher_of(method, params, [*records, None], 9, 4)
     assert teacher["rows"].shape == (4, 3, 3, 9)
     longer = remembered(pad_batch(plain, rows=1, length=2, predict=1), teacher)
     assert_terms(terms_of(method, after, longer), expected)
@@ -202,10 +203,10 @@ def test_gradients_reach_what_attention_reads_and_stay_finite(exact: tuple[Batch
 def test_compact_teacher_is_close(params: Any, exact: tuple[Batch, Any, Any]) -> None:
     batch, after, expected = exact
     method = make_method(store_attention="uint8", store_logits=6)
-    records = records_of(method, params, dataclasses.replace(batch, kind="task", teacher=None))
+    records = records_of(method, params, dataclasses.replace(batch, origin="task", teacher=None))
     assert records[0]["rows"].dtype == np.uint8
     assert records[0]["top_ids"].shape == (3, 6)
-    teacher = method.collate(records, Shape(7, 3))
+    teacher = teacher_of(method, params, records)
     found = terms_of(method, after, remembered(batch, teacher))
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-4)
     assert found["attention"] == pytest.approx(expected["attention"], rel=0.02)
@@ -215,14 +216,13 @@ def test_compact_teacher_is_close(params: Any, exact: tuple[Batch, Any, Any]) ->
 def test_with_drawn_tokens_the_compact_teacher_is_right_on_average(params: Any, exact: tuple[Batch, Any, Any]) -> None:
     batch, after, expected = exact
     method = make_method(store_logits=8, store_drawn=0.5)
-    state, plain = state_of(method, params), dataclasses.replace(batch, kind="task", teacher=None)
+    state, plain = state_of(method, params), dataclasses.replace(batch, origin="task", teacher=None)
     signals, loss = jax.jit(method.signals), jax.jit(method.loss)
     found = []
     for key in map(jax.random.key, range(30)):
         stored = signals(params, state, plain, key)
         assert stored["top_ids"].shape == stored["drawn_ids"].shape == (3, 3, 4)
-        teacher = {name: stored[name] for name in stored.keys() - {"length", "predicted"}}
-        terms = loss(after, state, dataclasses.replace(batch, teacher=teacher), key)
+        terms = loss(after, state, dataclasses.replace(batch, teacher=stored), key)
         found.append(float(terms["logits"].sum))
     assert np.std(found) > 0
     assert np.mean(found) == pytest.approx(expected["logits"][0], abs=4 * np.std(found) / 30**0.5)
@@ -233,7 +233,7 @@ def test_all_queries(params: Any) -> None:
     method = make_method(query_budget=0)
     records = records_of(method, params, BATCH)
     assert [record["queries"].tolist() for record in records] == [list(range(n)) for n in (6, 4, 5)]
-    assert method.collate(records, Shape(7, 3))["queries"].shape == (3, 7)
+    assert teacher_of(method, params, records)["queries"].shape == (3, 7)
 
 
 def test_rows_of_the_task_have_the_plain_loss(params: Any) -> None:
@@ -246,7 +246,7 @@ def test_rows_of_the_task_have_the_plain_loss(params: Any) -> None:
 def test_remembered_rows_without_teacher_are_refused(params: Any) -> None:
     method = make_method()
     with pytest.raises(UserError, match="packing"):
-        method.loss(params, method.init(params), dataclasses.replace(BATCH, kind="memory"), jax.random.key(0))
+        method.loss(params, method.init(params), dataclasses.replace(BATCH, origin="memory"), jax.random.key(0))
 
 
 def test_heads_are_selected_over_tasks(params: Any) -> None:
@@ -260,7 +260,7 @@ def test_heads_are_selected_over_tasks(params: Any) -> None:
         return s, add_forgettability(NETWORK, f, before, after, batch)
 
     for before, after, batches in tasks:
-        s = f = HeadSums.zero(NETWORK)
+        s = f = HeadSums.zero(NETWORK.num_layers, NETWORK.num_heads)
         for batch in batches:
             s, f = measure(before, after, s, f, batch)
         share = np.asarray(s.mean(), np.float64)
@@ -305,7 +305,7 @@ TAUGHT = {"distil_on": "task", "query_budget": 0}
 
 
 def test_without_a_memory_the_model_before_the_task_teaches_on_its_rows(params: Any) -> None:
-    """What is held against it on a row equals what a remembered row with its signals beside it would be."""
+    """A row's loss equals that of a remembered row with the signals of the same model."""
     method, known = make_method(**TAUGHT), perturbed(params, 0.1, seed=1)
     batch = dataclasses.replace(BATCH, task=jnp.zeros_like(BATCH.task))
     state = method.prepare(known, state_of(method, params), StandInTask([batch], index=1))
@@ -313,10 +313,8 @@ def test_without_a_memory_the_model_before_the_task_teaches_on_its_rows(params: 
     found = jax.jit(method.loss)(student, state, batch, jax.random.key(0))
 
     keeper = make_method(query_budget=0)
-    signals = jax.jit(keeper.signals)(known, state, batch, jax.random.key(1))
-    host = {name: np.asarray(value) for name, value in signals.items()}
-    records = [keeper.trim({name: value[row] for name, value in host.items()}) for row in range(batch.size)]
-    teacher = keeper.collate(records, Shape(batch.tokens.shape[1], batch.targets.shape[1]))
+    records = stored_records(keeper, known, state, batch, 1)
+    teacher = collated(keeper, known, state, records, batch.tokens.shape[1], batch.targets.shape[1])
     expected = jax.jit(keeper.loss)(student, state, remembered(batch, teacher), jax.random.key(0))
     assert found.keys() == expected.keys()
     for name, term in found.items():
@@ -349,7 +347,7 @@ def test_without_a_memory_heads_are_rated_on_the_tasks_examples(params: Any) -> 
 
 
 def test_shares_as_budgets() -> None:
-    method = Seekr(SeekrConfig(layer_budget=0.5, head_budget=0.5), tiny_llama(num_layers=4), 1)
+    method = Seekr(SeekrOptions(layer_budget=0.5, head_budget=0.5), tiny_llama(num_layers=4), 1)
     assert (method.layers, method.heads, method.per_layer) == (2, 8, 4)
     assert make_method(heads_per_layer=2).per_layer == 2
 
@@ -368,12 +366,12 @@ def test_shares_as_budgets() -> None:
 )
 def test_impossible_options_are_named(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
-        Seekr.check(SeekrConfig(**{**EXACT, **changes}), NETWORK.config)
+        Seekr.check(SeekrOptions(**{**EXACT, **changes}), NETWORK.config)
 
 
 def test_replay_keeps_what_it_is_told() -> None:
-    options = ReplayConfig(replay=Replay(fraction=0.1))
-    assert ReplayMethod(options, NETWORK, 1).replay == Replay(fraction=0.1)
+    options = ReplayOptions(replay=ReplayConfig(fraction=0.1))
+    assert ReplayMethod(options, NETWORK, 1).replay == ReplayConfig(fraction=0.1)
     with pytest.raises(ValueError, match=r"replay\.fraction"):
-        ReplayMethod.check(ReplayConfig(replay=Replay(fraction=0, minimum=0)), NETWORK.config)
-    assert Seekr(SeekrConfig(head_budget=1, layer_budget=1), tiny_roberta(), 1).replay == Replay()
+        ReplayMethod.check(ReplayOptions(replay=ReplayConfig(fraction=0, minimum=0)), NETWORK.config)
+    assert Seekr(SeekrOptions(head_budget=1, layer_budget=1), tiny_roberta(), 1).replay == ReplayConfig()

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import pytest
 from methods_helpers import StandInTask, init, make_batch, tiny_llama
 
-from jaxcl.methods.head_selection import HeadSums
-from jaxcl.methods.seekr import Seekr, SeekrConfig
+from jaxcl.functional.heads import HeadSums
+from jaxcl.methods.seekr import Seekr, SeekrOptions
 from jaxcl.models.batch import Batch
 
 LENGTH, ROWS, HEADS = 128, 2, 4
@@ -23,13 +23,16 @@ def batch_of(seed: int = 0) -> Batch:
 
 def method_of(layers: int) -> Seekr:
     network = tiny_llama(num_layers=layers, num_heads=HEADS, max_length=LENGTH)
-    return Seekr(SeekrConfig(layer_budget=layers, head_budget=1), network, 2)
+    return Seekr(SeekrOptions(layer_budget=layers, head_budget=1), network, 2)
 
 
 def temporary(layers: int, name: str) -> int:
     """Bytes that a program of the measurements holds beside its arguments and results."""
     method = method_of(layers)
-    params, sums = method.network.shapes(), jax.eval_shape(lambda: HeadSums.zero(method.network))
+    params, sums = (
+        method.network.shapes(),
+        jax.eval_shape(lambda: HeadSums.zero(method.network.num_layers, method.network.num_heads)),
+    )
     args = (sums, params, params) if name == "add_forgettability" else (sums, params)
     return jax.jit(getattr(method, name)).lower(*args, batch_of()).compile().memory_analysis().temp_size_in_bytes
 

@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 from methods_helpers import log_softmax
 
+from jaxcl.functional.attention_divergence import AttentionTeacher, attention_divergence, write_rows
+from jaxcl.functional.attention_rows import AttentionView, decode_rows, encode_rows, sample_queries, selected_rows
 from jaxcl.methods import selected_attention
-from jaxcl.methods.distillation import decode_rows, encode_rows, sample_queries
-from jaxcl.methods.selected_attention import AttentionTeacher, attention_divergence, write_rows
-from jaxcl.models.probe import AttentionView, selected_rows
 
 RNG = np.random.default_rng(0)
 

@@ -1,21 +1,31 @@
 import dataclasses
-from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from methods_helpers import ALL_TARGETS, filled, in_unit, init, make_batch, named, perturbed, tiny_llama, tiny_roberta
+from methods_helpers import (
+    ALL_TARGETS,
+    filled,
+    in_unit,
+    init,
+    make_batch,
+    masks_of,
+    named,
+    perturbed,
+    tiny_llama,
+    tiny_roberta,
+)
 
-from jaxcl.methods.soft_mask import soft_masks
+from jaxcl.functional.soft_masks import Unit, soft_masks
 from jaxcl.models.gates import Gates
 from jaxcl.models.network import Network
 
 
 def random_importance(network: Network, seed: int = 0) -> Gates:
     keys = jax.random.split(jax.random.key(seed), 3)
-    ones = Gates.ones(network.config)
+    ones = network.gates()
     return Gates(*(jax.random.uniform(key, leaf.shape) for key, leaf in zip(keys, jax.tree.leaves(ones), strict=True)))
 
 
@@ -31,7 +41,7 @@ NETWORKS = {
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_param_has_a_small_mask_that_broadcasts(name: str) -> None:
     network = NETWORKS[name]
-    masks = named(soft_masks(network, random_importance(network), "free"))
+    masks = named(masks_of(network, random_importance(network), "free"))
     for path, leaf in named(network.shapes()).items():
         assert np.broadcast_shapes(masks[path].shape, leaf.shape) == leaf.shape
         assert masks[path].size <= network.num_layers * 12
@@ -45,7 +55,7 @@ def test_masks_equal_loops_over_units() -> None:
     importance = random_importance(network)
     masks = {
         path: np.broadcast_to(mask, named(network.shapes())[path].shape)
-        for path, mask in named(soft_masks(network, importance, "free")).items()
+        for path, mask in named(masks_of(network, importance, "free")).items()
     }
     heads, inner, outer = (np.asarray(leaf) for leaf in (importance.heads, importance.intermediate, importance.output))
     attention, mlp = "blocks/attention/", "blocks/mlp/"
@@ -84,7 +94,7 @@ def test_masks_lie_on_what_acts_through_the_unit_alone(name: str) -> None:
         return jnp.sum(network.logits(params, states)[..., 0] ** 2)
 
     gradients = named(jax.jit(jax.grad(loss))(params))
-    masks = named(soft_masks(network, closed, "free"))
+    masks = named(masks_of(network, closed, "free"))
     for path, gradient in gradients.items():
         still = np.broadcast_to(masks[path], gradient.shape) == 0
         assert still.any() == in_unit(path), path
@@ -96,7 +106,7 @@ def test_masks_lie_on_what_acts_through_the_unit_alone(name: str) -> None:
 def test_shared_params_by_choice() -> None:
     network = NETWORKS["roberta"]
     importance = random_importance(network)
-    masks = {choice: named(soft_masks(network, importance, choice)) for choice in ("free", "mean", "frozen")}
+    masks = {choice: named(masks_of(network, importance, choice)) for choice in ("free", "mean", "frozen")}
     means = np.mean([np.mean(leaf, axis=1) for leaf in jax.tree.leaves(importance)], axis=0)
     for path in named(network.shapes()):
         if in_unit(path):
@@ -109,18 +119,37 @@ def test_shared_params_by_choice() -> None:
             np.testing.assert_allclose(masks["mean"][path].squeeze(), 1 - expected, rtol=1e-5)
 
 
-def test_an_unknown_param_is_named() -> None:
-    network = NETWORKS["roberta"]
-    for path, tree in (
-        ("blocks/attention/rotary/kernel", {"blocks": {"attention": {"rotary": {"kernel": jnp.zeros((2, 8))}}}}),
-        ("adapter/kernel", {"adapter": {"kernel": jnp.zeros(3)}}),
-    ):
-        stranger: Any = SimpleNamespace(num_heads=2, num_kv_heads=2, shapes=lambda tree=tree: tree)
-        with pytest.raises(ValueError, match=path):
-            soft_masks(stranger, filled(network, 0.5), "free")
+def test_a_unit_without_importance_is_named() -> None:
+    units, params = {"rotary": {"kernel": Unit("phases", 1)}}, {"rotary": {"kernel": jnp.zeros((2, 8))}}
+    with pytest.raises(ValueError, match=r"rotary/kernel: no importance of phases, only of heads"):
+        soft_masks(units, params, {"heads": jnp.zeros((2, 8))})
+
+
+def test_groups_of_units_take_their_largest_importance_and_others_are_refused() -> None:
+    importance = {"heads": jnp.array([[0.1, 0.4, 0.3, 0.2]])}
+    masks = soft_masks({"key": Unit("heads", 1)}, {"key": jnp.zeros((1, 2, 5))}, importance)
+    np.testing.assert_allclose(masks["key"], [[[0.6], [0.7]]], rtol=1e-6)
+    with pytest.raises(ValueError, match=r"param key: expected 1 layers and 4 heads .* on axis 1, got \(1, 3\)"):
+        soft_masks({"key": Unit("heads", 1)}, {"key": jnp.zeros((1, 3))}, importance)
+
+
+def test_params_of_one_layer_have_the_masks_of_the_stacked_ones() -> None:
+    """A model with a list of layers instead of a leading layer axis."""
+    network = NETWORKS["llama"]
+    units, shapes, importance = network.units(), network.shapes(), vars(random_importance(network))
+    for shared in ("free", "mean", "frozen"):
+        stacked = soft_masks(units, shapes, importance, shared)["blocks"]
+        for layer in range(network.num_layers):
+            of_layer = jax.tree.map(lambda shape: jax.ShapeDtypeStruct(shape.shape[1:], shape.dtype), shapes["blocks"])
+            own = jax.tree.map(
+                lambda _, unit, layer=layer: Unit(unit.kind, unit.axis - 1, layer), shapes["blocks"], units["blocks"]
+            )
+            alone = soft_masks(own, of_layer, importance, shared)
+            for mask, one in zip(jax.tree.leaves(stacked), jax.tree.leaves(alone), strict=True):
+                np.testing.assert_array_equal(np.broadcast_to(mask, (2, *mask.shape[1:]))[layer], one)
 
 
 def test_a_param_of_other_size_is_named() -> None:
     other = dataclasses.replace(tiny_roberta(intermediate_size=10))
     with pytest.raises(ValueError, match="blocks/mlp/up/"):
-        soft_masks(other, filled(NETWORKS["roberta"], 0.5), "free")
+        masks_of(other, filled(NETWORKS["roberta"], 0.5))

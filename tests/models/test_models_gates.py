@@ -18,7 +18,7 @@ SEGMENTS = [[1, 1, 1, 1, 2, 2], [1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1]]
 
 
 def random_gates(network: Network, batch: int | None = None) -> Gates:
-    leaves, structure = jax.tree.flatten(Gates.ones(network.config, batch))
+    leaves, structure = jax.tree.flatten(network.gates(batch))
     rng = np.random.default_rng(3)
     return jax.tree.unflatten(structure, [jnp.asarray(rng.uniform(0.2, 1.8, x.shape), jnp.float32) for x in leaves])
 
@@ -53,7 +53,7 @@ def test_gates_equal_scaled_weights(architecture: str) -> None:
 def test_gates_of_one_change_nothing(architecture: str, rows: int | None) -> None:
     network = BUILDERS[architecture]()
     params, batch = params_of(network), batch_of(SEGMENTS)
-    got = network.hidden(params, batch, gates=Gates.ones(network.config, rows)).states
+    got = network.hidden(params, batch, gates=network.gates(rows)).states
     np.testing.assert_allclose(got, network.hidden(params, batch).states, atol=1e-6)
 
 
@@ -66,13 +66,13 @@ def test_gradients_of_each_examples_own_gates_equal_a_loop(architecture: str, re
     def total(gates: Gates, batch: Any) -> jax.Array:
         return jnp.sum(row_losses(network, params, batch, gates=gates))
 
-    at_once = jax.jit(jax.grad(total))(Gates.ones(network.config, 3), batch)
+    at_once = jax.jit(jax.grad(total))(network.gates(3), batch)
     one_at_a_time = jax.jit(jax.grad(total))
     for row in range(3):
         names = {field.name for field in dataclasses.fields(batch)}
         arrays = {name: getattr(batch, name) for name in names if isinstance(getattr(batch, name), jax.Array)}
         alone = dataclasses.replace(batch, **{name: array[row : row + 1] for name, array in arrays.items()})
-        want = one_at_a_time(Gates.ones(network.config), alone)
+        want = one_at_a_time(network.gates(), alone)
         for name in ("heads", "intermediate", "output"):
             got = getattr(at_once, name)[:, row]
             np.testing.assert_allclose(got, getattr(want, name), atol=2e-5, err_msg=name)
@@ -83,7 +83,7 @@ def test_gradient_of_a_gate_is_the_finite_difference() -> None:
     network = llama()
     params, batch = params_of(network), batch_of(SEGMENTS)
     loss = jax.jit(lambda gates: row_losses(network, params, batch, gates=gates))
-    gates = Gates.ones(network.config, 3)
+    gates = network.gates(3)
     gradient = jax.jit(jax.grad(lambda gates: jnp.sum(loss(gates))))(gates)
     step = 1e-2
     for name, place in (("heads", (0, 1, 2)), ("intermediate", (1, 0, 5)), ("output", (0, 2, 7))):

@@ -9,8 +9,9 @@ import pytest
 from models_helpers import BUILDERS, batch_of, params_of, row_losses
 
 from jaxcl.models.generation import Generator
-from jaxcl.models.lora import LoraConfig, adapted, fold, overlay, trained
+from jaxcl.models.lora import LoraConfig, adapted, fold
 from jaxcl.models.network import Network
+from jaxcl.models.trainable import overlay, trained
 
 SEGMENTS = [[1, 1, 1, 2, 2, 0], [1, 1, 1, 1, 1, 1]]
 TARGETS = {

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from models_helpers import BUILDERS, batch_of, llama, params_of, row_losses
 
-from jaxcl.models.probe import AttentionView, Probe, Tap, selected_rows
+from jaxcl.functional.attention_rows import AttentionView, selected_rows
+from jaxcl.models.probe import Probe, Tap
 
 UNOPTIMISED = True
 

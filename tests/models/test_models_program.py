@@ -13,7 +13,6 @@ from jaxcl.models import layer
 from jaxcl.models import network as network_module
 from jaxcl.models.attention import attention
 from jaxcl.models.compute import recomputed
-from jaxcl.models.gates import Gates
 from jaxcl.models.llama import LlamaMlp
 from jaxcl.models.network import Network
 from jaxcl.models.probe import Probe, Tap
@@ -70,7 +69,7 @@ def without_features(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_features_that_are_not_asked_for_leave_no_trace(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     network = BUILDERS[architecture]()
     with_features = program(network)
-    with_gates = program(network, gates=Gates.ones(network.config))
+    with_gates = program(network, gates=network.gates())
     without_features(monkeypatch)
     stripped = program(network)
     assert with_features == stripped
@@ -108,7 +107,7 @@ def test_rematerialisation_changes_no_gradient(architecture: str) -> None:
 @pytest.mark.parametrize("architecture", BUILDERS)
 def test_walking_the_layers_equals_the_whole(architecture: str) -> None:
     network = BUILDERS[architecture]()
-    params, batch, gates = params_of(network), batch_of(SEGMENTS), Gates.ones(network.config)
+    params, batch, gates = params_of(network), batch_of(SEGMENTS), network.gates()
     gates = jax.tree.map(lambda x: x * 0.7, gates)
     probe = Probe(lambda view, inputs: view.query.sum() * inputs, jnp.asarray([2.0, 3.0]))
     tap = Tap(lambda probs, visible, inputs: probs * inputs, jnp.asarray([0.5, 0.9]))

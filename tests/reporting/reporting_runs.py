@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from jaxcl.evaluation.matrix import ContinualMatrix
 from jaxcl.evaluation.results import (
     Measure,
     Results,
@@ -15,6 +14,7 @@ from jaxcl.evaluation.results import (
     write_predictions,
     write_tables,
 )
+from jaxcl.functional.matrix import ContinualMatrix
 
 NAMES = [
     "category", "direction", "number", "FOMC", "MeetingBank", "Py150", "ScienceQA", "NumGLUE-cm", "20Minuten",

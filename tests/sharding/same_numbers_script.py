@@ -19,9 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxcl.data.plan import Shape
 from jaxcl.methods.base import Method
-from jaxcl.methods.das import Das, DasConfig
-from jaxcl.methods.seekr import Seekr, SeekrConfig
+from jaxcl.methods.das import Das, DasOptions
+from jaxcl.methods.seekr import Seekr, SeekrOptions
 from jaxcl.models.llama import LlamaConfig
 from jaxcl.models.network import Network
 from jaxcl.models.roberta import RobertaConfig
@@ -30,6 +31,7 @@ from jaxcl.sharding.mesh import MeshConfig, make_mesh
 from jaxcl.sharding.processes import initialize
 from jaxcl.training.feed import place_batch
 from jaxcl.training.optimizer import OptimizerConfig
+from jaxcl.training.stored import Collate
 from jaxcl.training.task import RunningTask, signal_records
 from jaxcl.training.trainer import Trainer
 
@@ -47,7 +49,7 @@ ENCODER = RobertaConfig(**SIZES, hidden_size=16, num_heads=4, max_length=LENGTH)
 DECODER = LlamaConfig(**SIZES, hidden_size=16, num_heads=4, num_kv_heads=2)
 UNEVEN = LlamaConfig(**SIZES, hidden_size=18, num_heads=9, num_kv_heads=3)
 # Codes of 8 bits would turn a last bit into a whole step.
-SEEKR = SeekrConfig(layer_budget=2, head_budget=3, query_budget=5, store_logits=8, store_attention="float32")
+SEEKR = SeekrOptions(layer_budget=2, head_budget=3, query_budget=5, store_logits=8, store_attention="float32")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +60,8 @@ class Case:
 
 
 CASES = {
-    "das encoder": Case(ENCODER, Das, DasConfig()),
-    "das uneven": Case(UNEVEN, Das, DasConfig()),
+    "das encoder": Case(ENCODER, Das, DasOptions()),
+    "das uneven": Case(UNEVEN, Das, DasOptions()),
     "seekr": Case(DECODER, Seekr, SEEKR),
     "seekr uneven": Case(UNEVEN, Seekr, SEEKR),
 }
@@ -83,10 +85,6 @@ def make_rows(seed: int, task: int, real: int = ROWS) -> dict[str, Any]:
     size = ROWS // jax.process_count()
     part = slice(jax.process_index() * size, (jax.process_index() + 1) * size)
     return {name: value[part] for name, value in rows.items()}
-
-
-class Shape:
-    length, predict = LENGTH, PREDICT
 
 
 class Examples:
@@ -129,7 +127,8 @@ class Run:
 
     def learn(self, index: int) -> None:
         before = jax.tree.map(jnp.copy, self.state.params)
-        prepared = self.method.prepare(self.state.params, self.state.method_state, self._task(index, before, moment=0))
+        task = self._task(index, before, stage="before")
+        prepared = self.method.prepare(self.state.params, self.state.method_state, task)
         state = self.trainer.start_task(self.trainer.with_method_state(self.state, prepared), STEPS[index])
         memory = self._memory() if self.records else None
         for step in range(STEPS[index]):
@@ -138,7 +137,7 @@ class Run:
             self.losses.append(float(metrics["loss"]))
             if self.gradients is None:  # Adam's first moment after the first step is 1 - b1 times the gradient
                 self.gradients = flat(self.whole(optax.tree_utils.tree_get(state.opt_state, "mu")))
-        task = self._task(index, before, moment=1)
+        task = self._task(index, before, stage="after")
         state = self.trainer.with_method_state(state, self.method.consolidate(state.params, state.method_state, task))
         if index == 0:
             self.records = dict(signal_records(self.trainer, state, task))
@@ -156,12 +155,12 @@ class Run:
             "compilations": self.trainer.jitted_step._cache_size(),
         }
 
-    def _task(self, index: int, before: Any, moment: int) -> RunningTask:
+    def _task(self, index: int, before: Any, stage: str) -> RunningTask:
         return RunningTask(
             index=index,
             name=f"task{index}",
             count=2,
-            key=put(jax.random.key(10 * index + moment), self.layout.replicated),
+            key=put(jax.random.key(10 * index + (stage == "after")), self.layout.replicated),
             seed=0,
             pipeline=Examples(index),
             memory=Remembered(index),
@@ -172,10 +171,10 @@ class Run:
     def _memory(self) -> dict[str, Any]:
         """The first task's remembered rows, with what was stored beside them."""
         rows = next(Remembered(0).once(None, 0))
-        empty = jax.tree.map(np.zeros_like, next(iter(self.records.values())))
-        records = [self.records.get(int(example), empty) for example in rows["example"]]
-        teacher = self.method.collate(records, Shape())
-        return {**rows, "kind": "memory", "teacher": teacher}
+        records = [self.records.get(int(example)) for example in rows["example"]]
+        target = self.trainer.target
+        teacher = Collate(self.method, target.params, target.method_state)(records, Shape(LENGTH, PREDICT))
+        return {**rows, "origin": "memory", "teacher": teacher}
 
 
 def named(tree: Any) -> dict[str, Any]:

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcl.methods.base import Method, Term, Terms
-from jaxcl.methods.ewc import Ewc, EwcConfig
+from jaxcl.functional.terms import Term, Terms
+from jaxcl.methods.base import Method
+from jaxcl.methods.ewc import Ewc, EwcOptions
 from jaxcl.models.batch import Batch
 from jaxcl.models.llama import LlamaConfig
 from jaxcl.models.lora import LoraConfig
@@ -74,7 +75,7 @@ def train(mesh: dict[str, int] | None, network: Network) -> dict[str, Any]:
     name = "kernel" if network.config.lora is None else "lora_b"
     query = state.params["blocks"]["attention"]["query"][name]
     moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.shape == query.shape]
-    ewc = Ewc(EwcConfig(), network, 1)
+    ewc = Ewc(EwcOptions(), network, 1)
     none = trainer.compile(ewc.no_fisher)(state.params)
     sums = trainer.compile(ewc.add_fisher)(none, state.params, place_batch(make_rows(0), layout.batch))
     fisher = sums.total["blocks"]["attention"]["query"][name]

@@ -9,9 +9,9 @@ from jaxcl.training.feed import Feed, place_batch
 
 
 def test_rows_become_a_batch_of_the_right_types() -> None:
-    rows = make_rows(0, kind="memory") | {"teacher": {"logits": np.ones((8, 2), np.float16)}, "labels": None}
+    rows = make_rows(0, origin="memory") | {"teacher": {"logits": np.ones((8, 2), np.float16)}, "labels": None}
     batch = place_batch(rows, one_device().batch)
-    assert batch.kind == "memory"
+    assert batch.origin == "memory"
     assert batch.predict is None
     assert batch.labels is None
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(batch)} == {"int32", "float32", "float16"}

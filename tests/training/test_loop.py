@@ -31,7 +31,7 @@ def grain_rows() -> Any:
     examples = [make_rows(index, batch=1) for index in range(10)]
 
     def join(rows: list[dict[str, Any]]) -> dict[str, Any]:
-        fields = {name: [row[name] for row in rows] for name in rows[0] if name not in ("kind", "predict")}
+        fields = {name: [row[name] for row in rows] for name in rows[0] if name not in ("origin", "predict")}
         return {name: np.concatenate(values) for name, values in fields.items()}
 
     source = grain.MapDataset.source(range(len(examples))).seed(7).shuffle().repeat()

@@ -10,7 +10,8 @@ import pytest
 from training_standins import TinyMethod, assert_same, host, make_params, make_rows, make_trainer
 
 from jaxcl.errors import UserError
-from jaxcl.methods.base import OptimizerParts, Term, Terms
+from jaxcl.functional.terms import Term, Terms
+from jaxcl.methods.base import OptimizerParts
 from jaxcl.models.batch import Batch
 from jaxcl.training.feed import place_batch
 from jaxcl.training.micro_batches import micro_batches
@@ -69,7 +70,7 @@ def test_loss_and_gradient_are_those_of_the_formula(accumulate: int) -> None:
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_remembered_rows_beside_a_batch_add_their_own_loss(accumulate: int) -> None:
     """Each term is a mean over its own rows, whatever the other batch counts, and the gradient is the sum of both."""
-    rows, remembered = make_rows(3, uneven=True), make_rows(5, kind="memory", uneven=True)
+    rows, remembered = make_rows(3, uneven=True), make_rows(5, origin="memory", uneven=True)
     assert rows["weights"].sum() != remembered["weights"].sum()
     options = {"name": "sgd", "b1": 0, "clip_norm": None, "schedule": "constant", "warmup": 0, "learning_rate": 1e-2}
     state, metrics = step_once(make_trainer(accumulate=accumulate, **options), {**rows, "memory": remembered})
@@ -169,7 +170,7 @@ def test_one_compilation_serves_all_tasks_and_one_more_each_kind() -> None:
         state = trainer.start_task(state, total)
         for index in range(total):
             kind = "memory" if index % 2 else "task"
-            state, _ = trainer.step(state, place_batch(make_rows(index, kind=kind), trainer.layout.batch))
+            state, _ = trainer.step(state, place_batch(make_rows(index, origin=kind), trainer.layout.batch))
     assert trainer.jitted_step._cache_size() == 2
     assert method.traces == 2
     assert int(state.step) == 8

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcl.methods.base import Method, Term, Terms
+from jaxcl.functional.terms import Term, Terms
+from jaxcl.methods.base import Method
 from jaxcl.models.batch import Batch
 from jaxcl.sharding.layout import Layout
 from jaxcl.sharding.mesh import MeshConfig, make_mesh
@@ -67,7 +68,7 @@ class TinyMethod(Method):
         }
 
 
-def make_rows(seed: int, batch: int = 8, kind: str = "task", uneven: bool = False) -> dict[str, Any]:
+def make_rows(seed: int, batch: int = 8, origin: str = "task", uneven: bool = False) -> dict[str, Any]:
     random = np.random.default_rng(seed)
     tokens = random.integers(0, VOCAB, (batch, LENGTH))
     weights = np.ones((batch, LENGTH))
@@ -83,7 +84,7 @@ def make_rows(seed: int, batch: int = 8, kind: str = "task", uneven: bool = Fals
         "weights": weights,
         "task": np.zeros(batch, int),
         "example": np.arange(batch),
-        "kind": kind,
+        "origin": origin,
     }
 
 
@@ -100,8 +101,8 @@ class Rows:
         if self.end is not None and self.position >= self.end:
             raise StopIteration
         self.position += 1
-        kind = "memory" if self.memory and self.position % 3 == 0 else "task"
-        return make_rows(self.position, self.batch, kind, uneven=True)
+        origin = "memory" if self.memory and self.position % 3 == 0 else "task"
+        return make_rows(self.position, self.batch, origin, uneven=True)
 
     def get_state(self) -> dict[str, int]:
         return {"position": self.position}

@@ -23,16 +23,12 @@ from torch_twins import (
     to_torch,
 )
 
-from jaxcl.methods.contrast import contrast
-from jaxcl.methods.das import Das, DasConfig
-from jaxcl.methods.importance import (
-    ImportanceSums,
-    add_domain_importance,
-    add_general_importance,
-    gate_gradients,
-)
-from jaxcl.methods.losses import example_losses
-from jaxcl.methods.soft_mask import soft_mask, soft_masks
+from jaxcl.functional.contrast import contrast
+from jaxcl.functional.importance import ImportanceSums, gate_gradients
+from jaxcl.functional.soft_masks import soft_mask, soft_masks
+from jaxcl.methods.das import Das, DasOptions
+from jaxcl.methods.passes.importance import add_domain_importance, add_general_importance
+from jaxcl.methods.passes.losses import example_losses
 from jaxcl.models.gates import Gates
 from jaxcl.models.network import Network
 from jaxcl.sharding.layout import Layout
@@ -136,7 +132,7 @@ def test_gate_gradients_of_each_example(twins: Twins) -> None:
     def losses(gates: Gates) -> jax.Array:
         return example_losses(network, params, network.hidden(params, batch, gates=gates).states, batch, 0)
 
-    found = jax.jit(lambda: gate_gradients(network, losses, batch.size))()
+    found = jax.jit(lambda: gate_gradients(losses, network.gates(batch.size)))()
     for row, example in enumerate(EXAMPLES):
         gates = ones(model)
         with gated(model, gates):
@@ -148,7 +144,7 @@ def test_gate_gradients_of_each_example(twins: Twins) -> None:
 def test_domain_importance(twins: Twins) -> None:
     network, params, model = twins
     add = jax.jit(lambda sums, batch: add_domain_importance(network, sums, params, batch, 0))
-    sums = ImportanceSums.zero(network)
+    sums = ImportanceSums.zero(network.gates())
     for part in (EXAMPLES[:2], EXAMPLES[2:]):
         sums = add(sums, to_batch(part, length=8, fillers=3 - len(part)))
     assert sums.examples == len(EXAMPLES)
@@ -169,7 +165,7 @@ def test_general_importance_under_equal_noise(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("jaxcl.models.layer.dropout", lambda x, rate, key: x * noise(x.shape).astype(x.dtype))
     monkeypatch.setattr(functional, "dropout", lambda x, p, training, *_: x * torch.as_tensor(noise(tuple(x.shape))))
 
-    singles, sums = [], ImportanceSums.zero(network)
+    singles, sums = [], ImportanceSums.zero(network.gates())
     for example in EXAMPLES[:2]:
         gates = ones(model)
         with gated(model.train(), gates):
@@ -203,7 +199,7 @@ class OneDomain:
 
 def test_normalised_and_accumulated_over_two_domains(twins: Twins) -> None:
     network, _, _ = twins
-    method = Das(DasConfig(), network, 2)
+    method = Das(DasOptions(), network, 2)
     state = method.init(twins.params)
     expected = None
     for index in range(2):
@@ -217,7 +213,7 @@ def test_normalised_and_accumulated_over_two_domains(twins: Twins) -> None:
 
 def random_importance(network: Network) -> tuple[Gates, Units]:
     rng = np.random.default_rng(3)
-    leaves = [rng.random(leaf.shape).astype(np.float32) for leaf in jax.tree.leaves(Gates.ones(network.config))]
+    leaves = [rng.random(leaf.shape).astype(np.float32) for leaf in jax.tree.leaves(network.gates())]
     return Gates(*map(jnp.asarray, leaves)), Units(*(torch.as_tensor(leaf, dtype=torch.float64) for leaf in leaves))
 
 
@@ -256,14 +252,14 @@ def batch_loss(model: torch.nn.Module, examples: list[Example]) -> torch.Tensor:
 def test_masks_and_masked_gradients_of_every_param(twins: Twins) -> None:
     network, params, model = twins
     importance, units = random_importance(network)
-    masks = soft_masks(network, importance, "free")
+    masks = soft_masks(network.units(), network.shapes(), vars(importance))
     full = jax.tree.map(lambda mask, leaf: jnp.broadcast_to(mask, leaf.shape), masks, network.shapes())
     expected = masks_of(model, units)
     found = by_torch_names(network, full)
     for name, mask in expected.items():
         assert_close(found[name], mask, 1e-6, name)
 
-    method = Das(DasConfig(contrast_weight=0.0), network, 1)
+    method = Das(DasOptions(contrast_weight=0.0), network, 1)
     batch = to_batch(EXAMPLES, length=8, fillers=1)
 
     def loss(params: Any) -> jax.Array:
@@ -288,7 +284,7 @@ def test_masked_adamw_steps(twins: Twins, mask_on: str) -> None:
     model = to_torch(network, params)
     importance, units = random_importance(network)
     layout = Layout.create(make_mesh(MeshConfig(), jax.devices()[:1]), network.axes(), network.shapes())
-    method = Das(DasConfig(contrast_weight=0.0, mask_on=mask_on), network, 1)
+    method = Das(DasOptions(contrast_weight=0.0, mask_on=mask_on), network, 1)
     trainer = Trainer(method, OptimizerConfig(**OPTIMIZER, schedule="constant"), layout, accumulate=1, seed=0)
     state = trainer.start_task(trainer.init(jax.tree.map(jnp.copy, params)), 3)
     state = trainer.with_method_state(state, {**state.method_state, "importance": importance})
@@ -371,7 +367,7 @@ def test_contrast_of_the_network_and_its_gradient_by_param(twins: Twins, anchor:
     """Without dropout the anchor is its own positive; gradients flow through all three passes."""
     network, params, model = twins
     importance, units = random_importance(network)
-    options = DasConfig(proxy_dropout=0.0, temperature=0.3, contrast_weight=0.7, anchor=anchor)
+    options = DasOptions(proxy_dropout=0.0, temperature=0.3, contrast_weight=0.7, anchor=anchor)
     method = Das(options, network, 1)
     batch = to_batch(EXAMPLES, length=8, fillers=1)
 

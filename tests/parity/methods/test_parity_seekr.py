@@ -23,8 +23,9 @@ from torch_twins import (
     to_torch,
 )
 
-from jaxcl.methods.head_selection import HeadSums, add_forgettability, add_sensitivity
-from jaxcl.methods.seekr import Seekr, SeekrConfig
+from jaxcl.functional.heads import HeadSums
+from jaxcl.methods.passes.heads import add_forgettability, add_sensitivity
+from jaxcl.methods.seekr import Seekr, SeekrOptions
 from jaxcl.models.batch import Batch
 
 LAYERS, HEADS = 2, 4
@@ -98,7 +99,7 @@ def forgettability_of(before: torch.nn.Module, after: torch.nn.Module, examples:
 
 def test_sensitivity() -> None:
     add = jax.jit(lambda sums, batch: add_sensitivity(NETWORK, sums, BEFORE, batch, 0))
-    sums = HeadSums.zero(NETWORK)
+    sums = HeadSums.zero(NETWORK.num_layers, NETWORK.num_heads)
     for part in (EXAMPLES[:2], EXAMPLES[2:]):
         sums = add(sums, to_batch(part, length=8, fillers=3 - len(part)))
     assert_close(sums.mean(), sensitivity_of(to_torch(NETWORK, BEFORE), EXAMPLES))
@@ -106,7 +107,7 @@ def test_sensitivity() -> None:
 
 def test_forgettability() -> None:
     add = jax.jit(lambda sums, batch: add_forgettability(NETWORK, sums, BEFORE, AFTER, batch))
-    sums = HeadSums.zero(NETWORK)
+    sums = HeadSums.zero(NETWORK.num_layers, NETWORK.num_heads)
     for part in (EXAMPLES[:2], EXAMPLES[2:]):
         sums = add(sums, to_batch(part, length=8, fillers=3 - len(part)))
     assert_close(sums.mean(), forgettability_of(to_torch(NETWORK, BEFORE), to_torch(NETWORK, AFTER), EXAMPLES))
@@ -130,7 +131,7 @@ class OneTask:
 
 @pytest.mark.parametrize("importance", ["product_of_sums", "sum_of_products"])
 def test_importance_and_selected_heads_over_two_tasks(importance: str) -> None:
-    method = Seekr(SeekrConfig(**{**OPTIONS, "layer_budget": 1, "importance": importance}), NETWORK, 2)
+    method = Seekr(SeekrOptions(**{**OPTIONS, "layer_budget": 1, "importance": importance}), NETWORK, 2)
     state = method.init(BEFORE)
     measured: list[tuple[torch.Tensor, torch.Tensor]] = []
     params = [BEFORE, AFTER, moved(AFTER, 0.2, seed=2)]
@@ -155,24 +156,15 @@ SELECTED = [[(0, 1), (1, 0), (1, 3)], [(1, 0), (1, 1), (1, 2)]]
 TASKS = [0, 1, 0]
 
 
-class Shape(NamedTuple):
-    length: int
-    predict: int
-
-
 @pytest.fixture(scope="module")
 def remembered() -> tuple[Seekr, Any, Batch]:
     """The method, its state, and a memory batch with the teacher that the params before the task gave."""
-    method = Seekr(SeekrConfig(**OPTIONS), NETWORK, 2)
+    method = Seekr(SeekrOptions(**OPTIONS), NETWORK, 2)
     state = {**method.init(BEFORE), "heads": jnp.array(SELECTED)}
     batch = to_batch(EXAMPLES, length=7)
     batch = dataclasses.replace(batch, task=jnp.array(TASKS))
-    signals = jax.jit(method.signals)(BEFORE, state, batch, jax.random.key(0))
-    host = {name: np.asarray(value) for name, value in signals.items()}
-    records = [method.trim({name: value[row] for name, value in host.items()}) for row in range(batch.size)]
-    teacher = method.collate(records, Shape(7, batch.targets.shape[1]))
-    teacher = jax.tree.map(jnp.asarray, teacher)
-    return method, state, dataclasses.replace(batch, kind="memory", teacher=teacher)
+    teacher = jax.jit(method.signals)(BEFORE, state, batch, jax.random.key(0))
+    return method, state, dataclasses.replace(batch, origin="memory", teacher=teacher)
 
 
 def kl(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:

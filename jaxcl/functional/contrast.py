@@ -32,8 +32,8 @@ def contrast(
     real rows n, with j over the real rows, cosine similarity s, anchors a, positives p and past knowledge q.
 
     Under jit the batch is the global one, however it is split over devices and hosts. With `training.accumulate` it is
-    one of k micro-batches: of B rows in all, an anchor is held against 2B/k and not 2B, which is an easier task (its
-    value at chance is log(2B/k)). To see all of them, every micro-batch would need a second forward pass.
+    one of k micro-batches: of B rows in all, an anchor is compared with 2B/k and not with 2B, which is an easier task
+    (its value at chance is log(2B/k)). To see all of them, every micro-batch would need a second forward pass.
 
     Args:
       anchor: pooled output of the full network.

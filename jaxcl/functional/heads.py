@@ -1,31 +1,20 @@
-r"""Which attention heads to distil: sensitivity, forgettability and budgets (SEEKR, sections 3.2 and 3.3).
-
-Neither measure holds an attention map longer than its layer, and both count real, visible (query, key) pairs only;
-the authors' code counts padding and future keys too.
-"""
+r"""Which attention heads to distil: sensitivity, forgettability and budgets (SEEKR, sections 3.2 and 3.3)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxcl.methods.base import Params
-from jaxcl.methods.losses import example_losses
-from jaxcl.models.batch import Batch
-from jaxcl.models.mask import visible
-from jaxcl.models.network import Network
-from jaxcl.models.probe import AttentionView, Probe, Tap, selected_rows
-
-Importance = Literal["product_of_sums", "sum_of_products", "sensitivity", "forgettability", "random"]
+HeadImportance = Literal["product_of_sums", "sum_of_products", "sensitivity", "forgettability", "random"]
 Heads = Float[Array, "layers heads"]
 
 
 class HeadSums(NamedTuple):
-    """A mean over (example, query, key) triples in the making.
+    """A running mean over (example, query, key) triples.
 
     Attributes:
       total: sums of squares.
@@ -36,9 +25,13 @@ class HeadSums(NamedTuple):
     triples: Float[Array, ""]
 
     @classmethod
-    def zero(cls, network: Network) -> HeadSums:
-        """Nothing yet."""
-        return cls(jnp.zeros((network.num_layers, network.num_heads)), jnp.float32(0))
+    def zero(cls, layers: int, heads: int) -> HeadSums:
+        """Nothing yet, for so many layers of so many heads."""
+        return cls(jnp.zeros((layers, heads)), jnp.float32(0))
+
+    def add(self, squares: Heads, triples: Float[Array, ""]) -> HeadSums:
+        """The sums with a batch added: each head's sum of squares, and over how many triples it was taken."""
+        return HeadSums(self.total + squares, self.triples + triples)
 
     def mean(self) -> Heads:
         """Mean square; 0 where there was nothing."""
@@ -67,67 +60,18 @@ def watch(
     seen: Bool[Array, "batch 1 query length"],
     dummy: Float[Array, " heads"],
 ) -> Float[Array, "batch heads query length"]:
-    """The identity on `probs`, whose backward pass leaves a trace: `Tap.function` of `add_sensitivity`.
+    """The identity on attention probabilities, whose backward pass sums their squared gradients (SEEKR, equation 3).
 
-    The gradient of `dummy` is the sum of squares of the gradient of `probs` over rows, queries and keys where `seen`.
-    It is not linear in the cotangent, so only one backward pass of one loss makes sense of it.
+    Put it between the softmax and the product with the values. The gradient of `dummy` is then the sum of squares of
+    the gradient of `probs` over rows, queries and keys where `seen`; no array of the size of `probs` is kept for it. It
+    is not linear in the cotangent, so it means something only after one backward pass of one loss.
+
+    Args:
+      probs: attention probabilities.
+      seen: which (query, key) pairs count.
+      dummy: zeros; its gradient is the result.
     """
     return _watch(probs, seen, dummy)
-
-
-@jax.named_scope("importance")
-def add_sensitivity(network: Network, sums: HeadSums, params: Params, batch: Batch, chunk: int) -> HeadSums:
-    r"""Adds a batch to the mean square of d(loss) / d(attention weight) (SEEKR, equation 3).
-
-    The loss of an example is its own mean over its scored positions, so how examples are put into batches changes
-    nothing. Layers are rematerialised whatever the configuration says: the backward pass then holds the attention
-    maps of one layer at a time.
-
-    Args:
-      network: the network.
-      sums: what was added so far.
-      params: the network's params.
-      batch: token rows.
-      chunk: see `losses.over_positions`; static.
-    """
-    compute = network.config.compute.model_copy(update={"remat": "full"})
-    network = Network.create(network.config.model_copy(update={"compute": compute}))
-
-    def loss(dummy: Array) -> Array:
-        states = network.hidden(params, batch, tap=Tap(watch, dummy)).states
-        return jnp.sum(example_losses(network, params, states, batch, chunk))
-
-    squares = jax.grad(loss)(jnp.zeros_like(sums.total))
-    return HeadSums(sums.total + squares, sums.triples + _pairs(network, batch))
-
-
-@jax.named_scope("importance")
-def add_forgettability(network: Network, sums: HeadSums, before: Params, after: Params, batch: Batch) -> HeadSums:
-    """Adds a batch to the mean squared change of attention weights between two sets of params (SEEKR, equation 4).
-
-    One scan walks both networks side by side and compares their attention maps layer by layer.
-
-    Args:
-      network: the network.
-      sums: what was added so far.
-      before: params before the task.
-      after: params after it.
-      batch: token rows.
-    """
-    context = network.context(batch)
-    probe = Probe(_all_rows)
-
-    def body(inputs: tuple[Array, Array], layers: tuple[Params, Params]) -> tuple[tuple[Array, Array], Array]:
-        (x, x_probs), (y, y_probs) = (
-            network.block(layer, state, batch, context=context, probe=probe)
-            for layer, state in zip(layers, inputs, strict=True)
-        )
-        # Weights of pairs that are not visible are 0 in both.
-        return (x, y), jnp.sum(jnp.square(x_probs - y_probs), axis=(0, 2, 3))
-
-    start = network.embed(before, batch), network.embed(after, batch)
-    squares = jax.lax.scan(body, start, (network.blocks(before), network.blocks(after)))[1]
-    return HeadSums(sums.total + squares, sums.triples + _pairs(network, batch))
 
 
 def normalise_sensitivity(sensitivity: Heads) -> Heads:
@@ -139,7 +83,7 @@ def normalise_sensitivity(sensitivity: Heads) -> Heads:
 def combine(
     sensitivity: Float[Array, "tasks layers heads"],
     forgettability: Float[Array, "tasks layers heads"],
-    how: Importance,
+    how: HeadImportance,
     key: Array | None = None,
 ) -> Heads:
     """Importance of heads over the tasks so far (SEEKR, equation 5).
@@ -173,7 +117,7 @@ def combine(
 
 
 def resolve_budget(budget: int | float, total: int) -> int:
-    """A budget as a number: integers stand for themselves, fractions for a share of `total`, at least 1.
+    """A budget as a number: an integer is taken as it is, a fraction is a share of `total`, at least 1.
 
     Examples:
       >>> resolve_budget(24, 32), resolve_budget(0.75, 32), resolve_budget(0.01, 32)
@@ -184,7 +128,9 @@ def resolve_budget(budget: int | float, total: int) -> int:
     """
     if isinstance(budget, float):
         if not 0 < budget <= 1:
-            raise ValueError(f"{budget} is no share: allowed are above 0 to 1.0, or a whole number from 1 to {total}")
+            raise ValueError(
+                f"{budget} is not a share: allowed are above 0 to 1.0, or a whole number from 1 to {total}"
+            )
         return max(1, round(budget * total))
     if not 1 <= budget <= total:
         raise ValueError(f"{budget} is not within 1 to {total}")
@@ -202,7 +148,7 @@ def select_heads(importance: Heads, layers: int, heads: int, per_layer: int) -> 
       importance: of each head, 0 or more.
       layers: number of layers; static.
       heads: number of heads; static, at most `layers * per_layer`.
-      per_layer: at most so many heads of a layer; static. The paper sets no such limit.
+      per_layer: the most heads selected in one layer; static. The paper sets no such limit.
 
     Returns:
       (layer, head) of each selected head, in rising order, int32.
@@ -214,14 +160,3 @@ def select_heads(importance: Heads, layers: int, heads: int, per_layer: int) -> 
     flat = jnp.where(allowed, importance, -jnp.inf).reshape(-1)
     best = jnp.sort(jnp.argsort(-flat, stable=True)[:heads])
     return jnp.stack([best // importance.shape[1], best % importance.shape[1]], axis=-1).astype(jnp.int32)
-
-
-def _all_rows(view: AttentionView, _: Any) -> Float[Array, "batch heads query length"]:
-    batch, length, heads, _ = view.query.shape
-    every_head = jnp.broadcast_to(jnp.arange(heads), (batch, heads))
-    every_query = jnp.broadcast_to(jnp.arange(length), (batch, length))
-    return selected_rows(view, every_head, every_query)
-
-
-def _pairs(network: Network, batch: Batch) -> Float[Array, ""]:
-    return jnp.sum(visible(batch.segments, network.causal).astype(jnp.float32))

@@ -1,4 +1,4 @@
-r"""Attention rows of selected heads: read for the store, and held against stored ones (SEEKR, equation 7).
+r"""Attention rows of selected heads: read for a store, and compared with stored ones (SEEKR, equation 7).
 
 With stored weights p, scores S and own weights s = softmax(S), a row's divergence is
 $\sum_k p_k (\log p_k - \log s_k)$, and its gradient in the scores is $s \sum_k p_k - p$.
@@ -21,14 +21,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from jaxcl.methods.distillation import decode_rows, encode_rows
-from jaxcl.models.probe import AttentionView, selected_pairs, selected_rows, visible_keys
+from jaxcl.functional.attention_rows import (
+    AttentionView,
+    decode_rows,
+    encode_rows,
+    selected_pairs,
+    selected_rows,
+    visible_keys,
+)
 
 _BLOCK = 128  # queries; fewer than two blocks of them are not divided
 # The smallest weight that float32 resolves.
 _TINY = float(jnp.finfo(jnp.float32).tiny)
 Carry = TypeVar("Carry")
-Rows = Float[Array, "batch selected queries length"] | UInt8[Array, "batch selected queries length"]
+AttentionRows = Float[Array, "batch selected queries length"] | UInt8[Array, "batch selected queries length"]
 
 
 class AttentionTeacher(NamedTuple):
@@ -40,7 +46,7 @@ class AttentionTeacher(NamedTuple):
       queries: which query positions, rising, -1 behind them for none; rows have their padding on the right.
     """
 
-    rows: Rows
+    rows: AttentionRows
     heads: Int[Array, "batch selected"]
     queries: Int[Array, "batch queries"]
 
@@ -56,7 +62,7 @@ def heads_of_layers(heads: Int[Array, "batch selected 2"], layers: int) -> Int[A
     return jnp.where(heads[..., 0] == layer, heads[..., 1], -1).astype(jnp.int32)
 
 
-def write_rows(view: AttentionView, teacher: AttentionTeacher) -> Rows:
+def write_rows(view: AttentionView, teacher: AttentionTeacher) -> AttentionRows:
     """`teacher.rows` with those of this layer's heads put in, in the dtype (and code) that they have.
 
     Args:
@@ -90,11 +96,20 @@ def attention_divergence(
     """
     real = jnp.any(visible_keys(view, teacher.queries), axis=2)
     count = jnp.sum(teacher.heads >= 0, axis=1) * jnp.sum(real, axis=1)
-    sums = _sums(_Kind(view.causal, view.scale), view.query, view.key, view.segments, teacher)
+    sums = _sums(_Attention(view.causal, view.scale), view.query, view.key, view.segments, teacher)
     return sums / jnp.maximum(count, 1), count > 0
 
 
-class _Kind(NamedTuple):
+@jax.named_scope("distil")
+def example_divergence(
+    layer_means: Float[Array, "layers batch"], present: Bool[Array, "layers batch"]
+) -> tuple[Float[Array, " batch"], Bool[Array, " batch"]]:
+    """Each example's mean over the layers that have any selected head, and whether it has such a layer."""
+    layers = jnp.sum(present, axis=0)
+    return jnp.sum(jnp.where(present, layer_means, 0.0), axis=0) / jnp.maximum(layers, 1), layers > 0
+
+
+class _Attention(NamedTuple):
     causal: bool
     scale: float
 
@@ -105,7 +120,7 @@ class _Head(NamedTuple):
     head: Int[Array, " batch"]
     query: Float[Array, "batch queries head_dim"]
     key: Float[Array, "batch length head_dim"]
-    stored: Rows
+    stored: AttentionRows
     weight: Float[Array, "batch queries"]
 
 
@@ -131,26 +146,28 @@ class _Block(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _sums(kind: _Kind, query: Array, key: Array, segments: Array, teacher: AttentionTeacher) -> Float[Array, " batch"]:
+def _sums(
+    static: _Attention, query: Array, key: Array, segments: Array, teacher: AttentionTeacher
+) -> Float[Array, " batch"]:
     """Each example's sum over its (head, query) pairs."""
-    return _forward(kind, query, key, segments, teacher)[0]
+    return _forward(static, query, key, segments, teacher)[0]
 
 
 def _forward(
-    kind: _Kind, query: Array, key: Array, segments: Array, teacher: AttentionTeacher
+    static: _Attention, query: Array, key: Array, segments: Array, teacher: AttentionTeacher
 ) -> tuple[Array, tuple[Any, ...]]:
-    view = AttentionView(query, key, segments, kind.causal, kind.scale)
+    view = AttentionView(query, key, segments, static.causal, static.scale)
     seen = visible_keys(view, teacher.queries)
 
     def compare(block: _Block, one: _Head) -> tuple[Array, Array]:
-        scores, stored, visible = block.scores(one, kind.scale), block.stored(one), block.rows(seen)
+        scores, stored, visible = block.scores(one, static.scale), block.stored(one), block.rows(seen)
         norm = jnp.where(jnp.any(visible, axis=2), jax.nn.logsumexp(scores, axis=-1, where=visible), 0.0)
         logs = jnp.log(jnp.maximum(stored, _TINY)) - (scores - norm[..., None])
         return jnp.sum(jnp.where(stored > 0, stored * logs, 0.0), axis=-1), norm
 
     def add(place: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         one = _head(view, teacher, seen, place)
-        parts = [compare(block, one) for block in _blocks(seen.shape, kind.causal)]
+        parts = [compare(block, one) for block in _blocks(seen.shape, static.causal)]
         divergence, norm = (jnp.concatenate(part, axis=1) for part in zip(*parts, strict=True))
         return carry[0] + jnp.sum(divergence * one.weight, axis=-1), _put(carry[1], place, norm)
 
@@ -159,17 +176,19 @@ def _forward(
     return total, (query, key, segments, teacher, norms)
 
 
-def _backward(kind: _Kind, kept: tuple[Any, ...], cotangent: Float[Array, " batch"]) -> tuple[Array, Array, None, None]:
+def _backward(
+    static: _Attention, kept: tuple[Any, ...], cotangent: Float[Array, " batch"]
+) -> tuple[Array, Array, None, None]:
     query, key, segments, teacher, norms = kept
-    view = AttentionView(query, key, segments, kind.causal, kind.scale)
+    view = AttentionView(query, key, segments, static.causal, static.scale)
     seen = visible_keys(view, teacher.queries)
     group = query.shape[2] // key.shape[2]
     # Where each position stands among the queries: gradients come back by a gather, not by a scatter over positions.
     asked, index = _places(teacher.queries, query.shape[1])
 
     def differ(block: _Block, one: _Head, norm: Array) -> tuple[Array, Array]:
-        stored, factor = block.stored(one), cotangent[:, None] * one.weight[:, block.queries] * kind.scale
-        own = jnp.exp(block.scores(one, kind.scale) - norm[:, block.queries, None])
+        stored, factor = block.stored(one), cotangent[:, None] * one.weight[:, block.queries] * static.scale
+        own = jnp.exp(block.scores(one, static.scale) - norm[:, block.queries, None])
         own = jnp.where(block.rows(seen), own, 0.0)
         dscores = factor[..., None] * (own * jnp.sum(stored, axis=-1, keepdims=True) - stored)
         dscores = dscores.astype(query.dtype)
@@ -179,7 +198,7 @@ def _backward(kind: _Kind, kept: tuple[Any, ...], cotangent: Float[Array, " batc
 
     def add(place: Array, gradients: tuple[Array, Array]) -> tuple[Array, Array]:
         one, norm = _head(view, teacher, seen, place), _take(norms, place)
-        parts = [differ(block, one, norm) for block in _blocks(seen.shape, kind.causal)]
+        parts = [differ(block, one, norm) for block in _blocks(seen.shape, static.causal)]
         dqueries, dkey = jnp.concatenate([part[0] for part in parts], axis=1), sum(part[1] for part in parts)
         dquery = jnp.where(asked[..., None], jnp.take_along_axis(dqueries, index[..., None], axis=1), 0.0)
         add_head = jax.vmap(lambda total, head, new: total.at[:, head].add(new.astype(total.dtype)))

@@ -1,4 +1,4 @@
-r"""Distillation of output distributions, and the compact forms that teachers are kept in (SEEKR, section 3.4).
+r"""Distillation of output distributions, whole or by their likeliest tokens (SEEKR, section 3.4).
 
 Divergences are $KL(\text{teacher} \,\|\, \text{student})$ in nats. Teachers are data: no gradient flows into them.
 """
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key, UInt8
+from jaxtyping import Array, Float, Int
 
 # Float32 resolves no smaller remainders of 1; both sides of a divergence are limited alike.
 _EPSILON = float(jnp.finfo(jnp.float32).eps)
@@ -21,7 +21,7 @@ class TopScores(NamedTuple):
     Attributes:
       ids: token ids, int32.
       values: their log-probabilities, float32.
-      drawn_ids: tokens drawn from the rest in proportion to their probability, int32; a token may come twice. `None`:
+      drawn_ids: tokens drawn from the rest in proportion to their probability, int32; a token may come twice. `None` if
         none are drawn.
       drawn_values: their log-probabilities, float32.
     """
@@ -33,7 +33,7 @@ class TopScores(NamedTuple):
 
 
 def top_scores(
-    logits: Float[Array, "... vocab"], count: int, drawn: int = 0, lots: Float[Array, "..."] | None = None
+    logits: Float[Array, "... vocab"], count: int, drawn: int = 0, offsets: Float[Array, "..."] | None = None
 ) -> TopScores:
     """Log-probabilities of the `count` likeliest tokens, and of some drawn from the others.
 
@@ -43,18 +43,23 @@ def top_scores(
 
     Args:
       logits: scores.
-      count: how many of the likeliest; not all tokens if any shall be drawn.
+      count: how many of the likeliest; fewer than all tokens if any are drawn.
       drawn: how many are drawn.
-      lots: the place in the parts, uniform in [0, 1), a position; needed where `drawn` is above 0.
+      offsets: one uniform draw in [0, 1) per position: where in each part its token is taken. Required if `drawn` is
+        above 0.
+
+    Raises:
+      ValueError: `drawn` is above 0 and `offsets` is missing.
     """
     logs = jax.nn.log_softmax(logits, axis=-1)
     values, ids = jax.lax.top_k(logs, count)
     if drawn == 0:
         return TopScores(ids.astype(jnp.int32), values)
-    assert lots is not None
+    if offsets is None:
+        raise ValueError("offsets: drawing tokens needs one uniform number per position, got None")
     others = jnp.put_along_axis(jnp.exp(logs), ids, 0.0, axis=-1, inplace=False)
     below = jnp.cumsum(others, axis=-1)
-    places = (jnp.arange(drawn) + lots[..., None]) / drawn * below[..., -1:]
+    places = (jnp.arange(drawn) + offsets[..., None]) / drawn * below[..., -1:]
     search = jnp.vectorize(lambda row, at: jnp.searchsorted(row, at, side="right"), signature="(v),(d)->(d)")
     # Rounding may put the last place at the very end, behind all tokens.
     drawn_ids = jnp.minimum(search(below, places), logits.shape[-1] - 1).astype(jnp.int32)
@@ -95,60 +100,10 @@ def full_divergence(teacher: Float[Array, "... vocab"], logits: Float[Array, "..
     return jnp.sum(jnp.exp(teacher) * (teacher - jax.nn.log_softmax(logits, axis=-1)), axis=-1)
 
 
-def encode_rows(rows: Float[Array, "... length"]) -> UInt8[Array, "... length"]:
-    """Attention rows in 8 bits: roots of the weights, in 255ths of the row's largest.
-
-    Roots spend the steps where a divergence is sensitive, and reach down to a 260,000th of the largest weight. The
-    scale is not kept: rows sum to 1.
-
-    Examples:
-      >>> encode_rows(jnp.array([[0.8, 0.2, 0.0]])).tolist()
-      [[255, 128, 0]]
-    """
-    largest = jnp.max(rows, axis=-1, keepdims=True)
-    shares = rows / jnp.where(largest == 0, 1.0, largest)
-    return jnp.round(255.0 * jnp.sqrt(shares)).astype(jnp.uint8)
-
-
-def decode_rows(coded: UInt8[Array, "... length"]) -> Float[Array, "... length"]:
-    """What `encode_rows` coded, scaled to sum 1 again; rows of zeros stay."""
-    weights = jnp.square(coded.astype(jnp.float32))
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    return weights / jnp.where(total == 0, 1.0, total)
-
-
-@jax.named_scope("distil")
-def example_divergence(
-    layer_means: Float[Array, "layers batch"], present: Bool[Array, "layers batch"]
-) -> tuple[Float[Array, " batch"], Bool[Array, " batch"]]:
-    """Each example's mean over the layers that have any selected head, and whether it has such a layer."""
-    layers = jnp.sum(present, axis=0)
-    return jnp.sum(jnp.where(present, layer_means, 0.0), axis=0) / jnp.maximum(layers, 1), layers > 0
-
-
-def sample_queries(
-    keys: Key[Array, " batch"], segments: Int[Array, "batch length"], budget: int
-) -> Int[Array, "batch queries"]:
-    """Query positions drawn without replacement from each row's real ones.
-
-    A row's draw follows from its key and its real positions: other rows and padding behind it change nothing.
-
-    Args:
-      keys: a random key a row.
-      segments: 0 for padding.
-      budget: how many; 0 takes all. Static.
-
-    Returns:
-      Positions in rising order, int32; -1 behind them where a row has fewer.
-    """
-    length = segments.shape[1]
-    budget = length if budget == 0 else budget
-    lots = jax.vmap(lambda key: jax.random.uniform(key, (length,)))(keys)
-    lots = jnp.where(segments != 0, lots, -1.0)
-    values, drawn = jax.lax.top_k(lots, min(budget, length))
-    drawn = jnp.sort(jnp.where(values >= 0, drawn, length), axis=1)
-    drawn = jnp.where(drawn < length, drawn, -1).astype(jnp.int32)
-    return jnp.pad(drawn, ((0, 0), (0, budget - drawn.shape[1])), constant_values=-1)
+def divergence(first: Float[Array, "... units"], second: Float[Array, "... units"]) -> Float[Array, "..."]:
+    """`KL(softmax(first) || softmax(second))` over the last axis; gradients flow into both."""
+    first, second = jax.nn.log_softmax(first, axis=-1), jax.nn.log_softmax(second, axis=-1)
+    return jnp.sum(jnp.exp(first) * (first - second), axis=-1)
 
 
 def _remainder(probs: Float[Array, "... top"]) -> Float[Array, "..."]:

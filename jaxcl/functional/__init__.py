@@ -1,0 +1,102 @@
+"""The papers' mathematics as pure functions of arrays and pytrees, for models and training loops of any kind.
+
+Importing it loads jax, optax and jaxtyping, and nothing else of jaxcl.
+
+- DAS: `gate_gradients`, `ImportanceSums`, `normalise`, `accumulate`, `soft_masks`, `masked_optimizer`, `pool`,
+  `contrast`
+- SEEKR: `watch`, `HeadSums`, `combine`, `select_heads`, `sample_queries`, `selected_rows`, `attention_divergence`
+- Distillation of outputs: `top_scores`, `top_divergence`, `full_divergence`
+- Elastic weight consolidation: `FisherSums`, `summed_squares`, `quadratic_penalty`
+- Losses: `Term`, `cross_entropy`, `token_losses`, `over_positions`
+- What was kept and what was forgotten: `ContinualMatrix`
+"""
+
+from jaxcl.functional.attention_divergence import (
+    AttentionTeacher,
+    attention_divergence,
+    example_divergence,
+    heads_of_layers,
+    write_rows,
+)
+from jaxcl.functional.attention_rows import (
+    AttentionView,
+    decode_rows,
+    encode_rows,
+    sample_queries,
+    selected_rows,
+    visible_keys,
+)
+from jaxcl.functional.contrast import contrast, pool
+from jaxcl.functional.distillation import TopScores, divergence, full_divergence, top_divergence, top_scores
+from jaxcl.functional.fisher import FisherSums, quadratic_penalty, summed_squares
+from jaxcl.functional.heads import HeadSums, combine, normalise_sensitivity, resolve_budget, select_heads, watch
+from jaxcl.functional.importance import (
+    ImportanceSums,
+    accumulate,
+    gate_gradients,
+    normalise,
+    normalise_quantile,
+    normalise_tanh,
+)
+from jaxcl.functional.losses import (
+    cross_entropy,
+    example_means,
+    over_positions,
+    real_length,
+    scored_states,
+    token_losses,
+)
+from jaxcl.functional.matrix import ContinualMatrix
+from jaxcl.functional.soft_masks import LAYER, Unit, masked_decay, masked_optimizer, soft_mask, soft_masks
+from jaxcl.functional.terms import Term, Terms
+
+__all__ = [
+    "LAYER",
+    "AttentionTeacher",
+    "AttentionView",
+    "ContinualMatrix",
+    "FisherSums",
+    "HeadSums",
+    "ImportanceSums",
+    "Term",
+    "Terms",
+    "TopScores",
+    "Unit",
+    "accumulate",
+    "attention_divergence",
+    "combine",
+    "contrast",
+    "cross_entropy",
+    "decode_rows",
+    "divergence",
+    "encode_rows",
+    "example_divergence",
+    "example_means",
+    "full_divergence",
+    "gate_gradients",
+    "heads_of_layers",
+    "masked_decay",
+    "masked_optimizer",
+    "normalise",
+    "normalise_quantile",
+    "normalise_sensitivity",
+    "normalise_tanh",
+    "over_positions",
+    "pool",
+    "quadratic_penalty",
+    "real_length",
+    "resolve_budget",
+    "sample_queries",
+    "scored_states",
+    "select_heads",
+    "selected_rows",
+    "soft_mask",
+    "soft_masks",
+    "summed_squares",
+    "token_losses",
+    "top_divergence",
+    "top_scores",
+    "visible_keys",
+    "watch",
+    "write_rows",
+]

@@ -1,0 +1,117 @@
+"""Attention probabilities of chosen heads at chosen queries, from queries and keys, and their compact form.
+
+Attention itself can stay on its fast kernel: a row is computed again beside it, by an exact softmax over visible keys.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key, UInt8
+
+
+class AttentionView(NamedTuple):
+    """What a probe sees of one layer's attention.
+
+    Attributes:
+      query: queries after the rotary embedding.
+      key: keys after the rotary embedding.
+      segments: document number of each position, 0 for padding.
+      causal: whether later positions are hidden.
+      scale: factor on the products of queries and keys.
+    """
+
+    query: Float[Array, "batch length heads head_dim"]
+    key: Float[Array, "batch length kv_heads head_dim"]
+    segments: Int[Array, "batch length"]
+    causal: bool
+    scale: float
+
+
+def selected_rows(
+    view: AttentionView, heads: Int[Array, "batch selected"], queries: Int[Array, "batch queries"]
+) -> Float[Array, "batch selected queries length"]:
+    """Attention probabilities of some heads at some query positions, by an exact softmax over the visible keys.
+
+    Args:
+      view: queries and keys of one layer.
+      heads: indices of heads, -1 for none.
+      queries: indices of query positions, -1 for none.
+
+    Returns:
+      Probabilities, float32. Rows whose head or query is -1, or whose query is padding, are zero.
+    """
+    scores = jnp.einsum("bsqd,bsld->bsql", *selected_pairs(view, heads, queries), preferred_element_type=jnp.float32)
+    seen = visible_keys(view, queries)[:, None] & (heads >= 0)[:, :, None, None]
+    return jax.nn.softmax(scores * view.scale, axis=-1, where=seen)
+
+
+def selected_pairs(
+    view: AttentionView, heads: Int[Array, "batch selected"], queries: Int[Array, "batch queries"]
+) -> tuple[Float[Array, "batch selected queries head_dim"], Float[Array, "batch selected length head_dim"]]:
+    """Queries of some heads at some positions, and all keys of these heads; anything where an index is -1."""
+    group = view.query.shape[2] // view.key.shape[2]
+
+    def pairs(query: Array, key: Array, heads: Array, queries: Array) -> tuple[Array, Array]:
+        return query[queries[None, :], heads[:, None]], key[:, heads // group].swapaxes(0, 1)
+
+    return jax.vmap(pairs)(view.query, view.key, jnp.maximum(heads, 0), jnp.maximum(queries, 0))
+
+
+def visible_keys(view: AttentionView, queries: Int[Array, "batch queries"]) -> Bool[Array, "batch queries length"]:
+    """Which keys some query positions see; none for a query that is -1 or padding."""
+    position = jnp.maximum(queries, 0)
+    own = jnp.take_along_axis(view.segments, position, axis=1)
+    seen = (own[:, :, None] == view.segments[:, None, :]) & (own != 0)[:, :, None] & (queries >= 0)[:, :, None]
+    if view.causal:
+        seen &= position[:, :, None] >= jnp.arange(view.segments.shape[1])
+    return seen
+
+
+def sample_queries(
+    keys: Key[Array, " batch"], segments: Int[Array, "batch length"], budget: int
+) -> Int[Array, "batch queries"]:
+    """Query positions drawn without replacement from each row's real ones.
+
+    A row's draw follows from its key and its real positions: other rows and the padding behind it change nothing.
+
+    Args:
+      keys: one random key per row.
+      segments: 0 for padding.
+      budget: how many; 0 takes all. Static.
+
+    Returns:
+      Positions in rising order, int32; -1 behind them where a row has fewer.
+    """
+    length = segments.shape[1]
+    budget = length if budget == 0 else budget
+    draws = jax.vmap(lambda key: jax.random.uniform(key, (length,)))(keys)
+    draws = jnp.where(segments != 0, draws, -1.0)
+    values, drawn = jax.lax.top_k(draws, min(budget, length))
+    drawn = jnp.sort(jnp.where(values >= 0, drawn, length), axis=1)
+    drawn = jnp.where(drawn < length, drawn, -1).astype(jnp.int32)
+    return jnp.pad(drawn, ((0, 0), (0, budget - drawn.shape[1])), constant_values=-1)
+
+
+def encode_rows(rows: Float[Array, "... length"]) -> UInt8[Array, "... length"]:
+    """Attention rows in 8 bits: square roots of the weights, in 255ths of the row's largest.
+
+    Roots spend the steps where a divergence is sensitive, and reach down to a 260,000th of the largest weight. The
+    scale is not kept: rows sum to 1.
+
+    Examples:
+      >>> encode_rows(jnp.array([[0.8, 0.2, 0.0]])).tolist()
+      [[255, 128, 0]]
+    """
+    largest = jnp.max(rows, axis=-1, keepdims=True)
+    shares = rows / jnp.where(largest == 0, 1.0, largest)
+    return jnp.round(255.0 * jnp.sqrt(shares)).astype(jnp.uint8)
+
+
+def decode_rows(coded: UInt8[Array, "... length"]) -> Float[Array, "... length"]:
+    """What `encode_rows` coded, scaled to sum 1 again; rows of zeros stay."""
+    weights = jnp.square(coded.astype(jnp.float32))
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    return weights / jnp.where(total == 0, 1.0, total)

@@ -1,0 +1,172 @@
+"""Soft masks: params move less the more their units matter to what is known (DAS, section 3.2).
+
+Which unit a param belongs to is data: a tree like the params whose leaves are `Unit`s. A mask is `1 - importance` of
+the param's unit, in a shape that broadcasts to the param. It may act before the optimizer's preconditioner, as in the
+paper, or after it: Adam divides a constant factor on a gradient out again.
+
+The authors' code masks the input axis of query, key and value projections, and masks each micro-batch, so that
+accumulation compounds the mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, PyTree
+
+MaskOn = Literal["update", "gradient"]
+Shared = Literal["free", "mean", "frozen"]
+
+
+class Unit(NamedTuple):
+    """The kind of unit that a param belongs to, and where its units lie.
+
+    Attributes:
+      kind: a key of the importance: `heads`, `intermediate`, `output`, or any other name.
+      axis: the param's axis that runs along the units. If it is shorter than the number of units, each entry serves a
+        group of them, as a key/value head serves several query heads, and gets the largest importance of its group.
+      layer: the layer of a param that belongs to one layer; `None` for a param whose first axis runs along the layers.
+    """
+
+    kind: str
+    axis: int
+    layer: int | None = None
+
+
+LAYER = "layer"
+"""Kind of a param that belongs to a layer but to none of its units, such as the scale of a norm: `Unit(LAYER, 0)`."""
+
+
+@jax.named_scope("soft_mask")
+def soft_masks(
+    units: PyTree, params: PyTree, importance: Mapping[str, Float[Array, "layers units"]], shared: Shared = "free"
+) -> PyTree:
+    """The mask of every param.
+
+    Args:
+      units: a tree like `params` with a `Unit` for each param; `None` for one that belongs to the whole model, such as
+        an embedding or an output head.
+      params: the params, or anything with their tree and shapes.
+      importance: of each kind of unit, in [0, 1].
+      shared: what happens to params that belong to no single unit: `free` (mask 1, as in the paper), `frozen`
+        (mask 0), or `mean` (1 minus the mean importance of the layer's units, or of all layers).
+
+    Returns:
+      The params' tree with arrays that broadcast to the params, float32.
+
+    Raises:
+      ValueError: a unit does not fit its param or the importance; the message names the param.
+
+    Examples:
+      >>> units = {"up": Unit("intermediate", axis=2), "norm": None}
+      >>> params = {"up": jnp.ones((1, 2, 3)), "norm": jnp.ones(2)}
+      >>> masks = soft_masks(units, params, {"intermediate": jnp.array([[0.0, 0.25, 1.0]])})
+      >>> masks["up"].tolist(), masks["norm"].tolist()
+      ([[[1.0, 0.75, 0.0]]], 1.0)
+    """
+    layer_means = jnp.mean(jnp.stack([jnp.mean(importance[kind], axis=-1) for kind in importance]), axis=0)
+
+    def mask(path: Any, leaf: Any, unit: Unit | None) -> Array:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if unit is None:
+            return _shared_mask(shared, jnp.mean(layer_means))
+        if unit.kind == LAYER:
+            mean = (
+                layer_means.reshape(-1, *[1] * (len(leaf.shape) - 1)) if unit.layer is None else layer_means[unit.layer]
+            )
+            return _shared_mask(shared, mean)
+        if unit.kind not in importance:
+            raise ValueError(f"soft_masks: param {name}: no importance of {unit.kind}, only of {', '.join(importance)}")
+        return 1.0 - _along(importance[unit.kind], leaf, unit, name)
+
+    return jax.tree_util.tree_map_with_path(mask, params, units)
+
+
+def soft_mask() -> optax.GradientTransformationExtraArgs:
+    """A transformation that multiplies updates by the keyword argument `masks`; a mask of 1 changes no bit.
+
+    Examples:
+      >>> transform = soft_mask()
+      >>> state = transform.init({"w": jnp.ones(2)})
+      >>> transform.update({"w": jnp.ones(2)}, state, masks={"w": jnp.array([0.25])})[0]["w"].tolist()
+      [0.25, 0.25]
+    """
+
+    @jax.named_scope("soft_mask")
+    def update(updates: PyTree, state: PyTree, params: PyTree = None, *, masks: PyTree, **_: Any) -> Any:
+        return _times(updates, masks), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def masked_decay(decay: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Weight decay that sees masked params, so that it does not move what the mask protects."""
+    inner = optax.with_extra_args_support(decay)
+
+    def update(updates: PyTree, state: PyTree, params: PyTree, *, masks: PyTree, **extra: Any) -> Any:
+        return inner.update(updates, state, _times(params, masks), masks=masks, **extra)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def masked_optimizer(
+    *,
+    clip: optax.GradientTransformation,
+    precondition: optax.GradientTransformation,
+    weight_decay: optax.GradientTransformation,
+    learning_rate: optax.GradientTransformation,
+    mask_on: MaskOn,
+) -> optax.GradientTransformationExtraArgs:
+    """An optimizer with the soft mask in it. Its `update` needs the keyword argument `masks`.
+
+    With `update` the mask acts on what Adam made of the gradient, weight decay included. With `gradient`, the paper's
+    text, it acts before; Adam divides a constant factor out again, so it acts through epsilon, through masks of exactly
+    0 and through the masked decay.
+
+    Either way importance 0 is the plain optimizer to the bit. With `update` this holds for compiled programs too: the
+    mask comes before the learning rate, so that a compiler that fuses products and sums fuses the same ones with and
+    without it. With `gradient` such a compiler may round Adam's sums differently in the last bit, and moments that
+    outlive a task (`optimizer.reset_optimizer: false`) go on moving what has become important since.
+
+    Args:
+      clip: clips the gradient before it is masked: it sees what plain training would see.
+      precondition: Adam's, for example.
+      weight_decay: adds the decay.
+      learning_rate: scales and negates.
+      mask_on: where the mask acts.
+    """
+    if mask_on == "update":
+        return optax.with_extra_args_support(optax.chain(clip, precondition, weight_decay, soft_mask(), learning_rate))
+    decay = masked_decay(weight_decay)
+    return optax.with_extra_args_support(optax.chain(clip, soft_mask(), precondition, decay, learning_rate))
+
+
+def _along(importance: Float[Array, "layers units"], leaf: Any, unit: Unit, name: str) -> Float[Array, "..."]:
+    """The importance of a param's units in a shape that broadcasts to it."""
+    values = importance if unit.layer is None else importance[unit.layer]
+    layers, units, size = len(importance), importance.shape[-1], leaf.shape[unit.axis]
+    if units % size or (unit.layer is None and leaf.shape[0] != layers):
+        raise ValueError(
+            f"soft_masks: param {name}: expected {layers} layers and {units} {unit.kind} (or groups of them) on axis "
+            f"{unit.axis}, got {leaf.shape}"
+        )
+    values = values.reshape(*values.shape[:-1], size, units // size).max(axis=-1)
+    shape = [1] * len(leaf.shape)
+    shape[unit.axis] = size
+    if unit.layer is None:
+        shape[0] = layers
+    return values.reshape(shape)
+
+
+def _shared_mask(shared: Shared, mean: Array) -> Array:
+    if shared == "mean":
+        return 1.0 - mean
+    return jnp.float32(1.0 if shared == "free" else 0.0)
+
+
+def _times(tree: PyTree, masks: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf, mask: leaf * mask.astype(leaf.dtype), tree, masks)

@@ -1,0 +1,87 @@
+r"""How much a network's attention heads matter to a task (SEEKR, section 3.2).
+
+Neither measure holds an attention map longer than its layer, and both count real, visible (query, key) pairs only; the
+authors' code counts padding and future keys too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxcl.functional.attention_rows import AttentionView, selected_rows
+from jaxcl.functional.heads import HeadSums, watch
+from jaxcl.methods.passes.losses import example_losses
+from jaxcl.models.batch import Batch
+from jaxcl.models.mask import visible
+from jaxcl.models.network import Network, Params
+from jaxcl.models.probe import Probe, Tap
+
+
+@jax.named_scope("importance")
+def add_sensitivity(network: Network, sums: HeadSums, params: Params, batch: Batch, chunk: int) -> HeadSums:
+    """Adds a batch to the mean square of d(loss) / d(attention weight) (SEEKR, equation 3).
+
+    The loss of an example is its own mean over its scored positions, so how examples are put into batches changes
+    nothing. Layers are rematerialised whatever the configuration says: the backward pass then holds the attention
+    maps of one layer at a time.
+
+    Args:
+      network: the network.
+      sums: what was added so far.
+      params: the network's params.
+      batch: token rows.
+      chunk: see `over_positions`; static.
+    """
+    compute = network.config.compute.model_copy(update={"remat": "full"})
+    network = Network.create(network.config.model_copy(update={"compute": compute}))
+
+    def loss(dummy: Array) -> Array:
+        states = network.hidden(params, batch, tap=Tap(watch, dummy)).states
+        return jnp.sum(example_losses(network, params, states, batch, chunk))
+
+    return sums.add(jax.grad(loss)(jnp.zeros_like(sums.total)), _pairs(network, batch))
+
+
+@jax.named_scope("importance")
+def add_forgettability(network: Network, sums: HeadSums, before: Params, after: Params, batch: Batch) -> HeadSums:
+    """Adds a batch to the mean squared change of attention weights between two sets of params (SEEKR, equation 4).
+
+    One scan walks both networks side by side and compares their attention maps layer by layer.
+
+    Args:
+      network: the network.
+      sums: what was added so far.
+      before: params before the task.
+      after: params after it.
+      batch: token rows.
+    """
+    context = network.context(batch)
+    probe = Probe(_all_rows)
+
+    def body(inputs: tuple[Array, Array], layers: tuple[Params, Params]) -> tuple[tuple[Array, Array], Array]:
+        (x, x_probs), (y, y_probs) = (
+            network.block(layer, state, batch, context=context, probe=probe)
+            for layer, state in zip(layers, inputs, strict=True)
+        )
+        # Weights of pairs that are not visible are 0 in both.
+        return (x, y), jnp.sum(jnp.square(x_probs - y_probs), axis=(0, 2, 3))
+
+    start = network.embed(before, batch), network.embed(after, batch)
+    squares = jax.lax.scan(body, start, (network.blocks(before), network.blocks(after)))[1]
+    return sums.add(squares, _pairs(network, batch))
+
+
+def _all_rows(view: AttentionView, _: Any) -> Float[Array, "batch heads query length"]:
+    batch, length, heads, _ = view.query.shape
+    every_head = jnp.broadcast_to(jnp.arange(heads), (batch, heads))
+    every_query = jnp.broadcast_to(jnp.arange(length), (batch, length))
+    return selected_rows(view, every_head, every_query)
+
+
+def _pairs(network: Network, batch: Batch) -> Float[Array, ""]:
+    """Number of visible (query, key) pairs."""
+    return jnp.sum(visible(batch.segments, network.causal).astype(jnp.float32))

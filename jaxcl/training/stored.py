@@ -1,0 +1,98 @@
+"""What a method stores with remembered rows: without padding on disk, in fixed shapes in a batch.
+
+Which axes are padded is declared by `Method.stored`; cutting and padding follow from that.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxcl.data.plan import Shape
+from jaxcl.methods.base import Method, Params, State, Stored
+from jaxcl.models.batch import Batch
+
+Record = dict[str, np.ndarray]
+Shapes = dict[str, jax.ShapeDtypeStruct]
+
+
+def trim(record: Mapping[str, np.ndarray], stored: Mapping[str, Stored], *, length: int, predict: int) -> Record:
+    """A row's signals without their padding.
+
+    Args:
+      record: what `Method.signals` returned for the row.
+      stored: how each array is stored.
+      length: the row's tokens.
+      predict: its scored positions.
+
+    Examples:
+      >>> record = {"places": np.array([0, 4, -1]), "values": np.arange(12).reshape(3, 4)}
+      >>> stored = {"places": Stored(("places",), fill=-1), "values": Stored(("places", "length"))}
+      >>> {name: value.tolist() for name, value in trim(record, stored, length=2, predict=0).items()}
+      {'places': [0, 4], 'values': [[0, 1], [4, 5]]}
+    """
+    sizes = {"length": length, "predict": predict}
+    for name, (axes, fill) in stored.items():
+        if axes == (name,):
+            sizes[name] = int(np.sum(record[name] != fill))
+    return {name: value[_inner(stored[name].axes, sizes)] for name, value in record.items()}
+
+
+def collate(records: Sequence[Mapping[str, np.ndarray] | None], stored: Mapping[str, Stored], shapes: Shapes) -> Record:
+    """Trimmed records as the arrays of a batch.
+
+    Args:
+      records: of each row; `None` for rows that only fill the batch.
+      stored: how each array is stored.
+      shapes: of each array, with a leading `batch` axis of any size; see `stored_shapes`.
+    """
+    batch = {
+        name: np.full((len(records), *shape.shape[1:]), stored[name].fill, shape.dtype)
+        for name, shape in shapes.items()
+    }
+    for row, record in enumerate(records):
+        for name, value in (record or {}).items():
+            inner: Any = (row, *(slice(size) for size in value.shape))
+            batch[name][inner] = value
+    return batch
+
+
+def stored_shapes(method: Method[Any], params: Params, state: State, rows: int, shape: Shape) -> Shapes:
+    """What a batch of remembered rows carries as `teacher`, from shapes alone; empty if the method stores nothing.
+
+    Args:
+      method: the method.
+      params: the params, or their shapes.
+      state: the method's state, or its shapes.
+      rows: number of rows.
+      shape: shape of the rows.
+
+    Raises:
+      ValueError: the method returns an array that `Method.stored` does not name, or names one that it does not return.
+    """
+    batch = Batch.abstract(rows, shape.length, shape.predict, origin="memory")
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    signals = jax.eval_shape(method.signals, params, state, batch, key) or {}
+    if unknown := sorted(signals.keys() ^ method.stored.keys()) if signals else []:
+        raise ValueError(f"{type(method).__name__}: signals and stored differ in {', '.join(unknown)}")
+    return signals
+
+
+class Collate:
+    """`collate` for a method. Shapes follow from the batch's shape alone: all processes must agree on them."""
+
+    def __init__(self, method: Method[Any], params: Params, state: State) -> None:
+        self._stored = method.stored
+        self._shapes = functools.cache(lambda shape: stored_shapes(method, params, state, 1, shape))
+
+    def __call__(self, records: Sequence[Mapping[str, np.ndarray] | None], shape: Shape) -> Record:
+        """The records of a batch's rows as arrays with leading axis `batch`."""
+        return collate(records, self._stored, self._shapes(shape))
+
+
+def _inner(axes: tuple[str | None, ...], sizes: Mapping[str, int]) -> Any:
+    return tuple(slice(None if axis is None else sizes[axis]) for axis in axes)

@@ -1,0 +1,79 @@
+"""The page about models that are not jaxcl's: its programs run, and do what the page says."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+PAGE = Path(__file__).parents[1] / "docs" / "own_model.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def run(number: int) -> dict[str, Any]:
+    module: dict[str, Any] = {"__name__": "own_model"}
+    exec(compile(BLOCKS[number], f"own_model.md, program {number + 1}", "exec"), module)
+    return module
+
+
+def test_there_are_three_programs_of_less_than_forty_statements() -> None:
+    lines = [[line for line in block.splitlines() if line.strip() and "import" not in line] for block in BLOCKS]
+    assert [len(block) < 40 for block in lines] == [True] * 3
+
+
+def test_das_on_dictionaries_learns_and_protects() -> None:
+    found = run(0)
+    history = found["history"]
+    assert history[59] < 0.5 * history[0]
+    assert history[-1] < 0.7 * history[60]
+    importance = found["importance"]
+    masks = found["F"].soft_masks(found["units"], found["params"], importance)
+    # One backward pass gives what single examples give, one unit at a time.
+    tokens, params, ones = found["tokens"][:3], found["params"], found["ones"]
+    gates = jax.tree.map(lambda one: jnp.repeat(one[:, None], 3, axis=1), ones)
+    slopes = found["F"].gate_gradients(lambda gates: found["losses"](params, tokens, gates), gates)
+    moved = [
+        found["losses"](params, tokens, {**gates, "heads": gates["heads"].at[1, :, 2].add(step)}) for step in (1e-2, -1e-2)
+    ]
+    np.testing.assert_allclose(slopes["heads"][1, :, 2], (moved[0] - moved[1]) / 2e-2, rtol=0.05, atol=1e-4)
+    # A head of importance 1 would not move at all.
+    state = found["optimizer"].init(params)
+    full = {**importance, "heads": importance["heads"].at[0, 1].set(1.0)}
+    after = found["step"](params, state, full, found["tokens"])[0]
+    np.testing.assert_array_equal(after["qkv"][0, :, :, 1], params["qkv"][0, :, :, 1])
+    np.testing.assert_array_equal(after["out"][0, 1], params["out"][0, 1])
+    assert np.all(np.any(after["qkv"][1] != params["qkv"][1], axis=(0, 1, 3)))
+    assert masks["qkv"].shape == (2, 1, 1, 4, 1)
+
+
+def test_seekr_on_a_flax_layer() -> None:
+    found = run(1)
+    # Sensitivity by its definition: the gradient of the loss in explicit attention probabilities.
+    layer, x, wanted, seen = (found[name] for name in ("graph", "x", "wanted", "seen"))
+    merged = found["nnx"].merge(layer, found["after"])
+
+    def loss(probs: jax.Array) -> jax.Array:
+        out = merged.out(jnp.einsum("bhqk,bkhd->bqhd", probs, merged.value(x)))
+        return jnp.sum(jnp.mean(jnp.square(out - wanted), axis=(1, 2)))
+
+    squares = jnp.sum(jnp.where(seen, jnp.square(jax.grad(loss)(found["maps"][1])), 0), axis=(0, 2, 3))
+    np.testing.assert_allclose(found["sensitivity"][0], squares / found["pairs"], rtol=1e-4)
+    assert found["selected"][:, 1].tolist() == sorted(np.argsort(-found["importance"][0])[:2].tolist())
+    # The divergence is 0 at the teacher itself, and the mean KL of the selected rows elsewhere.
+    assert abs(float(found["divergence"](found["after"]))) < 1e-6
+    heads, queries, rows = found["heads"], found["queries"], found["teacher"].rows
+    own = found["F"].selected_rows(found["view"](found["before"]), heads, queries)
+    expected = jnp.mean(jnp.sum(jnp.where(rows > 0, rows * jnp.log(jnp.maximum(rows, 1e-30) / own), 0), axis=-1))
+    np.testing.assert_allclose(found["divergence"](found["before"]), expected, rtol=1e-4)
+    slope = jax.grad(found["divergence"])(found["before"])
+    assert float(jnp.abs(slope["query"]["kernel"][...]).sum()) > 0
+    assert float(jnp.abs(slope["value"]["kernel"][...]).sum()) == 0
+
+
+def test_trainer_around_another_model() -> None:
+    losses = run(2)["losses"]
+    assert losses[0] == pytest.approx(np.log(64), rel=1e-3)
+    assert losses[-1] < 0.3 * losses[0]
