@@ -36,7 +36,8 @@ def test_das_on_dictionaries_learns_and_protects() -> None:
     gates = jax.tree.map(lambda one: jnp.repeat(one[:, None], 3, axis=1), ones)
     slopes = found["F"].gate_gradients(lambda gates: found["losses"](params, tokens, gates), gates)
     moved = [
-        found["losses"](params, tokens, {**gates, "heads": gates["heads"].at[1, :, 2].add(step)}) for step in (1e-2, -1e-2)
+        found["losses"](params, tokens, {**gates, "heads": gates["heads"].at[1, :, 2].add(step)})
+        for step in (1e-2, -1e-2)
     ]
     np.testing.assert_allclose(slopes["heads"][1, :, 2], (moved[0] - moved[1]) / 2e-2, rtol=0.05, atol=1e-4)
     # A head of importance 1 would not move at all.

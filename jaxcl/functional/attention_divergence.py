@@ -3,10 +3,10 @@ r"""Attention rows of selected heads: read for a store, and compared with stored
 With stored weights p, scores S and own weights s = softmax(S), a row's divergence is
 $\sum_k p_k (\log p_k - \log s_k)$, and its gradient in the scores is $s \sum_k p_k - p$.
 
-How many heads of a layer are asked for is known only when the batch is there: every example brings the heads that its
-own task selected. A loop runs as often as the example with the most heads in this layer needs, and each time takes one
-head of every example. So nothing is computed for heads and layers that nobody selected, and rows exist for one head at
-a time, in both passes.
+How many heads of a layer are needed is known only at run time: every example has the heads that its own task selected.
+A loop runs as often as the example with the most heads in this layer needs, and each trip takes one head of every
+example. Nothing is computed for heads and layers that were not selected, and in both passes rows exist for one head at
+a time.
 
 Many queries are worked through in blocks: queries rise, so behind a causal mask the early ones see the first keys only.
 """
@@ -115,7 +115,7 @@ class _Attention(NamedTuple):
 
 
 class _Head(NamedTuple):
-    """One head of each example; heads and queries that are none weigh 0."""
+    """One head of each example; missing heads and queries have weight 0."""
 
     head: Int[Array, " batch"]
     query: Float[Array, "batch queries head_dim"]
@@ -183,7 +183,7 @@ def _backward(
     view = AttentionView(query, key, segments, static.causal, static.scale)
     seen = visible_keys(view, teacher.queries)
     group = query.shape[2] // key.shape[2]
-    # Where each position stands among the queries: gradients come back by a gather, not by a scatter over positions.
+    # The place of each position among the queries: gradients come back by a gather, not by a scatter over positions.
     asked, index = _places(teacher.queries, query.shape[1])
 
     def differ(block: _Block, one: _Head, norm: Array) -> tuple[Array, Array]:
@@ -204,7 +204,7 @@ def _backward(
         add_head = jax.vmap(lambda total, head, new: total.at[:, head].add(new.astype(total.dtype)))
         return add_head(gradients[0], one.head, dquery), add_head(gradients[1], one.head // group, dkey)
 
-    # A query head is selected once, so its gradient is no sum; a key head's is one where several query heads share it.
+    # A query head is selected once, so its gradient is not a sum; that of a key head shared by several queries is.
     zeros = jnp.zeros_like(query), jnp.zeros(key.shape, key.dtype if group == 1 else jnp.float32)
     dquery, dkey = _over_heads(teacher.heads, add, zeros)
     return dquery.astype(query.dtype), dkey.astype(key.dtype), None, None
@@ -216,17 +216,17 @@ _sums.defvjp(_forward, _backward)
 def _over_heads(
     heads: Int[Array, "batch selected"], add: Callable[[Int[Array, " batch"], Carry], Carry], carry: Carry
 ) -> Carry:
-    """Folds `add` over the places of this layer's heads; an example that has run out of them comes with others'."""
+    """Folds `add` over this layer's heads; examples with fewer heads here are padded with heads of weight 0."""
     here = heads >= 0
     order = jnp.argsort(~here, axis=1, stable=True)
-    return jax.lax.fori_loop(0, jnp.max(jnp.sum(here, axis=1)), lambda turn, carry: add(order[:, turn], carry), carry)
+    return jax.lax.fori_loop(0, jnp.max(jnp.sum(here, axis=1)), lambda trip, carry: add(order[:, trip], carry), carry)
 
 
 def _blocks(shape: tuple[int, ...], causal: bool) -> list[_Block]:
     """Parts of rows `[batch, queries, length]`.
 
-    Of rising queries number i of Q stands at most at position `length - Q + i`: Q - 1 - i others come behind it. Where
-    a row has fewer than Q they are its first positions.
+    Queries rise, so number i of Q is at most at position `length - Q + i`: Q - 1 - i others follow it. In a row with
+    fewer than Q real positions they are its first ones.
 
     >>> [(block.queries.stop, block.keys.stop) for block in _blocks((1, 300, 400), True)]
     [(128, 228), (256, 356), (300, 400)]

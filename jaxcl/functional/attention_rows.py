@@ -1,6 +1,6 @@
 """Attention probabilities of chosen heads at chosen queries, from queries and keys, and their compact form.
 
-Attention itself can stay on its fast kernel: a row is computed again beside it, by an exact softmax over visible keys.
+Attention itself can stay on its fast kernel: a row is computed separately, by an exact softmax over visible keys.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def sample_queries(
       budget: how many; 0 takes all. Static.
 
     Returns:
-      Positions in rising order, int32; -1 behind them where a row has fewer.
+      Positions in rising order, int32; then -1 where a row has fewer.
     """
     length = segments.shape[1]
     budget = length if budget == 0 else budget

@@ -50,7 +50,7 @@ def contrast(
     scores = jnp.einsum("ne,je->nj", anchor, others) / temperature
     scores = jnp.where(jnp.tile(real, 2), scores, -jnp.inf)
     own = jnp.sum(anchor * positive, axis=-1) / temperature
-    # A filler row would see nothing at all when there is no real one.
+    # Without any real row, a padding row would see nothing at all.
     total = jax.nn.logsumexp(jnp.where(jnp.any(real), scores, 0.0), axis=-1)
     return jnp.sum(jnp.where(real, total - own, 0.0)), jnp.sum(real.astype(jnp.float32))
 

@@ -26,7 +26,7 @@ class HeadSums(NamedTuple):
 
     @classmethod
     def zero(cls, layers: int, heads: int) -> HeadSums:
-        """Nothing yet, for so many layers of so many heads."""
+        """Nothing yet, for this many layers and heads per layer."""
         return cls(jnp.zeros((layers, heads)), jnp.float32(0))
 
     def add(self, squares: Heads, triples: Float[Array, ""]) -> HeadSums:

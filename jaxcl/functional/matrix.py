@@ -52,7 +52,7 @@ class ContinualMatrix:
         *,
         joint: bool = False,
     ) -> ContinualMatrix:
-        """A matrix from lists in which `None` stands for a score that was not measured; short rows are filled up."""
+        """A matrix from lists; `None` is a score that was not measured, and short rows are filled up with it."""
         num_tasks = len(higher_is_better)
         too_long = [len(row) for row in (*rows, initial or ()) if len(row) > num_tasks]
         if too_long or len(rows) > num_tasks:
@@ -112,7 +112,7 @@ class ContinualMatrix:
         return dataclasses.replace(self, scores=np.concatenate([self.scores, row[None]]))
 
     def up_to(self, rows: int) -> ContinualMatrix:
-        """The matrix with at least so many rows; new ones are empty."""
+        """The matrix with at least this many rows; new ones are empty."""
         more = max(rows - len(self.scores), 0)
         return dataclasses.replace(self, scores=np.pad(self.scores, ((0, more), (0, 0)), constant_values=np.nan))
 

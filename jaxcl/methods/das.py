@@ -2,8 +2,8 @@
 
 Units of the network (attention heads, feed-forward intermediate units and outputs) get an importance: for general
 knowledge once before the first domain, for each domain's knowledge after it; the maximum so far is kept. While a
-domain is learned, params move by one minus the importance of their unit, and a contrastive loss pulls the model away
-from what the important units alone would say. No domain id is needed afterwards.
+domain is learned, params move by one minus the importance of their unit, and a contrastive loss pushes the model's
+output away from what the important units alone would give. No domain id is needed afterwards.
 
 Where the authors' code departs from the paper, the paper is followed: absolute values of gate gradients are taken per
 example, not of their sum; the general proxy compares two real dropout passes by their output distributions; domain
@@ -11,8 +11,8 @@ importance sees the masked inputs the loss is defined on; masks lie on the heads
 contrast's positive is the same example; pooling leaves padding out. All passes see the same (masked) input.
 
 The paper leaves decoders open: here they work alike. Where the model has no dropout of its own, the passes that need
-noise drop hidden states (`proxy_dropout`) and leave attention probabilities alone: dropping those as well would take
-attention off its fast kernel and hold an array `[batch, heads, length, length]` a layer.
+noise drop hidden states (`proxy_dropout`) and leave attention probabilities alone: dropping those too would take
+attention off its fast kernel and hold an array `[batch, heads, length, length]` per layer.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ class DasOptions(MethodOptions):
     general_knowledge: bool = Field(
         True,
         description="protect from the start what the model knows in general; false for a model from scratch, which "
-        "knows nothing yet: masks would only slow its first domain",
+        "knows nothing yet: masks would only slow down its first domain",
     )
     normalisation: Normalisation = Field(
         "tanh",
-        description="importance to [0, 1] per layer; tanh: standardise, tanh, absolute value; "
+        description="how importance is scaled to [0, 1] per layer; tanh: standardise, tanh, absolute value; "
         "quantile: by rank, so that the share of protected units is fixed",
     )
     protected_share: float = Field(
@@ -68,11 +68,11 @@ class DasOptions(MethodOptions):
     )
     shared: Shared = Field(
         "free",
-        description="params of no single unit (embeddings, norms, output heads); free: not masked; "
+        description="params that belong to no unit (embeddings, norms, output heads); free: not masked; "
         "mean: masked by their layer's mean importance; frozen: not trained",
     )
     contrast_weight: float = Field(
-        1.0, ge=0, description="factor on the contrastive loss; 0: none, and no passes for it"
+        1.0, ge=0, description="factor on the contrastive loss; 0: none, without its forward passes"
     )
     temperature: float = Field(0.05, gt=0, description="temperature of the contrastive loss")
     anchor: Literal["own", "language_model"] = Field(
@@ -83,7 +83,7 @@ class DasOptions(MethodOptions):
     negatives: Literal["trained", "fixed"] = Field(
         "trained",
         description="gated pass that gives the contrast its knowledge of the past; trained: differentiated like the "
-        "others; fixed: a constant, so that it costs a forward pass and keeps nothing for a backward one",
+        "others; fixed: a constant, which costs a forward pass and keeps nothing for a backward pass",
     )
     proxy: Proxy = Field(
         "outputs",

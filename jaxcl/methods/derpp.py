@@ -49,7 +49,7 @@ class Derpp(Method[DerppOptions]):
         if batch.origin != "memory":
             return super().loss(params, state, batch, key)
         if batch.teacher is None:
-            raise UserError("derpp: nothing is stored beside the remembered rows; was the run's teacher store removed?")
+            raise UserError("derpp: nothing is stored with the remembered rows; was the run's teacher store removed?")
         states = scored_states(self.network.hidden(params, batch, dropout_key=key).states, batch.predict)
 
         def compare(part: tuple[Array, Array, Array]) -> tuple[Array, Array]:

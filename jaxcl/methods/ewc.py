@@ -1,4 +1,4 @@
-r"""Elastic weight consolidation: params that mattered are held near where they were.
+r"""Elastic weight consolidation: params that mattered are kept near where they were.
 
 Kirkpatrick et al., PNAS 2017 (arXiv 1612.00796, equation 3), in the online form of Schwarz et al., ICML 2018 (arXiv
 1805.06370): one anchor and one running Fisher for all earlier tasks instead of a pair per task. After a task the anchor

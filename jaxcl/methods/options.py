@@ -55,7 +55,7 @@ class ReplayConfig(Schema):
     mode: str = Field(
         "interleave",
         pattern="^(interleave|mix)$",
-        description="interleave: a step on a memory batch every so many steps; mix: every step is on a task batch and "
+        description="interleave: every few steps, a step is on a memory batch; mix: every step is on a task batch and "
         "a memory batch, and minimises the sum of both losses",
     )
     every: int = Field(

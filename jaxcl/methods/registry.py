@@ -33,7 +33,7 @@ def find_method(name: str) -> type[Method]:
     'Sequential'
 
     Raises:
-      ValueError: there is no such method; the message suggests the nearest name.
+      ValueError: the name is unknown; the message suggests the nearest one.
     """
     if ":" not in name and name not in METHODS:
         raise ValueError(f"no method {name!r}{nearest(name, METHODS)} allowed: {', '.join(METHODS)}, or module:Class")

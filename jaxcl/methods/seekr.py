@@ -2,7 +2,7 @@
 
 After a task, heads are rated by how sensitive the task's loss is to their attention weights and by how far the weights
 moved while the task was learned; the best heads of the best layers are kept for the task's memory. Their attention
-rows at some query positions and the output distributions at the answer's positions are stored beside each remembered
+rows at some query positions and the output distributions at the answer's positions are stored with each remembered
 example, and later replay steps minimise (1 - a) cross-entropy + a output divergence + b attention divergence.
 
 Where the authors' code departs from the paper, the paper is followed: outputs are distilled at the positions that
@@ -70,7 +70,7 @@ class SeekrOptions(ReplayOptions):
         "1.0 with layer_budget 1.0 distils all",
     )
     heads_per_layer: int = Field(
-        0, ge=0, description="at most so many of them in one layer, which spreads them over layers; 0: no limit"
+        0, ge=0, description="most heads that are distilled in one layer, which spreads them over layers; 0: no limit"
     )
     query_budget: int = Field(100, ge=0, description="query positions of an example that are distilled; 0: all")
     importance: HeadImportance = Field(
@@ -83,13 +83,13 @@ class SeekrOptions(ReplayOptions):
         0.5, ge=0, le=1, description="a: weight of output distillation; cross-entropy of remembered rows gets 1 - a"
     )
     attention_weight: float = Field(1000.0, ge=0, description="b: weight of attention distillation")
-    store_logits: int = Field(512, ge=0, description="stored outputs: so many tokens of each position; 0: all")
+    store_logits: int = Field(512, ge=0, description="number of tokens whose scores are stored per position; 0: all")
     store_drawn: float = Field(
         0.125,
         ge=0,
         lt=1,
-        description="share of them that is drawn from all tokens but the likeliest, which the others are: on average "
-        "the divergence is then that of all tokens; 0: none, tokens that are not stored count as one",
+        description="share of the stored tokens that is drawn at random; the others are the likeliest. On average the "
+        "divergence is then that of all tokens; 0: none are drawn, and tokens that are not stored count as one",
     )
     store_attention: Literal["uint8", "float32"] = Field(
         "uint8", description="stored attention rows: roots of the weights in 8 bits, or exact"
@@ -192,7 +192,7 @@ class Seekr(Method[SeekrOptions]):
             return super().loss(params, state, batch, key)
         if batch.teacher is None:
             raise UserError(
-                "seekr: nothing is stored beside the remembered rows; it needs rows of one example each: for text, "
+                "seekr: nothing is stored with the remembered rows; it needs rows of one example each: for text, "
                 "set data.packing to false"
             )
         return self._distilled(params, batch, batch.teacher, key)
@@ -280,7 +280,7 @@ class Seekr(Method[SeekrOptions]):
           batch: token rows.
           heads: (layer, head) pairs `[batch, selected, 2]`, -1 for none.
           queries: query positions `[batch, queries]`, -1 for none.
-          key: what tokens beside the likeliest are drawn by, example by example.
+          key: for drawing tokens besides the likeliest, per example (`Batch.keys`).
 
         Returns:
           See `signals`.

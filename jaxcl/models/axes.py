@@ -20,7 +20,7 @@ class Constraints(Protocol):
     """What gives logical axis names their meaning; `jaxcl.sharding` has the one for meshes."""
 
     def constrain(self, x: jax.Array, names: Names) -> jax.Array:
-        """`x`, told to be laid out along `names`."""
+        """`x` with its layout constrained to `names`."""
         ...
 
     def shards(self, name: str) -> int:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, Key
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Rows of tokens, the positions that are predicted, and what should stand there.
+    """Rows of tokens, the positions that are predicted, and the tokens expected there.
 
     The same type serves packed pre-training text, masked language modelling and instruction pairs; they differ
     only in `predict`, `targets` and `weights`. A row that exists only to fill the batch has all weights and all
@@ -32,7 +32,7 @@ class Batch:
       example: index of the row's example within its task's training set, int32 (for packed text the row's index;
         -1 for rows that only fill a batch).
       labels: class of each row, int32; only for end tasks.
-      teacher: what a method stored beside remembered rows (`Method.signals`), leading axis `batch`; `None` for
+      teacher: what a method stored with remembered rows (`Method.signals`), leading axis `batch`; `None` for
         rows of the current task.
       types: token type of each position, int32, for encoders that have them; `None` means 0 everywhere.
       packed: `False` promises that every row is at most one document followed by padding, which makes attention

@@ -47,6 +47,6 @@ def recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, of which the backward pass keeps only the arguments and does the rest again.
 
     For element-wise maths, which is cheaper to do twice than to write to memory and read back. Where both passes
-    stand in the same program the compiler may merge the two computations: it then knows better.
+    are in the same program the compiler may merge the two computations: it then knows better.
     """
     return jax.checkpoint(function, prevent_cse=False)

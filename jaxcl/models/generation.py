@@ -67,7 +67,7 @@ class Generator:
       prompt_length: longest prompt, in tokens.
       max_new_tokens: longest continuation, in tokens.
       eos_id: token that ends a continuation, or several; `None` for none.
-      pad_id: token that stands where there is none.
+      pad_id: token that fills the rest of a row.
       buckets: prompt lengths to compile for; default: `prompt_length`, its half, quarter and so on down to 16.
       trace: wrapped around the function before it is compiled, to give axis names their meaning on a mesh
         (`jaxcl.training.compile.Compiler.trace`).
@@ -271,13 +271,13 @@ def _decode(
     padding: Int[Array, " batch"],
     cache: Cache,
 ) -> tuple[Cache, Float[Array, "batch vocab"]]:
-    """Runs one token a row, which goes to `place` of the cache. `padding` places at a row's start are empty."""
+    """Runs one token per row, which goes to `place` of the cache. `padding` places at a row's start are empty."""
     batch = _rows(tokens, jnp.ones_like(tokens), (place - padding)[:, None])
     context = network.context(batch)
     index = jnp.arange(cache.keys.shape[3])
     seen = (index >= padding[:, None]) & (index <= place)
 
-    # The cache is carried, not scanned over: what is scanned over comes out as a new array, a copy a token.
+    # The cache is carried, not scanned over: what is scanned over comes out as a new array, one copy per token.
     def body(carry: tuple[Array, Cache], layer: tuple[Params, Array]) -> tuple[tuple[Array, Cache], None]:
         x, cache = carry
         layer_params, number = layer
@@ -306,7 +306,7 @@ def cached_attention(
     seen: Bool[Array, "batch cache"],
     scale: float,
 ) -> Float[Array, "batch 1 heads head_dim"]:
-    """Attention of one query a row to the places of a cache that are `seen`; softmax in float32.
+    """Attention of one query per row to the places of a cache that are `seen`; softmax in float32.
 
     Args:
       query: queries; head h reads key/value head `h // (heads / kv_heads)`.

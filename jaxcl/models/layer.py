@@ -40,7 +40,7 @@ class Context(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Noise:
-    """Dropout: its rates and the key, or a key a row, it draws from. A place in the layer has a number of its own."""
+    """Dropout: its rates, and the key (or one key per row) that it draws from. Each place in a layer has a number."""
 
     key: Array
     hidden: float

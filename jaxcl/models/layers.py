@@ -198,7 +198,7 @@ def dropout(x: Array, rate: float, key: Array) -> Array:
     Args:
       x: hidden states or probabilities, rows first.
       rate: in [0, 1). Static.
-      key: what is drawn, beside the place in `x`. One for all rows, or one a row, `[rows]`.
+      key: what is drawn depends on it and on the place in `x`. One for all rows, or one per row, `[rows]`.
     """
     threshold, scale = np.uint32(round(rate * 2**32)), np.float32(1.0 / (1.0 - rate))
 

@@ -60,7 +60,7 @@ class LlamaConfig(Schema):
 
     @model_validator(mode="after")
     def _resolve(self) -> LlamaConfig:
-        """Gives `num_kv_heads` and `head_dim` the values that 0 stands for, and checks what belongs together."""
+        """Replaces 0 in `num_kv_heads` and `head_dim` by the value it means, and checks that the sizes fit together."""
         values = self.__dict__  # the model is frozen for everyone else
         values["num_kv_heads"] = self.num_kv_heads or self.num_heads
         if self.num_heads % self.num_kv_heads:

@@ -1,4 +1,4 @@
-"""Low-rank adapters: a small trained product beside a frozen kernel (LoRA, Hu et al. 2021, arXiv 2106.09685).
+"""Low-rank adapters: a small trained product added to a frozen kernel (LoRA, Hu et al. 2021, arXiv 2106.09685).
 
 A target with kernel `[inputs.., outputs..]` gets `lora_a` `[inputs.., rank]` and `lora_b` `[rank, outputs..]`, and adds
 `(x @ a) @ b * alpha / rank` to its output (section 4.1). They are params like all others, in the same tree, but always
@@ -24,7 +24,7 @@ Target = Literal["query", "key", "value", "out", "gate", "up", "down"]
 
 
 class LoraConfig(Schema):
-    """Low-rank adapters beside frozen weights; with them, nothing else is trained."""
+    """Low-rank adapters of frozen weights; with them, nothing else is trained."""
 
     rank: int = Field(8, gt=0, description="width of an adapter")
     alpha: float = Field(16.0, gt=0, description="an adapter's output is multiplied by alpha / rank")

@@ -30,7 +30,7 @@ def compared(
 ) -> Bool[Array, "#batch 1 1 #q s"]:
     """Pairs that a kernel compares. Agrees with `visible` wherever the query is real, and costs less.
 
-    Padding sees padding, so that no row is empty. Where padding stands last, a causal mask hides it by itself.
+    Padding sees padding, so that no row is empty. Where padding comes last, a causal mask alone hides it.
     """
     index = jnp.arange(segments.shape[1])
     earlier = index[rows, None] >= index[None, columns]

@@ -177,10 +177,10 @@ class Network:
           params: as from `init`.
           batch: token rows.
           gates: factors on units, see `Gates`.
-          tap: stands in every layer's attention, on the explicit path.
-          probe: computes something beside every layer's attention, which stays on the fast kernel.
-          dropout_key: key to draw dropout from, or one a row, `[batch]`, so that other rows have no say in what a row
-            draws (`Batch.keys`); without any nothing is dropped.
+          tap: a function on every layer's attention probabilities, on the explicit path.
+          probe: reads every layer's queries and keys; attention stays on the fast kernel.
+          dropout_key: key to draw dropout from, or one per row, `[batch]`, so that what a row draws does not depend on
+            other rows (`Batch.keys`); `None`: nothing is dropped.
           dropout_rate: noise for models without dropout, in place of the configuration's rates: the rate on hidden
             states. Attention probabilities are left alone, so that attention stays on the fast kernel. Static.
 
@@ -291,7 +291,7 @@ class Network:
         return apply_block(block, x, context, gates=gates, tap=tap, probe=probe, noise=noise)
 
     def layer(self, layer_params: Params) -> Any:
-        """The `Block` of one layer's params, whose `project` and `complete` stand around attention."""
+        """The `Block` of one layer's params, whose `project` and `complete` come before and after attention."""
         return nnx.merge(_abstract(self.config).block, nnx.State(layer_params))
 
     def finish(self, params: Params, x: Float[Array, "batch length embed"]) -> Float[Array, "batch length embed"]:
@@ -309,7 +309,7 @@ class Network:
 
 
 def _split(key: Array, count: int) -> Array:
-    """`count` keys of one; of one a row, `[count, rows]`."""
+    """`count` keys of one key; of one key per row, `[count, rows]`."""
     keys = derive(lambda one: jax.random.split(one, count), key)
     return jnp.moveaxis(keys, -1, 0)
 

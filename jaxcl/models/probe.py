@@ -1,4 +1,4 @@
-"""Looking into attention from outside: a probe reads beside the fast kernel, a tap stands in the explicit path."""
+"""Looking into attention from outside: a probe reads queries and keys, a tap sees the probabilities."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jaxcl.functional.attention_rows import AttentionView
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """Computes something beside each layer's attention, which keeps its fast kernel.
+    """Computes something from each layer's queries and keys, while attention keeps its fast kernel.
 
     Attributes:
       function: from `AttentionView` and the layer's `inputs` to a pytree of arrays. It runs inside the scan, and
@@ -26,7 +26,7 @@ class Probe:
 
 @dataclasses.dataclass(frozen=True)
 class Tap:
-    """Stands in each layer's attention, between the softmax and the product with the values.
+    """A function on each layer's attention probabilities, between the softmax and the product with the values.
 
     Attributes:
       function: from probabilities `[batch, heads, length, length]` float32, the mask `[batch, 1, length, length]`

@@ -1,8 +1,8 @@
 """Soft tokens: trained vectors that a prompt may begin with (prompt tuning, Lester et al. 2021, arXiv 2104.08691).
 
-They stand in token rows as negative ids, soft token `j` as `-1 - j`, so that batches, packing, masks and generation
-know nothing of them; only the embedding does. No model writes one. Where a network has soft tokens, training changes
-nothing else (adapters, if it has any, apart).
+In token rows they are negative ids, soft token `j` is `-1 - j`, so that batches, packing, masks and generation need not
+know of them; only the embedding does. No model generates one. Where a network has soft tokens, training changes nothing
+else (except adapters, if it has any).
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ def splash_attention(
         wide = ((0, 0), (0, padding), (0, 0), (0, 0))
         query, key, value = (jnp.pad(x, wide) for x in (query, key, value))
         segments = jnp.pad(segments, wide[:2])
-    # Where padding stands last, a causal mask hides it by itself.
+    # Where padding comes last, a causal mask alone hides it.
     masked = packed or not causal
 
     def local(query: Array, key: Array, value: Array, segments: Array) -> Array:
