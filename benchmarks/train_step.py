@@ -1,13 +1,16 @@
 """How long a training step takes in jaxcl and in torch: the same model, weights, data and optimizer on the same CPU.
 
-    python -m benchmarks.train_step [--rounds 15] [--batch 4] [--packed]
+    python -m benchmarks.train_step [--rounds 15] [--batch 4] [--packed] [--dtype bfloat16]
 
 Prints one JSON object. Each side runs in a process of its own and does one step at a time, in turn, so that both see
 the same moods of the machine; `ratio` is the median over the rounds of (jaxcl's seconds / torch's seconds).
-`loss_difference` is the largest relative difference between the two sides' losses over the first steps: it says that
-both do the same thing.
+`products_ratio` is that of the step's matrix products alone (`benchmarks.step_products`), and `beyond_products` the
+median of one over the other: what jaxcl's own code makes of the products that it is given. `loss_difference` is the
+largest relative difference between the two sides' losses over the first steps: it says that both do the same thing.
 
-Needs torch (a CPU build) beside jaxcl's own dependencies.
+`--dtype bfloat16` lets both sides compute in bfloat16 (torch by autocast), which is faster where the processor has AMX.
+
+Needs torch (a CPU build) as well as jaxcl's own dependencies.
 """
 
 from __future__ import annotations
@@ -29,7 +32,10 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.step_products import Sizes, in_jax, in_torch, operations, processor
+
 VOCAB, LENGTH = 8192, 512
+HIDDEN, INTERMEDIATE, LAYERS, HEADS = 256, 688, 8, 8
 LEARNING_RATE, WEIGHT_DECAY, BETAS, EPS, CLIP = 1e-3, 0.1, (0.9, 0.95), 1e-8, 1.0
 COMPARED_STEPS = 5
 
@@ -46,6 +52,7 @@ def jaxcl_step(options: argparse.Namespace, folder: Path) -> tuple[Callable[[], 
     import jax
 
     from jaxcl.methods.sequential import Sequential
+    from jaxcl.models.compute import Compute
     from jaxcl.models.llama import LlamaConfig
     from jaxcl.models.network import Network
     from jaxcl.sharding.layout import Layout
@@ -55,8 +62,10 @@ def jaxcl_step(options: argparse.Namespace, folder: Path) -> tuple[Callable[[], 
     from jaxcl.training.trainer import Trainer
     from jaxcl.weights import save_hf
 
-    shape = {"vocab_size": VOCAB, "hidden_size": 256, "intermediate_size": 688, "num_layers": 8, "num_heads": 8}
-    network = Network.create(LlamaConfig(**shape, max_length=LENGTH))
+    shape = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "num_layers": LAYERS}
+    network = Network.create(
+        LlamaConfig(**shape, num_heads=HEADS, max_length=LENGTH, compute=Compute(dtype=options.dtype))
+    )
     layout = Layout.create(make_mesh(MeshConfig()), network.axes(), network.shapes())
     optimizer = OptimizerConfig(
         learning_rate=LEARNING_RATE,
@@ -121,7 +130,8 @@ def torch_step(options: argparse.Namespace, folder: Path) -> tuple[Callable[[], 
 
     def step() -> float:
         optimizer.zero_grad(set_to_none=True)
-        loss = model(input_ids=inputs, labels=targets, shift_labels=targets).loss
+        with torch.autocast("cpu", torch.bfloat16, enabled=options.dtype == "bfloat16"):
+            loss = model(input_ids=inputs, labels=targets, shift_labels=targets).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
@@ -131,19 +141,24 @@ def torch_step(options: argparse.Namespace, folder: Path) -> tuple[Callable[[], 
 
 
 def work(options: argparse.Namespace) -> None:
-    """Does a step whenever a line comes in; says how long it took, on the clock and in processor time."""
-    make = {"jaxcl": jaxcl_step, "torch": torch_step}[options.worker]
+    """Does what each line asks for, `step` or `products`; says how long it took, on the clock and in processor time."""
+    make, products = {"jaxcl": (jaxcl_step, in_jax), "torch": (torch_step, in_torch)}[options.worker]
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints
     step, facts = make(options, Path(options.folder))
+    run_products = products(_sizes(options), options.dtype)
     print(json.dumps(facts), file=answers, flush=True)
-    for _ in sys.stdin:
+    for line in sys.stdin:
         before, started = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
-        loss = step()
+        loss = step() if line.strip() == "step" else run_products()
         seconds, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF)
         processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         answer = {"seconds": seconds, "processor": processor, "faults": after.ru_minflt - before.ru_minflt}
         print(json.dumps({**answer, "loss": loss}), file=answers, flush=True)
+
+
+def _sizes(options: argparse.Namespace) -> Sizes:
+    return Sizes(options.batch, LENGTH, VOCAB, HIDDEN, INTERMEDIATE, LAYERS, HEADS)
 
 
 class Worker:
@@ -160,6 +175,8 @@ class Worker:
             folder,
             "--batch",
             str(options.batch),
+            "--dtype",
+            options.dtype,
         ]
         command += ["--packed"] if options.packed else []
         environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
@@ -168,10 +185,10 @@ class Worker:
         )
         self.facts = self._read()
 
-    def step(self) -> dict[str, float]:
-        """Lets it do one step."""
+    def do(self, what: str) -> dict[str, float]:
+        """Lets it do one `step`, or the `products` of one."""
         assert self.process.stdin is not None
-        self.process.stdin.write("\n")
+        self.process.stdin.write(f"{what}\n")
         self.process.stdin.flush()
         return self._read()
 
@@ -179,7 +196,7 @@ class Worker:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit("a worker ended early; its error stands above")
+            raise SystemExit("a worker ended early; see its error above")
         return json.loads(line)
 
 
@@ -188,10 +205,13 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         weights = str(Path(folder) / "weights")
         workers = {side: Worker(side, options, weights) for side in ("jaxcl", "torch")}
         steps: dict[str, list[dict[str, float]]] = {side: [] for side in workers}
+        products: dict[str, list[float]] = {side: [] for side in workers}
         for number in range(COMPARED_STEPS + options.rounds):
             order = list(workers) if number % 2 else list(workers)[::-1]
             for side in order:
-                steps[side].append(workers[side].step())
+                steps[side].append(workers[side].do("step"))
+            for side in order:
+                products[side].append(workers[side].do("products")["seconds"])
         for worker in workers.values():
             assert worker.process.stdin is not None
             worker.process.stdin.close()
@@ -200,9 +220,16 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     # The first steps warm caches and allocators up.
     taken = {side: all_steps[COMPARED_STEPS:] for side, all_steps in steps.items()}
     ratios = [a["seconds"] / b["seconds"] for a, b in zip(taken["jaxcl"], taken["torch"], strict=True)]
+    alone = {side: seconds[COMPARED_STEPS:] for side, seconds in products.items()}
+    of_products = [a / b for a, b in zip(alone["jaxcl"], alone["torch"], strict=True)]
+    beyond = [step / product for step, product in zip(ratios, of_products, strict=True)]
     return {
         "ratio": statistics.median(ratios),
         "ratio_quartiles": statistics.quantiles(ratios, n=4)[::2],
+        "products_ratio": statistics.median(of_products),
+        "products_ratio_quartiles": statistics.quantiles(of_products, n=4)[::2],
+        "beyond_products": statistics.median(beyond),
+        "beyond_products_quartiles": statistics.quantiles(beyond, n=4)[::2],
         "ratio_of_fastest": min(s["seconds"] for s in taken["jaxcl"]) / min(s["seconds"] for s in taken["torch"]),
         "loss_difference": max(abs(a / b - 1) for a, b in zip(losses["jaxcl"], losses["torch"], strict=True)),
         **{
@@ -211,13 +238,17 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 "fastest_seconds": min(s["seconds"] for s in rows),
                 "processor_seconds": statistics.median(s["processor"] for s in rows),
                 "page_faults": statistics.median(s["faults"] for s in rows),
+                "products_seconds": statistics.median(alone[side]),
+                "products_gigaflops": operations(_sizes(options)) / statistics.median(alone[side]) / 1e9,
                 **workers[side].facts,
             }
             for side, rows in taken.items()
         },
         "losses": losses,
-        "settings": {"batch": options.batch, "length": LENGTH, "packed": options.packed, "rounds": options.rounds},
+        "settings": {"batch": options.batch, "length": LENGTH, "packed": options.packed, "rounds": options.rounds}
+        | {"dtype": options.dtype},
         "cores": os.cpu_count(),
+        "processor": processor(),
         "machine": platform.machine(),
         "versions": {
             name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "torch", "transformers")
@@ -229,6 +260,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15, help="pairs of steps that are measured")
     parser.add_argument("--batch", type=int, default=4, help="rows")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of activations and products"
+    )
     parser.add_argument("--packed", action="store_true", help="let jaxcl mask as if rows could hold several documents")
     parser.add_argument("--worker", choices=("jaxcl", "torch"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
