@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxcl.models.mask import HIDDEN, compared
+from jaxcl.models.mask import HIDDEN, kernel_mask
 
 # Measured on CPUs at length 512: 8 blocks are faster than 4 (or 16); each block is program text of its own.
 _MOST_BLOCKS = 8
@@ -92,7 +92,7 @@ def _blocks(length: int, causal: bool) -> list[tuple[slice, slice]]:
 def _forward(query: Array, key: Array, value: Array, segments: Array, kind: _Kind) -> tuple[Array, _Kept]:
     outs, norms = [], []
     for rows, seen in _blocks(query.shape[3], kind.causal):
-        mask = compared(segments, kind.causal, kind.packed, rows, seen)
+        mask = kernel_mask(segments, kind.causal, kind.packed, rows, seen)
         scores = _product("bkgqd,bksd->bkgqs", query[:, :, :, rows], key[:, :, seen]) * kind.scale
         scores = jnp.where(mask, scores, HIDDEN)
         highest = jnp.max(scores, axis=-1, keepdims=True)
@@ -112,7 +112,7 @@ def _backward(kind: _Kind, kept: _Kept, dout: Array) -> tuple[Array, Array, Arra
     dkey, dvalue = (jnp.zeros(array.shape, jnp.float32) for array in (kept.key, kept.value))
     for rows, seen in _blocks(kept.query.shape[3], kind.causal):
         # Keys before queries: then the sums over queries, for keys and values, are plain products too.
-        mask = compared(kept.segments, kind.causal, kind.packed, rows, seen).swapaxes(3, 4)
+        mask = kernel_mask(kept.segments, kind.causal, kind.packed, rows, seen).swapaxes(3, 4)
         query, key, value = kept.query[:, :, :, rows], kept.key[:, :, seen], kept.value[:, :, seen]
         dblock = dout[:, :, :, rows]
         scores = _product("bksd,bkgqd->bkgsq", key, query) * kind.scale

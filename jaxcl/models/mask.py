@@ -21,7 +21,7 @@ def visible(segments: Int[Array, "batch length"], causal: bool) -> Bool[Array, "
     return pairs[:, None]
 
 
-def compared(
+def kernel_mask(
     segments: Int[Array, "batch length"],
     causal: bool,
     packed: bool,

@@ -19,7 +19,7 @@ MODELS: dict[str, Any] = {"olora": {"lora": {"rank": 2}}, "progressive_prompts":
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_keeps_to_the_interface(name: str) -> None:
     cls = find_method(name)
-    assert issubclass(cls.Config, MethodOptions)
+    assert issubclass(cls.Options, MethodOptions)
     assert all(field.description for field in cls.Options.model_fields.values())
     options = cls.Options(**OPTIONS.get(name, {}))
     assert cls.Options(**json.loads(options.model_dump_json())) == options

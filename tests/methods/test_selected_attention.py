@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from methods_helpers import log_softmax
 
+from jaxcl.functional import attention_divergence as module
 from jaxcl.functional.attention_divergence import AttentionTeacher, attention_divergence, write_rows
 from jaxcl.functional.attention_rows import AttentionView, decode_rows, encode_rows, sample_queries, selected_rows
-from jaxcl.methods import selected_attention
 
 RNG = np.random.default_rng(0)
 
@@ -14,7 +14,7 @@ RNG = np.random.default_rng(0)
 @pytest.fixture(autouse=True, params=[1, 128], ids=["blocks", "whole"])
 def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The queries of these tests one a block, and all at once."""
-    monkeypatch.setattr(selected_attention, "_BLOCK", request.param)
+    monkeypatch.setattr(module, "_BLOCK", request.param)
 
 
 @pytest.fixture(scope="module", params=[True, False])
