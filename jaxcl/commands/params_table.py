@@ -47,19 +47,18 @@ def _lines(network: Network, mesh: AbstractMesh) -> Iterator[str]:
         "shape": _texts(shapes, lambda leaf: " x ".join(map(str, leaf.shape))),
         "dtype": _texts(shapes, lambda leaf: str(leaf.dtype)),
         "axes": _texts(axes, lambda leaf: ", ".join(name or "-" for name in leaf)),
-        "bytes": _texts(shapes, lambda leaf: size(_bytes(leaf))),
-        "": {path: "" if path in learned else "frozen" for path in leaves},
     }
-    # Only these axes split params; more of `data` means more whole copies.
-    split = {
-        name: ways for name, ways in mesh.shape.items() if ways > 1 and any(name in to for to in PARAM_RULES.values())
-    }
+    # `data` splits no params: it makes more whole copies.
+    splitting = {axis for mesh_axes in PARAM_RULES.values() for axis in mesh_axes}
+    split = {name: ways for name, ways in mesh.shape.items() if ways > 1 and name in splitting}
     specs = {path: partition(names[path], leaf.shape, mesh, PARAM_RULES, path) for path, leaf in leaves.items()}
     if split:
         columns["split over"] = {path: _split(names[path], spec) for path, spec in specs.items()}
-    yield from table(
-        [["param", *columns], *([path, *(texts[path] for texts in columns.values())] for path in leaves)], 4
-    )
+    if len(learned) < len(leaves):
+        columns["trained"] = {path: "yes" if path in learned else "" for path in leaves}
+    columns["bytes"] = _texts(shapes, lambda leaf: size(_bytes(leaf)))
+    rows = [[path, *(texts[path] for texts in columns.values())] for path in leaves]
+    yield from table([["param", *columns], *rows], left=len(columns))
     yield _total("trained", [leaves[path] for path in learned])
     if frozen := [leaf for path, leaf in leaves.items() if path not in learned]:
         yield _total("frozen", frozen)
