@@ -89,9 +89,9 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         with open(folder / ".lock") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             texts["running"] = show(folder)
-        sequence.run(config)
-        # Nothing is left to do, or to tell.
-        sequence.run(config)
+        more = {**CONFIG["training"], "sinks": ["tensorboard", "wandb"]}  # may change while a run rests
+        sequence.run(parse_config({**CONFIG, "training": more, "output": str(folder)}))
+        sequence.run(config)  # nothing is left to do, or to say
     return {"folder": folder, **texts}
 
 
@@ -148,6 +148,7 @@ def test_the_summary_needs_no_jax(told: dict[str, Any]) -> None:
 
 def test_rows_and_scores_reach_a_tracker_over_an_interruption(told: dict[str, Any]) -> None:
     assert Notes.ends == [False, True]
+    assert list((told["folder"] / "tensorboard").glob("events*"))
     losses = [(step, numbers["task/loss"]) for step, numbers in Notes.logged if "task/loss" in numbers]
     logged = [json.loads(line) for line in (told["folder"] / "metrics.jsonl").read_text().splitlines()]
     assert set(losses) == {(row["step"], row["loss"]) for row in logged if row["kind"] == "task"}
