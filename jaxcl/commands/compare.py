@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxcl.config import ExperimentConfig, parse_config
+from jaxcl.config import ExperimentConfig, find_config, parse_config
 from jaxcl.config.file import ConfigError, apply_overrides, read_yaml
 from jaxcl.methods import find_method
 from jaxcl.reporting.comparison import comparison_table, read_comparison, write_comparison
@@ -23,7 +23,7 @@ def compare(
     name (such as `replay`), which they share: methods are compared on the same memory.
 
     Args:
-      config: a YAML file.
+      config: a YAML file, or the name of a configuration that comes with jaxcl.
       overrides: `KEY=VALUE` for all runs.
       methods: names of methods.
       seeds: seeds; `None` for the configuration's own.
@@ -36,7 +36,7 @@ def compare(
       UserError: the configuration is wrong for one of the methods (before anything runs), or a run fails.
     """
     initialize()
-    content = apply_overrides(read_yaml(Path(config)), overrides)
+    content = apply_overrides(read_yaml(find_config(config)), overrides)
     seeds = [int(content.get("seed", 0))] if seeds is None else seeds
     runs = [
         (name, seed, _variant(content, config, name, seed, out / f"{name.replace(':', '.')}-seed{seed}"))

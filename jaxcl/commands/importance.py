@@ -49,7 +49,7 @@ def measure_importance(source: str, overrides: Sequence[str], out: Path | None) 
     where the run began to where it stands. Of a configuration the model it begins with is measured.
 
     Args:
-      source: a YAML file or a run folder.
+      source: a run folder, a YAML file, or the name of a configuration that comes with jaxcl.
       overrides: `KEY=VALUE` for the configuration (with a run folder: for that of the run).
       out: gets `importance.npz`, a PNG a picture and `importance.html`; `None`: the configuration's `output` with
         `_importance` behind.

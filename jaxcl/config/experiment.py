@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
 
+from jaxcl.config.catalogue import find_config
 from jaxcl.config.file import ConfigError, apply_overrides, read_yaml, validate
 from jaxcl.data.spec import DataConfig, TaskSpec, TokenizerConfig
 from jaxcl.errors import UserError
@@ -91,16 +91,16 @@ def load_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
     """Reads a configuration file.
 
     Args:
-      path: a YAML file.
+      path: a YAML file, or the name of a configuration that comes with jaxcl; see `jaxcl.config.find_config`.
       overrides: `KEY=VALUE` with dotted keys; `tasks.*.train=100` sets a key of every task.
 
     Returns:
       The configuration, complete with defaults, and with the model's sizes read from `weights` where given.
 
     Raises:
-      ConfigError: one line that names the key, the value, what is allowed and the nearest valid name.
+      UserError: one line that names the key, the value, what is allowed and the nearest valid name.
     """
-    return parse_config(apply_overrides(read_yaml(Path(path)), overrides), str(path))
+    return parse_config(apply_overrides(read_yaml(find_config(os.fspath(path))), overrides), str(path))
 
 
 def parse_config(content: dict[str, Any], origin: str = "config") -> ExperimentConfig:

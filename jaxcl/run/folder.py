@@ -18,6 +18,7 @@ from jaxcl.errors import UserError
 _FREE_KEYS = (
     "output",
     "training.log_every",
+    "training.sinks",
     "training.checkpoint_every",
     "training.keep",
     "training.keep_tasks",

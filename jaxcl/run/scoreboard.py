@@ -54,6 +54,13 @@ class Scoreboard:
                 name = self.parts.tasks[index].name
                 write_predictions(self.folder.predictions, after, index, name, evaluation.rows)
 
+    def row(self, after: int) -> dict[str, float]:
+        """The scores after a task (-1: before any training) by the tasks' names, and what they amount to so far."""
+        rows = [self.results.initial or []] if after < 0 else self.results.matrix[after : after + 1]
+        scores = {name: score for row in rows for name, score in zip(self.results.tasks, row, strict=False)}
+        whole = {} if after < 0 else {name: getattr(self.results, name) for name in ("op", "bwt", "fwt", "forgetting")}
+        return {name: value for name, value in {**whole, **scores}.items() if value is not None}
+
     def note_task(self, index: int, *, steps: int, described: dict[str, Any]) -> None:
         """Notes how a task was learned: optimizer steps, and what its data were like."""
         stored = sum(path.stat().st_size for path in self.folder.teacher.glob("*.array_record"))

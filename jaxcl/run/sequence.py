@@ -35,7 +35,7 @@ from jaxcl.training.config import task_steps
 from jaxcl.training.loop import train_task
 from jaxcl.training.privacy import spent
 from jaxcl.training.profile import Profiler
-from jaxcl.training.sinks import Sink, open_sinks
+from jaxcl.training.sinks import Sink, check_sinks, open_sinks
 from jaxcl.training.state import TrainState
 from jaxcl.training.stored import Collate
 from jaxcl.training.task import RunningTask, signal_records
@@ -74,6 +74,7 @@ def run(config: ExperimentConfig, *, grown_from: ExperimentConfig | None = None)
     initialize()
     _keep_compiled_programs()
     folder = RunFolder(Path(config.output))
+    on_first(lambda: check_sinks(config.training.sinks))
     try:
         on_first(lambda: folder.claim((grown_from or config).plain()))
         _check_shared(folder)
@@ -148,12 +149,17 @@ class TaskSequence:
                 self._evaluate(self.parts.trainer.init(initial_params(self.parts)), -1)
             state, position = self._restore(saved)
         if self.main:
-            self.sinks = open_sinks(self.folder.path, after=int(state.step))
+            self.sinks = open_sinks(
+                self.folder.path, self.config.training.sinks, config=self.config.plain(), after=int(state.step)
+            )
+        finished = False
         try:
-            return self._go_on(state, position, saved)
+            results = self._go_on(state, position, saved)
+            finished = True
+            return results
         finally:
             for sink in self.sinks:
-                sink.close()
+                sink.close(finished=finished)
 
     def _restore(self, saved: Saved) -> tuple[TrainState, Any]:
         """A checkpoint's state and position in the data; with room for tasks that have come since."""
@@ -327,6 +333,9 @@ class TaskSequence:
         with self._timed("evaluation"):
             self.board.evaluate(lambda index: answering_params(self.parts, state, index), after)
         self.board.write(self.timing)
+        if row := self.board.row(after):
+            for sink in self.sinks[1:]:  # not metrics.jsonl: results.json holds the scores
+                sink.write({"step": int(state.step), "task": after, "kind": "score", **row})
 
     # Keeping
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from jaxcl.errors import UserError
@@ -51,7 +51,9 @@ WHOLE_IF_UNEVEN = frozenset({"heads", "kv_heads", "vocab", "labels"})
 BATCH_AXES = ACTIVATION_RULES["batch"]
 
 
-def partition(names: Names, shape: Sequence[int], mesh: Mesh, rules: Rules, where: str = "array") -> PartitionSpec:
+def partition(
+    names: Names, shape: Sequence[int], mesh: Mesh | AbstractMesh, rules: Rules, where: str = "array"
+) -> PartitionSpec:
     """The partition of one array.
 
     Args:
@@ -230,7 +232,7 @@ def _is_names(node: Any) -> bool:
     return isinstance(node, tuple) and all(name is None or isinstance(name, str) for name in node)
 
 
-def _label(axes: Sequence[str], mesh: Mesh) -> str:
+def _label(axes: Sequence[str], mesh: Mesh | AbstractMesh) -> str:
     return ", ".join(f"{axis}={mesh.shape[axis]}" for axis in axes)
 
 

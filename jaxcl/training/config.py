@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -28,6 +29,10 @@ class TrainingConfig(Schema):
         None, description="optimizer steps a task, memory batches included: one number, or one a task; this or epochs"
     )
     log_every: int = Field(10, ge=1, description="steps between rows of metrics.jsonl")
+    sinks: tuple[Literal["jsonl", "tensorboard", "wandb", "mlflow"], ...] = Field(
+        ("jsonl", "tensorboard"),
+        description="where rows of metrics go; metrics.jsonl is always written, wandb and mlflow are optional packages",
+    )
     checkpoint_every: int = Field(
         500, ge=0, description="steps between checkpoints within a task; 0: only at the ends of tasks"
     )

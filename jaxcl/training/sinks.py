@@ -1,4 +1,4 @@
-"""Where metrics go: a JSON line each, TensorBoard, a progress bar."""
+"""Where metrics go: a JSON line each, TensorBoard, experiment trackers, a progress bar."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol
 
 import jax
 
 from jaxcl.errors import UserError
+from jaxcl.training.trackers import TRACKERS, Tracked, check_tracker
 
 Row = Mapping[str, Any]
 
@@ -24,8 +25,8 @@ class Sink(Protocol):
         """One row: `step`, `task`, `kind` and numbers by name."""
         ...
 
-    def close(self) -> None:
-        """Nothing follows."""
+    def close(self, *, finished: bool = True) -> None:
+        """Nothing follows; `finished` is whether the run reached its end."""
         ...
 
 
@@ -63,7 +64,7 @@ class JsonLines:
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written: {error.strerror}") from error
 
-    def close(self) -> None:
+    def close(self, *, finished: bool = True) -> None:
         """Closes the file."""
         self._file.close()
 
@@ -96,16 +97,35 @@ class TensorBoard:
             if name not in ("step", "task") and isinstance(value, int | float):
                 self._writer.add_scalar(f"{row.get('kind', 'task')}/{name}", value, row["step"])
 
-    def close(self) -> None:
+    def close(self, *, finished: bool = True) -> None:
         """Writes out and closes."""
         self._writer.close()
 
 
-def open_sinks(folder: str | os.PathLike[str], *, after: int | None = None) -> list[Sink]:
+def check_sinks(names: Sequence[str]) -> None:
+    """Whether what the named sinks need is installed.
+
+    Raises:
+      UserError: a package is missing; names the command that installs it.
+    """
+    for name in names:
+        if name in TRACKERS:
+            check_tracker(name)
+
+
+def open_sinks(
+    folder: str | os.PathLike[str],
+    names: Sequence[str] = ("jsonl", "tensorboard"),
+    *,
+    config: Mapping[str, Any] | None = None,
+    after: int | None = None,
+) -> list[Sink]:
     """The sinks of a run folder on process 0, none on the others.
 
     Args:
-      folder: the run folder; gets `metrics.jsonl` and `tensorboard/`.
+      folder: the run folder; gets `metrics.jsonl` and, if named, `tensorboard/`.
+      names: `training.sinks`. `jsonl` is always among the sinks, as the first one.
+      config: the configuration as plain values, for the trackers.
       after: the step a run goes on from, `None` for a new one.
 
     Raises:
@@ -114,7 +134,10 @@ def open_sinks(folder: str | os.PathLike[str], *, after: int | None = None) -> l
     if jax.process_index() != 0:
         return []
     root = Path(folder)
-    return [JsonLines(root / "metrics.jsonl", after=after), TensorBoard(root / "tensorboard", after=after)]
+    sinks: list[Sink] = [JsonLines(root / "metrics.jsonl", after=after)]
+    if "tensorboard" in names:
+        sinks.append(TensorBoard(root / "tensorboard", after=after))
+    return [*sinks, *(Tracked(name, root, config or {}) for name in TRACKERS if name in names)]
 
 
 class Progress:
