@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.program import Program, machine, run_in_turn
-from jaxcl.functional.contrast import contrast, pool
+from jaxcl.functional.contrastive import contrast, pool
 from jaxcl.functional.importance import ImportanceSums
 from jaxcl.functional.soft_masks import soft_masks
 from jaxcl.functional.terms import Term, Terms

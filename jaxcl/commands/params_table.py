@@ -14,8 +14,8 @@ from jax.sharding import AbstractMesh
 from jaxcl.commands.show import size, table
 from jaxcl.config import ExperimentConfig
 from jaxcl.config.file import validate
-from jaxcl.models.lora import trained
 from jaxcl.models.network import Network
+from jaxcl.models.trainable import trained
 from jaxcl.run.folder import RunFolder
 from jaxcl.sharding.mesh import AXES, MeshConfig
 from jaxcl.sharding.rules import PARAM_RULES, partition
@@ -47,6 +47,7 @@ def _lines(network: Network, mesh: AbstractMesh) -> Iterator[str]:
         "shape": _texts(shapes, lambda leaf: " x ".join(map(str, leaf.shape))),
         "dtype": _texts(shapes, lambda leaf: str(leaf.dtype)),
         "axes": _texts(axes, lambda leaf: ", ".join(name or "-" for name in leaf)),
+        "unit": _texts(network.units(), lambda unit: unit.kind if unit else ""),
     }
     # `data` splits no params: it makes more whole copies.
     splitting = {axis for mesh_axes in PARAM_RULES.values() for axis in mesh_axes}

@@ -11,7 +11,7 @@ Importing it loads jax, optax and jaxtyping, and nothing else of jaxcl.
 - What was kept and what was forgotten: `ContinualMatrix`
 """
 
-from jaxcl.functional.attention_divergence import (
+from jaxcl.functional.attention_distillation import (
     AttentionTeacher,
     attention_divergence,
     example_divergence,
@@ -26,7 +26,7 @@ from jaxcl.functional.attention_rows import (
     selected_rows,
     visible_keys,
 )
-from jaxcl.functional.contrast import contrast, pool
+from jaxcl.functional.contrastive import contrast, pool
 from jaxcl.functional.distillation import TopScores, divergence, full_divergence, top_divergence, top_scores
 from jaxcl.functional.fisher import FisherSums, quadratic_penalty, summed_squares
 from jaxcl.functional.heads import HeadSums, combine, normalise_sensitivity, resolve_budget, select_heads, watch

@@ -210,7 +210,7 @@ class Method(ToolHooks, Generic[OptionsT]):
 
     @property
     def stored(self) -> Mapping[str, Stored]:
-        """How each array that `signals` returns is stored, by name."""
+        """How each array that `signals` returns is stored, by name; others are stored whole."""
         return {}
 
     def signals(self, params: Params, state: State, batch: Batch, key: Array) -> dict[str, Array] | None:

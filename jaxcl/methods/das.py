@@ -25,7 +25,7 @@ import optax
 from jaxtyping import Array
 from pydantic import Field
 
-from jaxcl.functional.contrast import contrast, pool
+from jaxcl.functional.contrastive import contrast, pool
 from jaxcl.functional.importance import ImportanceSums, Normalisation, accumulate, normalise
 from jaxcl.functional.soft_masks import MaskOn, Shared, masked_optimizer, soft_masks
 from jaxcl.functional.terms import Term, Terms

@@ -22,7 +22,7 @@ from jaxtyping import Array
 from pydantic import Field
 
 from jaxcl.errors import UserError
-from jaxcl.functional.attention_divergence import (
+from jaxcl.functional.attention_distillation import (
     AttentionTeacher,
     attention_divergence,
     example_divergence,

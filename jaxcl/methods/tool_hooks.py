@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from jaxtyping import Array, PyTree
 
 from jaxcl.models.batch import Batch
-
-if TYPE_CHECKING:
-    from jaxcl.methods.base import Method
 
 
 class Exact(NamedTuple):
@@ -21,7 +18,7 @@ class Exact(NamedTuple):
       read: `read(params, batch, key)` reads what it would store at the places that `batch.teacher` names; pure.
     """
 
-    method: Method[Any]
+    method: Any
     read: Callable[[PyTree, Batch, Array], dict[str, Array]]
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxcl.models.blocked_attention import blocked_attention
 from jaxcl.models.compute import Kernel
-from jaxcl.models.mask import HIDDEN, compared
+from jaxcl.models.mask import HIDDEN, kernel_mask
 
 Probabilities = Float[Array, "batch heads query length"]
 
@@ -107,7 +107,7 @@ def explicit_attention(
     kv_heads = key.shape[2]
     grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
     scores = jnp.einsum("bqkgd,bskd->bkgqs", grouped, key, preferred_element_type=jnp.float32) * scale
-    scores = jnp.where(compared(segments, causal, packed), scores, HIDDEN)
+    scores = jnp.where(kernel_mask(segments, causal, packed), scores, HIDDEN)
     probs = jax.nn.softmax(scores, axis=-1)
     if transform is not None:
         probs = transform(probs.reshape(batch, heads, length, length)).reshape(probs.shape)
@@ -132,7 +132,7 @@ def _cudnn_attention(
 ) -> Array:
     if packed:
         # With several documents in a row the mask has to be spelled out; it broadcasts over heads.
-        mask = compared(segments, causal, packed)[:, 0]
+        mask = kernel_mask(segments, causal, packed)[:, 0]
         return jax.nn.dot_product_attention(query, key, value, mask=mask, scale=scale, implementation="cudnn")
     # A row of padding only keeps one token, so that no softmax is empty.
     lengths = jnp.maximum(jnp.sum(segments != 0, axis=1, dtype=jnp.int32), 1)

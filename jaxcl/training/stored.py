@@ -39,7 +39,7 @@ def trim(record: Mapping[str, np.ndarray], stored: Mapping[str, Stored], *, leng
     for name, (axes, fill) in stored.items():
         if axes == (name,):
             sizes[name] = int(np.sum(record[name] != fill))
-    return {name: value[_inner(stored[name].axes, sizes)] for name, value in record.items()}
+    return {name: value[_inner(_of(stored, name).axes, sizes)] for name, value in record.items()}
 
 
 def collate(records: Sequence[Mapping[str, np.ndarray] | None], stored: Mapping[str, Stored], shapes: Shapes) -> Record:
@@ -51,7 +51,7 @@ def collate(records: Sequence[Mapping[str, np.ndarray] | None], stored: Mapping[
       shapes: of each array, with a leading `batch` axis of any size; see `stored_shapes`.
     """
     batch = {
-        name: np.full((len(records), *shape.shape[1:]), stored[name].fill, shape.dtype)
+        name: np.full((len(records), *shape.shape[1:]), _of(stored, name).fill, shape.dtype)
         for name, shape in shapes.items()
     }
     for row, record in enumerate(records):
@@ -72,13 +72,13 @@ def stored_shapes(method: Method[Any], params: Params, state: State, rows: int, 
       shape: shape of the rows.
 
     Raises:
-      ValueError: the method returns an array that `Method.stored` does not name, or names one that it does not return.
+      ValueError: `Method.stored` names an array that `Method.signals` does not return.
     """
     batch = Batch.abstract(rows, shape.length, shape.predict, origin="memory")
     key = jax.eval_shape(lambda: jax.random.key(0))
     signals = jax.eval_shape(method.signals, params, state, batch, key) or {}
-    if unknown := sorted(signals.keys() ^ method.stored.keys()) if signals else []:
-        raise ValueError(f"{type(method).__name__}: signals and stored differ in {', '.join(unknown)}")
+    if signals and (missing := sorted(method.stored.keys() - signals.keys())):
+        raise ValueError(f"{type(method).__name__}.stored names {', '.join(missing)}, which signals does not return")
     return signals
 
 
@@ -92,6 +92,11 @@ class Collate:
     def __call__(self, records: Sequence[Mapping[str, np.ndarray] | None], shape: Shape) -> Record:
         """The records of a batch's rows as arrays with leading axis `batch`."""
         return collate(records, self._stored, self._shapes(shape))
+
+
+def _of(stored: Mapping[str, Stored], name: str) -> Stored:
+    """How an array is stored; one that is not named, whole."""
+    return stored.get(name, Stored())
 
 
 def _inner(axes: tuple[str | None, ...], sizes: Mapping[str, int]) -> Any:

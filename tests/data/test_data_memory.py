@@ -98,10 +98,11 @@ def test_rows_carry_what_was_stored_beside_them(tmp_path):
         stores[one.task] = TeacherStore.open(tmp_path / str(one.task))
 
     def collate(records, shape):
-        maps = np.zeros((len(records), 3), np.float16)
+        rows, maps = np.zeros((len(records), 2), np.int32), np.zeros((len(records), 3), np.float16)
         for at, record in enumerate(records):
-            maps[at, : len(record["map"])] = record["map"]
-        return {"row": np.stack([record["row"] for record in records]), "map": maps, "length": np.array(shape.length)}
+            if record is not None:
+                rows[at], maps[at, : len(record["map"])] = record["row"], record["map"]
+        return {"row": rows, "map": maps, "length": np.array(shape.length)}
 
     stream = MemoryPipeline(kept, sources, CONFIG, batch_size=8, stores=stores, collate=collate)
     filler = 0
@@ -128,7 +129,7 @@ def test_a_store_without_an_example_is_an_error(tmp_path):
     kept, sources = memory(), {0: rows(0), 1: rows(1, 20)}
     write_records(tmp_path / "store", [(999, {"x": np.zeros(1)})])
     store = TeacherStore.open(tmp_path / "store")
-    stream = MemoryPipeline(kept, sources, CONFIG, batch_size=8, stores={0: store, 1: store})
+    stream = MemoryPipeline(kept, sources, CONFIG, batch_size=8, stores={0: store, 1: store}, collate=lambda *_: {})
     with pytest.raises(UserError, match="no record of example"):
         next(stream.once())
 

@@ -19,7 +19,7 @@ PAIRS = [{"prompt": "moving " * (1 + 7 * i % 23), "answer": "plan " * (1 + i % 3
 CONFIG = DataConfig(length=32, buckets=3, length_multiple=8)
 FIELDS = {
     "tokens", "segments", "positions", "predict", "targets", "weights", "task", "example", "labels", "types", "teacher",
-    "kind",
+    "origin",
 }  # fmt: skip
 
 
@@ -45,7 +45,7 @@ def test_batches_have_the_fields_and_types_of_a_batch(kind):
     stream = pipeline(kind)
     for batch in stream.once():
         assert batch.keys() == FIELDS
-        assert batch["kind"] == "task"
+        assert batch["origin"] == "task"
         assert (batch["predict"] is None) == (kind == "causal")
         assert (batch["labels"] is None) == (kind != "labelled")
         shape = Shape(batch["tokens"].shape[1], None if kind == "causal" else batch["predict"].shape[1])

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcl.functional.contrast import contrast, pool
+from jaxcl.functional.contrastive import contrast, pool
 
 
 def brute_force(anchor: np.ndarray, positive: np.ndarray, past: np.ndarray, temperature: float) -> float:

@@ -46,6 +46,12 @@ def test_padding_is_not_stored() -> None:
     assert not any(np.any(np.abs(value) == 99) for value in TRIMMED[0].values())
 
 
+def test_an_array_that_is_not_named_is_stored_whole() -> None:
+    record = {"queries": np.array([3, -1]), "mean": np.arange(4.0)}
+    stored = trim(record, {"queries": STORED["queries"]}, length=2, predict=1)
+    assert {name: value.tolist() for name, value in stored.items()} == {"queries": [3], "mean": [0.0, 1.0, 2.0, 3.0]}
+
+
 def test_records_come_back_in_their_places_and_rows_that_only_fill_hold_the_fill() -> None:
     sizes = {"heads": (3, 2), "queries": (4,), "rows": (3, 4, 7), "top_ids": (4, 2), "top_values": (4, 2)}
     shapes = {name: jax.ShapeDtypeStruct((1, *size), ONE[name].dtype) for name, size in sizes.items()}

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxcl.functional.contrast import pool
+from jaxcl.functional.contrastive import pool
 from jaxcl.functional.distillation import divergence
 from jaxcl.functional.importance import ImportanceSums, gate_gradients
 from jaxcl.functional.losses import example_means, over_positions, scored_states

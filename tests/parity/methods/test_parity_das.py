@@ -23,7 +23,7 @@ from torch_twins import (
     to_torch,
 )
 
-from jaxcl.functional.contrast import contrast
+from jaxcl.functional.contrastive import contrast
 from jaxcl.functional.importance import ImportanceSums, gate_gradients
 from jaxcl.functional.soft_masks import soft_mask, soft_masks
 from jaxcl.methods.das import Das, DasOptions
