@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 JOBS ?= 2
 # For `make test-newest`: the newest interpreter on PATH or in pyenv that jaxcl is tested with (a pyenv shim may be there
-# and not run), an environment of its own, and the tests to run. Empty: all of them, as in `make test`.
+# and not run), an environment of its own, and the tests to run. Empty: all of them, as in `make test`; CI, whose time is
+# short, names the folders that touch jax and flax most.
 NEWEST_PYTHON ?= $(shell for version in 3.13 3.12; do \
 	for python in python$$version "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/$$version.*/bin/python; do \
 	if "$$python" -c 'import ensurepip, venv' 2>/dev/null; then echo "$$python"; exit; fi; done; done)
