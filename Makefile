@@ -5,9 +5,17 @@ BIN := $(VENV)/bin
 # A CPU build is enough: torch only checks jaxcl's numbers, the package never imports it.
 TORCH ?= torch==2.13.0
 JOBS ?= 2
+# For `make test-newest`: the newest interpreter on PATH or in pyenv that jaxcl is tested with (a pyenv shim may be there
+# and not run), an environment of its own, and the tests to run. Empty: all of them, as in `make test`; CI, whose time is
+# short, names the folders that touch jax and flax most.
+NEWEST_PYTHON ?= $(shell for version in 3.13 3.12; do \
+	for python in python$$version "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/$$version.*/bin/python; do \
+	if "$$python" -c 'import ensurepip, venv' 2>/dev/null; then echo "$$python"; exit; fi; done; done)
+NEWEST_VENV ?= .venv-newest
+NEWEST_TESTS ?=
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
 
-.PHONY: help install quickstart test lint format test-slow test-parity test-system docs clean
+.PHONY: help install quickstart test lint format test-newest test-slow test-parity test-system docs clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -46,6 +54,18 @@ format: $(VENV)/.installed  ## let ruff rewrite what it can
 test: lint  ## lint, types, unit and property tests, doctests
 	JAX_PLATFORMS=cpu $(BIN)/pytest -n $(JOBS) --dist loadfile
 
+# Installed anew each time, since what is newest changes without pyproject.toml.
+test-newest:  ## the tests under the newest Python here and the newest packages that pyproject.toml allows
+	@if [ -z '$(NEWEST_PYTHON)' ]; then \
+		echo 'test-newest: neither Python 3.13 nor 3.12 is on PATH or in pyenv, so nothing is tested'; \
+	else \
+		set -ex; \
+		'$(NEWEST_PYTHON)' -m venv $(NEWEST_VENV); \
+		$(NEWEST_VENV)/bin/python -m pip install --quiet --upgrade pip; \
+		$(NEWEST_VENV)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager -e '.[dev]'; \
+		JAX_PLATFORMS=cpu $(NEWEST_VENV)/bin/pytest -n $(JOBS) --dist loadfile $(NEWEST_TESTS); \
+	fi
+
 test-slow: $(VENV)/.installed  ## the tests marked slow: the methods on more meshes and over two processes
 	JAX_PLATFORMS=cpu $(BIN)/pytest -n $(JOBS) --dist loadfile -m slow
 
@@ -59,4 +79,4 @@ docs: $(VENV)/.installed  ## regenerate the configuration reference from the typ
 	$(BIN)/python -m jaxcl.config > docs/configuration.md
 
 clean:  ## remove the environment, caches and runs
-	rm -rf $(VENV) .jax_cache .pytest_cache .mypy_cache .ruff_cache runs build dist *.egg-info
+	rm -rf $(VENV) $(NEWEST_VENV) .jax_cache .pytest_cache .mypy_cache .ruff_cache runs build dist *.egg-info
