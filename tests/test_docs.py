@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_experiment import PAIRS, run
+
+from tests.tiny.runs import PAIRS, run
 
 DOCS = Path(__file__).parents[1] / "docs"
 

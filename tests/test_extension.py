@@ -20,8 +20,9 @@ from jaxcl.evaluation.results import Results
 from jaxcl.run import sequence
 from jaxcl.run.folder import RunFolder
 from jaxcl.training.checkpoint import Checkpoints
+from tests.tiny.faults import killed_at_save
 
-OPTIMISED = True  # bits are compared
+pytestmark = pytest.mark.optimised  # bits are compared
 
 MODEL = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 32, "num_layers": 2, "num_heads": 2}
 # Neither tokenizer nor row lengths are told from the tasks: both would know the third one from the start.
@@ -138,31 +139,13 @@ def test_das_learns_one_more_domain_as_if_it_had_been_there_from_the_start(das: 
     assert (folder / "results.json").read_bytes() == before
 
 
-class Interrupted(Exception):
-    """Stands for whatever kills a process."""
-
-
-@pytest.mark.parametrize("saves", [0, 1])
-def test_an_interrupted_extension_goes_on(
-    das: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saves: int
-) -> None:
+@pytest.mark.parametrize("save", [1, 2])
+def test_an_interrupted_extension_goes_on(das: Runs, tmp_path: Path, save: int) -> None:
     """Killed before the new task's first step, and within it."""
-    original, count = sequence.TaskSequence._save, 0
-
-    def die(self: Any, *arguments: Any, **options: Any) -> None:
-        nonlocal count
-        if count == saves:
-            raise Interrupted
-        original(self, *arguments, **options)
-        self.checkpoints.wait()
-        count += 1
-
     folder = tmp_path / "run"
     shutil.copytree(das.two, folder)
-    with monkeypatch.context() as patched:
-        patched.setattr(sequence.TaskSequence, "_save", die)
-        with pytest.raises(Interrupted):
-            das.extend(folder)
+    with killed_at_save(save, before=True):
+        das.extend(folder)
     assert "numpy" in (folder / "config.yaml").read_text()
     das.extend(folder)
     check_equal(folder, das.whole)

@@ -15,7 +15,7 @@ from jaxcl.models.batch import Batch
 from jaxcl.run import sequence
 from jaxcl.training.task import RunningTask
 
-OPTIMISED = True  # bits are compared
+pytestmark = pytest.mark.optimised  # bits are compared
 
 MODEL = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 32, "num_layers": 2, "num_heads": 2}
 COMMON: dict[str, Any] = {

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from test_experiment import PAIRS, SEEKR, TEXT, numbers, run
 
 from jaxcl.commands.convert import convert
 from jaxcl.config import parse_config
@@ -23,6 +22,7 @@ from jaxcl.run import synthesis
 from jaxcl.run.components import build, initial_params
 from jaxcl.run.folder import RunFolder
 from jaxcl.weights import load_weights
+from tests.tiny.runs import PAIRS, SEEKR, TEXT, numbers, run
 
 WRITTEN: dict[str, Any] = {
     **SEEKR,

@@ -4,12 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from methods_helpers import StandInTask, filled, init, make_batch, pad_batch, perturbed, tiny_llama, tiny_roberta
 
 from jaxcl.methods.das import Das, DasConfig
 from jaxcl.methods.importance import ImportanceSums, add_domain_importance, add_general_importance, normalise
 from jaxcl.models.gates import Gates
 from jaxcl.models.network import Network
+from tests.tiny.batches import StandInTask, make_batch, pad_batch
+from tests.tiny.networks import filled, init, perturbed, tiny_llama, tiny_roberta
 
 
 @pytest.fixture(scope="module", params=["llama", "roberta"])

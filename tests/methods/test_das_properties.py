@@ -10,17 +10,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from methods_helpers import (
-    StandInTask,
-    filled,
-    init,
-    make_batch,
-    named,
-    pad_batch,
-    take_rows,
-    tiny_llama,
-    tiny_roberta,
-)
 
 from jaxcl.methods.das import Das, DasConfig
 from jaxcl.methods.importance import (
@@ -38,6 +27,8 @@ from jaxcl.sharding.layout import Layout
 from jaxcl.sharding.mesh import MeshConfig, make_mesh
 from jaxcl.training.optimizer import OptimizerConfig
 from jaxcl.training.trainer import Trainer
+from tests.tiny.batches import StandInTask, make_batch, pad_batch, take_rows
+from tests.tiny.networks import filled, init, named, tiny_llama, tiny_roberta
 
 
 def assert_close(found: Any, expected: Any, tolerance: float) -> None:

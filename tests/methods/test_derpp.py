@@ -5,7 +5,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from methods_helpers import VOCAB, init, make_batch, perturbed, tiny_llama, tiny_roberta
 
 from jaxcl.errors import UserError
 from jaxcl.methods.base import Replay
@@ -13,6 +12,8 @@ from jaxcl.methods.derpp import Derpp, DerppConfig
 from jaxcl.methods.losses import language_model_terms
 from jaxcl.models.batch import Batch
 from jaxcl.models.network import Network
+from tests.tiny.batches import make_batch
+from tests.tiny.networks import VOCAB, init, perturbed, tiny_llama, tiny_roberta
 
 
 @pytest.fixture(scope="module", params=["llama", "roberta"])

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from methods_helpers import log_softmax
 
 from jaxcl.methods.distillation import (
     TopScores,
@@ -18,6 +17,7 @@ from jaxcl.methods.distillation import (
     top_divergence,
     top_scores,
 )
+from tests.tiny.networks import log_softmax
 
 RNG = np.random.default_rng(0)
 

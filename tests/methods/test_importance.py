@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from methods_helpers import init, log_softmax, make_batch, pad_batch, take_rows, tiny_llama, tiny_roberta
 
 from jaxcl.methods.importance import (
     ImportanceSums,
@@ -25,6 +24,8 @@ from jaxcl.models.batch import Batch
 from jaxcl.models.compute import Compute
 from jaxcl.models.gates import Gates
 from jaxcl.models.network import Network, Params
+from tests.tiny.batches import make_batch, pad_batch, take_rows
+from tests.tiny.networks import init, log_softmax, tiny_llama, tiny_roberta
 
 
 @pytest.fixture(scope="module", params=["llama", "roberta"])

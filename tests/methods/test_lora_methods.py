@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from methods_helpers import StandInTask, init, make_batch, named, perturbed, take_rows, tiny_llama
 
 from jaxcl.methods.base import Method, MethodConfig
 from jaxcl.methods.das import Das, DasConfig
@@ -27,6 +26,8 @@ from jaxcl.sharding.mesh import MeshConfig, make_mesh
 from jaxcl.training.checkpoint import Checkpoints
 from jaxcl.training.optimizer import OptimizerConfig
 from jaxcl.training.trainer import Trainer
+from tests.tiny.batches import StandInTask, make_batch, take_rows
+from tests.tiny.networks import init, named, perturbed, tiny_llama
 
 NETWORK = tiny_llama(num_layers=1, lora={"rank": 2, "alpha": 3.0, "targets": ["query", "out", "up"]})
 BATCH = make_batch((6, 4))

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from methods_helpers import VOCAB, init, log_softmax, make_batch, pad_batch, tiny_llama, tiny_roberta
 
 from jaxcl.methods.base import Term
 from jaxcl.methods.losses import (
@@ -19,6 +18,8 @@ from jaxcl.methods.losses import (
 )
 from jaxcl.models.batch import Batch
 from jaxcl.models.network import Network
+from tests.tiny.batches import make_batch, pad_batch
+from tests.tiny.networks import VOCAB, init, log_softmax, tiny_llama, tiny_roberta
 
 
 def test_token_losses_equal_numpy() -> None:

@@ -6,13 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from methods_helpers import filled, in_unit, init, make_batch, named, tiny_llama
 
 from jaxcl.methods.base import OptimizerParts
 from jaxcl.methods.losses import language_model_terms
 from jaxcl.methods.soft_mask import masked_decay, masked_optimizer, soft_mask, soft_masks
+from tests.tiny.batches import make_batch
+from tests.tiny.networks import filled, in_unit, init, named, tiny_llama
 
-OPTIMISED = True  # bits are compared
+pytestmark = pytest.mark.optimised  # bits are compared
 
 
 def make_parts(weight_decay: float = 0.1, clip: float = 1.0) -> OptimizerParts:

@@ -6,17 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from methods_helpers import (
-    StandInTask,
-    init,
-    log_softmax,
-    make_batch,
-    pad_batch,
-    perturbed,
-    take_rows,
-    tiny_llama,
-    tiny_roberta,
-)
 
 from jaxcl.errors import UserError
 from jaxcl.methods.base import Replay
@@ -26,6 +15,8 @@ from jaxcl.methods.replay import ReplayConfig
 from jaxcl.methods.seekr import Seekr, SeekrConfig
 from jaxcl.models.batch import Batch
 from jaxcl.models.probe import Tap
+from tests.tiny.batches import StandInTask, make_batch, pad_batch, take_rows
+from tests.tiny.networks import init, log_softmax, perturbed, tiny_llama, tiny_roberta
 
 Shape = namedtuple("Shape", "length predict")
 NETWORK = tiny_llama()

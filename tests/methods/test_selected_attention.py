@@ -2,12 +2,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from methods_helpers import log_softmax
 
 from jaxcl.methods import selected_attention
 from jaxcl.methods.distillation import decode_rows, encode_rows, sample_queries
 from jaxcl.methods.selected_attention import AttentionTeacher, attention_divergence, write_rows
 from jaxcl.models.probe import AttentionView, selected_rows
+from tests.tiny.networks import log_softmax
 
 RNG = np.random.default_rng(0)
 

@@ -13,6 +13,8 @@ from jaxcl.models.llama import LlamaConfig
 from jaxcl.models.network import Network
 from jaxcl.models.product import product
 
+pytestmark = pytest.mark.optimised  # compiled programs are read
+
 SHAPES = [  # rows, inputs, outputs: kernels with one or two axes on a side, narrower at the input or the output
     ((5,), (3,), (7,)),
     ((2, 5), (7,), (3,)),
