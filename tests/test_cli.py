@@ -9,7 +9,7 @@ import pytest
 
 from jaxcl.cli import main
 
-COMMANDS = ("run", "extend", "importance", "teacher", "compare", "convert", "generate", "prepare", "report")
+COMMANDS = ["run", "extend", "importance", "teacher", "compare", "plan", "convert", "generate", "prepare", "report"]
 
 
 def test_help_imports_nothing_heavy() -> None:

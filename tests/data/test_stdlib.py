@@ -14,7 +14,7 @@ import pytest
 
 from jaxcl.data import stdlib
 from jaxcl.data.sources import load_source
-from jaxcl.data.stdlib import names, read_stdlib
+from jaxcl.data.stdlib import names, read_stdlib, stdlib_kind
 
 PAIRS = ["unicode_category", "unicode_numeric", "unicode_bidi", "html_entity", "http_status", "mimetypes", "errno"]
 ALL = [*PAIRS, "python_topics", "python_topic_names", "docstrings:numpy", "submodules:numpy"]
@@ -35,13 +35,14 @@ def test_splits_are_large_enough_and_disjoint(name):
     sizes = {split: len(rows) for split, rows in found.splits.items()}
     assert sizes["train"] >= 150
     assert min(sizes["dev"], sizes["test"]) >= 15
-    field = "prompt" if found.kind == "pairs" else "text"
-    texts = [row[field] for row in everything(name)]
+    fields = {"pairs": ["prompt", "answer"], "text": ["text"], "labelled": ["text", "label"]}[stdlib_kind(name)]
+    assert all(list(row) == fields for row in everything(name))
+    texts = [row[fields[0]] for row in everything(name)]
     assert len(set(texts)) == len(texts)
     assert all(value.strip() for row in everything(name) for value in row.values())
     assert read_stdlib(name) == found
     task = load_source(f"stdlib:{name}", train=100, test=10)
-    assert (task.kind, len(task.train), len(task.test)) == (found.kind, 100, 10)
+    assert (task.kind, len(task.train), len(task.test)) == (stdlib_kind(name), 100, 10)
 
 
 def question(row):
