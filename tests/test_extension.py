@@ -20,27 +20,24 @@ from jaxcl.evaluation.results import Results
 from jaxcl.run import sequence
 from jaxcl.run.folder import RunFolder
 from jaxcl.training.checkpoint import Checkpoints
+from tests.tiny import runs
 from tests.tiny.faults import killed_at_save
+from tests.tiny.runs import DECODER, ENCODER, SEEKR
 
 pytestmark = pytest.mark.optimised  # bits are compared
 
-MODEL = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 32, "num_layers": 2, "num_heads": 2}
-# Neither tokenizer nor row lengths are told from the tasks: both would know the third one from the start.
+# Neither tokenizer nor row lengths are given by the tasks: both would know the third one from the start.
 PAIRS: dict[str, Any] = {
-    "model": {"architecture": "llama", **MODEL, "max_length": 96},
+    "model": DECODER,
     "data": {"prompt_length": 64, "answer_length": 24, "bucket_lengths": [64, 88]},
-    "tasks": [
-        {"name": "direction", "source": "stdlib:unicode_bidi", "train": 32, "test": 4},
-        {"name": "category", "source": "stdlib:unicode_category", "train": 24, "test": 4},
-        {"name": "number", "source": "stdlib:unicode_numeric", "train": 24, "test": 4},
-    ],
-    "training": {"batch_size": 8, "epochs": 1, "log_every": 1, "checkpoint_every": 2},
+    "tasks": [*runs.PAIRS["tasks"], {"name": "number", "source": "stdlib:unicode_numeric", "train": 24, "test": 4}],
+    "training": runs.PAIRS["training"],
     "optimizer": {"learning_rate": 1e-3},
     "evaluation": {"batch_size": 4, "max_new_tokens": 2, "before": True, "future": "next"},
-    "method": {"name": "seekr", "layer_budget": 1, "head_budget": 1, "query_budget": 8, "replay": {"fraction": 0.25}},
+    "method": SEEKR,
 }
 TEXT: dict[str, Any] = {
-    "model": {"architecture": "roberta", **MODEL, "max_length": 64},
+    "model": ENCODER,
     "data": {"length": 48, "packing": False},
     "tasks": [
         {"name": "topics", "source": "stdlib:python_topics", "train": 24, "test": 8},

@@ -8,22 +8,13 @@ import pytest
 from jaxcl.evaluation import end_tasks
 from jaxcl.evaluation.config import EndTaskConfig
 from jaxcl.evaluation.end_tasks import EndTaskScore, class_scores, score_end_task, with_body, with_labels
-from jaxcl.models.llama import LlamaConfig
 from jaxcl.models.network import Network
-from jaxcl.models.roberta import RobertaConfig
-from tests.tiny.networks import plain_params
+from tests.tiny.networks import llama_config, plain_params, roberta_config
 
 BATCH, LENGTH = 8, 6
-LLAMA = LlamaConfig(vocab_size=16, hidden_size=16, intermediate_size=24, num_layers=1, num_heads=2)
-ROBERTA = RobertaConfig(
-    vocab_size=16,
-    hidden_size=16,
-    intermediate_size=24,
-    num_layers=1,
-    num_heads=2,
-    max_length=LENGTH,
-    hidden_dropout=0.1,
-)
+SIZES = {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 24, "num_layers": 1}
+LLAMA = llama_config(**SIZES, init_std=0.02)
+ROBERTA = roberta_config(**SIZES, init_std=0.02, max_length=LENGTH, hidden_dropout=0.1, attention_dropout=0.1)
 CONFIG = EndTaskConfig(epochs=6, batch_size=BATCH, learning_rate=1e-2, patience=6, length=8)
 
 

@@ -13,16 +13,13 @@ from jaxcl.errors import UserError
 from jaxcl.evaluation import harness
 from jaxcl.evaluation.harness import HarnessModel
 from jaxcl.models.batch import Batch
-from jaxcl.models.llama import LlamaConfig
-from jaxcl.models.network import Network
-from jaxcl.models.roberta import RobertaConfig
-from tests.tiny.networks import plain_params
+from tests.tiny.networks import plain_params, tiny_llama, tiny_roberta
 
 TOKENIZER = Tokenizer.train(
     ["the cat sat on the mat, and the dog sat on the log", "Question: is it so? Answer: yes"] * 3, 300
 )
-SIZES = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 24, "num_layers": 2, "num_heads": 2}
-NETWORK = Network.create(LlamaConfig(**SIZES, max_length=40, tie_embeddings=False))
+SIZES = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 24}
+NETWORK = tiny_llama(**SIZES, max_length=40, tie_embeddings=False)
 PARAMS = plain_params(NETWORK, 0)
 WIDTH = 64
 PAIRS = [
@@ -185,7 +182,7 @@ def test_what_cannot_be_done_is_one_line() -> None:
         model().generate_until(requests([("the", {"num_beams": 4})]))
     with pytest.raises(UserError, match="256 new tokens leave no room in the model's window of 40"):
         model().generate_until(requests([("the", {})]))
-    encoder = Network.create(RobertaConfig(**SIZES, max_length=16))
+    encoder = tiny_roberta(**SIZES, max_length=16)
     with pytest.raises(UserError, match="needs a decoder"):
         HarnessModel(encoder, PARAMS, TOKENIZER)
     nameless = Tokenizer(TOKENIZER.backend, {}, add_bos=False)

@@ -12,16 +12,14 @@ from jaxcl.data.tokenizer import Tokenizer
 from jaxcl.evaluation.config import EndTaskConfig
 from jaxcl.evaluation.end_tasks import score_end_task
 from jaxcl.evaluation.scoring import text_loss
-from jaxcl.models.llama import LlamaConfig
 from jaxcl.models.network import Network
-from jaxcl.models.roberta import RobertaConfig
-from tests.tiny.networks import plain_params
+from tests.tiny.networks import llama_config, plain_params, roberta_config
 
 SUBJECTS = ("the committee", "a member", "the bank", "our staff")
 WORDS = {"hawkish": ("raises rates", "fears inflation"), "dovish": ("cuts rates", "fears unemployment")}
 LENGTH = 16
-SHAPE = {"vocab_size": 320, "hidden_size": 16, "intermediate_size": 24, "num_layers": 1, "num_heads": 2}
-MODELS = {"causal": LlamaConfig(**SHAPE), "masked": RobertaConfig(**SHAPE, max_length=LENGTH)}
+SHAPE = {"vocab_size": 320, "hidden_size": 16, "intermediate_size": 24, "num_layers": 1}
+MODELS = {"causal": llama_config(**SHAPE), "masked": roberta_config(**SHAPE)}
 
 
 def rows(count: int, seed: int) -> list[dict[str, str]]:

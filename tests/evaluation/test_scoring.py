@@ -8,10 +8,8 @@ import pytest
 
 from jaxcl.evaluation.scoring import TextLoss, drawn, score_pairs, text_loss
 from jaxcl.models.batch import Batch
-from jaxcl.models.llama import LlamaConfig
 from jaxcl.models.network import Network
-from jaxcl.models.roberta import RobertaConfig
-from tests.tiny.networks import plain_params
+from tests.tiny.networks import llama_config, plain_params, roberta_config
 
 ROWS = [
     {"prompt": "a long prompt of many words", "answer": "yes"},
@@ -19,8 +17,8 @@ ROWS = [
     {"prompt": "a middle one", "answer": "Yes."},
 ]
 
-LLAMA = LlamaConfig(vocab_size=13, hidden_size=8, intermediate_size=12, num_layers=1, num_heads=2)
-ROBERTA = RobertaConfig(vocab_size=13, hidden_size=8, intermediate_size=12, num_layers=1, num_heads=2, max_length=16)
+LLAMA = llama_config(num_layers=1)
+ROBERTA = roberta_config(num_layers=1)
 
 
 def test_pairs_are_answered_in_batches_of_similar_length_and_kept_in_order() -> None:
