@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from jaxcl.data.sources import load_end_task, load_source, load_task
+from jaxcl.data.sources import expected_kind, load_end_task, load_source, load_task
 from jaxcl.data.spec import EndTaskSpec, TaskSpec
 from jaxcl.errors import UserError
 
@@ -25,6 +25,29 @@ def write_lines(path, rows):
 
 def stripped(rows, *names):
     return [{name: row[name] for name in names} for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind"),
+    [
+        ({"source": "text:a.txt"}, "text"),
+        ({"source": "stdlib:python_topics"}, "text"),
+        ({"source": "stdlib:docstrings:numpy"}, "text"),
+        ({"source": "stdlib:errno"}, "pairs"),
+        ({"source": "stdlib:errno", "end_task": {"source": "stdlib:errno"}}, "pairs"),
+        ({"source": "json:a"}, "pairs"),
+        ({"source": "json:a", "kind": "text"}, "text"),
+        ({"source": "tfds:a", "end_task": {"source": "tfds:a/b"}}, "text"),
+        ({"source": "hf:a", "end_task": {"source": "hf:b"}, "prompt_template": "{text}?"}, "pairs"),
+    ],
+)
+def test_the_kind_of_a_task_is_expected_without_reading_it(fields, kind):
+    assert expected_kind(TaskSpec(name="a", **fields)) == kind
+
+
+def test_no_kind_is_expected_of_a_source_that_is_not_there():
+    with pytest.raises(UserError, match="nearest is errno"):
+        expected_kind(TaskSpec(name="a", source="stdlib:errnoo"))
 
 
 def test_json_folder(tmp_path):
