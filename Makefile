@@ -70,7 +70,7 @@ test-slow: $(VENV)/.installed  ## the tests marked slow: the methods on more mes
 	JAX_PLATFORMS=cpu $(BIN)/pytest -n $(JOBS) --dist loadfile -m slow
 
 test-parity: $(VENV)/.installed-parity  ## against torch and transformers, SmolLM2, real data and the TPU compiler
-	JAX_PLATFORMS=cpu $(BIN)/pytest -n $(JOBS) --dist loadfile -o addopts="--strict-markers -ra" tests/parity
+	JAX_PLATFORMS=cpu $(BIN)/pytest -n $(JOBS) --dist loadfile -o addopts="--import-mode=importlib --strict-markers -ra" tests/parity
 
 test-system: $(VENV)/.installed  ## a real run under SLURM on this machine, as root; installs Debian's slurm-wlm
 	PYTHON=$(abspath $(BIN))/python tests/system/slurm_run.sh

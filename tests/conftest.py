@@ -20,7 +20,13 @@ settings.load_profile("jaxcl")
 
 @pytest.fixture(scope="module", autouse=True)
 def optimisation(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Compiles without most optimisations, except in modules that set `OPTIMISED` as they compare bits."""
-    jax.config.update("jax_disable_most_optimizations", not getattr(request.module, "OPTIMISED", False))
+    """Compiles without most optimisations, except in modules with `pytestmark = pytest.mark.optimised`."""
+    jax.config.update("jax_disable_most_optimizations", request.node.get_closest_marker("optimised") is None)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if any(mark.name == "optimised" for mark in item.own_markers):
+            raise pytest.UsageError(f"{item.nodeid}: optimised is a mark of modules: fixtures compile for all tests")

@@ -12,20 +12,13 @@ from jaxcl.config.file import ConfigError, apply_overrides, read_yaml, validate
 from jaxcl.config.reference import reference
 from jaxcl.methods import find_method
 from jaxcl.methods.base import Method
+from tests.tiny.runs import DECODER
 
 ROOT = Path(__file__).parents[1]
 
 MINIMAL: dict[str, Any] = {
     "output": "runs/x",
-    "model": {
-        "architecture": "llama",
-        "vocab_size": 300,
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_layers": 2,
-        "num_heads": 2,
-        "max_length": 64,
-    },
+    "model": DECODER,
     "tasks": [{"name": "one", "source": "stdlib:unicode_bidi"}],
     "method": {"name": "sequential"},
 }

@@ -4,21 +4,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import pytest
 
 from jaxcl.config import load_config
-from jaxcl.data.plan import Shape
+from jaxcl.data.sources import expected_kind
 from jaxcl.evaluation.config import EvaluationConfig
-from jaxcl.functional.importance import ImportanceSums
-from jaxcl.methods import find_method
-from jaxcl.models.batch import Batch
-from jaxcl.models.network import Network
-from jaxcl.sharding.layout import Layout
+from jaxcl.planning.plan import Program, programs
 from jaxcl.sharding.mesh import make_mesh
-from jaxcl.training.stored import stored_shapes
-from jaxcl.training.trainer import Trainer
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 # SmolLM2's sizes, which that configuration reads from a package that need not be installed.
@@ -32,15 +24,9 @@ def load(path: Path) -> Any:
     return load_config(path, SMOLLM2 if "smollm2" in path.name else [])
 
 
-def batch_shapes(rows: int, length: int, predict: int, **fields: Any) -> Batch:
-    whole, scored, row = (jax.ShapeDtypeStruct(size, jnp.int32) for size in ((rows, length), (rows, predict), (rows,)))
-    weights = jax.ShapeDtypeStruct((rows, predict), jnp.float32)
-    return Batch(whole, whole, whole, scored, scored, weights, row, row, **fields)
-
-
-def teacher_shapes(method: Any, target: Any, batch: Batch, shape: Shape) -> Any:
-    """What the method's own signals look like once stored and collated, from shapes alone."""
-    return stored_shapes(method, target.params, target.method_state, batch.size, shape) or None
+def programs_of(path: Path) -> dict[str, Program]:
+    config = load(path)
+    return programs(config, make_mesh(config.mesh))
 
 
 def test_there_are_the_papers_settings_and_the_quickstarts() -> None:
@@ -110,12 +96,7 @@ def test_every_task_has_a_metric_that_exists(path: Path) -> None:
     config = load(path)
     evaluation: EvaluationConfig = config.evaluation
     for task in config.tasks:
-        kind = (
-            "text"
-            if task.end_task is not None or task.source.startswith(("text:", "stdlib:docstrings", "stdlib:py"))
-            else "pairs"
-        )
-        assert evaluation.metric_for(kind, task.metric)  # type: ignore[arg-type]
+        assert evaluation.metric_for(expected_kind(task), task.metric)
 
 
 def one_of_each_step() -> list[Path]:
@@ -130,45 +111,43 @@ def one_of_each_step() -> list[Path]:
 
 @pytest.mark.parametrize("path", one_of_each_step(), ids=lambda path: path.stem)
 def test_both_kinds_of_step_lower(path: Path) -> None:
-    config = load(path)
-    network = Network.create(config.model)
-    layout = Layout.create(make_mesh(config.mesh), network.axes(), network.shapes())
-    method = config.method.build(network, len(config.tasks))
-    trainer = Trainer(method, config.optimizer, layout, accumulate=1, seed=0)
-    rows = 2
-    if network.causal:
-        shape = Shape(config.data.prompt_length + config.data.answer_length, config.data.answer_length)
-    else:
-        shape = Shape(config.data.length, round(config.data.length * config.data.mask_rate))
-    length, predict = shape.length, shape.predict or 0
-    batches = [batch_shapes(rows, length, predict)]
-    if method.replay is not None:
-        memory = batch_shapes(rows, length, predict, origin="memory")
-        teacher = teacher_shapes(method, trainer.target, memory, shape)
-        batches.append(batch_shapes(rows, length, predict, origin="memory", teacher=teacher))
-    for batch in batches:
-        lowered = trainer.jitted_step.lower(trainer.target, batch, trainer.key)
-        # The layers are scanned: the program must not grow with depth.
-        assert len(lowered.as_text()) < 5_000_000
+    found = programs_of(path)
+    assert ("replay" in found) == ("seekr" in path.stem)
+    for name in found.keys() & {"train", "replay"}:
+        found[name].lower()
+
+
+# Tokens of a row and scored ones, in every row of a batch; none: all are scored.
+SHAPES = {
+    "das_roberta_base": (164, 25),  # 15% of 164 are masked
+    "quickstart_das": (96, None),
+    "quickstart_seekr": (80, 16),
+    "seekr_llama2_7b_superni": (1536, 512),
+    "seekr_llama2_7b_trace": (1536, 512),
+    "seekr_smollm2_superni": (448, 64),
+}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_step_is_planned_for_the_rows_that_its_tasks_have(path: Path) -> None:
+    config, found = load(path), programs_of(path)
+    length, predict = SHAPES[path.stem.removesuffix("_order2")]
+    batch = found["train"].arguments["batch"]
+    assert batch.tokens.shape == (config.training.batch_size, length)
+    assert batch.targets.shape == batch.weights.shape == (config.training.batch_size, predict or length)
+    assert (batch.predict is None) == (predict is None)
+    assert ("generate" in found) == ("seekr" in path.stem)
 
 
 @pytest.mark.parametrize(
-    ("name", "kind", "scopes"),
+    ("name", "step", "scopes"),
     [
-        ("quickstart_das", "task", {"attention", "mlp", "logits", "contrast", "soft_mask"}),
-        ("quickstart_seekr", "memory", {"attention", "mlp", "logits", "probe", "probe/distil", "distil"}),
+        ("quickstart_das", "train", {"attention", "mlp", "logits", "contrast", "soft_mask"}),
+        ("quickstart_seekr", "replay", {"attention", "mlp", "logits", "probe", "probe/distil", "distil"}),
     ],
 )
-def test_parts_of_a_step_have_their_names_in_a_trace(name: str, kind: str, scopes: set[str]) -> None:
-    config = load(CONFIGS[0].with_name(f"{name}.yaml"))
-    network = Network.create(config.model)
-    layout = Layout.create(make_mesh(config.mesh), network.axes(), network.shapes())
-    method = config.method.build(network, len(config.tasks))
-    trainer = Trainer(method, config.optimizer, layout, accumulate=1, seed=0)
-    batch = batch_shapes(2, 64, 16, kind=kind)
-    if kind == "memory":
-        batch = batch_shapes(2, 64, 16, kind=kind, teacher=teacher_shapes(method, trainer.target, batch, Shape(64, 16)))
-    text = trainer.jitted_step.lower(trainer.target, batch, trainer.key).as_text(debug_info=True)
+def test_parts_of_a_step_have_their_names_in_a_trace(name: str, step: str, scopes: set[str]) -> None:
+    text = programs_of(CONFIGS[0].with_name(f"{name}.yaml"))[step].lower().as_text(debug_info=True)
     places = {place.replace("checkpoint/", "") for place in re.findall(r'loc\("([^"]*)"', text)}
     for scope in scopes | {"loss", "optimizer", "metrics", "embed"}:
         # An operation carries the scopes around it, those of the backward pass within transpose(jvp(...)).
@@ -176,9 +155,5 @@ def test_parts_of_a_step_have_their_names_in_a_trace(name: str, kind: str, scope
 
 
 def test_measuring_importance_has_its_name_in_a_trace() -> None:
-    config = load(CONFIGS[0].with_name("quickstart_das.yaml"))
-    network = Network.create(config.model)
-    sums = jax.eval_shape(lambda: ImportanceSums.zero(network.gates()))
-    method = find_method("das")(config.method.options, network, 3)
-    lowered = jax.jit(method.add_domain).lower(sums, network.shapes(), batch_shapes(2, 64, 16), jax.random.key(0))
-    assert '"jit(add_domain)/importance/' in lowered.as_text(debug_info=True)
+    measure = programs_of(CONFIGS[0].with_name("quickstart_das.yaml"))["importance"]
+    assert '"jit(measure)/importance/' in measure.lower().as_text(debug_info=True)

@@ -10,7 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_experiment import PAIRS, run
+
+from jaxcl.models.batch import Batch
+from tests.tiny.networks import tiny_llama
+from tests.tiny.runs import PAIRS, run
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -49,11 +52,7 @@ def test_a_gradient_is_turned_until_the_loss_on_remembered_rows_no_longer_rises(
 
 
 def test_its_term_is_the_formula(my_methods: types.ModuleType) -> None:
-    from jaxcl.models.batch import Batch
-    from jaxcl.models.network import LlamaConfig, Network
-
-    config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=1, num_heads=1)
-    network = Network.create(config)
+    network = tiny_llama(num_layers=1)
     params = network.init(jax.random.key(0))
     method = my_methods.Anchor(my_methods.AnchorConfig(strength=3.0), network, 1)
     state = {

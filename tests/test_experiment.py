@@ -9,67 +9,11 @@ import pytest
 import yaml
 
 from jaxcl.commands.generate import generate_text
-from jaxcl.config import parse_config
 from jaxcl.errors import UserError
 from jaxcl.evaluation.results import Results
 from jaxcl.run import sequence
-
-PAIRS: dict[str, Any] = {
-    "model": {
-        "architecture": "llama",
-        "vocab_size": 300,
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_layers": 2,
-        "num_heads": 2,
-        "max_length": 96,
-    },
-    "tokenizer": {"vocab_size": 300, "train_rows": 50},
-    "data": {"prompt_length": 64, "answer_length": 24, "buckets": 1},
-    "tasks": [
-        {"name": "direction", "source": "stdlib:unicode_bidi", "train": 32, "test": 4},
-        {"name": "category", "source": "stdlib:unicode_category", "train": 24, "test": 4},
-    ],
-    "training": {"batch_size": 8, "epochs": 1, "log_every": 1, "checkpoint_every": 2},
-    "optimizer": {"learning_rate": 1e-3},
-    "evaluation": {"batch_size": 4, "max_new_tokens": 4, "before": True, "future": "next"},
-}
-SEEKR = {"name": "seekr", "layer_budget": 1, "head_budget": 1, "query_budget": 8, "replay": {"fraction": 0.25}}
-TEXT: dict[str, Any] = {
-    "model": {
-        "architecture": "roberta",
-        "vocab_size": 300,
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_layers": 2,
-        "num_heads": 2,
-        "max_length": 64,
-    },
-    "tokenizer": {"vocab_size": 300, "train_rows": 50},
-    "data": {"length": 48, "packing": False},
-    "tasks": [
-        {
-            "name": "topics",
-            "source": "stdlib:python_topics",
-            "train": 32,
-            "test": 8,
-            "end_task": {"source": "stdlib:python_topic_names", "train": 16, "dev": 8, "test": 8},
-        },
-        {"name": "pydantic", "source": "stdlib:docstrings:pydantic", "train": 24, "test": 8},
-    ],
-    "training": {"batch_size": 8, "steps": 3, "log_every": 1},
-    "evaluation": {"batch_size": 8, "end_task": {"epochs": 1, "batch_size": 8, "length": 32}},
-}
-
-
-def run(content: dict[str, Any], output: Path, method: Any) -> Results:
-    return sequence.run(parse_config({**content, "output": str(output), "method": method})).results
-
-
-def numbers(folder: Path) -> list[dict[str, Any]]:
-    """The logged rows without what depends on the clock."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if "second" not in key} for row in rows]
+from tests.tiny.faults import killed_at_save
+from tests.tiny.runs import PAIRS, SEEKR, TEXT, numbers, run
 
 
 @pytest.fixture(scope="module")
@@ -151,30 +95,12 @@ def test_a_trained_model_writes_text(seekr_folder: Path) -> None:
         generate_text(str(seekr_folder), "DIGIT " * 300, **{**options, "raw": True})
 
 
-class Interrupted(Exception):
-    """Stands for whatever kills a process."""
-
-
 @pytest.mark.parametrize("saves", [2, 3, 4])
-def test_an_interrupted_run_goes_on_exactly_where_it_stopped(
-    seekr_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saves: int
-) -> None:
+def test_an_interrupted_run_goes_on_exactly_where_it_stopped(seekr_folder: Path, tmp_path: Path, saves: int) -> None:
     """Killed right after its 2nd, 3rd and 4th checkpoint: within the first task, at its end, within the second."""
-    original, count = sequence.TaskSequence._save, 0
-
-    def save_then_die(self: Any, *arguments: Any, **options: Any) -> None:
-        nonlocal count
-        original(self, *arguments, **options)
-        count += 1
-        if count == saves:
-            self.checkpoints.wait()
-            raise Interrupted
-
     folder = tmp_path / "run"
-    with monkeypatch.context() as patched:
-        patched.setattr(sequence.TaskSequence, "_save", save_then_die)
-        with pytest.raises(Interrupted):
-            run(PAIRS, folder, SEEKR)
+    with killed_at_save(saves):
+        run(PAIRS, folder, SEEKR)
     results = run(PAIRS, folder, SEEKR)
     whole = Results.read(seekr_folder / "results.json")
     assert (results.matrix, results.initial) == (whole.matrix, whole.initial)

@@ -20,26 +20,24 @@ from jaxcl.evaluation.results import Results
 from jaxcl.run import sequence
 from jaxcl.run.folder import RunFolder
 from jaxcl.training.checkpoint import Checkpoints
+from tests.tiny import runs
+from tests.tiny.faults import killed_at_save
+from tests.tiny.runs import DECODER, ENCODER, SEEKR
 
-OPTIMISED = True  # bits are compared
+pytestmark = pytest.mark.optimised  # bits are compared
 
-MODEL = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 32, "num_layers": 2, "num_heads": 2}
-# Neither tokenizer nor row lengths are told from the tasks: both would know the third one from the start.
+# Neither tokenizer nor row lengths are given by the tasks: both would know the third one from the start.
 PAIRS: dict[str, Any] = {
-    "model": {"architecture": "llama", **MODEL, "max_length": 96},
+    "model": DECODER,
     "data": {"prompt_length": 64, "answer_length": 24, "bucket_lengths": [64, 88]},
-    "tasks": [
-        {"name": "direction", "source": "stdlib:unicode_bidi", "train": 32, "test": 4},
-        {"name": "category", "source": "stdlib:unicode_category", "train": 24, "test": 4},
-        {"name": "number", "source": "stdlib:unicode_numeric", "train": 24, "test": 4},
-    ],
-    "training": {"batch_size": 8, "epochs": 1, "log_every": 1, "checkpoint_every": 2},
+    "tasks": [*runs.PAIRS["tasks"], {"name": "number", "source": "stdlib:unicode_numeric", "train": 24, "test": 4}],
+    "training": runs.PAIRS["training"],
     "optimizer": {"learning_rate": 1e-3},
     "evaluation": {"batch_size": 4, "max_new_tokens": 2, "before": True, "future": "next"},
-    "method": {"name": "seekr", "layer_budget": 1, "head_budget": 1, "query_budget": 8, "replay": {"fraction": 0.25}},
+    "method": SEEKR,
 }
 TEXT: dict[str, Any] = {
-    "model": {"architecture": "roberta", **MODEL, "max_length": 64},
+    "model": ENCODER,
     "data": {"length": 48, "packing": False},
     "tasks": [
         {"name": "topics", "source": "stdlib:python_topics", "train": 24, "test": 8},
@@ -138,31 +136,13 @@ def test_das_learns_one_more_domain_as_if_it_had_been_there_from_the_start(das: 
     assert (folder / "results.json").read_bytes() == before
 
 
-class Interrupted(Exception):
-    """Stands for whatever kills a process."""
-
-
-@pytest.mark.parametrize("saves", [0, 1])
-def test_an_interrupted_extension_goes_on(
-    das: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saves: int
-) -> None:
+@pytest.mark.parametrize("save", [1, 2])
+def test_an_interrupted_extension_goes_on(das: Runs, tmp_path: Path, save: int) -> None:
     """Killed before the new task's first step, and within it."""
-    original, count = sequence.TaskSequence._save, 0
-
-    def die(self: Any, *arguments: Any, **options: Any) -> None:
-        nonlocal count
-        if count == saves:
-            raise Interrupted
-        original(self, *arguments, **options)
-        self.checkpoints.wait()
-        count += 1
-
     folder = tmp_path / "run"
     shutil.copytree(das.two, folder)
-    with monkeypatch.context() as patched:
-        patched.setattr(sequence.TaskSequence, "_save", die)
-        with pytest.raises(Interrupted):
-            das.extend(folder)
+    with killed_at_save(save, before=True):
+        das.extend(folder)
     assert "numpy" in (folder / "config.yaml").read_text()
     das.extend(folder)
     check_equal(folder, das.whole)

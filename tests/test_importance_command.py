@@ -14,35 +14,24 @@ from jaxcl.errors import UserError
 from jaxcl.models.batch import Batch
 from jaxcl.run import sequence
 from jaxcl.training.task import RunningTask
+from tests.tiny import runs
 
-OPTIMISED = True  # bits are compared
+pytestmark = pytest.mark.optimised  # bits are compared
 
-MODEL = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 32, "num_layers": 2, "num_heads": 2}
 COMMON: dict[str, Any] = {
-    "tokenizer": {"vocab_size": 300, "train_rows": 50},
     "optimizer": {"learning_rate": 1e-30},  # too little to move any weight
+    "training": {"batch_size": 8, "steps": 1},
 }
 PAIRS: dict[str, Any] = {
+    **runs.PAIRS,
     **COMMON,
-    "model": {"architecture": "llama", **MODEL, "max_length": 96},
-    "data": {"prompt_length": 64, "answer_length": 24, "buckets": 1},
-    "tasks": [
-        {"name": "direction", "source": "stdlib:unicode_bidi", "train": 32, "test": 4},
-        {"name": "category", "source": "stdlib:unicode_category", "train": 24, "test": 4},
-    ],
-    "training": {"batch_size": 8, "steps": 1},
     "evaluation": {"batch_size": 4, "max_new_tokens": 1},
     "method": {"name": "seekr", "layer_budget": 2, "head_budget": 2, "replay": {"fraction": 0.25}},
 }
 TEXT: dict[str, Any] = {
+    **runs.TEXT,
     **COMMON,
-    "model": {"architecture": "roberta", **MODEL, "max_length": 64},
-    "data": {"length": 48, "packing": False},
-    "tasks": [
-        {"name": "topics", "source": "stdlib:python_topics", "train": 24, "test": 8},
-        {"name": "pydantic", "source": "stdlib:docstrings:pydantic", "train": 24, "test": 8},
-    ],
-    "training": {"batch_size": 8, "steps": 1},
+    "tasks": [{**task, "train": 24, "end_task": None} for task in runs.TEXT["tasks"]],
     "evaluation": {"batch_size": 8},
     "method": {"name": "das", "importance_examples": 16, "contrast_weight": 0},
 }

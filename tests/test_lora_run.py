@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from test_experiment import PAIRS, run
 
 from jaxcl.commands.convert import convert
 from jaxcl.commands.generate import generate_text
@@ -18,6 +17,7 @@ from jaxcl.models.trainable import trained
 from jaxcl.run.model import load_model
 from jaxcl.weights import load_weights
 from jaxcl.weights.tree import flatten
+from tests.tiny.runs import PAIRS, run
 
 LORA = {"rank": 2, "targets": ["query", "down"]}
 ADAPTED: dict[str, Any] = {

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_experiment import PAIRS, run
 
 from jaxcl.errors import UserError
+from tests.tiny.runs import PAIRS, run
 
 PRIVACY = {"clip": 1.0, "noise_multiplier": 1.0, "delta": 1e-3}
 PRIVATE: dict[str, Any] = {**PAIRS, "training": {**PAIRS["training"], "privacy": PRIVACY}}

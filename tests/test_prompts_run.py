@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from test_experiment import PAIRS, TEXT, run
 
 from jaxcl.commands.convert import convert
 from jaxcl.commands.generate import generate_text
@@ -15,6 +14,7 @@ from jaxcl.errors import UserError
 from jaxcl.evaluation.results import Results
 from jaxcl.run.model import load_model
 from jaxcl.weights.tree import flatten
+from tests.tiny.runs import PAIRS, TEXT, run
 
 CONTENT: dict[str, Any] = {
     **PAIRS,

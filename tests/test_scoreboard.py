@@ -11,18 +11,11 @@ from jaxcl.errors import UserError
 from jaxcl.evaluation.end_tasks import EndTaskScore
 from jaxcl.evaluation.results import Results
 from jaxcl.run import evaluator, sequence
+from tests.tiny.runs import ENCODER, TOKENIZER
 
 TEXT: dict[str, Any] = {
-    "model": {
-        "architecture": "roberta",
-        "vocab_size": 300,
-        "hidden_size": 8,
-        "intermediate_size": 8,
-        "num_layers": 1,
-        "num_heads": 2,
-        "max_length": 64,
-    },
-    "tokenizer": {"vocab_size": 300, "train_rows": 50},
+    "model": {**ENCODER, "hidden_size": 8, "intermediate_size": 8, "num_layers": 1},
+    "tokenizer": TOKENIZER,
     "data": {"length": 48, "packing": False},
     "tasks": [
         {"name": name, "source": source, "train": 16, "test": 8, "end_task": {"source": labels, "test": 8, **metric}}

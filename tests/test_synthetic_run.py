@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from test_experiment import PAIRS, SEEKR, TEXT, numbers, run
 
 from jaxcl.commands.convert import convert
 from jaxcl.config import parse_config
@@ -19,10 +19,13 @@ from jaxcl.data.synthetic import Frame, Sample
 from jaxcl.data.teacher_store import TeacherStore
 from jaxcl.errors import UserError
 from jaxcl.methods.options import SyntheticConfig
-from jaxcl.run import synthesis
+from jaxcl.models.batch import Batch
+from jaxcl.run import sequence
 from jaxcl.run.components import build, initial_params
 from jaxcl.run.folder import RunFolder
+from jaxcl.run.synthesis import Writer
 from jaxcl.weights import load_weights
+from tests.tiny.runs import PAIRS, SEEKR, TEXT, numbers, run
 
 WRITTEN: dict[str, Any] = {
     **SEEKR,
@@ -31,21 +34,22 @@ WRITTEN: dict[str, Any] = {
 BODIES = ["RED ALPHA", "GREEN BETA", "BLUE GAMMA", "WHITE DELTA", "GREY EPSILON", "PINK ZETA", "TEAL ETA", "RUST THETA"]
 
 
-@pytest.fixture
-def bodies(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model this small ends neither a prompt nor an answer."""
+class Given(Writer):
+    """A model this small ends neither a prompt nor an answer: here are bodies of prompts, with one answer to all."""
 
-    def written(parts: Any, params: Any, frame: Any, prompts: Any, settings: Any, count: int, key: Any) -> list[Any]:
+    def bodies(self, frame: Frame, settings: SyntheticConfig, count: int, key: Any) -> list[str | None]:
         return [*BODIES, None][:count]
 
-    def answered(parts: Any, params: Any, frame: Any, bodies: list[str | None], index: int) -> list[Sample]:
+    def samples(self, frame: Frame, bodies: list[str | None]) -> list[Sample]:
         return [Sample(body, "L", -float(place)) for place, body in enumerate(bodies)]
 
-    monkeypatch.setattr(synthesis, "_continue", written)
-    monkeypatch.setattr(synthesis, "_answer", answered)
+
+@pytest.fixture
+def given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sequence, "Writer", Given)
 
 
-@pytest.mark.usefixtures("bodies")
+@pytest.mark.usefixtures("given")
 def test_a_run_keeps_written_samples_with_their_signals_and_nothing_else(tmp_path: Path) -> None:
     folder = tmp_path / "written"
     results = run(PAIRS, folder, WRITTEN)
@@ -80,18 +84,19 @@ def chain(parts: Any, tokens: list[int]) -> Any:
 def test_a_model_continues_the_instruction_and_answers_what_it_wrote(tmp_path: Path) -> None:
     parts = build(parse_config({**PAIRS, "output": str(tmp_path), "method": WRITTEN}), RunFolder(tmp_path))
     encode, frame = parts.tokenizer.encode, Frame("Say ", "\nIs:")
-    writer = chain(parts, [*encode("y dog\nIs:"), parts.tokenizer.eos_id])
+    opened_by = chain(parts, [*encode("y dog\nIs:"), parts.tokenizer.eos_id])
     learned = chain(parts, [*encode(": L"), parts.tokenizer.eos_id])
     settings = SyntheticConfig(**WRITTEN["replay"]["synthetic"])
-    bodies = synthesis._continue(parts, writer, frame, ["Say a cat\nIs:"], settings, 3, jax.random.key(0))
-    assert bodies == ["dog"] * 3
-    samples = synthesis._answer(parts, learned, frame, ["dog", None], 0)
+    writer = Writer(parts, 0, opened_by, learned)
+    assert writer.bodies(frame, settings, 3, jax.random.key(0)) == ["dog"] * 3
+    samples = writer.samples(frame, ["dog", None])
     assert [(one.body, one.answer, one.ended) for one in samples] == [("dog", "L", True), (None, "", True)]
     # The right token scores 40 (a norm makes one of 16 values 4, times 10), the 299 others 0.
     assert samples[0].likelihood == pytest.approx(-math.log1p(299 * math.exp(-40)), abs=1e-6)
     # One that goes on for ever never comes to the suffix.
-    endless = chain(parts, [*encode("y dog"), encode(" ")[0]])
-    assert synthesis._continue(parts, endless, frame, ["Say a cat\nIs:"], settings, 2, jax.random.key(0)) == [None] * 2
+    writer = Writer(parts, 0, chain(parts, [*encode("y dog"), encode(" ")[0]]), learned)
+    assert writer.bodies(frame, settings, 2, jax.random.key(0)) == [None] * 2
+    assert writer.samples(frame, [None] * 2) == [Sample(None, "", -math.inf)] * 2
 
 
 def test_likelihood_is_the_mean_log_probability_of_the_answer(tmp_path: Path) -> None:
@@ -99,41 +104,33 @@ def test_likelihood_is_the_mean_log_probability_of_the_answer(tmp_path: Path) ->
     parts = build(parse_config({**PAIRS, "output": str(tmp_path), "method": WRITTEN}), folder)
     params = initial_params(parts)
     rows = [{"prompt": f"{body}\nCategory:", "answer": answer} for body, answer in zip(BODIES, "abcdefgh", strict=True)]
-    found = synthesis._likelihoods(parts, params, rows, 0)
+    found = Writer(parts, 0, None, params).likelihoods(rows)
     encoded = parts.encode_written(rows, 0, "rows")
     for index in (0, 3, 7):
         prompt, answer = encoded.prompts[index], encoded.answers[index]
         tokens = np.concatenate([prompt, answer])[None]
         ones = np.ones_like(tokens)
-        batch = synthesis.Batch(
-            tokens, ones, np.arange(tokens.shape[1])[None], None, tokens, ones, ones[:, 0], ones[:, 0]
-        )
+        batch = Batch(tokens, ones, np.arange(tokens.shape[1])[None], None, tokens, ones, ones[:, 0], ones[:, 0])
         states = parts.network.hidden(params, batch).states
         scores = jax.nn.log_softmax(parts.network.logits(params, states), axis=-1)[0]
         expected = np.mean([scores[len(prompt) + place - 1, token] for place, token in enumerate(answer)])
         assert found[index] == pytest.approx(float(expected), rel=1e-4)
 
 
-class Answers:
-    """A generator that says what it is told."""
+class Long(Writer):
+    """Answers each prompt with as many words as it has."""
 
-    max_new_tokens = 99
+    def answers(self, prompts: list[str]) -> list[tuple[list[int], bool]]:
+        return [(self.parts.tokenizer.encode(" L" * len(prompt.split())), True) for prompt in prompts]
 
-    def __init__(self, answers: list[str], parts: Any) -> None:
-        self.ids = [parts.tokenizer.encode(answer) for answer in answers]
-
-    def __call__(self, params: Any, prompts: Any) -> list[list[int]]:
-        return self.ids
+    def likelihoods(self, rows: Sequence[Mapping[str, str]]) -> list[float]:
+        return [-1.0] * len(rows)
 
 
-def test_samples_longer_than_the_data_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samples_longer_than_the_data_do_not_fit(tmp_path: Path) -> None:
     parts = build(parse_config({**PAIRS, "output": str(tmp_path), "method": WRITTEN}), RunFolder(tmp_path))
-    rows = [{"prompt": "RED\nCategory:", "answer": "L"}, {"prompt": "RED " * 200, "answer": "L M N O P Q R S T U V W"}]
-    monkeypatch.setattr(synthesis, "_generator", lambda *_: Answers([row["answer"] for row in rows], parts))
-    monkeypatch.setattr(synthesis, "_likelihoods", lambda parts, params, rows, index: [-1.0] * len(rows))
-    frame = Frame("", "\nCategory:")
-    found = synthesis._answer(parts, None, frame, [row["prompt"].removesuffix(frame.suffix) for row in rows], 0)
-    assert [(sample.body, sample.answer) for sample in found] == [("RED", "L"), (None, "")]
+    found = Long(parts, 0, None, None).samples(Frame("", "\nCategory:"), ["RED " * 200, "RED", None])
+    assert [(sample.body, sample.answer) for sample in found] == [("RED", "L L"), (None, ""), (None, "")]
 
 
 def test_text_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
@@ -144,10 +141,15 @@ def test_text_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
         run(TEXT, tmp_path / "text", method)
 
 
-@pytest.mark.usefixtures("bodies")
 def test_prompts_are_written_by_the_model_the_run_began_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writers: list[Any] = []
-    monkeypatch.setattr(synthesis, "_continue", lambda parts, params, *_: writers.append(params) or BODIES)
+
+    class Watched(Given):
+        def bodies(self, *arguments: Any) -> list[str | None]:
+            writers.append(self.opened_by)
+            return super().bodies(*arguments)
+
+    monkeypatch.setattr(sequence, "Writer", Watched)
     short = {**PAIRS, "training": {"batch_size": 8, "steps": 2}, "evaluation": {"batch_size": 4, "limit": 1}}
     run({**short, "tasks": PAIRS["tasks"][:1]}, tmp_path / "first", "sequential")
     weights = convert(str(tmp_path / "first"), tmp_path / "weights", "hf", "float32")
@@ -165,8 +167,11 @@ def test_an_untrained_model_writes_nothing(tmp_path: Path) -> None:
         run(PAIRS, tmp_path / "run", method)
 
 
-@pytest.mark.usefixtures("bodies")
 def test_nothing_worth_keeping_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(synthesis, "_continue", lambda *_: [None] * 4)
+    class Unfinished(Given):
+        def bodies(self, *_: Any) -> list[str | None]:
+            return [None] * 4
+
+    monkeypatch.setattr(sequence, "Writer", Unfinished)
     with pytest.raises(UserError, match="none of 4 samples that the model wrote for task direction can be kept"):
         run(PAIRS, tmp_path / "nothing", WRITTEN)

@@ -18,29 +18,17 @@ from jaxcl.errors import UserError
 from jaxcl.run import sequence
 from jaxcl.run.components import build
 from jaxcl.run.folder import RunFolder
+from tests.tiny.runs import DECODER, PAIRS, SEEKR
 
-LAYERS, HEADS, VOCAB = 2, 2, 300
+LAYERS, HEADS, VOCAB = (DECODER[key] for key in ("num_layers", "num_heads", "vocab_size"))
 WEIGHTS = {"loss": 0.5, "logits": 0.5, "attention": 1000.0}
 CONFIG: dict[str, Any] = {
-    "model": {
-        "architecture": "llama",
-        "vocab_size": VOCAB,
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_layers": LAYERS,
-        "num_heads": HEADS,
-        "max_length": 96,
-    },
-    "tokenizer": {"vocab_size": VOCAB, "train_rows": 50},
-    "data": {"prompt_length": 64, "answer_length": 24, "buckets": 1},
-    "tasks": [
-        {"name": "direction", "source": "stdlib:unicode_bidi", "train": 32, "test": 2},
-        {"name": "category", "source": "stdlib:unicode_category", "train": 24, "test": 2},
-    ],
+    **PAIRS,
+    "tasks": [{**task, "test": 2} for task in PAIRS["tasks"]],
     "training": {"batch_size": 8, "steps": 6, "log_every": 2, "keep_tasks": None},
     "optimizer": {"learning_rate": 3e-2},
     "evaluation": {"batch_size": 2, "max_new_tokens": 1},
-    "method": {"name": "seekr", "layer_budget": 2, "head_budget": 2, "query_budget": 8, "replay": {"fraction": 0.25}},
+    "method": {**SEEKR, "layer_budget": 2, "head_budget": 2},
 }
 
 

@@ -45,12 +45,48 @@ class TaskData:
 
 
 class Raw(NamedTuple):
-    """What a scheme reads: records by split, where each split came from, and what the source knows about itself."""
+    """What a scheme reads: records by split, where each split came from, class names that the source orders."""
 
     splits: dict[str, Sequence[Record]]
     where: dict[str, str]
     labels: tuple[str, ...] = ()
-    kind: Kind | None = None
+
+
+def source_kind(spec: SourceSpec) -> Kind | None:
+    """The kind of a source's rows where its name says it; reads nothing.
+
+    Returns:
+      The kind; none for the schemes whose records can be of any kind: json, jsonl, tfds and hf.
+
+    Raises:
+      UserError: there is no such embedded source.
+
+    >>> source_kind(SourceSpec(source="stdlib:python_topics"))
+    'text'
+    """
+    scheme, _, rest = spec.source.partition(":")
+    if scheme == "stdlib":
+        from jaxcl.data.stdlib import stdlib_kind
+
+        return stdlib_kind(rest)
+    return "text" if scheme == "text" else None
+
+
+def expected_kind(spec: TaskSpec) -> Kind:
+    """The kind that a task's rows have as far as can be said without reading them.
+
+    Where neither the task's section nor its source's name says it, a task with an end task is taken for text, and any
+    other for prompts and answers.
+
+    Raises:
+      UserError: there is no such embedded source.
+
+    >>> expected_kind(TaskSpec(name="x", source="json:x"))
+    'pairs'
+    """
+    if kind := spec.kind or source_kind(spec):
+        return kind
+    return "pairs" if spec.prompt_template or spec.end_task is None else "text"
 
 
 def load_task(spec: TaskSpec, seed: int = 0) -> TaskData:
@@ -95,7 +131,7 @@ def _load(spec: SourceSpec, name: str, kind: Kind | None, template: str | None, 
     first = next((rows for rows in raw.splits.values() if len(rows)), None)
     if first is None:
         raise UserError(f"task {name}: {spec.source} is empty")
-    fields = _needed(spec, name, kind or raw.kind, template, first[0], raw.where)
+    fields = _needed(spec, name, kind or source_kind(spec), template, first[0], raw.where)
     found = {
         split: _convert(records, fields, template, raw.where.get(split, spec.source))
         for split, records in raw.splits.items()
@@ -197,7 +233,7 @@ def _read_lines(rest: str, spec: SourceSpec) -> Raw:
         raise UserError(f"source text:{rest}: {path} is a folder; expected a text file, plain or gzip")
     lines = [line.strip() for line in read_text(path).splitlines()]
     rows: list[Record] = [{spec.text_field: line} for line in lines if line]
-    return Raw({"all": rows}, {"all": str(path), **dict.fromkeys(SPLITS, str(path))}, kind="text")
+    return Raw({"all": rows}, {"all": str(path), **dict.fromkeys(SPLITS, str(path))})
 
 
 def _read_stdlib(rest: str, spec: SourceSpec) -> Raw:
@@ -215,7 +251,7 @@ def _read_stdlib(rest: str, spec: SourceSpec) -> Raw:
         split: [{rename.get(name, name): value for name, value in row.items()} for row in rows]
         for split, rows in found.splits.items()
     }
-    return Raw(splits, dict.fromkeys((*SPLITS, "all"), f"stdlib:{rest}"), found.labels, found.kind)
+    return Raw(splits, dict.fromkeys((*SPLITS, "all"), f"stdlib:{rest}"), found.labels)
 
 
 def _read_hub(read: Callable[..., Any], scheme: str) -> Callable[[str, SourceSpec], Raw]:
@@ -357,4 +393,4 @@ def _json_kind(value: Any) -> str:
     return names.get(type(value), type(value).__name__)
 
 
-__all__ = ["SPLITS", "Raw", "TaskData", "load_end_task", "load_source", "load_task"]
+__all__ = ["SPLITS", "Raw", "TaskData", "expected_kind", "load_end_task", "load_source", "load_task", "source_kind"]

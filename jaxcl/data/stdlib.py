@@ -43,11 +43,15 @@ _SHORTEST, _PASSAGE = 80, 400
 
 
 class Embedded(NamedTuple):
-    """An embedded source: rows by split, their kind, class names of a labelled one."""
+    """An embedded source: rows by split, class names of a labelled one."""
 
     splits: dict[str, list[Row]]
-    kind: Kind
     labels: tuple[str, ...] = ()
+
+
+class _Source(NamedTuple):
+    kind: Kind
+    read: Callable[..., Embedded]
 
 
 def read_stdlib(name: str) -> Embedded:
@@ -62,11 +66,32 @@ def read_stdlib(name: str) -> Embedded:
     >>> read_stdlib("http_status").splits["train"][0].keys()
     dict_keys(['prompt', 'answer'])
     """
+    source, package = _find(name)
+    return source.read(*package)
+
+
+def stdlib_kind(name: str) -> Kind:
+    """The kind of an embedded source's rows; reads nothing.
+
+    Args:
+      name: as for `read_stdlib`.
+
+    Raises:
+      UserError: there is no such source.
+
+    >>> stdlib_kind("docstrings:numpy")
+    'text'
+    """
+    return _find(name)[0].kind
+
+
+def _find(name: str) -> tuple[_Source, tuple[str, ...]]:
+    """A source by its name, and the package where the name has one."""
     base, colon, package = name.partition(":")
     if colon and base in _PACKAGE_SOURCES:
-        return _PACKAGE_SOURCES[base](package)
+        return _PACKAGE_SOURCES[base], (package,)
     if name in _SOURCES:
-        return _SOURCES[name]()
+        return _SOURCES[name], ()
     near = difflib.get_close_matches(name, [*_SOURCES, *_PACKAGE_SOURCES], n=1, cutoff=0.0)[0]
     raise UserError(f"source stdlib:{name} is not known; nearest is {near}; there are {', '.join(names())}")
 
@@ -159,7 +184,7 @@ def _characters() -> tuple[tuple[str, str], ...]:
 def _unicode_table(question: str, answer: Callable[[str], str | None]) -> Embedded:
     pairs = [(name, found) for character, name in _characters() if (found := answer(character)) is not None]
     rows = [{"prompt": f"{name}\n{question}:", "answer": found} for name, found in _balanced(pairs, _MOST, _FEWEST)]
-    return Embedded(_splits(rows, lambda row: row["prompt"]), "pairs")
+    return Embedded(_splits(rows, lambda row: row["prompt"]))
 
 
 def _numeric(character: str) -> str | None:
@@ -186,7 +211,7 @@ def _html_entity() -> Embedded:
         name = unicodedata.name(text, "") if len(text) == 1 else ""
         if entity.endswith(";") and name:
             rows.append({"prompt": f"&{entity}\nCharacter:", "answer": name.lower()})
-    return Embedded(_splits(rows, lambda row: row["prompt"]), "pairs")
+    return Embedded(_splits(rows, lambda row: row["prompt"]))
 
 
 # ---------------------------------------------------------------- tables of facts
@@ -204,7 +229,7 @@ def _facts(facts: Iterable[tuple[str, str]], wordings: Sequence[str]) -> Embedde
         for number, prompt in enumerate(prompts):
             split = ("test", "dev")[number] if number < 2 else "train"
             splits[split].append({"prompt": prompt, "answer": answer})
-    return Embedded(splits, "pairs")
+    return Embedded(splits)
 
 
 def _http_status() -> Embedded:
@@ -249,7 +274,7 @@ def _errno() -> Embedded:
 
 
 def _text(passages: Iterable[str]) -> Embedded:
-    return Embedded(_splits(({"text": passage} for passage in passages), lambda row: row["text"]), "text")
+    return Embedded(_splits(({"text": passage} for passage in passages), lambda row: row["text"]))
 
 
 def _labelled(passages: Iterable[tuple[str, str]], what: str, fewest: int) -> Embedded:
@@ -262,7 +287,7 @@ def _labelled(passages: Iterable[tuple[str, str]], what: str, fewest: int) -> Em
     if len(labels) < 2:
         raise UserError(f"{what}: fewer than two labels have {fewest} passages")
     rows = [{"text": passage, "label": label} for passage, label in kept]
-    return Embedded(_splits(rows, lambda row: row["text"]), "labelled", labels)
+    return Embedded(_splits(rows, lambda row: row["text"]), labels)
 
 
 @functools.cache
@@ -360,18 +385,18 @@ def _python_topic_names() -> Embedded:
     return _labelled(_topic_passages(), "source stdlib:python_topic_names", _TOPIC_FEWEST)
 
 
-_SOURCES: dict[str, Callable[[], Embedded]] = {
-    "unicode_category": _unicode_category,
-    "unicode_numeric": _unicode_numeric,
-    "unicode_bidi": _unicode_bidi,
-    "html_entity": _html_entity,
-    "http_status": _http_status,
-    "mimetypes": _mimetypes,
-    "errno": _errno,
-    "python_topics": _python_topics,
-    "python_topic_names": _python_topic_names,
+_SOURCES: dict[str, _Source] = {
+    "unicode_category": _Source("pairs", _unicode_category),
+    "unicode_numeric": _Source("pairs", _unicode_numeric),
+    "unicode_bidi": _Source("pairs", _unicode_bidi),
+    "html_entity": _Source("pairs", _html_entity),
+    "http_status": _Source("pairs", _http_status),
+    "mimetypes": _Source("pairs", _mimetypes),
+    "errno": _Source("pairs", _errno),
+    "python_topics": _Source("text", _python_topics),
+    "python_topic_names": _Source("labelled", _python_topic_names),
 }
-_PACKAGE_SOURCES: dict[str, Callable[[str], Embedded]] = {
-    "docstrings": _read_docstrings,
-    "submodules": _read_submodules,
+_PACKAGE_SOURCES: dict[str, _Source] = {
+    "docstrings": _Source("text", _read_docstrings),
+    "submodules": _Source("labelled", _read_submodules),
 }

@@ -16,6 +16,7 @@ from pydantic import Field
 
 from jaxcl.config import ExperimentConfig
 from jaxcl.data.plan import Shape
+from jaxcl.data.sources import expected_kind
 from jaxcl.errors import UserError
 from jaxcl.methods.base import Method
 from jaxcl.models.batch import Batch
@@ -164,20 +165,28 @@ def programs(config: ExperimentConfig, mesh: Mesh) -> dict[str, Program]:
         lower = functools.partial(jax.jit(trainer.compile.trace(measure)).lower, *given)
         arguments = {"params": target.params, "method": target.method_state, "batch": measured}
         found[name] = Program(lower, arguments, resident=moments)
-    if network.causal and shape.predict is not None:
+    if network.causal and "pairs" in map(expected_kind, config.tasks):
         check_batch_size(evaluation.batch_size, 1, layout.batch_ways, key="evaluation.batch_size")
         found["generate"] = _generation(config, network, trainer)
     return found
 
 
 def row_shape(config: ExperimentConfig, causal: bool) -> Shape:
-    """The largest shape of a batch's rows, told from the configuration alone."""
+    """The largest shape of a batch's rows over all tasks, from the configuration alone; see `expected_kind`.
+
+    Args:
+      config: the configuration.
+      causal: the model is a decoder; an encoder learns masked text only.
+
+    Returns:
+      The shape with the longest rows; of equally long ones, that with more scored positions.
+    """
     data = config.data
     if not causal:
         return Shape(data.length, round(data.length * data.mask_rate))
-    task = config.tasks[0]
-    text = task.kind == "text" or task.end_task is not None or task.source.startswith(("text:", "stdlib:docstrings"))
-    return Shape(data.length, None) if text else Shape(data.prompt_length + data.answer_length, data.answer_length)
+    pairs = Shape(data.prompt_length + data.answer_length, data.answer_length)
+    shapes = {pairs if expected_kind(task) == "pairs" else Shape(data.length, None) for task in config.tasks}
+    return max(shapes, key=lambda shape: (shape.length, shape.length if shape.predict is None else shape.predict))
 
 
 def topology_mesh(config: ExperimentConfig, topology: Topology) -> tuple[Mesh, str]:

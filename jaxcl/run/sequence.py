@@ -26,7 +26,7 @@ from jaxcl.run.components import Components, build, initial_params
 from jaxcl.run.evaluator import answering_params
 from jaxcl.run.folder import RunFolder
 from jaxcl.run.scoreboard import Scoreboard
-from jaxcl.run.synthesis import write_samples
+from jaxcl.run.synthesis import Writer, write_samples
 from jaxcl.run.tasks import Stage, memory_pipeline, remember, running_task
 from jaxcl.sharding.processes import initialize, on_first, wait_for_all
 from jaxcl.training.checkpoint import START_MARK, Checkpoints, Saved, mark_after
@@ -265,8 +265,8 @@ class TaskSequence:
             return remember(self.parts, self.memory, index)
         key = jax.random.fold_in(jax.random.key(self.config.seed), index)
         begun = replay.synthetic.writer == "start"
-        writer = initial_params(self.parts) if begun else self._params_before(index)
-        rows, dropped = write_samples(self.parts, writer, state.params, index, key)
+        opened_by = initial_params(self.parts) if begun else self._params_before(index)
+        rows, dropped = write_samples(Writer(self.parts, index, opened_by, state.params), key)
         return self.memory.with_written(index, self.parts.phase_name(index), rows, dropped)
 
     def _stream(self, index: int) -> Stream:

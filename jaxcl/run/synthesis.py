@@ -31,16 +31,110 @@ from jaxcl.training.feed import place_batch
 logger = logging.getLogger(__name__)
 
 
-def write_samples(
-    parts: Components, writer: Params, params: Params, index: int, key: Array
-) -> tuple[list[dict[str, str]], dict[str, int]]:
+class Writer:
+    """The models that write the samples of a task.
+
+    Attributes:
+      parts: the parts of the run.
+      index: which task.
+      opened_by: params of the model that writes prompts.
+      learned: params of the model that has learned the task; it answers them.
+    """
+
+    def __init__(self, parts: Components, index: int, opened_by: Params, learned: Params) -> None:
+        self.parts, self.index, self.opened_by, self.learned = parts, index, opened_by, learned
+
+    def bodies(self, frame: Frame, settings: SyntheticConfig, count: int, key: Array) -> list[str | None]:
+        """Bodies of `count` prompts that the model writes after the prefix; `None` where it never came to the suffix.
+
+        Args:
+          frame: what all prompts of the task begin and end with.
+          settings: `temperature` and `top_p` are used.
+          count: how many.
+          key: what they are drawn from.
+        """
+        tokenizer, data = self.parts.tokenizer, self.parts.config.data
+        opening = open_prompts([frame.prefix], tokenizer, data)[0]
+        prompts = [str(row["prompt"]) for row in self.parts.tasks[self.index].train]
+        longest = max(len(ids) for ids in encode_prompts(prompts, tokenizer, data).ids)
+        # Room to come to the suffix; what is too long for the run's steps does not fit later.
+        room = max(16, min(2 * (longest - len(opening)), data.prompt_length - len(opening)))
+        generator = self._generator(len(opening), room)
+        texts = generator(self.opened_by, [opening] * count, key, settings.temperature, settings.top_p)
+        return [read_body(tokenizer.decode(ids), frame.suffix) for ids in texts]
+
+    def samples(self, frame: Frame, bodies: list[str | None]) -> list[Sample]:
+        """The prompts with greedy answers and their likelihood, as many as `bodies`; what does not fit comes last."""
+        finished = [body for body in bodies if body is not None]
+        tokenizer, data = self.parts.tokenizer, self.parts.config.data
+        prompts = [f"{frame.prefix}{body}{frame.suffix}" for body in finished]
+        written = self.answers(prompts) if prompts else []
+        # Where the run takes no answer that was cut, one that never ended is none.
+        kept = [answer if end or data.on_long_answer == "cut" else [] for answer, end in written]
+        answers = [tokenizer.decode(answer).strip() for answer in kept]
+        rows = [{"prompt": prompt, "answer": answer} for prompt, answer in zip(prompts, answers, strict=True)]
+        # No longer than what the run's steps are compiled for.
+        sizes = self.parts.encode_written(rows, self.index, "samples").sizes if rows else np.zeros((0, 2))
+        fitting = np.flatnonzero(np.all(sizes <= np.array(self._largest), axis=1)).tolist()
+        likelihoods = self.likelihoods([rows[place] for place in fitting])
+        samples = [
+            Sample(finished[place], answers[place], one, written[place][1])
+            for place, one in zip(fitting, likelihoods, strict=True)
+        ]
+        return samples + [Sample(None, "", -np.inf)] * (len(bodies) - len(samples))
+
+    def answers(self, prompts: list[str]) -> list[tuple[list[int], bool]]:
+        """Greedy answers, as token ids, and whether each came to an end by itself."""
+        data = self.parts.config.data
+        # No longer than the longest answer of the run, whose end token has a place as well.
+        most = max(1, (self._largest.predict or data.answer_length) - 1)
+        ids = encode_prompts(prompts, self.parts.tokenizer, data).ids
+        found = self._generator(data.prompt_length, most)(self.learned, ids)
+        return [(answer, len(answer) < most) for answer in found]
+
+    def likelihoods(self, rows: Sequence[Mapping[str, str]]) -> list[float]:
+        """Mean log-probability of each answer's tokens, in nats."""
+        if not rows:
+            return []
+        parts = self.parts
+        encoded = parts.encode_written(rows, self.index, "samples")
+        network, chunk = parts.network, parts.method.options.loss_chunk
+
+        def losses(params: Params, batch: Batch) -> Mapping[str, Array]:
+            states = network.hidden(params, batch).states
+            return {"losses": example_losses(network, params, states, batch, chunk), "example": batch.example}
+
+        compiled = parts.trainer.compile(losses)
+        found = np.zeros(len(rows))
+        for batch in parts.pipeline([encoded]).once(None, 0, jax.process_index(), jax.process_count()):
+            result = compiled(self.learned, place_batch(batch, parts.layout.batch))
+            examples = np.asarray(result["example"])
+            found[examples[examples >= 0]] = -np.asarray(result["losses"])[examples >= 0]
+        return found.tolist()
+
+    @property
+    def _largest(self) -> Shape:
+        return (self.parts.shapes or [])[-1]
+
+    def _generator(self, prompt_length: int, max_new_tokens: int) -> Generator:
+        parts = self.parts
+        return Generator(
+            parts.network,
+            batch_size=parts.config.evaluation.batch_size,
+            prompt_length=prompt_length,
+            max_new_tokens=max_new_tokens,
+            eos_id=parts.tokenizer.eos_id,
+            pad_id=parts.tokenizer.pad_id,
+            buckets=[prompt_length],
+            trace=parts.trainer.compile.trace,
+        )
+
+
+def write_samples(writer: Writer, key: Array) -> tuple[list[dict[str, str]], dict[str, int]]:
     """Samples of a task, as many as its memory would hold examples.
 
     Args:
-      parts: the parts of the run.
-      writer: the model that writes the prompts.
-      params: the model that has learned the task; answers them.
-      index: which task.
+      writer: writes them.
       key: what prompts are drawn from.
 
     Returns:
@@ -49,7 +143,7 @@ def write_samples(
     Raises:
       UserError: none is any good.
     """
-    replay, task = parts.method.replay, parts.tasks[index]
+    replay, task = writer.parts.method.replay, writer.parts.tasks[writer.index]
     if replay is None:
         raise ValueError("write_samples: the method keeps nothing")
     settings = replay.synthetic
@@ -59,8 +153,7 @@ def write_samples(
         frame = Frame(settings.prefix, frame.suffix)
     bodies = [prompt[len(frame.prefix) : len(prompt) - len(frame.suffix)] for prompt in prompts]
     wanted = draw_count(len(prompts), replay.fraction, replay.minimum)
-    written = _continue(parts, writer, frame, prompts, settings, wanted * settings.candidates, key)
-    samples = _answer(parts, params, frame, written, index)
+    samples = writer.samples(frame, writer.bodies(frame, settings, wanted * settings.candidates, key))
     chosen = choose_samples(samples, bodies, wanted, settings.similarity)
     reasons = ", ".join(f"{number} {reason}" for reason, number in chosen.dropped.items() if number)
     logger.info("task %s: kept %d of %d written samples (%s)", task.name, len(chosen.samples), len(samples), reasons)
@@ -71,87 +164,3 @@ def write_samples(
         )
     rows = [{"prompt": f"{frame.prefix}{one.body}{frame.suffix}", "answer": one.answer} for one in chosen.samples]
     return rows, chosen.dropped
-
-
-def _continue(
-    parts: Components,
-    params: Params,
-    frame: Frame,
-    prompts: list[str],
-    settings: SyntheticConfig,
-    count: int,
-    key: Array,
-) -> list[str | None]:
-    """Bodies of prompts that the model writes behind the prefix; `None` where it never came to the suffix."""
-    tokenizer, data = parts.tokenizer, parts.config.data
-    opening = open_prompts([frame.prefix], tokenizer, data)[0]
-    longest = max(len(ids) for ids in encode_prompts(prompts, tokenizer, data).ids)
-    # Room to come to the suffix; what is too long for the run's steps does not fit later.
-    room = max(16, min(2 * (longest - len(opening)), data.prompt_length - len(opening)))
-    generator = _generator(parts, len(opening), room)
-    texts = generator(params, [opening] * count, key, settings.temperature, settings.top_p)
-    return [read_body(tokenizer.decode(ids), frame.suffix) for ids in texts]
-
-
-def _answer(parts: Components, params: Params, frame: Frame, bodies: list[str | None], index: int) -> list[Sample]:
-    """Greedy answers to the prompts, with their likelihood under the model."""
-    finished = [body for body in bodies if body is not None]
-    if not finished:
-        return [Sample(None, "", -np.inf)] * len(bodies)
-    tokenizer, data = parts.tokenizer, parts.config.data
-    prompts = [f"{frame.prefix}{body}{frame.suffix}" for body in finished]
-    ids = encode_prompts(prompts, tokenizer, data).ids
-    # No longer than the longest answer of the run, whose end token has a place as well.
-    generator = _generator(parts, data.prompt_length, max(1, (_largest(parts).predict or data.answer_length) - 1))
-    written = generator(params, ids)
-    ended = [len(answer) < generator.max_new_tokens for answer in written]
-    # Where the run takes no answer that was cut, one that never ended is none.
-    kept = [answer if end or data.on_long_answer == "cut" else [] for answer, end in zip(written, ended, strict=True)]
-    answers = [tokenizer.decode(answer).strip() for answer in kept]
-    rows = [{"prompt": prompt, "answer": answer} for prompt, answer in zip(prompts, answers, strict=True)]
-    # No longer than what the run's steps are compiled for.
-    sizes = parts.encode_written(rows, index, "samples").sizes
-    fitting = np.flatnonzero(np.all(sizes <= np.array(_largest(parts)), axis=1)).tolist()
-    likelihoods = _likelihoods(parts, params, [rows[place] for place in fitting], index)
-    samples = [
-        Sample(finished[place], answers[place], one, ended[place])
-        for place, one in zip(fitting, likelihoods, strict=True)
-    ]
-    return samples + [Sample(None, "", -np.inf)] * (len(bodies) - len(samples))
-
-
-def _largest(parts: Components) -> Shape:
-    return (parts.shapes or [])[-1]
-
-
-def _likelihoods(parts: Components, params: Params, rows: Sequence[Mapping[str, str]], index: int) -> list[float]:
-    """Mean log-probability of each answer's tokens."""
-    if not rows:
-        return []
-    encoded = parts.encode_written(rows, index, "samples")
-    network, chunk = parts.network, parts.method.options.loss_chunk
-
-    def losses(params: Params, batch: Batch) -> Mapping[str, Array]:
-        states = network.hidden(params, batch).states
-        return {"losses": example_losses(network, params, states, batch, chunk), "example": batch.example}
-
-    compiled = parts.trainer.compile(losses)
-    found = np.zeros(len(rows))
-    for batch in parts.pipeline([encoded]).once(None, 0, jax.process_index(), jax.process_count()):
-        result = compiled(params, place_batch(batch, parts.layout.batch))
-        examples = np.asarray(result["example"])
-        found[examples[examples >= 0]] = -np.asarray(result["losses"])[examples >= 0]
-    return found.tolist()
-
-
-def _generator(parts: Components, prompt_length: int, max_new_tokens: int) -> Generator:
-    return Generator(
-        parts.network,
-        batch_size=parts.config.evaluation.batch_size,
-        prompt_length=prompt_length,
-        max_new_tokens=max_new_tokens,
-        eos_id=parts.tokenizer.eos_id,
-        pad_id=parts.tokenizer.pad_id,
-        buckets=[prompt_length],
-        trace=parts.trainer.compile.trace,
-    )

@@ -14,19 +14,13 @@ import numpy as np
 import pytest
 import yaml
 
+from tests.tiny.runs import DECODER, TOKENIZER
+
 LOCAL = Path(__file__).parents[2] / "launch" / "local.sh"
 # All that is split by process: replay with a teacher store, writing answers, loss of a text, an end task.
 CONFIG: dict[str, Any] = {
-    "model": {
-        "architecture": "llama",
-        "vocab_size": 300,
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_layers": 1,
-        "num_heads": 2,
-        "max_length": 96,
-    },
-    "tokenizer": {"vocab_size": 300, "train_rows": 50},
+    "model": {**DECODER, "num_layers": 1},
+    "tokenizer": TOKENIZER,
     "data": {"prompt_length": 64, "answer_length": 24, "buckets": 1, "length": 88, "packing": False},
     "tasks": [
         {"name": "direction", "source": "stdlib:unicode_bidi", "train": 32, "test": 6},

@@ -4,13 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from methods_helpers import StandInTask, filled, init, make_batch, pad_batch, perturbed, tiny_llama, tiny_roberta
 
 from jaxcl.functional.importance import ImportanceSums, normalise
 from jaxcl.methods.das import Das, DasOptions
 from jaxcl.methods.passes.importance import add_domain_importance, add_general_importance
 from jaxcl.models.gates import Gates
 from jaxcl.models.network import Network
+from tests.tiny.batches import StandInTask, make_batch, pad_batch
+from tests.tiny.networks import filled, init, perturbed, tiny_llama, tiny_roberta
 
 
 @pytest.fixture(scope="module", params=["llama", "roberta"])

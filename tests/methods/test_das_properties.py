@@ -1,4 +1,4 @@
-"""What must not change DAS's numbers: batching, padding, rematerialisation, precision, accumulation."""
+"""What must not change DAS's numbers: rematerialisation, precision, micro-batches."""
 
 from __future__ import annotations
 
@@ -10,17 +10,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from methods_helpers import (
-    StandInTask,
-    filled,
-    init,
-    make_batch,
-    named,
-    pad_batch,
-    take_rows,
-    tiny_llama,
-    tiny_roberta,
-)
 
 from jaxcl.functional.importance import ImportanceSums, gate_gradients, normalise_tanh
 from jaxcl.methods.das import Das, DasOptions
@@ -33,6 +22,8 @@ from jaxcl.sharding.layout import Layout
 from jaxcl.sharding.mesh import MeshConfig, make_mesh
 from jaxcl.training.optimizer import OptimizerConfig
 from jaxcl.training.trainer import Trainer
+from tests.tiny.batches import make_batch
+from tests.tiny.networks import filled, init, named, tiny_llama, tiny_roberta
 
 
 def assert_close(found: Any, expected: Any, tolerance: float) -> None:
@@ -40,21 +31,6 @@ def assert_close(found: Any, expected: Any, tolerance: float) -> None:
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert np.abs(other).max() > 0
         np.testing.assert_allclose(one, other, rtol=0, atol=tolerance * np.abs(other).max())
-
-
-@pytest.mark.parametrize("make", [tiny_llama, tiny_roberta])
-def test_state_after_a_domain_does_not_depend_on_batching(make: Any) -> None:
-    network = make(num_layers=1)
-    params = init(network)
-    method = Das(DasOptions(), network, 1)
-    batch = make_batch((6, 4, 5, 3), predict=2)
-    whole = method.consolidate(params, method.init(params), StandInTask([batch]))
-    # Other order, longer rows, one batch full and one nearly empty.
-    parts = [pad_batch(take_rows(batch, [3, 1, 0]), length=2, predict=1)]
-    parts.append(pad_batch(take_rows(batch, [2]), rows=2, length=2, predict=1))
-    assert_close(
-        method.consolidate(params, method.init(params), StandInTask(parts))["importance"], whole["importance"], 1e-3
-    )
 
 
 def measure(network: Network, params: Any, general: bool) -> Gates:

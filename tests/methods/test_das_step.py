@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from methods_helpers import filled, in_unit, init, make_batch, named, tiny_llama, tiny_roberta
 
 from jaxcl.methods.base import Method
 from jaxcl.methods.das import Das, DasOptions
@@ -17,8 +16,10 @@ from jaxcl.sharding.layout import Layout
 from jaxcl.sharding.mesh import MeshConfig, make_mesh
 from jaxcl.training.optimizer import OptimizerConfig
 from jaxcl.training.trainer import Trainer
+from tests.tiny.batches import make_batch
+from tests.tiny.networks import filled, in_unit, init, named, tiny_llama, tiny_roberta
 
-OPTIMISED = True  # bits are compared
+pytestmark = pytest.mark.optimised  # bits are compared
 STEPS = 4
 
 

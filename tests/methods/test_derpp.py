@@ -5,7 +5,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from methods_helpers import VOCAB, collated, init, make_batch, perturbed, stored_records, tiny_llama, tiny_roberta
 
 from jaxcl.errors import UserError
 from jaxcl.methods.derpp import Derpp, DerppOptions
@@ -13,6 +12,9 @@ from jaxcl.methods.options import ReplayConfig
 from jaxcl.methods.passes.losses import language_model_terms
 from jaxcl.models.batch import Batch
 from jaxcl.models.network import Network
+from tests.tiny.batches import make_batch
+from tests.tiny.networks import VOCAB, init, perturbed, tiny_llama, tiny_roberta
+from tests.tiny.stored import collated, stored_records
 
 
 @pytest.fixture(scope="module", params=["llama", "roberta"])

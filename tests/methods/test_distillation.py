@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from methods_helpers import log_softmax
 
 from jaxcl.functional.attention_distillation import example_divergence
 from jaxcl.functional.attention_rows import decode_rows, encode_rows, sample_queries
 from jaxcl.functional.distillation import TopScores, full_divergence, top_divergence, top_scores
+from tests.tiny.networks import log_softmax
 
 RNG = np.random.default_rng(0)
 

@@ -4,22 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from methods_helpers import (
-    StandInTask,
-    init,
-    log_softmax,
-    make_batch,
-    named,
-    pad_batch,
-    perturbed,
-    take_rows,
-    tiny_llama,
-    tiny_roberta,
-)
 
 from jaxcl.methods.ewc import Ewc, EwcOptions
 from jaxcl.models.batch import Batch
 from jaxcl.models.network import Network
+from tests.tiny.batches import StandInTask, make_batch, pad_batch, take_rows
+from tests.tiny.networks import init, log_softmax, named, perturbed, tiny_llama, tiny_roberta
 
 
 @pytest.fixture(scope="module", params=["llama", "roberta"])

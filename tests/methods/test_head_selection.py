@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from methods_helpers import init, make_batch, pad_batch, perturbed, take_rows, tiny_llama, tiny_roberta
 
 from jaxcl.functional.heads import HeadSums, combine, normalise_sensitivity, resolve_budget, select_heads
 from jaxcl.methods.passes.heads import add_forgettability, add_sensitivity
@@ -16,6 +15,8 @@ from jaxcl.models.batch import Batch
 from jaxcl.models.compute import Compute
 from jaxcl.models.network import Network, Params
 from jaxcl.models.probe import Tap
+from tests.tiny.batches import make_batch, pad_batch, take_rows
+from tests.tiny.networks import init, perturbed, tiny_llama, tiny_roberta
 
 
 @pytest.fixture(scope="module", params=["llama", "roberta"])

@@ -6,11 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from methods_helpers import init, log_softmax, make_batch, pad_batch, take_rows, tiny_llama, tiny_roberta
 
 from jaxcl.functional.importance import (
     ImportanceSums,
-    accumulate,
     gate_gradients,
     normalise,
     normalise_quantile,
@@ -20,9 +18,10 @@ from jaxcl.functional.losses import scored_states
 from jaxcl.methods.passes.importance import Proxy, add_domain_importance, add_general_importance, dropout_divergence
 from jaxcl.methods.passes.losses import example_losses
 from jaxcl.models.batch import Batch
-from jaxcl.models.compute import Compute
 from jaxcl.models.gates import Gates
 from jaxcl.models.network import Network, Params
+from tests.tiny.batches import make_batch, pad_batch, take_rows
+from tests.tiny.networks import init, log_softmax, tiny_llama, tiny_roberta
 
 
 @pytest.fixture(scope="module", params=["llama", "roberta"])
@@ -95,13 +94,6 @@ def test_batch_size_order_and_padding_change_no_importance(network: Network, par
     assert_close(domain_importance(network, params, [take_rows(batch, [3, 1, 0, 2])]), whole)
     one_by_one = [pad_batch(take_rows(batch, [row]), rows=1, length=2, predict=1) for row in range(4)]
     assert_close(domain_importance(network, params, one_by_one), whole)
-
-
-def test_remat_changes_no_importance() -> None:
-    plain, remat = tiny_llama(), tiny_llama(compute=Compute(remat="full"))
-    params = init(plain)
-    batch = make_batch()
-    assert_close(domain_importance(plain, params, [batch]), domain_importance(remat, params, [batch]))
 
 
 def keys_of_passes(batch: Batch, key: jax.Array) -> jax.Array:
@@ -243,11 +235,3 @@ def test_layers_and_kinds_are_normalised_apart() -> None:
     np.testing.assert_allclose(found.heads, np.tanh(1.0), rtol=1e-6)
     np.testing.assert_array_equal(found.output, 0.0)
     np.testing.assert_allclose(normalise(gates, "quantile", 0.5).intermediate, [[0.0, 0.5]] * 2)
-
-
-def test_accumulated_importance_never_falls() -> None:
-    keys = jax.random.split(jax.random.key(0), 3)
-    before, now = (Gates(*(jax.random.uniform(key, (2, 5)) for key in jax.random.split(one, 3))) for one in keys[:2])
-    both = accumulate(before, now)
-    for old, new, total in zip(*map(jax.tree.leaves, (before, now, both)), strict=True):
-        np.testing.assert_array_equal(total, np.where(np.asarray(old) > np.asarray(new), old, new))

@@ -9,17 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from methods_helpers import (
-    StandInTask,
-    collated,
-    init,
-    make_batch,
-    named,
-    perturbed,
-    stored_records,
-    take_rows,
-    tiny_llama,
-)
 
 from jaxcl.methods.base import Method
 from jaxcl.methods.das import Das, DasOptions
@@ -36,6 +25,9 @@ from jaxcl.sharding.mesh import MeshConfig, make_mesh
 from jaxcl.training.checkpoint import Checkpoints
 from jaxcl.training.optimizer import OptimizerConfig
 from jaxcl.training.trainer import Trainer
+from tests.tiny.batches import StandInTask, make_batch, take_rows
+from tests.tiny.networks import init, named, perturbed, tiny_llama
+from tests.tiny.stored import collated, stored_records
 
 NETWORK = tiny_llama(num_layers=1, lora={"rank": 2, "alpha": 3.0, "targets": ["query", "out", "up"]})
 BATCH = make_batch((6, 4))

@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from methods_helpers import VOCAB, init, log_softmax, make_batch, pad_batch, tiny_llama, tiny_roberta
 
 from jaxcl.functional.losses import cross_entropy, over_positions, scored_states, token_losses
 from jaxcl.functional.terms import Term
 from jaxcl.methods.passes.losses import example_losses, language_model_terms
 from jaxcl.models.batch import Batch
 from jaxcl.models.network import Network
+from tests.tiny.batches import make_batch, pad_batch
+from tests.tiny.networks import VOCAB, init, log_softmax, tiny_llama, tiny_roberta
 
 
 def test_token_losses_equal_numpy() -> None:

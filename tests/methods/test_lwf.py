@@ -3,22 +3,13 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from methods_helpers import (
-    StandInTask,
-    init,
-    log_softmax,
-    make_batch,
-    named,
-    pad_batch,
-    perturbed,
-    tiny_llama,
-    tiny_roberta,
-)
 
 from jaxcl.methods.lwf import Lwf, LwfOptions
 from jaxcl.methods.passes.losses import language_model_terms
 from jaxcl.models.batch import Batch
 from jaxcl.models.network import Network
+from tests.tiny.batches import StandInTask, make_batch, pad_batch
+from tests.tiny.networks import init, log_softmax, named, perturbed, tiny_llama, tiny_roberta
 
 
 @pytest.fixture(scope="module", params=["llama", "roberta"])

@@ -6,13 +6,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from methods_helpers import filled, in_unit, init, make_batch, masks_of, named, tiny_llama
 
 from jaxcl.functional.soft_masks import masked_decay, masked_optimizer, soft_mask
 from jaxcl.methods.base import OptimizerParts
 from jaxcl.methods.passes.losses import language_model_terms
+from tests.tiny.batches import make_batch
+from tests.tiny.networks import filled, in_unit, init, named, tiny_llama
+from tests.tiny.stored import masks_of
 
-OPTIMISED = True  # bits are compared
+pytestmark = pytest.mark.optimised  # bits are compared
 
 
 def make_parts(weight_decay: float = 0.1, clip: float = 1.0) -> OptimizerParts:

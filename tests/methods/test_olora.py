@@ -2,11 +2,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from methods_helpers import StandInTask, init, make_batch, perturbed, tiny_llama
 
 from jaxcl.methods.olora import Olora, OloraOptions, overlap
 from jaxcl.models.lora import adapted
 from jaxcl.models.network import Network
+from tests.tiny.batches import StandInTask, make_batch
+from tests.tiny.networks import init, perturbed, tiny_llama
 
 NETWORK = tiny_llama(lora={"rank": 2, "alpha": 3.0, "targets": ["query", "out"]})
 

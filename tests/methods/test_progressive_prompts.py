@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from methods_helpers import StandInTask, init, make_batch, perturbed, tiny_llama, tiny_roberta
 
 from jaxcl.errors import UserError
 from jaxcl.methods.base import OptimizerParts
@@ -14,6 +13,8 @@ from jaxcl.methods.progressive_prompts import ProgressivePrompts, ProgressivePro
 from jaxcl.models.generation import Generator
 from jaxcl.models.soft_tokens import soft_id, start_from_words
 from jaxcl.models.trainable import trained
+from tests.tiny.batches import StandInTask, make_batch
+from tests.tiny.networks import init, perturbed, tiny_llama, tiny_roberta
 
 NETWORK = tiny_llama(soft_tokens=6)
 

@@ -4,10 +4,11 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from methods_helpers import init, make_batch, tiny_llama
 
 from jaxcl.methods import METHODS, find_method
 from jaxcl.methods.options import MethodOptions
+from tests.tiny.batches import make_batch
+from tests.tiny.networks import init, tiny_llama
 
 OPTIONS: dict[str, Any] = {
     "seekr": {"layer_budget": 1, "head_budget": 2},

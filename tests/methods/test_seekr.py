@@ -5,19 +5,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from methods_helpers import (
-    StandInTask,
-    collated,
-    init,
-    log_softmax,
-    make_batch,
-    pad_batch,
-    perturbed,
-    stored_records,
-    take_rows,
-    tiny_llama,
-    tiny_roberta,
-)
 
 from jaxcl.errors import UserError
 from jaxcl.functional.heads import HeadSums
@@ -27,6 +14,9 @@ from jaxcl.methods.replay import Replay as ReplayMethod
 from jaxcl.methods.seekr import Seekr, SeekrOptions
 from jaxcl.models.batch import Batch
 from jaxcl.models.probe import Tap
+from tests.tiny.batches import StandInTask, make_batch, pad_batch, take_rows
+from tests.tiny.networks import init, log_softmax, perturbed, tiny_llama, tiny_roberta
+from tests.tiny.stored import collated, stored_records
 
 NETWORK = tiny_llama()
 EXACT = {"layer_budget": 2, "head_budget": 3, "query_budget": 3, "store_logits": 0, "store_attention": "float32"}

@@ -6,11 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from methods_helpers import StandInTask, init, make_batch, tiny_llama
 
 from jaxcl.functional.heads import HeadSums
 from jaxcl.methods.seekr import Seekr, SeekrOptions
 from jaxcl.models.batch import Batch
+from tests.tiny.batches import StandInTask, make_batch
+from tests.tiny.networks import init, tiny_llama
 
 LENGTH, ROWS, HEADS = 128, 2, 4
 MAPS = 4 * ROWS * HEADS * LENGTH**2

@@ -2,11 +2,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from methods_helpers import log_softmax
 
 from jaxcl.functional import attention_distillation as module
 from jaxcl.functional.attention_distillation import AttentionTeacher, attention_divergence, write_rows
 from jaxcl.functional.attention_rows import AttentionView, decode_rows, encode_rows, sample_queries, selected_rows
+from tests.tiny.networks import log_softmax
 
 RNG = np.random.default_rng(0)
 

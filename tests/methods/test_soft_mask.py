@@ -5,22 +5,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from methods_helpers import (
-    ALL_TARGETS,
-    filled,
-    in_unit,
-    init,
-    make_batch,
-    masks_of,
-    named,
-    perturbed,
-    tiny_llama,
-    tiny_roberta,
-)
 
 from jaxcl.functional.soft_masks import Unit, soft_masks
 from jaxcl.models.gates import Gates
 from jaxcl.models.network import Network
+from tests.tiny.batches import make_batch
+from tests.tiny.networks import ALL_TARGETS, filled, in_unit, init, named, perturbed, tiny_llama, tiny_roberta
+from tests.tiny.stored import masks_of
 
 
 def random_importance(network: Network, seed: int = 0) -> Gates:

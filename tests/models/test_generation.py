@@ -17,6 +17,8 @@ from jaxcl.models.llama import LlamaConfig
 from jaxcl.models.network import Network, Params
 from jaxcl.models.roberta import RobertaConfig
 
+pytestmark = pytest.mark.optimised  # compiled programs are read
+
 VOCAB = 29
 Score = Callable[[list[int]], np.ndarray]
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [7], [2, 7, 1, 8, 2], [11, 12, 13]]

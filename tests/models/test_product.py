@@ -9,9 +9,10 @@ import pytest
 
 from jaxcl.models import layers
 from jaxcl.models.batch import Batch
-from jaxcl.models.llama import LlamaConfig
-from jaxcl.models.network import Network
 from jaxcl.models.product import product
+from tests.tiny.networks import tiny_llama
+
+pytestmark = pytest.mark.optimised  # compiled programs are read
 
 SHAPES = [  # rows, inputs, outputs: kernels with one or two axes on a side, narrower at the input or the output
     ((5,), (3,), (7,)),
@@ -59,8 +60,7 @@ def test_wide_sums_give_gradients_in_the_dtype_of_the_factors() -> None:
 
 def test_no_wide_activation_is_transposed(monkeypatch: pytest.MonkeyPatch) -> None:
     """For the kernels' gradients, the program reads the 24 wide states across their rows, not the 88 wide ones."""
-    config = LlamaConfig(vocab_size=64, hidden_size=24, intermediate_size=88, num_layers=2, num_heads=2)
-    network = Network.create(config)
+    network = tiny_llama(hidden_size=24, intermediate_size=88)
     tokens, row = jax.ShapeDtypeStruct((4, 64), "int32"), jax.ShapeDtypeStruct((4,), "int32")
     weights = jax.ShapeDtypeStruct((4, 64), "float32")
     batch = Batch(tokens, tokens, tokens, None, tokens, weights, row, row, packed=False)

@@ -6,10 +6,10 @@ import resource
 import sys
 
 import jax
-from training_standins import make_params, make_trainer
 
 from jaxcl.errors import UserError
 from jaxcl.training.checkpoint import Checkpoints
+from tests.tiny.trainer import make_params, make_trainer
 
 
 def main(folder: str) -> int:

@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from training_standins import Rows, assert_same, host, make_params, make_rows, make_trainer
 
 from jaxcl.errors import UserError
 from jaxcl.training.checkpoint import Checkpoints
 from jaxcl.training.feed import place_batch
 from jaxcl.training.trainer import Trainer
+from tests.tiny.trainer import Rows, assert_same, host, make_params, make_rows, make_trainer
 
 
 def trained(trainer: Trainer, steps: int = 2) -> Any:
@@ -116,9 +116,10 @@ def test_remains_of_an_interrupted_save_are_ignored_and_removed(tmp_path: Path) 
 
 def test_a_full_disk_is_said_clearly_and_spares_earlier_checkpoints(tmp_path: Path) -> None:
     """In a process of its own: the limit on the size of files that stands in for a full disk holds for all of it."""
-    script = Path(__file__).with_name("full_disk_script.py")
     folder = tmp_path / "checkpoints"
-    done = subprocess.run([sys.executable, str(script), str(folder)], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "tests.training.full_disk_script", str(folder)]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert done.stdout == "still there: {'index': 0}\n", done.stderr
     assert done.returncode == 1
     message = f"checkpoints {folder}: could not be written: the disk is full; earlier checkpoints are intact"

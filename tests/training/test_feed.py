@@ -3,9 +3,9 @@ from __future__ import annotations
 import jax
 import numpy as np
 import pytest
-from training_standins import Rows, assert_same, make_rows, one_device
 
 from jaxcl.training.feed import Feed, place_batch
+from tests.tiny.trainer import Rows, assert_same, make_rows, one_device
 
 
 def test_rows_become_a_batch_of_the_right_types() -> None:

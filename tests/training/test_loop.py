@@ -10,13 +10,13 @@ import grain
 import jax
 import numpy as np
 import pytest
-from training_standins import Collect, Rows, assert_same, host, make_params, make_rows, make_trainer, shared_trainer
 
 from jaxcl.errors import UserError
 from jaxcl.training.checkpoint import Checkpoints
 from jaxcl.training.interrupt import Interrupts, StoppedTogether
 from jaxcl.training.loop import train_task
 from jaxcl.training.trainer import Trainer
+from tests.tiny.trainer import Collect, Rows, assert_same, host, make_params, make_rows, make_trainer, shared_trainer
 
 
 def train(trainer: Trainer, total: int, rows: Any = None, **options: Any) -> Any:

@@ -9,13 +9,13 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from training_standins import TinyMethod, host, make_params, make_rows, make_trainer, one_device
 
 from jaxcl.errors import UserError
 from jaxcl.training.feed import place_batch
 from jaxcl.training.optimizer import OptimizerConfig
 from jaxcl.training.privacy import PrivacyConfig, check_private, spent
 from jaxcl.training.trainer import Trainer
+from tests.tiny.trainer import TinyMethod, host, make_params, make_rows, make_trainer, one_device
 
 RATE = 1e-2
 DESCENT: dict[str, Any] = {

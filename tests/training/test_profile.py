@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training_standins import Rows, make_params, shared_trainer
 
 from jaxcl.training.config import TrainingConfig
 from jaxcl.training.loop import train_task
 from jaxcl.training.profile import Profiler
+from tests.tiny.trainer import Rows, make_params, shared_trainer
 
 
 def train(folder: Path, steps: tuple[int, int] | None) -> None:

@@ -6,12 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from training_standins import TinyMethod, assert_same, make_params, make_rows, make_trainer
 
 from jaxcl.models.batch import Batch
 from jaxcl.training.compile import Compiler, enable_compilation_cache
 from jaxcl.training.task import RunningTask, signal_records
 from jaxcl.training.trainer import Trainer
+from tests.tiny.trainer import TinyMethod, assert_same, make_params, make_rows, make_trainer
 
 
 class Once:

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from training_standins import TinyMethod, assert_same, host, make_params, make_rows, make_trainer
 
 from jaxcl.errors import UserError
 from jaxcl.functional.terms import Term, Terms
@@ -16,6 +15,7 @@ from jaxcl.models.batch import Batch
 from jaxcl.training.feed import place_batch
 from jaxcl.training.micro_batches import micro_batches
 from jaxcl.training.trainer import Trainer
+from tests.tiny.trainer import TinyMethod, assert_same, host, make_params, make_rows, make_trainer
 
 
 def step_once(trainer: Trainer, rows: dict[str, Any]) -> Any:
@@ -320,11 +320,10 @@ def test_moments_and_schedule_at_the_start_of_a_task(reset: bool) -> None:
 
 
 def test_params_in_bfloat16_keep_their_type_and_float32_moments() -> None:
-    from training_standins import AXES, SHAPES
-
     from jaxcl.sharding.layout import Layout
     from jaxcl.sharding.mesh import MeshConfig, make_mesh
     from jaxcl.training.optimizer import OptimizerConfig
+    from tests.tiny.trainer import AXES, SHAPES
 
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), SHAPES)
     layout = Layout.create(make_mesh(MeshConfig(), jax.devices()[:1]), AXES, shapes)

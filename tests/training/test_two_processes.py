@@ -13,13 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+ROOT = Path(__file__).parents[2]
+
 
 def start(folder: Path, name: str, checkpoints: str, **settings: str) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", **settings}
-    script = Path(__file__).with_name("two_processes_script.py")
-    command = [sys.executable, str(script), str(folder / checkpoints), str(folder / name)]
+    script = "tests.training.two_processes_script"
+    command = [sys.executable, "-m", script, str(folder / checkpoints), str(folder / name)]
     with open(folder / f"{name}.err", "wb") as errors:
-        return subprocess.Popen(command, env=environment, stderr=errors)
+        return subprocess.Popen(command, env=environment, stderr=errors, cwd=ROOT)
 
 
 @pytest.fixture(scope="module")

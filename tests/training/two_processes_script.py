@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from training_standins import AXES, SHAPES, TinyMethod, make_params, make_rows
 
 from jaxcl.models.batch import Batch
 from jaxcl.sharding.layout import Layout
@@ -23,6 +22,7 @@ from jaxcl.training.loop import train_task
 from jaxcl.training.optimizer import OptimizerConfig
 from jaxcl.training.task import RunningTask, signal_records
 from jaxcl.training.trainer import Trainer
+from tests.tiny.trainer import AXES, SHAPES, TinyMethod, make_params, make_rows
 
 STEPS = 6
 

@@ -1,0 +1,76 @@
+import gguf
+import pytest
+
+from jaxcl.data.tokenizer import Tokenizer
+from jaxcl.errors import UserError
+from tests.tiny.texts import TEXTS, small_tokenizer
+
+
+def write_gguf(path, *, kind="gpt2", pre="smollm", leave_out=()):
+    """The small tokenizer as GGUF metadata, the way llama.cpp writes it."""
+    import json
+
+    source = json.loads(small_tokenizer().backend.to_str())["model"]
+    tokens = [token for token, _ in sorted(source["vocab"].items(), key=lambda item: item[1])]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tokenizer_model(kind)
+    writer.add_tokenizer_pre(pre)
+    if "tokens" not in leave_out:
+        writer.add_token_list(tokens)
+    writer.add_token_merges([" ".join(pair) for pair in source["merges"]])
+    writer.add_token_types([3 if index < 6 else 1 for index in range(len(tokens))])
+    writer.add_pad_token_id(0)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_add_bos_token(False)
+    writer.add_chat_template("{{ messages }}")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_the_tokenizer_in_a_gguf_file_encodes_like_its_source(tmp_path):
+    loaded = Tokenizer.load(write_gguf(tmp_path / "model.gguf"))
+    source = small_tokenizer()
+    for text in (*TEXTS, "  two  spaces\n\n\ttab, don't, 2024, naïve 東京 🙂"):
+        assert loaded.encode(text) == source.encode(text)
+        assert loaded.decode(loaded.encode(text)) == text
+    assert (loaded.pad_id, loaded.bos_id, loaded.eos_id, loaded.mask_id) == (0, 1, 2, None)
+    assert not loaded.add_bos
+    assert loaded.chat_template == "{{ messages }}"
+    assert loaded.encode("<eos>", specials=True) == [2]
+    assert set(range(6)) <= loaded.special_ids
+
+
+def test_pre_tokenizers_differ_in_digits(tmp_path):
+    def pieces(pre):
+        backend = Tokenizer.load(write_gguf(tmp_path / f"{pre}.gguf", pre=pre)).backend
+        return [piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str("in 12345")]
+
+    assert pieces("smollm") == ["in", "Ġ", "1", "2", "3", "4", "5"]
+    assert pieces("gpt-2") == ["in", "Ġ12345"]
+    assert pieces("llama-bpe") == ["in", "Ġ", "123", "45"]
+    assert pieces("qwen2") == ["in", "Ġ", "1", "2", "3", "4", "5"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kind": "llama"}, "tokenizer kind 'llama'"),
+        ({"pre": "unheard-of"}, "pre-tokenizer 'unheard-of' is not known.*smollm"),
+        ({"leave_out": ("tokens",)}, "tokenizer.ggml.tokens is missing"),
+    ],
+)
+def test_other_tokenizers_are_refused_by_name(tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
+        Tokenizer.load(write_gguf(tmp_path / "model.gguf", **options))
+
+
+def test_unusable_files_are_named(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        Tokenizer.load(tmp_path / "absent.gguf")
+    (tmp_path / "foreign.gguf").write_bytes(b"not a model at all" * 10)
+    with pytest.raises(UserError, match=r"foreign\.gguf is not a usable GGUF file"):
+        Tokenizer.load(tmp_path / "foreign.gguf")

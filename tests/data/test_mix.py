@@ -1,0 +1,153 @@
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxcl.data.memory import Memory, MemoryPipeline
+from jaxcl.data.mix import Interleaved, Mixed
+from jaxcl.data.pipeline import PairPipeline
+from jaxcl.data.spec import DataConfig
+from tests.tiny.batches import assert_same_batch
+from tests.tiny.texts import small_tokenizer
+
+CONFIG = DataConfig(buckets=1)
+
+
+def pairs(count):
+    return [{"prompt": f"number {i}", "answer": "plan"} for i in range(count)]
+
+
+def streams(tasks=20, memories=6, batch=2):
+    new = PairPipeline(pairs(tasks), small_tokenizer(), CONFIG, batch_size=batch, task=1)
+    old = PairPipeline(pairs(memories), small_tokenizer(), CONFIG, batch_size=batch, task=0)
+    memory = Memory(seed=0).with_task(0, "old", count=memories, fraction=1.0, minimum=1)
+    remembered = MemoryPipeline(memory, {0: old.sources[0]}, CONFIG, batch_size=batch, shapes=new.shapes)
+    return new, remembered
+
+
+def mixture(tasks=20, memories=6, **options):
+    return Interleaved(*streams(tasks, memories), **options)
+
+
+def kinds(mixed, count):
+    iterator = mixed.train(0)
+    found = [next(iterator)["origin"][0] for _ in range(count)]
+    iterator.close()
+    return "".join(found)
+
+
+def test_the_order_is_as_asked():
+    assert kinds(mixture(every=3), 12) == "tttmtttmtttm"
+    assert kinds(mixture(every=1), 6) == "tmtmtm"
+    # 10 task batches and 3 memory batches: after batch ceil(10/3), ceil(20/3), 10.
+    assert kinds(mixture(), 26) == "ttttmtttmtttm" * 2
+
+
+@given(tasks=st.integers(1, 30), memories=st.integers(1, 30), every=st.integers(0, 40), steps=st.integers(1, 20))
+@settings(deadline=None, max_examples=80)
+def test_replay_is_never_off(tasks, memories, every, steps):
+    mixed = mixture(tasks, memories, every=every, latest=steps)
+    taken = kinds(mixed, mixed.steps_for(steps))
+    assert taken.count("t") == steps
+    assert taken.count("m") >= 1
+    if every:
+        assert taken.count("m") == max(1, steps // every)
+
+
+def test_a_memory_batch_that_would_come_too_late_comes_at_the_latest_that_is_asked():
+    assert kinds(mixture(every=7, latest=3), 8) == "tttmtttm"
+    assert kinds(mixture(every=2, latest=3), 6) == "ttmttm"
+    # 10 task batches and 3 memory batches an epoch; the first would stand behind four task batches.
+    assert kinds(mixture(latest=2), 6) == "ttmttm"
+
+
+@given(tasks=st.integers(1, 30), memories=st.integers(1, 30), every=st.integers(0, 5))
+@settings(deadline=None, max_examples=40)
+def test_an_epoch_sees_each_example_once_and_by_default_the_memory_once(tasks, memories, every):
+    mixed = mixture(tasks, memories, every=every)
+    epoch = [mixed.batch_at(step, seed=0) for step in range(mixed.steps_per_epoch)]
+    by_kind = {kind: [b for b in epoch if b["origin"] == kind] for kind in ("task", "memory")}
+    assert epoch[0]["origin"] == "task"
+    assert len(by_kind["task"]) == mixed.task.steps_per_epoch
+    seen = [i for b in by_kind["task"] for i in b["example"] if i >= 0]
+    assert sorted(seen) == list(range(tasks))
+    if every:
+        assert len(by_kind["memory"]) == mixed.task.steps_per_epoch // every
+    else:
+        seen = [i for b in by_kind["memory"] for i in b["example"] if i >= 0]
+        assert sorted(seen) == list(range(memories))
+
+
+@pytest.mark.parametrize("options", [{}, {"every": 3}, {"every": 1}])
+def test_steps_for_counts_what_comes_before_the_next_task_batch(options):
+    mixed = mixture(**options)
+    order = kinds(mixed, 60)
+    for task_steps in range(25):
+        length = mixed.steps_for(task_steps)
+        assert order[:length].count("t") == task_steps
+        assert order[length] == "t"
+        assert mixed.task_steps_in(length) == task_steps
+
+
+@pytest.mark.parametrize("options", [{}, {"every": 3}, {"every": 1}])
+def test_both_streams_run_on_in_their_own_order(options):
+    mixed = mixture(**options)
+    found: dict[str, list] = {"task": [], "memory": []}
+    for step in range(3 * mixed.steps_per_epoch):
+        batch = mixed.batch_at(step, seed=4)
+        found[batch["origin"]].append(batch)
+    for kind, stream in (("task", mixed.task), ("memory", mixed.memory)):
+        for number, batch in enumerate(found[kind]):
+            assert_same_batch(batch, stream.batch_at(number, seed=4))
+
+
+def mixed():
+    return Mixed(*streams())
+
+
+def test_mixed_batches_bring_the_memory_along():
+    stream = mixed()
+    assert stream.steps_per_epoch == stream.task.steps_per_epoch == 10
+    assert stream.memory.steps_per_epoch == 3
+    for step in range(25):
+        batch = stream.batch_at(step, seed=4)
+        assert_same_batch(batch.pop("memory"), stream.memory.batch_at(step, seed=4))
+        assert_same_batch(batch, stream.task.batch_at(step, seed=4))
+    first_pass = [i for step in range(3) for i in stream.batch_at(step, seed=4)["memory"]["example"] if i >= 0]
+    assert sorted(first_pass) == list(range(6))
+
+
+def flat(batch):
+    """A batch, and the one beside it if there is one."""
+    batch = dict(batch)
+    beside = batch.pop("memory", None)
+    return [batch] if beside is None else [batch, beside]
+
+
+@pytest.mark.parametrize("make", [mixture, mixed])
+def test_a_saved_position_gives_the_identical_continuation(make):
+    iterator = make().train(seed=3)
+    for _ in range(11):
+        next(iterator)
+    state = json.loads(json.dumps(iterator.get_state()))
+    fresh = make().train(seed=3)
+    fresh.set_state(state)
+    for _ in range(40):
+        assert_same_batch(next(iterator), next(fresh))
+
+
+@pytest.mark.parametrize("make", [mixture, mixed])
+def test_processes_share_each_batch(make):
+    whole = make().train(3)
+    parts = [make().train(3, index, 2) for index in range(2)]
+    for _ in range(30):
+        for expected, left, right in zip(*(flat(next(stream)) for stream in (whole, *parts)), strict=True):
+            assert expected["origin"] == left["origin"] == right["origin"]
+            np.testing.assert_array_equal(expected["tokens"], np.concatenate([left["tokens"], right["tokens"]]))
+
+
+def test_wrong_arguments_are_programming_errors():
+    with pytest.raises(ValueError, match="0 or more, got -1"):
+        mixture(every=-1)

@@ -1,0 +1,137 @@
+import json
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxcl.data.spec import TokenizerConfig
+from jaxcl.data.tokenizer import Tokenizer, prepare_tokenizer
+from jaxcl.errors import UserError
+from tests.tiny.texts import TEXTS, small_tokenizer, spaced_tokenizer
+
+TRAIN = """
+from tests.tiny.texts import small_tokenizer
+print(small_tokenizer().fingerprint)
+"""
+
+
+@settings(deadline=None)
+@given(st.text())
+def test_any_text_round_trips(text):
+    tokenizer = small_tokenizer()
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_training_gives_the_same_tokenizer_in_another_process(pytestconfig):
+    output = subprocess.run(
+        [sys.executable, "-c", TRAIN], cwd=pytestconfig.rootpath, capture_output=True, text=True, check=True
+    )
+    assert output.stdout.strip() == small_tokenizer().fingerprint
+
+
+def test_saved_tokenizer_loads_alike_and_transformers_reads_it(tmp_path):
+    tokenizer = small_tokenizer()
+    tokenizer.chat_template = "{{ messages }}"
+    try:
+        tokenizer.save(tmp_path)
+    finally:
+        tokenizer.chat_template = None
+    loaded = Tokenizer.load(tmp_path)
+    assert loaded.fingerprint == tokenizer.fingerprint
+    assert loaded.chat_template == "{{ messages }}"
+    assert loaded.add_bos
+    for role in ("pad", "bos", "eos", "mask", "cls", "sep"):
+        assert getattr(loaded, f"{role}_id") == getattr(tokenizer, f"{role}_id")
+    assert Tokenizer.load(tmp_path / "tokenizer.json").fingerprint == tokenizer.fingerprint
+
+
+def test_special_tokens_in_text_from_outside_stay_text():
+    tokenizer = small_tokenizer()
+    assert tokenizer.eos_id not in tokenizer.encode("a <eos> b")
+    assert tokenizer.decode(tokenizer.encode("a <eos> b")) == "a <eos> b"
+    assert tokenizer.eos_id in tokenizer.encode("a <eos> b", specials=True)
+
+
+def test_fingerprint_tells_tokenizers_apart():
+    fewer = Tokenizer.train(TEXTS, 300)
+    assert fewer.fingerprint != small_tokenizer().fingerprint
+
+
+def test_vocabulary_must_fit_the_model():
+    tokenizer = small_tokenizer()
+    tokenizer.check_vocab(tokenizer.vocab_size)
+    with pytest.raises(UserError, match=f"largest id is {tokenizer.vocab_size - 1}.*vocab_size is 100"):
+        tokenizer.check_vocab(100)
+
+
+@pytest.mark.parametrize("text", ["POS", " POS", " accident Antonym plan", "12", "\nNow", "(in", "  two"])
+@pytest.mark.parametrize("make", [small_tokenizer, spaced_tokenizer])
+def test_a_continued_piece_gets_no_space_it_does_not_have(make, text):
+    tokenizer = make()
+    joined = tokenizer.decode(tokenizer.encode("Output") + tokenizer.encode(text, continued=True))
+    assert joined == "Output" + text
+
+
+def test_tokenizers_that_open_with_a_space_are_told_apart():
+    tokenizer = spaced_tokenizer()
+    piece, whole = tokenizer.encode("moving", continued=True), tokenizer.encode("moving")
+    assert piece != whole
+    assert tokenizer.encode(" moving", continued=True) == whole
+
+
+def test_frames_of_encoders_and_decoders():
+    tokenizer = small_tokenizer()
+    assert tokenizer.frame(masked=True) == ([tokenizer.cls_id], [tokenizer.sep_id])
+    assert tokenizer.frame(masked=False) == ([tokenizer.bos_id], [tokenizer.eos_id])
+    assert tokenizer.pair_separator == [tokenizer.sep_id]
+    tokenizer = spaced_tokenizer()
+    assert tokenizer.frame(masked=True) == ([1], [2])
+
+
+def test_roberta_separates_pairs_by_two_tokens(tmp_path):
+    content = json.loads(small_tokenizer().backend.to_str())
+    content["post_processor"] = {"type": "RobertaProcessing", "sep": ["<sep>", 5], "cls": ["<cls>", 4]}
+    content["post_processor"] |= {"trim_offsets": True, "add_prefix_space": False}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    assert Tokenizer.load(tmp_path).pair_separator == [5, 5]
+
+
+def test_special_tokens_are_found_as_the_settings_say(tmp_path):
+    small_tokenizer().save(tmp_path)
+    settings = {"eos_token": {"content": "<sep>"}, "bos_token": "<bos>", "add_bos_token": False}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    loaded = Tokenizer.load(tmp_path)
+    assert (loaded.eos_id, loaded.bos_id, loaded.mask_id, loaded.pad_id) == (5, 1, None, 5)
+    assert not loaded.add_bos
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "holds no tokenizer.json"), ("{}", "not a usable tokenizer"), ("nonsense", "not a usable tokenizer")],
+)
+def test_unusable_tokenizer_files_are_named(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(UserError, match=message):
+        Tokenizer.load(tmp_path)
+    with pytest.raises(UserError, match="does not exist"):
+        Tokenizer.load(tmp_path / "absent.json")
+
+
+def test_too_small_a_vocabulary_is_refused():
+    with pytest.raises(UserError, match="at least 262"):
+        Tokenizer.train(TEXTS, 261)
+
+
+def test_a_run_keeps_the_tokenizer_it_trained(tmp_path):
+    config = TokenizerConfig(vocab_size=300)
+    first = prepare_tokenizer(config, lambda: TEXTS, tmp_path)
+
+    def untouched():
+        raise AssertionError("trained again")
+
+    assert prepare_tokenizer(config, untouched, tmp_path).fingerprint == first.fingerprint
+    named = TokenizerConfig(path=str(tmp_path))
+    assert prepare_tokenizer(named, untouched, tmp_path / "other").fingerprint == first.fingerprint

@@ -1,0 +1,38 @@
+"""What kills a run."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from jaxcl.run.sequence import TaskSequence
+
+
+class Interrupted(Exception):
+    """Stands for whatever kills a process."""
+
+
+@contextlib.contextmanager
+def killed_at_save(number: int, *, before: bool = False) -> Iterator[None]:
+    """The run in the block is killed right after its `number`th checkpoint, or right before it.
+
+    Checkpoints count from 1. The block must not get further than that.
+    """
+    save, count = TaskSequence._save, 0
+
+    def save_or_die(self: Any, *arguments: Any, **options: Any) -> None:
+        nonlocal count
+        count += 1
+        if not (before and count == number):
+            save(self, *arguments, **options)
+        if count == number:
+            self.checkpoints.wait()
+            raise Interrupted
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(TaskSequence, "_save", save_or_die)
+        with pytest.raises(Interrupted):
+            yield

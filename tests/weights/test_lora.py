@@ -1,0 +1,115 @@
+"""Adapters: fresh beside weights that have none, kept by Orbax, merged by Hugging Face's format, alone for PEFT."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from jaxcl.errors import UserError
+from jaxcl.models.network import Network
+from jaxcl.weights import convert, load_params, load_weights, save_hf, save_orbax, save_peft
+from jaxcl.weights.tree import flatten, unflatten
+from tests.tiny.networks import CONFIGS, LORA, assert_equal_bits, random_params
+
+ENCODER = ("query", "key", "value", "out", "up", "down")
+DECODER = (*ENCODER, "gate")
+
+
+def adapted(name: str, targets: tuple[str, ...], **compute: Any) -> Network:
+    return Network.create(CONFIGS[name].model_validate({**CONFIGS[name].model_dump(), **fields(targets, compute)}))
+
+
+def fields(targets: tuple[str, ...], compute: dict[str, Any]) -> dict[str, Any]:
+    return {"lora": {**LORA, "targets": targets}, "compute": compute}
+
+
+def base_of(params: Any) -> dict[str, Any]:
+    return {path: leaf for path, leaf in flatten(params).items() if "lora" not in path}
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_weights_without_adapters_get_fresh_ones(name: str, tmp_path: Path) -> None:
+    plain, network = Network.create(CONFIGS[name]), adapted(name, ENCODER)
+    params = random_params(plain)
+    save_hf(tmp_path / "hf", plain, params)
+    save_orbax(tmp_path / "orbax", plain, params)
+    for folder in ("hf", "orbax"):
+        found = load_params(tmp_path / folder, network, key=jax.random.key(4))
+        assert_equal_bits(unflatten(base_of(found)), params)
+        drawn = flatten(network.init(jax.random.key(4)))
+        for path in flatten(found).keys() - base_of(found).keys():
+            # Two programs, which may round differently in the last bit.
+            np.testing.assert_allclose(flatten(found)[path], drawn[path], rtol=1e-6)
+        with pytest.raises(UserError, match="is missing, and 11 more: the checkpoint lacks an adapter"):
+            load_params(tmp_path / folder, network)
+
+
+def test_orbax_keeps_adapters_in_their_own_precision(tmp_path: Path) -> None:
+    network = adapted("llama", DECODER, param_dtype="bfloat16")
+    params = random_params(network)
+    save_orbax(tmp_path / "model", network, params)
+    read, found = load_weights(tmp_path / "model")
+    assert read.config == network.config
+    assert_equal_bits(found, params)
+    assert found["blocks"]["mlp"]["up"]["lora_b"].dtype == jnp.float32
+    with pytest.raises(UserError, match=r"no place for the tensor blocks/\w+/\w+/lora_a, and 13 more"):
+        load_params(tmp_path / "model", Network.create(read.config.model_copy(update={"lora": None})))
+
+
+@pytest.mark.parametrize(("name", "targets"), [("llama-biases", DECODER), ("roberta", ENCODER), ("llama", ("value",))])
+def test_hugging_face_folders_hold_the_products(name: str, targets: tuple[str, ...], tmp_path: Path) -> None:
+    network = adapted(name, targets)
+    params = flatten(random_params(network))
+    save_orbax(tmp_path / "kept", network, unflatten(params))
+    convert(tmp_path / "kept", tmp_path / "merged")
+    plain, found = load_weights(tmp_path / "merged")
+    assert plain.config.lora is None
+    for path, leaf in flatten(found).items():
+        expected = np.asarray(params[path], np.float64)
+        projection = path.removesuffix("/kernel")
+        if f"{projection}/lora_a" in params:
+            a, b = (np.asarray(params[f"{projection}/lora_{side}"], np.float64) for side in "ab")
+            flat = a.reshape(len(a), -1, 3) @ b.reshape(len(b), 3, -1)
+            expected = expected + 5 / 3 * flat.reshape(expected.shape)
+            assert not np.allclose(leaf, params[path])
+        np.testing.assert_allclose(leaf, expected, rtol=1e-5, atol=1e-5, err_msg=path)
+
+
+def test_peft_folders_hold_the_adapters_under_pefts_names(tmp_path: Path) -> None:
+    network = adapted("llama", ("query", "out"))
+    params = random_params(network)
+    save_peft(tmp_path / "adapter", network, params, base="models/base")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["o_proj", "q_proj"]
+    assert (config["r"], config["lora_alpha"], config["task_type"]) == (3, 5.0, "CAUSAL_LM")
+    assert config["base_model_name_or_path"] == "models/base"
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert len(tensors) == 3 * 2 * 2
+    layer = "base_model.model.model.layers.1.self_attn."
+    attention = jax.tree.map(lambda leaf: np.asarray(leaf)[1], params["blocks"]["attention"])
+    np.testing.assert_array_equal(tensors[f"{layer}q_proj.lora_A.weight"], attention["query"]["lora_a"].T)
+    np.testing.assert_array_equal(
+        tensors[f"{layer}q_proj.lora_B.weight"], attention["query"]["lora_b"].reshape(3, -1).T
+    )
+    np.testing.assert_array_equal(tensors[f"{layer}o_proj.lora_A.weight"], attention["out"]["lora_a"].reshape(-1, 3).T)
+    np.testing.assert_array_equal(tensors[f"{layer}o_proj.lora_B.weight"], attention["out"]["lora_b"].T)
+
+
+def test_modules_that_share_their_last_word_are_named_whole(tmp_path: Path) -> None:
+    network = adapted("roberta", ("query", "down"))
+    save_peft(tmp_path / "adapter", network, random_params(network))
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["query", *(f"roberta.encoder.layer.{n}.output.dense" for n in range(3))]
+
+
+def test_a_model_without_adapters_has_none_to_write(tmp_path: Path) -> None:
+    network = Network.create(CONFIGS["llama"])
+    save_orbax(tmp_path / "model", network, random_params(network))
+    with pytest.raises(UserError, match=r"no adapters \(model\.lora\); allowed formats are hf, orbax"):
+        convert(tmp_path / "model", tmp_path / "adapter", format="peft")
+    assert not (tmp_path / "adapter").exists()
