@@ -15,6 +15,8 @@ from jaxcl.models import llama
 from jaxcl.models.layers import constant
 from jaxcl.models.network import LlamaConfig, Network
 
+pytestmark = pytest.mark.optimised  # bits are compared
+
 SIZES: dict[str, Any] = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 12, "num_layers": 2}
 CONFIG = LlamaConfig(**SIZES, num_heads=4, num_kv_heads=2, attention_bias=True)
 
