@@ -90,7 +90,7 @@ def combine(
 
     Args:
       sensitivity: normalised, by task; zeros for tasks to come.
-      forgettability: by task; zeros for tasks to come.
+      forgettability: by task; zeros for tasks to come. Over all queries; the authors' code takes the sampled ones.
       how: `product_of_sums` is the paper's, `sum_of_products` that of the authors' code; `sensitivity` and
         `forgettability` take one of the two alone; `random` draws from [0, 1) and looks at neither.
       key: what `random` draws from.

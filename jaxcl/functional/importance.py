@@ -5,7 +5,8 @@ $I = \frac{1}{N} \sum_n |\partial L(x_n) / \partial g|$ at $g = 1$. Each example
 backward pass over a batch gives all per-example gradients. Give $L(x_n)$ as the example's own mean loss: how examples
 are put into batches then changes nothing.
 
-The authors' code sums gradients over examples before it takes absolute values.
+The authors' code sums gradients over examples before it takes absolute values, standardises by the deviation of a
+sample (n - 1) and has the gate of intermediate units before their activation.
 """
 
 from __future__ import annotations
@@ -93,6 +94,8 @@ def normalise(importance: PyTree, how: Normalisation, share: float) -> PyTree:
 
 def normalise_tanh(scores: Float[Array, "layers units"]) -> Float[Array, "layers units"]:
     """`|tanh((x - mean) / deviation)|` per layer; 0 in a layer whose scores are all equal.
+
+    The deviation is that of the population (divided by n).
 
     Examples:
       >>> [f"{x:.4f}" for x in normalise_tanh(jnp.array([[1.0, 3.0]]))[0]]  # standardised: -1 and 1

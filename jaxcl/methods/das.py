@@ -7,8 +7,13 @@ output away from what the important units alone would give. No domain id is need
 
 Where the authors' code departs from the paper, the paper is followed: absolute values of gate gradients are taken per
 example, not of their sum; the general proxy compares two real dropout passes by their output distributions; domain
-importance sees the masked inputs the loss is defined on; masks lie on the heads' own axis and act once a step; a
+importance sees the masked inputs the loss is defined on; masks lie on the heads' own axis and act once per step; a
 contrast's positive is the same example; pooling leaves padding out. All passes see the same (masked) input.
+
+Further departures from the authors' code, where the paper says nothing: the gate of an intermediate unit comes after
+the activation, not before it; standardisation divides by the population deviation, not by that of a sample (n, not
+n - 1), which matters for a handful of heads; the bias of the attention output is shared by all heads, not masked by
+one.
 
 The paper leaves decoders open: here they work alike. Where the model has no dropout of its own, the passes that need
 noise drop hidden states (`proxy_dropout`) and leave attention probabilities alone: dropping those too would take

@@ -9,6 +9,10 @@ Where the authors' code departs from the paper, the paper is followed: outputs a
 predict the answer; memory is drawn at random; padding and future keys count nowhere; importance over tasks is the
 product of sums (their sum of products is the option `importance`). Short examples have fewer sampled queries instead
 of some drawn twice. Attention maps are never stored or gathered whole.
+
+Further departures from the authors' code, where the paper says nothing: the attention term is a mean over examples,
+each over its own layers (`example_divergence`); forgettability counts all queries, not the sampled ones; outputs are
+compared by KL divergence instead of cross-entropy, which differs by a constant.
 """
 
 from __future__ import annotations

@@ -21,7 +21,8 @@ class Gates:
 
     Attributes:
       heads: factor on each head's output, before the output projection.
-      intermediate: factor on each intermediate unit, after the activation (SwiGLU: after gate times up).
+      intermediate: factor on each intermediate unit, after the activation (SwiGLU: after gate times up). DAS's
+        authors have it before the activation.
       output: factor on each unit of the feed-forward output, before the residual sum.
     """
 
