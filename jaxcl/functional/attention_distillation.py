@@ -43,7 +43,8 @@ class AttentionTeacher(NamedTuple):
     Attributes:
       rows: weights of all selected heads, float32, or coded by `encode_rows`.
       heads: which of this layer's heads each of them is, -1 for those of other layers; see `heads_of_layers`.
-      queries: which query positions, rising, -1 behind them for none; rows have their padding on the right.
+      queries: query positions, strictly rising; rows have their padding on the right. An example with fewer of them
+        than there is room for has its first positions and then -1: `sample_queries` draws that way.
     """
 
     rows: AttentionRows

@@ -156,3 +156,24 @@ def test_a_filler_row_scores_nothing():
     row = rows().row(-1, Shape(16, 4), ())
     for name in ("segments", "weights", "targets", "predict"):
         assert not np.any(row[name])
+
+
+@pytest.mark.parametrize(("tail", "space"), [("\n", ""), ("\nAnswer:", " "), ("[/x]\n", ""), (" ->", " ")])
+def test_the_space_before_an_answer_follows_from_the_end_of_the_template(tail, space):
+    """The prompt itself ends in a word: what comes before the answer is the template's end."""
+    tokenizer, config = small_tokenizer(), DataConfig(template="{prompt}" + tail)
+    (ids,) = encode_answers(["moving"], ["Input"], tokenizer, config)
+    assert tokenizer.decode([tokenizer.encode("x")[0], *ids])[1:] == f"{space}moving"
+
+
+def test_what_fits_exactly_is_not_cut():
+    tokenizer = small_tokenizer()
+    pair = {"prompt": "Input: moving", "answer": "accident plan"}
+    free = rows([pair])
+    prompt, answer = len(free.prompts[0]), len(free.answers[0])
+    fitting = rows([pair], prompt_length=prompt, answer_length=answer, on_long_answer="cut")
+    assert (fitting.cut_prompts, fitting.cut_answers) == (0, 0)
+    assert fitting.prompts[0].tolist() == free.prompts[0].tolist()
+    tight = rows([pair], prompt_length=prompt - 1, answer_length=answer - 1, on_long_answer="cut")
+    assert (tight.cut_prompts, tight.cut_answers) == (1, 1)
+    assert tokenizer.eos_id not in tight.answers[0]

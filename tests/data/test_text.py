@@ -151,3 +151,11 @@ def test_rows_of_different_length_share_no_batch():
     with pytest.raises(ValueError, match="expected length 64"):
         rows().shapes([rows(length=32)])
     assert rows().shapes([rows()]) == [Shape(64, None)]
+
+
+@pytest.mark.parametrize("objective", ["causal", "masked"])
+def test_a_passage_that_fits_exactly_is_not_cut(objective):
+    free = rows(PASSAGES[:1], objective=objective, packing=False)
+    length = len(free.pieces[0])
+    assert rows(PASSAGES[:1], objective=objective, packing=False, length=length).cut == 0
+    assert rows(PASSAGES[:1], objective=objective, packing=False, length=length - 1).cut == 1

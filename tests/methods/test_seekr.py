@@ -294,11 +294,12 @@ def test_random_heads_are_drawn_by_the_key_and_by_nothing_else(params: Any) -> N
 TAUGHT = {"distil_on": "task", "query_budget": 0}
 
 
-def test_without_a_memory_the_model_before_the_task_teaches_on_its_rows(params: Any) -> None:
-    """A row's loss equals that of a remembered row with the signals of the same model."""
+@pytest.mark.parametrize("learned", [1, 2])
+def test_without_a_memory_the_model_before_the_task_teaches_on_its_rows(params: Any, learned: int) -> None:
+    """A row's loss equals that of a remembered row of the last task learned, with the signals of the same model."""
     method, known = make_method(**TAUGHT), perturbed(params, 0.1, seed=1)
-    batch = dataclasses.replace(BATCH, task=jnp.zeros_like(BATCH.task))
-    state = method.prepare(known, state_of(method, params), StandInTask([batch], index=1))
+    batch = dataclasses.replace(BATCH, task=jnp.full_like(BATCH.task, learned - 1))
+    state = method.prepare(known, state_of(method, params), StandInTask([batch], index=learned))
     student = perturbed(params, 0.3, seed=2)
     found = jax.jit(method.loss)(student, state, batch, jax.random.key(0))
 

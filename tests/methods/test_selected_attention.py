@@ -169,3 +169,23 @@ def test_sampled_queries_lose_no_key(budget: int, lengths: tuple[int, int]) -> N
     for argument in (0, 1):
         gradients = [jax.grad(lambda *args, one=one: one(*args).sum(), argument)(query, key) for one in (found, dense)]
         np.testing.assert_allclose(*gradients, rtol=1e-4, atol=1e-6)
+
+
+def test_the_last_token_keeps_its_gradient_where_fewer_queries_are_asked_than_there_is_room_for() -> None:
+    length, segments = 6, jnp.ones((1, 6), jnp.int32)
+    query, key = (jnp.asarray(RNG.normal(size=(1, length, 2, 4)), jnp.float32) for _ in range(2))
+    heads = jnp.array([[0, 1]])
+
+    def slope(queries: list[int]) -> jax.Array:
+        asked = jnp.array([queries])
+        rows = selected_rows(AttentionView(query + 1.0, key, segments, True, 0.5), heads, asked)
+        teacher = AttentionTeacher(rows, heads, asked)
+
+        def total(query: jax.Array) -> jax.Array:
+            return attention_divergence(AttentionView(query, key, segments, True, 0.5), teacher)[0].sum()
+
+        return jax.grad(total)(query)
+
+    exact = slope([0, 1, 2, 3, 4, 5])
+    assert np.all(np.abs(exact[0, 5]).sum(axis=-1) > 0)
+    np.testing.assert_allclose(slope([0, 1, 2, 3, 4, 5, -1, -1]), exact, rtol=1e-5, atol=1e-7)

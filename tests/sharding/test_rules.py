@@ -172,3 +172,17 @@ def test_activations_on_a_real_mesh() -> None:
         doubled = per_shard(lambda x: 2 * x, [("batch", "embed")], ("batch", "embed"))
         np.testing.assert_array_equal(jax.jit(doubled)(x), 2 * x)
         assert shards("heads") == 1
+
+
+def test_every_activation_is_split_as_this_table_says() -> None:
+    mesh = jax.sharding.AbstractMesh((2, 2, 2), ("data", "fsdp", "tensor"))
+    expected = {
+        ("batch", "length", "embed"): (("data", "fsdp"), None, None),
+        ("batch", "length", "heads", "head_dim"): (("data", "fsdp"), None, "tensor", None),
+        ("batch", "length", "kv_heads", "head_dim"): (("data", "fsdp"), None, "tensor", None),
+        ("batch", "length", "mlp"): (("data", "fsdp"), None, "tensor"),
+        ("batch", "length", "vocab"): (("data", "fsdp"), None, "tensor"),
+        ("batch", "labels"): (("data", "fsdp"), None),
+    }
+    for names, parts in expected.items():
+        assert tuple(rules.partition(names, [8] * len(names), mesh, rules.ACTIVATION_RULES)) == parts, names

@@ -153,3 +153,8 @@ def test_impossible_values_are_refused(field: str, value: Any) -> None:
 def test_warmup_never_exceeds_the_task() -> None:
     for warmup, total in itertools.product((0.5, 10), (1, 7)):
         assert int(Clock.start(OptimizerConfig(warmup=warmup), total).warmup) <= total
+
+
+def test_a_warmup_of_one_is_one_step_and_below_one_a_share() -> None:
+    for warmup, steps in ((1, 1), (1.0, 1), (2, 2), (0.5, 5), (0.01, 1)):
+        assert Clock.start(OptimizerConfig(warmup=warmup), 10).warmup == steps
