@@ -13,7 +13,6 @@ import jax
 import numpy as np
 import pytest
 
-from jaxcl.commands.convert import convert
 from jaxcl.config import parse_config
 from jaxcl.data.synthetic import Frame, Sample
 from jaxcl.data.teacher_store import TeacherStore
@@ -24,7 +23,7 @@ from jaxcl.run import sequence
 from jaxcl.run.components import build, initial_params
 from jaxcl.run.folder import RunFolder
 from jaxcl.run.synthesis import Writer
-from jaxcl.weights import load_weights
+from jaxcl.weights import load_weights, save_hf
 from tests.tiny.runs import PAIRS, SEEKR, TEXT, numbers, run
 
 WRITTEN: dict[str, Any] = {
@@ -150,12 +149,13 @@ def test_prompts_are_written_by_the_model_the_run_began_with(tmp_path: Path, mon
             return super().bodies(*arguments)
 
     monkeypatch.setattr(sequence, "Writer", Watched)
+    parts = build(parse_config({**PAIRS, "output": str(tmp_path), "method": "sequential"}), RunFolder(tmp_path))
+    weights = save_hf(tmp_path / "weights", parts.network, initial_params(parts))
+    parts.tokenizer.save(weights)
     short = {**PAIRS, "training": {"batch_size": 8, "steps": 2}, "evaluation": {"batch_size": 4, "limit": 1}}
-    run({**short, "tasks": PAIRS["tasks"][:1]}, tmp_path / "first", "sequential")
-    weights = convert(str(tmp_path / "first"), tmp_path / "weights", "hf", "float32")
-    replay = {**WRITTEN["replay"], "synthetic": {"candidates": 2}}
+    replay = {"fraction": 0.25, "source": "synthetic", "synthetic": {"candidates": 2}}
     content = {**short, "weights": str(weights), "model": {}, "tokenizer": {}}
-    run(content, tmp_path / "run", {**WRITTEN, "replay": replay})
+    run(content, tmp_path / "run", {"name": "replay", "replay": replay})
     assert len(writers) == 2  # once a task
     for writer in writers:
         jax.tree.map(np.testing.assert_array_equal, writer, load_weights(weights)[1])
