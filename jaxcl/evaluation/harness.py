@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxcl.data.plan import Shape, choose_lengths
-from jaxcl.data.rows import blank, place
+from jaxcl.data.rows import RowFields, blank, place
 from jaxcl.data.tokenizer import Tokenizer
 from jaxcl.errors import UserError
 from jaxcl.evaluation.scoring import as_batch, row_sums
@@ -183,13 +183,13 @@ class HarnessModel(LM):
             shape = Shape(bound, -(-scored // _SCORED_MULTIPLE) * _SCORED_MULTIPLE)
             for start in range(0, len(members), self.batch_size):
                 chosen = members[start : start + self.batch_size].tolist()
-                rows = [self._row(examples[index], shape) for index in chosen]
+                rows: list[Mapping[str, Any]] = [self._row(examples[index], shape) for index in chosen]
                 rows += [blank(shape, self.tokenizer.pad_id)] * (self.batch_size - len(rows))
                 fields: dict[str, Any] = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
                 zeros = np.zeros(self.batch_size, np.int32)
                 yield chosen, as_batch(fields | {"task": zeros, "example": zeros, "packed": False})
 
-    def _row(self, example: Scoring, shape: Shape) -> dict[str, Any]:
+    def _row(self, example: Scoring, shape: Shape) -> RowFields:
         row = blank(shape, self.tokenizer.pad_id)
         tokens, count = np.asarray(example.tokens, np.int32), example.scored
         place(row, [tokens[:-1]])

@@ -14,7 +14,7 @@ from jaxcl.config import ExperimentConfig
 from jaxcl.data.pairs import PairRows, pair_shapes
 from jaxcl.data.pipeline import Pipeline
 from jaxcl.data.plan import Shape
-from jaxcl.data.rows import Rows
+from jaxcl.data.rows import EncodedRows, HostBatch
 from jaxcl.data.sources import TaskData, load_task
 from jaxcl.data.spec import DataConfig, SourceSpec, TaskSpec, TokenizerConfig
 from jaxcl.data.text import Objective, TextRows
@@ -70,12 +70,12 @@ class Components:
         return "all tasks" if self.method.joint else self.tasks[index].name
 
     @functools.cached_property
-    def all_train_rows(self) -> Mapping[int, Rows]:
+    def all_train_rows(self) -> Mapping[int, EncodedRows]:
         """The encoded training examples of every task whose data is there, by its index."""
         there = (index for index, spec in enumerate(self.config.tasks) if not spec.data_gone)
         return {index: self.encode(index, "train") for index in there}
 
-    def train_rows(self, index: int) -> Rows:
+    def train_rows(self, index: int) -> EncodedRows:
         """The encoded training examples of a task.
 
         Raises:
@@ -91,7 +91,7 @@ class Components:
         rows = [rows for rows in self.all_train_rows.values() if isinstance(rows, PairRows)]
         return pair_shapes(rows, self.config.data) if rows else None
 
-    def encode(self, index: int, split: str) -> Rows:
+    def encode(self, index: int, split: str) -> EncodedRows:
         """The encoded examples of a task.
 
         Args:
@@ -126,7 +126,7 @@ class Components:
             rows, self.tokenizer, data, task=index, name=name, prompt_prefix=self.method.prompt_prefix(index)
         )
 
-    def pipeline(self, sources: list[Rows], *, batch_size: int | None = None) -> Pipeline:
+    def pipeline(self, sources: list[EncodedRows], *, batch_size: int | None = None) -> Pipeline:
         """Training batches of encoded examples; see `Pipeline`."""
         size = batch_size or self.config.training.batch_size
         return Pipeline(sources, size, self.config.data, shapes=self.shapes)
@@ -139,11 +139,11 @@ class ProcessShare:
         self._pipeline = pipeline
         self.steps_per_epoch = pipeline.steps_per_epoch
 
-    def once(self, limit: int | None = None, seed: int | None = None) -> Iterator[dict[str, Any]]:
+    def once(self, limit: int | None = None, seed: int | None = None) -> Iterator[HostBatch]:
         """See `Pipeline.once`."""
         return self._pipeline.once(limit, seed, jax.process_index(), jax.process_count())
 
-    def batch_at(self, step: int, *, seed: int) -> dict[str, Any]:
+    def batch_at(self, step: int, *, seed: int) -> HostBatch:
         """See `Pipeline.batch_at`."""
         here, all_of_them = jax.process_index(), jax.process_count()
         return self._pipeline.batch_at(step, seed=seed, process_index=here, process_count=all_of_them)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax.numpy as jnp
 
 from jaxcl.data.pairs import encode_prompts
 from jaxcl.data.pipeline import LabelledPipeline
+from jaxcl.data.rows import HostBatch
 from jaxcl.data.sources import TaskData, load_end_task
 from jaxcl.errors import UserError
 from jaxcl.evaluation.end_tasks import score_end_task
@@ -201,7 +202,7 @@ class Evaluator:
         return self._end_tasks[index]
 
     def _place(self, rows: Mapping[str, Any]) -> Batch:
-        return place_batch(dict(rows), self.parts.layout.batch)
+        return place_batch(cast(HostBatch, rows), self.parts.layout.batch)
 
 
 def higher_is_better(metrics: Sequence[str]) -> list[bool]:

@@ -17,7 +17,7 @@ import numpy as np
 from jaxcl.config import ExperimentConfig
 from jaxcl.data.memory import Memory
 from jaxcl.data.mix import Interleaved, Mixed
-from jaxcl.data.pipeline import Pipeline
+from jaxcl.data.pipeline import Stream
 from jaxcl.data.teacher_store import TeacherStore, write_records
 from jaxcl.errors import UserError
 from jaxcl.evaluation.results import Results, write_tables
@@ -42,8 +42,6 @@ from jaxcl.training.task import RunningTask, signal_records
 
 # How long a file may take to be seen by another machine.
 _VISIBLE_SECONDS = 30
-
-Stream = Pipeline | Interleaved | Mixed
 
 
 class Outcome(NamedTuple):

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import jax
 
 from jaxcl.data.memory import Memory, MemoryPipeline, TaskMemory
-from jaxcl.data.rows import Rows
+from jaxcl.data.rows import EncodedRows
 from jaxcl.models.trainable import Params
 from jaxcl.run.components import Components, ProcessShare
 from jaxcl.training.config import micro_batch_size
@@ -31,7 +31,7 @@ def remember(parts: Components, memory: Memory, index: int) -> Memory:
     )
 
 
-def remembered_rows(parts: Components, task: TaskMemory) -> Rows:
+def remembered_rows(parts: Components, task: TaskMemory) -> EncodedRows:
     """What a task's memory chooses from: its training examples, or what the model wrote for it."""
     if not task.written:
         return parts.train_rows(task.task)

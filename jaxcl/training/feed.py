@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import collections
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
+from jaxcl.data.rows import HostBatch
 from jaxcl.models.batch import Batch
 
-Rows = Mapping[str, Any]
-
-_INTEGERS = frozenset({"tokens", "segments", "positions", "types", "predict", "targets", "task", "example", "labels"})
+_INTEGERS = frozenset(HostBatch.__annotations__) - {"weights", "teacher", "origin", "memory"}
 
 
 class RowIterator(Protocol):
     """What a feed reads from: endless or not, and able to say where it stands."""
 
-    def __next__(self) -> Rows:
+    def __next__(self) -> HostBatch:
         """This process's rows of the next batch: numpy arrays by `Batch` field name, and `kind`."""
         ...
 
@@ -34,7 +33,7 @@ class RowIterator(Protocol):
         ...
 
 
-def place_batch(rows: Rows, sharding: NamedSharding) -> Batch:
+def place_batch(rows: HostBatch, sharding: NamedSharding) -> Batch:
     """Rows of this process to a batch over all devices.
 
     Args:
@@ -48,14 +47,14 @@ def place_batch(rows: Rows, sharding: NamedSharding) -> Batch:
     Raises:
       ValueError: a field is unknown or missing.
     """
-    fields = {name: value for name, value in rows.items() if value is not None}
+    fields: dict[str, Any] = {name: value for name, value in rows.items() if value is not None}
     if "memory" in fields:
         fields["memory"] = place_batch(fields["memory"], sharding)
     for name in _INTEGERS & fields.keys():
         fields[name] = np.asarray(fields[name], np.int32)
     if "weights" in fields:
         fields["weights"] = np.asarray(fields["weights"], np.float32)
-    if "kind" in fields:
+    if "origin" in fields:
         fields["origin"] = str(fields["origin"])
     try:
         batch = Batch(**{"predict": None, **fields})

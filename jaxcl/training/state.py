@@ -80,7 +80,7 @@ def replace_method_state(state: TrainState, new: PyTree, layout: Layout) -> Trai
     Raises:
       ValueError: structure, a shape or a dtype differs from before; the message names the leaf.
     """
-    new = check_replacement("method state", state.method_state, new, beside=state.params)
+    new = check_replacement("method state", state.method_state, new, shared_with=state.params)
     return state.replace(method_state=layout.place(new))
 
 
@@ -92,12 +92,12 @@ def replace_params(state: TrainState, new: PyTree, layout: Layout) -> TrainState
     """
     if new is state.params:
         return state
-    new = check_replacement("params", state.params, new, beside=state.method_state)
+    new = check_replacement("params", state.params, new, shared_with=state.method_state)
     return state.replace(params=put(new, layout.params))
 
 
-def check_replacement(name: str, old: PyTree, new: PyTree, beside: PyTree = None) -> PyTree:
-    """Checks that `new` has the structure, shapes and dtypes of `old`, and copies buffers that it shares with `beside`.
+def check_replacement(name: str, old: PyTree, new: PyTree, shared_with: PyTree = None) -> PyTree:
+    """Checks that `new` has the structure, shapes and dtypes of `old`; copies buffers shared with `shared_with`.
 
     Raises:
       ValueError: structure, a shape or a dtype differs; the message names the leaf.
@@ -107,7 +107,7 @@ def check_replacement(name: str, old: PyTree, new: PyTree, beside: PyTree = None
     got: Any = jax.tree.structure(new)
     if expected != got:
         raise ValueError(f"{name}: expected structure {expected}, got {got}; {origin} decides it")
-    others = {id(leaf) for leaf in jax.tree.leaves(beside)}
+    others = {id(leaf) for leaf in jax.tree.leaves(shared_with)}
 
     def check(path: Any, before: Array, after: Array) -> Array:
         if before.shape != after.shape or before.dtype != after.dtype:

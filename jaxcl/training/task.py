@@ -8,20 +8,21 @@ from typing import Protocol
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from jaxcl.data.rows import HostBatch
 from jaxcl.functional.losses import real_length
 from jaxcl.models.batch import Batch
 from jaxcl.sharding.layout import Layout
 from jaxcl.training.compile import Compiler
-from jaxcl.training.feed import Rows, place_batch
+from jaxcl.training.feed import place_batch
 from jaxcl.training.state import TrainState
 from jaxcl.training.stored import Record, trim
 from jaxcl.training.trainer import Trainer
 
 
-class Pipeline(Protocol):
+class ExampleSource(Protocol):
     """One pass over examples, this process's rows of each batch, the last batch filled up."""
 
-    def once(self, limit: int | None, seed: int) -> Iterator[Rows]:
+    def once(self, limit: int | None, seed: int) -> Iterator[HostBatch]:
         """Rows of (the first `limit` of a shuffle by `seed` of) the examples."""
         ...
 
@@ -45,8 +46,8 @@ class RunningTask:
         count: int,
         key: Array,
         seed: int,
-        pipeline: Pipeline,
-        memory: Pipeline | None,
+        pipeline: ExampleSource,
+        memory: ExampleSource | None,
         params_before: Callable[[], PyTree],
         compiler: Compiler,
     ) -> None:
@@ -90,8 +91,8 @@ class RunningTask:
         """The params as they were before this task, read anew at every call."""
         return self._params_before()
 
-    def _place(self, pipeline: Pipeline, limit: int | None) -> Iterator[Batch]:
-        for rows in pipeline.once(limit, self._seed):
+    def _place(self, source: ExampleSource, limit: int | None) -> Iterator[Batch]:
+        for rows in source.once(limit, self._seed):
             yield place_batch(rows, self.layout.batch)
 
 
