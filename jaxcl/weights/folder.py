@@ -75,6 +75,6 @@ def copy_tokenizer(source: Path, target: Path) -> list[str]:
     return copied
 
 
-def _together(moment: str) -> None:
+def _together(point: str) -> None:
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(moment)
+        multihost_utils.sync_global_devices(point)
