@@ -22,11 +22,9 @@ class MeshConfig(Schema):
     One size may be -1: it is inferred from the number of devices and the other sizes.
     """
 
-    data: int = Field(
-        -1, ge=-1, description="number of copies of the params, over which the batch is split; -1: inferred"
-    )
-    fsdp: int = Field(1, ge=-1, description="number of parts of batch, params and optimizer state; -1: inferred")
-    tensor: int = Field(1, ge=-1, description="number of parts of heads, mlp and vocab within a layer; -1: inferred")
+    data: int = Field(-1, ge=-1, description="copies of the params, over which the batch is split; -1: inferred")
+    fsdp: int = Field(1, ge=-1, description="parts of batch, params and optimizer state; -1: inferred")
+    tensor: int = Field(1, ge=-1, description="parts of heads, mlp and vocab within a layer; -1: inferred")
 
     @model_validator(mode="after")
     def _sizes(self) -> MeshConfig:

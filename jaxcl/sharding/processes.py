@@ -155,9 +155,7 @@ def _start_runtime(process: ProcessId) -> None:
             initialization_timeout=_CONNECT_SECONDS,
         )
     except (RuntimeError, ValueError) as error:
-        raise UserError(
-            f"could not connect to the run's other processes at {process.coordinator}: {_line(error)}"
-        ) from error
+        raise UserError(f"could not join the run's other processes at {process.coordinator}: {_line(error)}") from error
 
 
 def _check_devices(process: ProcessId) -> None:
@@ -170,7 +168,7 @@ def _check_devices(process: ProcessId) -> None:
     for index in range(process.count):
         if counts[index] != first:
             raise UserError(
-                f"processes must have the same number of devices: process 0 has {first}, process {index} has {counts[index]}"
+                f"processes must have equal numbers of devices: process 0 has {first}, process {index} has {counts[index]}"
             )
 
 

@@ -73,9 +73,7 @@ def test_a_runtime_that_does_not_start_is_one_line(joined: list, monkeypatch: py
 
     monkeypatch.setattr(jax.distributed, "initialize", refuse)
     monkeypatch.setattr(jax.config, "update", lambda *_: None)
-    with pytest.raises(
-        UserError, match=r"could not connect to the run's other processes at host:1: UNAVAILABLE: lost$"
-    ):
+    with pytest.raises(UserError, match=r"could not join the run's other processes at host:1: UNAVAILABLE: lost$"):
         processes._start_runtime(ProcessId("host", 1, 2, 0))
 
 
@@ -112,7 +110,7 @@ def run_two(file: Path, devices: tuple[int, int]) -> list[tuple[int, str]]:
 
 
 def test_different_numbers_of_devices_are_one_line_in_both(tmp_path: Path) -> None:
-    told = "processes must have the same number of devices: process 0 has 1, process 1 has 2\n"
+    told = "processes must have equal numbers of devices: process 0 has 1, process 1 has 2\n"
     assert run_two(tmp_path / "file", (1, 2)) == [(1, told), (1, told)]
 
 
