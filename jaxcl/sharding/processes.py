@@ -168,7 +168,8 @@ def _check_devices(process: ProcessId) -> None:
     for index in range(process.count):
         if counts[index] != first:
             raise UserError(
-                f"processes must have equal numbers of devices: process 0 has {first}, process {index} has {counts[index]}"
+                f"processes must have equal numbers of devices: process 0 has {first}, process {index} has "
+                f"{counts[index]}"
             )
 
 

@@ -1,7 +1,7 @@
 """Checks that all processes of a run have started, before jax's runtime does.
 
 The runtime aborts with a stack trace if a process is missing, and crashes if its port is in use. So process 0 first
-listens on that port, the others report to it, and all receive the same verdict: go, or one line that says what is wrong.
+listens on that port, the others report to it, and all receive the same verdict: go, or one line of what is wrong.
 """
 
 from __future__ import annotations

@@ -42,8 +42,8 @@ def check_private(method: Method, name: str) -> None:
     """
     if method.couples_examples:
         raise UserError(
-            f"training.privacy: the loss of {name} compares the examples of a batch with each other, so that no example "
-            "has a gradient of its own; docs/methods.md says what can be trained privately",
+            f"training.privacy: the loss of {name} compares the examples of a batch with each other, so that no "
+            "example has a gradient of its own; docs/methods.md says what can be trained privately",
             exit_code=2,
         )
     if (method.replay is not None and method.replay.source == "kept") or method.joint:

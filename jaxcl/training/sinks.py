@@ -37,7 +37,7 @@ class JsonLines:
 
         Args:
           path: the file.
-          after: the step from which a run is resumed: rows of later steps, written before the interruption, are removed.
+          after: the step from which a run is resumed: rows of later steps, from before the interruption, are removed.
             `None` keeps everything.
 
         Raises:

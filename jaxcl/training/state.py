@@ -47,8 +47,8 @@ def state_shardings(state: TrainState, layout: Layout) -> TrainState:
       layout: the run's layout.
 
     Returns:
-      The same tree with `NamedSharding` leaves: params, and copies of them in the optimizer's and the method's state, are
-      sharded as the layout says; everything else is replicated.
+      The same tree with `NamedSharding` leaves: params, and copies of them in the optimizer's and the method's state,
+      are sharded as the layout says; everything else is replicated.
     """
     whole: Any = layout.replicated
     return TrainState(

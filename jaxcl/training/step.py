@@ -56,8 +56,8 @@ def make_train_step(
       opt_shardings: where to bring optimizer state that is offloaded to the host; `None`: it is not offloaded.
 
     Returns:
-      `step(state, batch, key) -> (state, metrics)`. `key` is the run's; the step's number is folded into it. Metrics are
-      float32 scalars: `loss`; `term/<name>`, the mean of each term; `grad_norm` (before clipping), `param_norm` and
+      `step(state, batch, key) -> (state, metrics)`. `key` is the run's; the step's number is folded into it. Metrics
+      are float32 scalars: `loss`; `term/<name>`, the mean of each term; `grad_norm` (before clipping), `param_norm` and
       `update_norm`, of the trained params; `learning_rate`; `tokens`, the number of tokens that are not padding.
     """
     gradient = _whole if accumulate == 1 else _accumulated(accumulate, layout)

@@ -340,7 +340,7 @@ def test_mistral_is_a_llama_unless_its_window_is_active(tmp_path: Path) -> None:
     edit_config(tmp_path / "model", sliding_window=64)
     assert read_config(tmp_path / "model") == network.config
     edit_config(tmp_path / "model", sliding_window=48)
-    with pytest.raises(UserError, match=r"sliding window of 48 tokens is not supported; max_length \(now \d+\) must be at most 48"):
+    with pytest.raises(UserError, match=r"sliding window of 48 tokens .*must be at most 48"):
         read_config(tmp_path / "model")
     assert read_config(tmp_path / "model", max_length=48).max_length == 48
 
