@@ -87,14 +87,14 @@ def test_mistakes_are_one_line(tmp_path: Path, overrides: list[str], expected: l
 
 def test_a_name_used_twice_is_refused() -> None:
     tasks = [MINIMAL["tasks"][0]] * 2
-    with pytest.raises(ConfigError, match="'one' stands twice"):
+    with pytest.raises(ConfigError, match="'one' appears twice"):
         parse_config({**MINIMAL, "tasks": tasks})
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("seed: 1\nseed: 2\n", ["line 2", "'seed' stands twice"]),
+        ("seed: 1\nseed: 2\n", ["line 2", "'seed' appears twice"]),
         ("seed: [1\n", ["line", "not valid YAML"]),
         ("- a\n", ["expected a mapping", "list"]),
     ],

@@ -1,9 +1,9 @@
-"""A model writes samples of the task it has just learned, to remember it by instead of its examples.
+"""A model writes samples of the task it has just learned, which replace the task's examples in the memory.
 
-The instruction that all prompts of the task share is continued by sampling from the model that the run began with, or
-from the one before the task: one that has learned to answer tends to answer at once. The prompt so found is answered
-greedily by the model that has learned the task, and `jaxcl.data.synthetic` says which samples are kept. All processes
-write the same ones.
+Prompts are sampled as continuations of the instruction that all prompts of the task share. They come from the initial
+model of the run or from the model before the task, because a model that has learned the task tends to answer at once.
+The model that has learned the task answers them greedily, and `jaxcl.data.synthetic` chooses the samples to keep. All
+processes write the same samples.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ logger = logging.getLogger(__name__)
 def write_samples(
     parts: Components, writer: Params, params: Params, index: int, key: Array
 ) -> tuple[list[dict[str, str]], dict[str, int]]:
-    """Samples of a task, as many as its memory would hold examples.
+    """Samples of a task, at most as many as its memory would have examples.
 
     Args:
       parts: the parts of the run.
-      writer: the model that writes the prompts.
-      params: the model that has learned the task; answers them.
+      writer: params of the model that writes the prompts.
+      params: params of the model that has learned the task, which answers them.
       index: which task.
-      key: what prompts are drawn from.
+      key: random key for the prompts.
 
     Returns:
-      Rows with `prompt` and `answer`, and how many samples were dropped by what; see `Chosen.dropped`.
+      Rows with `prompt` and `answer`, and the number of dropped samples by reason; see `Chosen.dropped`.
 
     Raises:
-      UserError: none is any good.
+      UserError: no sample can be kept.
     """
     replay, task = parts.method.replay, parts.tasks[index]
     if replay is None:
@@ -82,11 +82,11 @@ def _continue(
     count: int,
     key: Array,
 ) -> list[str | None]:
-    """Bodies of prompts that the model writes behind the prefix; `None` where it never came to the suffix."""
+    """Bodies of prompts that the model writes after the prefix; `None` if it did not reach the suffix."""
     tokenizer, data = parts.tokenizer, parts.config.data
     opening = open_prompts([frame.prefix], tokenizer, data)[0]
     longest = max(len(ids) for ids in encode_prompts(prompts, tokenizer, data).ids)
-    # Room to come to the suffix; what is too long for the run's steps does not fit later.
+    # Room to reach the suffix; samples too long for the run's shapes are dropped later.
     room = max(16, min(2 * (longest - len(opening)), data.prompt_length - len(opening)))
     generator = _generator(parts, len(opening), room)
     texts = generator(params, [opening] * count, key, settings.temperature, settings.top_p)
@@ -94,22 +94,22 @@ def _continue(
 
 
 def _answer(parts: Components, params: Params, frame: Frame, bodies: list[str | None], index: int) -> list[Sample]:
-    """Greedy answers to the prompts, with their likelihood under the model."""
+    """Samples with greedy answers and their likelihoods under the model."""
     finished = [body for body in bodies if body is not None]
     if not finished:
         return [Sample(None, "", -np.inf)] * len(bodies)
     tokenizer, data = parts.tokenizer, parts.config.data
     prompts = [f"{frame.prefix}{body}{frame.suffix}" for body in finished]
     ids = encode_prompts(prompts, tokenizer, data).ids
-    # No longer than the longest answer of the run, whose end token has a place as well.
+    # No longer than the longest answer of the run, without its end token.
     generator = _generator(parts, data.prompt_length, max(1, (_largest(parts).predict or data.answer_length) - 1))
     written = generator(params, ids)
     ended = [len(answer) < generator.max_new_tokens for answer in written]
-    # Where the run takes no answer that was cut, one that never ended is none.
+    # If the run does not accept cut answers, an answer without an end is dropped.
     kept = [answer if end or data.on_long_answer == "cut" else [] for answer, end in zip(written, ended, strict=True)]
     answers = [tokenizer.decode(answer).strip() for answer in kept]
     rows = [{"prompt": prompt, "answer": answer} for prompt, answer in zip(prompts, answers, strict=True)]
-    # No longer than what the run's steps are compiled for.
+    # Keep what fits the shapes that the run's steps are compiled for.
     sizes = parts.encode_written(rows, index, "samples").sizes
     fitting = np.flatnonzero(np.all(sizes <= np.array(_largest(parts)), axis=1)).tolist()
     likelihoods = _likelihoods(parts, params, [rows[place] for place in fitting], index)
@@ -125,7 +125,7 @@ def _largest(parts: Components) -> Shape:
 
 
 def _likelihoods(parts: Components, params: Params, rows: Sequence[Mapping[str, str]], index: int) -> list[float]:
-    """Mean log-probability of each answer's tokens."""
+    """Mean log-probability of the tokens, per answer."""
     if not rows:
         return []
     encoded = parts.encode_written(rows, index, "samples")
