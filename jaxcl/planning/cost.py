@@ -24,7 +24,7 @@ _FREE = frozenset(
 )
 _SLICES = ("dynamic-slice", "slice", "gather")
 _Started = Mapping[str, set[str]]
-# Products per kernel, of 2 * rows * length * length * head_dim operations each (Dao, 2023: FlashAttention-2, section 3).
+# Products per kernel, each 2 * rows * length * length * head_dim operations (Dao, 2023: FlashAttention-2, section 3).
 _SPLASH = {"fwd": 2, "dq": 3, "dkv": 4}
 
 

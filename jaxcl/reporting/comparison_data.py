@@ -65,8 +65,8 @@ def collect(folder: Path, runs: Sequence[Path]) -> dict[str, Any]:
     Returns:
       `tasks`, `metric`, `higher_is_better` and `unit`; `runs`: results and `folder` of each run; `methods`: for each
       method its `seeds` and, by measure, `mean`, `std` (sample standard deviation; `null` for a single run) and
-      `values` (one per seed). `intransigence` is relative to the mean of the joint runs, if there are any. `further` contains
-      `op`, `bwt`, `forgetting_rate` and `gain` of the other measures.
+      `values` (one per seed). `intransigence` is relative to the mean of the joint runs, if there are any. `further`
+      contains `op`, `bwt`, `forgetting_rate` and `gain` of the other measures.
     """
     if not runs:
         raise UserError("comparison: no runs to compare", exit_code=2)

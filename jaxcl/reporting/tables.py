@@ -110,7 +110,7 @@ class _Masks:
             "<h3>Units needed by each domain</h3>",
             figure(
                 self.draw(unit_plots.needed_shares(own, together, self.titles, "needed units")),
-                f"Share of units with an importance above {_NEEDED}: for the domain itself, and for it or any earlier one.",
+                f"Share of units with an importance above {_NEEDED}: for the domain, and for it or an earlier one.",
             ),
             note=f"Units that matter for earlier knowledge learn less: updates are multiplied by 1 {MINUS} importance.",
         )

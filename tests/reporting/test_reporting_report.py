@@ -125,9 +125,9 @@ def test_an_unfinished_run_says_so(seekr: Path, tmp_path: Path) -> None:
     [
         (None, "no results.json"),
         ("[", "cannot be read"),
-        ("[]", "not a jaxcl result: no 'method'"),
-        ('{"method":"x","seed":0,"tasks":["a"],"metric":["accuracy"],"matrix":[["x"]]}', "not a list of rows of numbers"),
-        ('{"method":"x","seed":0,"tasks":["a"],"metric":["accuracy"],"matrix":[[1,2]]}', "not a list of rows of numbers"),
+        ("[]", "not a jaxcl result: 'method' is missing"),
+        ('{"method":"x","seed":0,"tasks":["a"],"metric":["accuracy"],"matrix":[["x"]]}', "matrix is not a list"),
+        ('{"method":"x","seed":0,"tasks":["a"],"metric":["accuracy"],"matrix":[[1,2]]}', "matrix is not a list"),
     ],
 )
 def test_a_folder_without_usable_results_is_one_clear_line(tmp_path: Path, content: str | None, message: str) -> None:
