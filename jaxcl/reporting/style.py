@@ -118,13 +118,13 @@ def per_row(count: int) -> int:
     return min((5, 4, 3), key=lambda columns: (-count % columns, -columns))
 
 
-def outer_labels(axes: Sequence[Axes], columns: int, count: int, below: str, beside: str) -> None:
+def outer_labels(axes: Sequence[Axes], columns: int, count: int, x_label: str, y_label: str) -> None:
     """Labels the outer panels only; panels above an empty place are outer, too."""
     for index, axis in enumerate(axes[:count]):
         if index % columns == 0:
-            axis.set_ylabel(beside)
+            axis.set_ylabel(y_label)
         if index + columns >= count:
-            axis.set_xlabel(below)
+            axis.set_xlabel(x_label)
             axis.tick_params(labelbottom=True)
 
 

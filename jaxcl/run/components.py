@@ -222,7 +222,7 @@ def _check_tasks(config: ExperimentConfig, tasks: tuple[TaskData, ...], method: 
     if gone and (method.joint or method.replay is not None):
         raise UserError(
             f"task {gone[0]}: data_gone is true, but {config.method.name} needs the examples of earlier tasks; choose "
-            "a method without replay",
+            "a method that does not",
             exit_code=2,
         )
     written = method.replay is not None and method.replay.source != "kept"

@@ -246,7 +246,7 @@ class TaskSequence:
         if (first := next(records, None)) is not None:
             stored = itertools.chain([first], records)
             write_records(self.folder.store(index, jax.process_index()), stored, parts.about(index))
-        wait_for_all(f"stored beside task {index}")
+        wait_for_all(f"signals of task {index} stored")
         if self.main and (tables := method.tables(state.method_state)):
             write_tables(self.folder.importance, index, {name: np.asarray(value) for name, value in tables.items()})
         return state

@@ -59,10 +59,10 @@ class Trainer:
         self._transform = method.transform(make_parts(optimizer))
         shapes = jax.eval_shape(self._init, layout.shapes)
         self.shardings = state_shardings(shapes, layout)
-        moments = None
+        opt_shardings = None
         if optimizer.offload:
-            moments = self.shardings.opt_state
-            self.shardings = self.shardings.replace(opt_state=on_host(shapes.opt_state, moments))
+            opt_shardings = self.shardings.opt_state
+            self.shardings = self.shardings.replace(opt_state=on_host(shapes.opt_state, opt_shardings))
         self.target: TrainState = abstract(shapes, self.shardings)
         self._seed = seed
         self._reset = jax.jit(_fresh(self._init_optimizer), out_shardings=self.shardings.opt_state)
@@ -73,7 +73,7 @@ class Trainer:
             accumulate=accumulate,
             layout=layout,
             privacy=privacy,
-            opt_shardings=moments,
+            opt_shardings=opt_shardings,
         )
         self.jitted_step = jax.jit(
             self.compile.trace(step),
