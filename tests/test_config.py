@@ -124,7 +124,7 @@ def test_an_unknown_key_is_reported_before_the_missing_one_it_causes() -> None:
 
 def test_overrides_reach_into_lists_and_make_sections() -> None:
     assert apply_overrides({}, ["a.b.c=1"]) == {"a": {"b": {"c": 1}}}
-    with pytest.raises(ConfigError, match="inside a plain value"):
+    with pytest.raises(ConfigError, match="below a plain value"):
         apply_overrides({"a": [1]}, ["a.0.b=2"])
 
 
