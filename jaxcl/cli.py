@@ -1,4 +1,4 @@
-"""The `jaxcl` command. Nothing heavy is imported before a command needs it, so `--help` answers at once."""
+"""The `jaxcl` command. Heavy imports are deferred to the commands, so that `--help` is fast."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from jaxcl.errors import UserError
 
 EXIT_FAILURE, EXIT_INTERRUPTED = 1, 130
 
-_GOING_ON = ("run", "extend", "compare")  # what was interrupted goes on where it stopped
+_RESUMING = ("run", "extend", "compare")  # commands that resume when they are run again
 
 
 def _say(result: object) -> None:
-    """Prints what a command made, once for all processes."""
+    """Prints a result, on process 0 only."""
     from jaxcl.sharding.processes import is_first
 
     if is_first():
@@ -58,7 +58,7 @@ def _compare(args: argparse.Namespace) -> None:
 
 
 def _plan(args: argparse.Namespace) -> None:
-    # Plans are made for hardware that is not here: what is here must not get in the way.
+    # Plans are for other hardware: accelerators of this machine must not be used.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from jaxcl.config import load_config
     from jaxcl.planning.plan import as_json, plan
@@ -152,7 +152,7 @@ _ACTIONS: dict[str, Callable[[argparse.Namespace], None]] = {
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parses the arguments; `KEY=VALUE` may stand after options too, where argparse alone would refuse it."""
+    """Parses the arguments; unlike with argparse alone, `KEY=VALUE` may also follow options."""
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
     stray = [word for word in rest if word.startswith("-") or "=" not in word or "overrides" not in args]
@@ -177,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       The exit code: 0 done, 1 failed, 2 bad usage or configuration, 130 interrupted.
     """
     args = _parse(argv)
-    # A scheduler's signals are handled like Ctrl-C: save, then stop.
+    # A scheduler's signals are handled like Ctrl-C: save and stop.
     previous = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGUSR1)}
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     code, alone = EXIT_FAILURE, True
@@ -188,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"jaxcl {args.command}: {error}", file=sys.stderr)
         code = error.exit_code
     except KeyboardInterrupt as error:
-        advice = "; run the same command again to go on" if args.command in _GOING_ON else ""
+        advice = "; run the same command again to resume" if args.command in _RESUMING else ""
         print(f"jaxcl {args.command}: interrupted{advice}", file=sys.stderr)
         code, alone = EXIT_INTERRUPTED, type(error) is KeyboardInterrupt
     except BrokenPipeError:
@@ -205,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _leave_others(code: int) -> None:
-    """Ends a process of several that failed by itself; does nothing where it is the only one."""
+    """Ends this process if it failed alone and is one of several."""
     processes = sys.modules.get("jaxcl.sharding.processes")
     if processes is not None:
         processes.leave(code)

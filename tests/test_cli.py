@@ -79,7 +79,7 @@ def test_interruption_is_exit_code_130(monkeypatch: pytest.MonkeyPatch, capsys: 
 
     monkeypatch.setattr("jaxcl.config.load_config", interrupted)
     assert main(["run", "x.yaml"]) == 130
-    assert "again to go on" in capsys.readouterr().err
+    assert "again to resume" in capsys.readouterr().err
     assert main(["plan", "x.yaml", "--topology", "v5e:4x4"]) == 130
     assert capsys.readouterr().err == "jaxcl plan: interrupted\n"
 

@@ -80,14 +80,14 @@ def test_mistakes_are_one_line(tmp_path: Path, overrides: list[str], expected: l
 
 def test_a_name_used_twice_is_refused() -> None:
     tasks = [MINIMAL["tasks"][0]] * 2
-    with pytest.raises(ConfigError, match="'one' stands twice"):
+    with pytest.raises(ConfigError, match="'one' appears twice"):
         parse_config({**MINIMAL, "tasks": tasks})
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("seed: 1\nseed: 2\n", ["line 2", "'seed' stands twice"]),
+        ("seed: 1\nseed: 2\n", ["line 2", "'seed' appears twice"]),
         ("seed: [1\n", ["line", "not valid YAML"]),
         ("- a\n", ["expected a mapping", "list"]),
     ],
@@ -117,7 +117,7 @@ def test_an_unknown_key_is_reported_before_the_missing_one_it_causes() -> None:
 
 def test_overrides_reach_into_lists_and_make_sections() -> None:
     assert apply_overrides({}, ["a.b.c=1"]) == {"a": {"b": {"c": 1}}}
-    with pytest.raises(ConfigError, match="inside a plain value"):
+    with pytest.raises(ConfigError, match="below a plain value"):
         apply_overrides({"a": [1]}, ["a.0.b=2"])
 
 

@@ -63,7 +63,7 @@ def test_a_finished_run_is_not_repeated(seekr_folder: Path, monkeypatch: pytest.
 
 def test_a_folder_of_another_configuration_is_refused(seekr_folder: Path) -> None:
     before = (seekr_folder / "results.json").read_bytes()
-    with pytest.raises(UserError, match=r"holds a run with seed=0, this one has 1"):
+    with pytest.raises(UserError, match=r"contains a run with seed=0, this one has 1"):
         run({**PAIRS, "seed": 1}, seekr_folder, SEEKR)
     assert (seekr_folder / "results.json").read_bytes() == before
 

@@ -151,12 +151,12 @@ def test_an_interrupted_extension_goes_on(das: Runs, tmp_path: Path, save: int) 
 @pytest.mark.parametrize(
     ("task", "length", "message"),
     [
-        (["name=topics", "source=stdlib:python_topics"], 4, "'topics' stands twice"),
+        (["name=topics", "source=stdlib:python_topics"], 4, "'topics' appears twice"),
         (["name=new", "source=stdlib:unicode_bid"], 4, "unicode_bidi"),
-        (["name=new", "source=stdlib:docstrings:numpy"], None, "training.steps lists one number a task"),
+        (["name=new", "source=stdlib:docstrings:numpy"], None, "training.steps lists one number per task"),
         (["name=new", "source=stdlib:docstrings:numpy", "metric=end_task"], 4, "task new: its metric is end_task"),
         (["source=stdlib:docstrings:numpy"], 4, "tasks.2.name: missing"),
-        (["name=pydantic", "source=stdlib:docstrings:numpy"], 3, "'pydantic' stands twice"),
+        (["name=pydantic", "source=stdlib:docstrings:numpy"], 3, "'pydantic' appears twice"),
     ],
 )
 def test_a_task_that_cannot_be_learned_leaves_the_folder_as_it_was(
@@ -175,7 +175,7 @@ def test_only_finished_runs_go_on(das: Runs, tmp_path: Path) -> None:
     shutil.copytree(das.two, folder)
     results = Results.read(folder / "results.json")
     results.model_copy(update={"finished": False}).write(folder / "results.json")
-    with pytest.raises(UserError, match="has not learned its own tasks yet"):
+    with pytest.raises(UserError, match="the run is not finished"):
         das.extend(folder)
     with pytest.raises(UserError, match="not a run folder"):
         extend(tmp_path / "nowhere", ["name=x", "source=y"])
@@ -240,7 +240,7 @@ def test_a_method_that_replays_needs_the_data(tmp_path: Path, tokenizer: Path) -
     method = {"name": "replay", "replay": {"fraction": 0.25}}
     folder, task, _ = without_data(tmp_path, tokenizer, "pairs", method=method)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    with pytest.raises(UserError, match="task language: data_gone is for methods that learn without earlier examples"):
+    with pytest.raises(UserError, match="task language: data_gone is true, but replay needs"):
         extend(folder, task, data_gone=True)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 

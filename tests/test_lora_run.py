@@ -68,7 +68,7 @@ def test_an_exported_run_is_a_plain_model_with_the_same_answers(olora: Path, exp
 
 
 def test_adapters_beside_changed_weights_are_not_written_alone(olora: Path) -> None:
-    with pytest.raises(UserError, match="olora changes the weights beside the adapters"):
+    with pytest.raises(UserError, match="olora changes the weights, too"):
         convert(str(olora), olora.parent / "nothing", "peft", "float32")
 
 

@@ -213,7 +213,7 @@ def test_the_loop_over_heads_is_counted_as_the_method_says(monkeypatch: pytest.M
 
 
 def test_a_step_that_is_not_there_is_one_line() -> None:
-    with pytest.raises(UserError, match=r"^steps: no reply here; there are train, replay, "):
+    with pytest.raises(UserError, match=r"^steps: no reply here; allowed: train, replay, "):
         plan(config_of(SEEKR), "v5e:1x1", ["reply"])
 
 

@@ -55,7 +55,7 @@ def test_an_earlier_task_is_answered_as_when_it_was_learned(folder: Path) -> Non
 
 
 def test_a_prompt_needs_its_task(folder: Path) -> None:
-    with pytest.raises(UserError, match=r"progressive_prompts must know the task; give --task, allowed: direction, ca"):
+    with pytest.raises(UserError, match=r"progressive_prompts needs to know the task; give --task, allowed: direc"):
         generate_text(str(folder), "DIGIT ONE", **OPTIONS)
     with pytest.raises(UserError, match="--task categories: unknown; allowed: direction, category"):
         generate_text(str(folder), "DIGIT ONE", task="categories", **OPTIONS)

@@ -78,7 +78,7 @@ def test_bytes_are_those_on_disk(folder: Path, report: str, index: int, task: st
     for name, mean in means.items():
         assert numbers(rf"{name} ([\d,]+)", text)[0] == pytest.approx(mean, abs=0.51)
     disk = sum(path.stat().st_size for path in paths) / samples
-    assert numbers(r"bytes a sample: ([\d,]+) \(", text)[0] == pytest.approx(sum(means.values()), abs=0.51)
+    assert numbers(r"bytes per sample: ([\d,]+) \(", text)[0] == pytest.approx(sum(means.values()), abs=0.51)
     assert numbers(r"([\d,]+) in the compressed file", text)[0] == pytest.approx(disk, abs=0.51)
     # Maps of all heads and logits of all answer tokens, of rows without padding.
     rows = build(load_config(folder / "config.yaml"), RunFolder(folder)).train_rows(index)
@@ -92,7 +92,7 @@ def test_bytes_are_those_on_disk(folder: Path, report: str, index: int, task: st
 def test_loss_of_information_is_that_of_each_form(report: str) -> None:
     first, last = (block(report, name) for name in ("direction", "category"))
     assert "the run's latest model held against" in first
-    assert "the model that the run began with held against" in last
+    assert "the run's initial model compared with" in last
     for text in (first, last):
         found = changes(text)
         assert found.keys() == {"attention", "loss", "logits"}

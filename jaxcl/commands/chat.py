@@ -1,4 +1,4 @@
-"""A model's own chat template around a question."""
+"""Chat templates of models."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from jaxcl.errors import UserError
 
 
 def as_chat(template: str, prompt: str, *, bos: str = "", eos: str = "") -> str:
-    """The text that a chat model expects before it answers.
+    """The text that a chat model continues with its answer.
 
     Args:
-      template: a Jinja chat template, as Hugging Face tokenizers carry it.
-      prompt: what the user says.
-      bos: text of the opening token, which templates may write themselves.
+      template: a Jinja chat template, as in Hugging Face tokenizers.
+      prompt: the user's message.
+      bos: text of the bos token, which some templates write.
       eos: text of the end token.
 
     Returns:
-      The conversation so far, up to where the answer begins.
+      The conversation up to the answer.
 
     Raises:
       UserError: the template cannot be rendered.
@@ -31,7 +31,7 @@ def as_chat(template: str, prompt: str, *, bos: str = "", eos: str = "") -> str:
     def refuse(message: str) -> NoReturn:
         raise TemplateError(message)
 
-    # Templates come with downloaded models: they run in a sandbox.
+    # Templates come with downloaded models, so they run in a sandbox.
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     environment.globals["raise_exception"] = refuse
     messages: list[dict[str, Any]] = [{"role": "user", "content": prompt}]
@@ -40,4 +40,4 @@ def as_chat(template: str, prompt: str, *, bos: str = "", eos: str = "") -> str:
             messages=messages, add_generation_prompt=True, bos_token=bos, eos_token=eos
         )
     except TemplateError as error:
-        raise UserError(f"the model's chat template cannot be used: {error}; --raw goes without it") from None
+        raise UserError(f"the model's chat template cannot be used: {error}; use --raw to do without it") from None

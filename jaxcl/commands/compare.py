@@ -1,4 +1,4 @@
-"""The same sequence under several methods and seeds."""
+"""`jaxcl compare`: the same sequence with several methods and seeds."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from jaxcl.sharding.processes import initialize, is_first, on_first
 def compare(
     config: str, overrides: Sequence[str], methods: Sequence[str], seeds: Sequence[int] | None, out: Path
 ) -> Path:
-    """Runs every method with every seed, each in its own run folder, and sets the results side by side.
+    """Runs every method with every seed, each in its own run folder, and compares the results.
 
-    The method of the configuration keeps its options. The others take their defaults, except for options of the same
-    name (such as `replay`), which they share: methods are compared on the same memory.
+    The method of the configuration keeps its options. The other methods share its options of the same name (such as
+    `replay`, so that methods are compared with the same memory) and have defaults for the rest.
 
     Args:
       config: a YAML file, or the name of a configuration that comes with jaxcl.
       overrides: `KEY=VALUE` for all runs.
       methods: names of methods.
-      seeds: seeds; `None` for the configuration's own.
-      out: gets a folder `METHOD-seedN` a run, `comparison.json` and an HTML page.
+      seeds: seeds; `None`: that of the configuration.
+      out: folder for a run folder `METHOD-seedN` per run, `comparison.json` and an HTML page.
 
     Returns:
       The page.
 
     Raises:
-      UserError: the configuration is wrong for one of the methods (before anything runs), or a run fails.
+      UserError: the configuration is invalid for one of the methods (raised before any run), or a run fails.
     """
     initialize()
     content = apply_overrides(read_yaml(find_config(config)), overrides)

@@ -1,4 +1,4 @@
-"""`jaxcl convert`: a model as a checkpoint of another library."""
+"""`jaxcl convert`: writes a model as a checkpoint of another library."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def convert(source: str, destination: Path, format: str, dtype: str) -> Path:
     Args:
       source: see `load_model`.
       destination: a folder that does not exist yet.
-      format: `hf` (adapters merged into the weights), `orbax` (adapters kept beside them) or `peft` (adapters alone).
-      dtype: `float32`, `bfloat16`, or but for `orbax` `float16`.
+      format: `hf` (adapters merged into the weights), `orbax` (adapters kept separate) or `peft` (adapters alone).
+      dtype: `float32`, `bfloat16` or, except for `orbax`, `float16`.
 
     Returns:
       The folder.
 
     Raises:
-      UserError: the source cannot be read, or the destination not be written.
+      UserError: the source cannot be read, or the destination cannot be written.
     """
     if not RunFolder(Path(source)).is_run:
 
@@ -62,10 +62,10 @@ def convert(source: str, destination: Path, format: str, dtype: str) -> Path:
 
 
 def _check_base(model: Model, source: str) -> None:
-    """Adapters alone mean something only beside the weights that the run started from."""
+    """Checks that the method does not change the weights, without which the adapters would be useless."""
     if model.config is not None and find_method(model.config.method.name).final_params is not Method.final_params:
         raise UserError(
-            f"{source}: {model.config.method.name} changes the weights beside the adapters, which are nothing without "
-            "them; allowed formats are hf, orbax",
+            f"{source}: {model.config.method.name} changes the weights, too, so the adapters alone are useless; "
+            "allowed formats are hf, orbax",
             exit_code=2,
         )

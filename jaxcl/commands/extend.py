@@ -1,4 +1,4 @@
-"""One more task for a run that has learned all of its own."""
+"""`jaxcl extend`: one more task for a finished run."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from jaxcl.run.sequence import Outcome, run
 
 
 def extend(folder: Path, task: Sequence[str], length: float | None = None, *, data_gone: bool = False) -> Outcome:
-    """Lets a finished run learn one more task, from its folder and its tasks' data, which it is scored on again.
+    """Lets a finished run learn one more task; it is scored again on the data of the earlier tasks.
 
-    The run goes on from its last checkpoint with the method's state. Its folder then is that of a run over all tasks.
-    Given again after an interruption, the same call goes on where it stopped.
+    The run continues from its last checkpoint, with the method's state. Its folder then contains a run over all tasks.
+    After an interruption, the same call resumes it.
 
     Args:
       folder: the run folder.
       task: `KEY=VALUE`, the keys of the task's section in the configuration; `name` and `source` at least.
-      length: the task's epochs or steps, whichever the run counts; `None`: as many as every task has, for a run that
-        does not list them by task.
-      data_gone: the earlier tasks' data is there no more: the folder is all that is needed, and their scores end with
-        the tasks learned so far. Not for methods that replay examples.
+      length: the task's epochs or steps, in the run's unit; `None`: the number for every task, if the run has a single
+        one.
+      data_gone: the earlier tasks' data no longer exists: only the folder is needed, and the earlier tasks are not
+        scored again. Not for methods that replay examples.
 
     Returns:
       The results over all tasks, and the path of the report.
 
     Raises:
-      UserError: the folder holds no finished run, or the task cannot be learned; the folder is as it was.
+      UserError: the folder does not contain a finished run, or the task cannot be learned; the folder is unchanged.
     """
     opened = RunFolder.open(folder)
     stored, content = opened.config_file, opened.content()
@@ -44,7 +44,7 @@ def extend(folder: Path, task: Sequence[str], length: float | None = None, *, da
     added = apply_overrides({}, task)
     names = [one.name for one in before.tasks]
     if names[-1] == added.get("name") and len(names) > 1:
-        # Either the same call once more, which goes on or has nothing to do, or another task of that name.
+        # Either the same call again, to be resumed or already finished, or another task with the same name.
         earlier = _without_last(content)
         if validate(ExperimentConfig, _with_task(earlier, added, length, stored), str(stored)) == before:
             return run(before)
@@ -52,12 +52,12 @@ def extend(folder: Path, task: Sequence[str], length: float | None = None, *, da
     grown = _with_task(_without_data(content, results) if data_gone else content, added, length, stored)
     config = validate(ExperimentConfig, grown, str(stored))
     if not results.finished or results.tasks != names:
-        raise UserError(f"{folder}: has not learned its own tasks yet; finish it first: jaxcl run {stored}")
+        raise UserError(f"{folder}: the run is not finished; finish it first: jaxcl run {stored}")
     return run(config, grown_from=before)
 
 
 def _without_data(content: dict[str, Any], results: Results) -> dict[str, Any]:
-    """The configuration with the data of all its tasks gone; their kinds, which it told, are written down."""
+    """The configuration with `data_gone` for all tasks, and with their kinds, which data cannot show any more."""
     kinds = dict(zip(results.tasks, map(scored_kind, results.metric), strict=True))
     tasks = [{**one, "data_gone": True, "kind": one["kind"] or kinds.get(one["name"])} for one in content["tasks"]]
     return {**content, "tasks": tasks}
@@ -69,7 +69,9 @@ def _with_task(content: dict[str, Any], task: dict[str, Any], length: float | No
     unit = "steps" if training["steps"] is not None else "epochs"
     listed = isinstance(training[unit], list)
     if listed and length is None:
-        raise ConfigError(f"{origin}: training.{unit} lists one number a task; give that of the new one with --length")
+        raise ConfigError(
+            f"{origin}: training.{unit} lists one number per task; give that of the new task with --length"
+        )
     if length is not None:
         count = len(content["tasks"])
         known = training[unit] if listed else [1 if training[unit] is None else training[unit]] * count
@@ -78,7 +80,7 @@ def _with_task(content: dict[str, Any], task: dict[str, Any], length: float | No
 
 
 def _without_last(content: dict[str, Any]) -> dict[str, Any]:
-    """The configuration before its last task came."""
+    """The configuration without its last task."""
     training = dict(content["training"])
     for unit in ("steps", "epochs"):
         if isinstance(training[unit], list):

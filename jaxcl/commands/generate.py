@@ -1,4 +1,4 @@
-"""`jaxcl generate`: text from a model."""
+"""`jaxcl generate`: generates text with a model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jaxcl.errors import UserError
 from jaxcl.models.generation import Generator
 from jaxcl.run.model import Model, load_model
 
-_BUCKET = 32  # prompts are padded to a multiple: nearby lengths share a compiled program
+_BUCKET = 32  # prompts are padded to a multiple, so that similar lengths share a compiled program
 
 
 def generate_text(
@@ -26,18 +26,18 @@ def generate_text(
     raw: bool,
     task: str | None = None,
 ) -> str:
-    """Lets a model go on from a prompt.
+    """Generates an answer to a prompt.
 
     Args:
       name: see `load_model`.
       prompt: the text to answer.
-      max_new_tokens: longest answer, in tokens.
-      temperature: 0 takes the likeliest token, higher values are more adventurous.
-      top_p: draws among the likeliest tokens of this total probability.
-      seed: seed of the draws.
-      raw: give the prompt as it is. Otherwise a model of a run gets it as in training, and any other model within its
-        own chat template if it has one.
-      task: which task of the run the prompt is of; needed where the method must know it.
+      max_new_tokens: maximal length of the answer, in tokens.
+      temperature: 0 is greedy, higher values are more random.
+      top_p: sample from the most likely tokens with this total probability.
+      seed: seed of the sampling.
+      raw: use the prompt unchanged. Otherwise it is formatted as in training for the model of a run, and with the chat
+        template, if there is one, for any other model.
+      task: the prompt's task; required by methods that need to know it.
 
     Returns:
       The answer, without the prompt.
@@ -51,12 +51,12 @@ def generate_text(
         raise UserError(f"--temperature {temperature} must be >= 0 and --top-p {top_p} in (0, 1]", exit_code=2)
     model = load_model(name)
     if not model.network.causal:
-        raise UserError(f"{name}: is an encoder; only decoders write text")
+        raise UserError(f"{name}: is an encoder; only decoders generate text")
     ids = [*_prompt_prefix(name, model, task), *_prompt_ids(model, prompt, raw)]
     room = model.network.config.max_length - max_new_tokens
     if len(ids) > room:
         raise UserError(
-            f"the prompt has {len(ids)} tokens; with {max_new_tokens} new ones the model's window of "
+            f"the prompt has {len(ids)} tokens; with {max_new_tokens} new ones, the model's window of "
             f"{model.network.config.max_length} leaves room for {room}"
         )
     generator = Generator(
@@ -72,7 +72,7 @@ def generate_text(
 
 
 def _prompt_prefix(name: str, model: Model, task: str | None) -> Sequence[int]:
-    """What the run's method puts before prompts of a task."""
+    """The tokens that the run's method puts before prompts of a task."""
     config = model.config
     if config is None:
         if task is not None:
@@ -84,7 +84,8 @@ def _prompt_prefix(name: str, model: Model, task: str | None) -> Sequence[int]:
     method = config.method.build(model.network, len(tasks))
     if task is None and method.prompt_prefix(0):
         raise UserError(
-            f"{name}: {config.method.name} must know the task; give --task, allowed: {', '.join(tasks)}", exit_code=2
+            f"{name}: {config.method.name} needs to know the task; give --task, allowed: {', '.join(tasks)}",
+            exit_code=2,
         )
     return () if task is None else method.prompt_prefix(tasks.index(task))
 

@@ -1,4 +1,4 @@
-"""Which units or heads of a model matter for given tasks, measured without training a sequence."""
+"""`jaxcl importance`: which units or heads of a model matter for given tasks, measured without training."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from jaxcl.sharding.processes import initialize
 
 
 class _Subject(NamedTuple):
-    """The model that is measured.
+    """The measured model.
 
     Attributes:
-      folder: keeps the tokenizer.
+      folder: folder of the tokenizer.
       params: reads its params.
-      before: reads those it had before training; `None` for a model that was not trained here.
-      words: what it is, for the page.
+      before: reads its params before training; `None` for a model that was not trained in a run.
+      words: description, for the page.
     """
 
     folder: RunFolder
@@ -43,10 +43,10 @@ class _Subject(NamedTuple):
 
 
 def measure_importance(source: str, overrides: Sequence[str], out: Path | None) -> Path:
-    """Runs what the method does before and after each task, without the training between.
+    """Runs the method's passes before and after each task, without the training in between.
 
-    Of a run folder the latest checkpoint is measured, and what compares a model before and after training compares
-    where the run began to where it stands. Of a configuration the model it begins with is measured.
+    For a run folder, the latest checkpoint is measured, and comparisons of a model before and after training use the
+    run's initial model as the former. For a configuration, its initial model is measured.
 
     Args:
       source: a run folder, a YAML file, or the name of a configuration that comes with jaxcl.
@@ -90,9 +90,9 @@ def importance_tables(
     """The method's tables after `prepare` and `consolidate` on every task, with the same params throughout.
 
     Args:
-      parts: of a run over the tasks.
-      params: the model's, sharded as the run's layout says.
-      before: reads the params that count as those before each task; `None`: the same.
+      parts: the parts of a run over the tasks.
+      params: the model's params, with the run's shardings.
+      before: reads the params used as those before each task; `None`: `params`.
     """
     method, layout = parts.method, parts.layout
     state, memory = parts.trainer.init_method(params), Memory(seed=parts.config.seed)

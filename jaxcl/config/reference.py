@@ -1,4 +1,4 @@
-"""The configuration reference in Markdown, written from the types so that it cannot drift."""
+"""The configuration reference in Markdown, generated from the types."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _BOUNDS = ((Ge, "ge", "≥"), (Gt, "gt", ">"), (Le, "le", "≤"), (Lt, "lt", "<"
 
 
 def reference(config: type[BaseModel]) -> str:
-    """All keys with type, default and meaning.
+    """All keys with type, default and description.
 
     Args:
-      config: the type of the whole configuration.
+      config: type of the whole configuration.
 
     Returns:
-      A Markdown page: a table for the top level, one a section, one a method.
+      A Markdown page with a table for the top level, one per section, and one per method.
     """
     parts = [
         "# Configuration\n",
-        "Written from the types by `make docs`. A key is given in the YAML file or, dotted, on the command line: "
+        "Generated from the types by `make docs`. Keys are set in the YAML file or, dotted, on the command line: "
         "`jaxcl run CONFIG training.batch_size=8 tasks.*.train=500`.\n",
         "## Top level\n",
         _table(config),

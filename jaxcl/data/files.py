@@ -1,4 +1,4 @@
-"""Files of the data layer: written whole or not at all, read with errors a user can act on."""
+"""Reading and writing files: writes are atomic, and errors say what the user can do."""
 
 from __future__ import annotations
 
@@ -15,38 +15,38 @@ from jaxcl.errors import UserError
 
 
 def reason(error: OSError) -> str:
-    """The operating system's own words for `error`, without the path."""
+    """The operating system's message for `error`, without the path."""
     return (error.strerror or type(error).__name__).lower()
 
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Gives a temporary path beside `path` and renames it to `path` at the end.
+    """Yields a temporary path in the folder of `path` and renames it to `path` at the end.
 
-    If the block fails, `path` keeps what it held and the temporary file is removed.
+    If the block fails, `path` is unchanged and the temporary file is removed.
 
     Raises:
-      UserError: the folder cannot be made, is read-only, or the disk is full.
+      UserError: the folder cannot be created or is read-only, or the disk is full.
     """
     path = Path(path)
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # A name of its own for every writer: two processes that write the same file must not meet in one.
+        # A unique name per writer: two processes that write the same file must not share a temporary file.
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
         yield temporary
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.replace(path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {reason(error)}; what was there before is intact") from error
+        raise UserError(f"cannot write {path}: {reason(error)}; the previous file is intact") from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Writes `value` as JSON, whole or not at all.
+    """Writes `value` as JSON, atomically.
 
     Raises:
       UserError: the file cannot be written.
@@ -56,7 +56,7 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a UTF-8 file, plain or gzip (told by its first bytes).
+    """The text of a UTF-8 file, plain or gzip (recognised by its first bytes).
 
     Raises:
       UserError: the file is missing, unreadable, damaged or not UTF-8.

@@ -11,8 +11,8 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from jaxcl.data.files import reason
 from jaxcl.errors import UserError
 
-# GGUF stores the name of the pre-tokenizer, not its rules; the rules below are those the named models were trained
-# with. Three families: GPT-2's pattern, the same after splitting off every single digit, and a pattern of their own.
+# GGUF stores the name of the pre-tokenizer, not its rules; the named models were trained with the rules below. There
+# are three families: GPT-2's pattern, the same after splitting numbers into digits, and a pattern of their own.
 _GPT2 = ("gpt-2", "gpt2", "default", "mpt", "olmo", "phi-2", "roberta-bpe")
 _GPT2_SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
 _PATTERN = (
@@ -30,7 +30,7 @@ _CONTROL, _USER_DEFINED = 3, 4
 
 
 class GgufTokenizer(NamedTuple):
-    """What a GGUF file says about its tokenizer; ids are `None` where the file gives none."""
+    """The tokenizer in a GGUF file; ids that the file does not give are `None`."""
 
     backend: tokenizers.Tokenizer
     ids: dict[str, int | None]
@@ -39,13 +39,13 @@ class GgufTokenizer(NamedTuple):
 
 
 def read_gguf_tokenizer(path: str | Path) -> GgufTokenizer:
-    """Reads the tokenizer out of a GGUF file.
+    """Reads the tokenizer of a GGUF file.
 
     Args:
-      path: the file; only byte-level BPE vocabularies (`tokenizer.ggml.model` = `gpt2`) are read.
+      path: the file; only byte-level BPE vocabularies (`tokenizer.ggml.model` = `gpt2`) are supported.
 
     Raises:
-      UserError: the file is missing or not GGUF, or its tokenizer is of another kind.
+      UserError: the file is missing or not GGUF, or its tokenizer is not byte-level BPE.
     """
     fields = _metadata(Path(path))
     kind = fields.get("tokenizer.ggml.model")
@@ -64,7 +64,7 @@ def read_gguf_tokenizer(path: str | Path) -> GgufTokenizer:
         models.BPE(
             vocab={token: index for index, token in enumerate(tokens)},
             merges=[tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]],
-            # Llama 3's vocabulary holds whole words that its merges never reach.
+            # Llama 3's vocabulary has whole words that its merges cannot produce.
             ignore_merges=pre in _PATTERNS and pre != "qwen2",
         )
     )
@@ -93,7 +93,7 @@ def _metadata(path: Path) -> dict[str, Any]:
         reader = gguf.GGUFReader(path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {reason(error)}") from error
-    except Exception as error:  # the reader has no error type of its own for damaged files
+    except Exception as error:  # the reader has no error type for damaged files
         raise UserError(f"{path} is not a usable GGUF file: {error}") from error
     return {name: field.contents() for name, field in reader.fields.items() if name.startswith("tokenizer.")}
 

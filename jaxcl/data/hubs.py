@@ -1,4 +1,4 @@
-"""Sources kept by other libraries: TensorFlow Datasets (without TensorFlow) and Hugging Face datasets."""
+"""Data sets of other libraries: TensorFlow Datasets (without TensorFlow) and Hugging Face datasets."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ Splits = dict[str, Sequence[Mapping[str, Any]]]
 
 
 def read_tfds(rest: str, data_dir: str | None, label_field: str) -> tuple[Splits, tuple[str, ...]]:
-    """Reads all splits of a TensorFlow data set as ArrayRecord files, preparing them at first use.
+    """Reads all splits of a TensorFlow Datasets data set as ArrayRecord files, which are prepared at first use.
 
     Args:
-      rest: name of a data set of `jaxcl.data.builders` or of TFDS, perhaps `name/config`. A name with dots is a
-        builder of one's own: the package that holds `NAME_dataset_builder.py`, by its import path.
-      data_dir: where prepared data is kept; none: TFDS's own folder.
-      label_field: the field whose class numbers become class names.
+      rest: `name` or `name/config` of a data set of `jaxcl.data.builders` or of TFDS. A name with dots is the import
+        path of a package with a builder of your own in `NAME_dataset_builder.py`.
+      data_dir: where prepared data is kept; none: TFDS's default folder.
+      label_field: the field whose class numbers are replaced by class names.
 
     Returns:
       Records by split, and the class names if the field has any.
@@ -39,9 +39,9 @@ def read_tfds(rest: str, data_dir: str | None, label_field: str) -> tuple[Splits
             module = importlib.import_module(f"{name}.{name.rpartition('.')[2]}_dataset_builder")
             builder = module.Builder(config=config or None, **options)
         else:
-            importlib.import_module("jaxcl.data.builders")  # which makes them known by name
+            importlib.import_module("jaxcl.data.builders")  # registers them by name
             builder = tfds.builder(rest, **options)
-        with contextlib.redirect_stdout(io.StringIO()):  # its progress belongs to no one here
+        with contextlib.redirect_stdout(io.StringIO()):  # hides its progress bars
             builder.download_and_prepare()
         splits = {split: builder.as_data_source(split) for split in builder.info.splits}
     except UserError:
@@ -50,7 +50,7 @@ def read_tfds(rest: str, data_dir: str | None, label_field: str) -> tuple[Splits
         if (error.name or "").split(".")[0] == "tensorflow":
             raise UserError(f"source tfds:{rest}: this data set's builder needs TensorFlow itself") from error
         raise UserError(f"source tfds:{rest}: {error}") from error
-    except Exception as error:  # downloads and builders fail in many ways; all of them end here
+    except Exception as error:  # downloads and builders raise many types
         raise UserError(f"source tfds:{rest}: {_first_line(error)}") from error
     features = builder.info.features
     feature = features[label_field] if label_field in getattr(features, "keys", list)() else None
@@ -61,8 +61,8 @@ def read_hf(rest: str, data_dir: str | None, label_field: str) -> tuple[Splits, 
     """Reads all splits of a Hugging Face data set.
 
     Args:
-      rest: `owner/name`, `name`, or either with `:config` behind it; a local folder works as well.
-      data_dir: where downloads are kept; none: the library's own folder.
+      rest: `owner/name` or `name`, either with an optional `:config` suffix; or a local folder.
+      data_dir: where downloads are kept; none: the library's default folder.
       label_field: see `read_tfds`.
 
     Returns:
@@ -78,7 +78,7 @@ def read_hf(rest: str, data_dir: str | None, label_field: str) -> tuple[Splits, 
     name, _, config = rest.partition(":")
     try:
         found = datasets.load_dataset(name, config or None, cache_dir=data_dir)
-    except Exception as error:  # downloads and loaders fail in many ways; all of them end here
+    except Exception as error:  # downloads and loaders raise many types
         raise UserError(f"source hf:{rest}: {_first_line(error)}") from error
     splits: Splits = {str(split): rows for split, rows in found.items()}
     features = next(iter(found.values())).features if splits else {}
@@ -86,7 +86,7 @@ def read_hf(rest: str, data_dir: str | None, label_field: str) -> tuple[Splits, 
 
 
 class _Named:
-    """Rows whose class numbers are shown as class names; a negative number (no label) as itself."""
+    """Rows with class names instead of class numbers; a negative number (no label) stays a number."""
 
     def __init__(self, rows: Sequence[Mapping[str, Any]], field: str, labels: tuple[str, ...]) -> None:
         self._rows, self._field, self._labels = rows, field, labels

@@ -9,19 +9,19 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxcl.data.plan import Shape
-from jaxcl.data.rows import Noise, Ragged, Row, Rows, blank, place
+from jaxcl.data.rows import EncodedRows, Noise, Ragged, RowFields, blank, place
 from jaxcl.data.spec import DataConfig
 from jaxcl.data.tokenizer import Tokenizer
 from jaxcl.errors import UserError
 
 
-class LabelledRows(Rows):
-    """Texts, or pairs of texts, with a class each.
+class LabelledRows(EncodedRows):
+    """Texts, or pairs of texts, each with a class.
 
-    The text comes first, then the model's separator and the second text, in one segment; for encoders with several
-    token types the second text has its own (`Tokenizer.pair_type`). Where both are too long, the longer one loses its
-    right part first. `labels` is the class; `weights` is 1 for an example and 0 for a filler row (one scored position a
-    row, which carries no token).
+    A row is the text, the model's separator and the second text, in one segment. Encoders with several token types see
+    the second text with its own type (`Tokenizer.pair_type`). If the two are too long, the longer one is cut first, on
+    the right. `labels` is the class. A row has one scored position, which carries no token: its `weights` is 1 for an
+    example and 0 for a filler row.
 
     Attributes:
       labels: class names; an example's label is the index into them.
@@ -45,14 +45,14 @@ class LabelledRows(Rows):
         """Encodes all texts.
 
         Args:
-          texts: rows with `text`, `label` and perhaps `pair`.
+          texts: rows with `text`, `label` and optionally `pair`.
           labels: class names.
           tokenizer: the model's tokenizer.
           config: `length` is used.
-          masked: for an encoder, which opens a row with its `cls` token; otherwise for a decoder.
+          masked: encode for an encoder, whose rows start with its `cls` token; else for a decoder.
           task: index of the task.
-          name: its name, with the split, for messages.
-          token_types: how many the model knows; with 1, batches carry none.
+          name: name of task and split, for messages.
+          token_types: number of token types of the model; with 1, batches have no `types`.
 
         Raises:
           UserError: a label is not among `labels`.
@@ -78,7 +78,7 @@ class LabelledRows(Rows):
         before, after = tokenizer.frame(masked)
         separator = tokenizer.pair_separator if masked else tokenizer.encode("\n", continued=True)
         firsts = tokenizer.encode_batch([row["text"] for row in texts])
-        # An encoder's second text starts afresh behind its separator; a decoder's goes on in the same text.
+        # An encoder's second text is tokenised as a new text, a decoder's as the continuation of the first.
         seconds = tokenizer.encode_batch([row.get("pair", "") for row in texts], continued=not masked)
         rows = []
         for first, second in zip(firsts, seconds, strict=True):
@@ -88,7 +88,7 @@ class LabelledRows(Rows):
             keep_first = min(len(first), room - keep_second)
             self.cut += keep_first + keep_second < len(first) + len(second)
             row = before + first[:keep_first] + between
-            # With no second text the closing separator is the first one's.
+            # Without a second text, the final separator belongs to the first text.
             self._seconds.append(len(row) if second else self.config.length)
             rows.append(row + second[:keep_second] + after)
         return rows
@@ -102,8 +102,8 @@ class LabelledRows(Rows):
                 )
         return [Shape(self.config.length, 1)]
 
-    def row(self, index: int, shape: Shape, noise: Noise) -> Row:
-        """One row, see the class; `noise` is not used."""
+    def row(self, index: int, shape: Shape, noise: Noise) -> RowFields:
+        """One row, as the class describes; `noise` is not used."""
         row = blank(shape, self.pad_id)
         row["labels"] = np.int32(0)
         if self._pair_type > 0:
@@ -117,7 +117,7 @@ class LabelledRows(Rows):
         return row
 
     def describe(self) -> dict[str, Any]:
-        """Examples, tokens, cut examples and examples of each class."""
+        """Examples, tokens, cut examples and examples per class."""
         counts = np.bincount(self.ids, minlength=len(self.labels))
         return {
             "examples": len(self),

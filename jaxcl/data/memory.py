@@ -1,4 +1,4 @@
-"""Replay memory: which examples of earlier tasks are kept, and batches of them."""
+"""Replay memory: which examples of earlier tasks are kept, and their batches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError
 from jaxcl.data.files import parse_json, read_text, write_json
 from jaxcl.data.pipeline import Collate, Pipeline
 from jaxcl.data.plan import Shape
-from jaxcl.data.rows import Noise, Row, Rows
+from jaxcl.data.rows import EncodedRows, Noise, RowFields
 from jaxcl.data.spec import DataConfig
 from jaxcl.data.teacher_store import TeacherStore
 from jaxcl.errors import UserError
@@ -23,17 +23,17 @@ VERSION = 1
 
 
 def draw_examples(count: int, fraction: float, minimum: int, *, seed: int, task: int) -> list[int]:
-    """The examples of a task that are kept: drawn at random, without repetition, by seed and task.
+    """The examples of a task that are kept: a random draw without replacement that depends on seed and task only.
 
     Args:
-      count: examples the task has.
+      count: number of examples of the task.
       fraction: share that is kept.
-      minimum: fewest examples kept, as far as there are so many.
+      minimum: smallest number kept; all, if the task has fewer.
       seed: seed of the draw.
       task: index of the task.
 
     Returns:
-      Rising example numbers.
+      Example numbers in increasing order.
 
     >>> len(draw_examples(250, 0.01, 1, seed=0, task=0)), len(draw_examples(250, 0.0, 1, seed=0, task=0))
     (2, 1)
@@ -43,7 +43,7 @@ def draw_examples(count: int, fraction: float, minimum: int, *, seed: int, task:
 
 
 def draw_count(count: int, fraction: float, minimum: int) -> int:
-    """How many of `count` examples are kept; see `draw_examples`. A fraction above 0 keeps at least one.
+    """How many of `count` examples are kept, see `draw_examples`; a fraction above 0 keeps at least one.
 
     >>> draw_count(250, 0.01, 1), draw_count(2, 0.0, 8), draw_count(40, 0.01, 0)
     (2, 2, 1)
@@ -56,35 +56,35 @@ class TaskMemory(Schema):
 
     task: int = Field(ge=0, description="index of the task")
     name: str = Field(description="name of the task")
-    count: int = Field(ge=0, description="examples the task has")
-    examples: tuple[int, ...] = Field(description="numbers of the kept examples, rising")
+    count: int = Field(ge=0, description="number of examples of the task")
+    examples: tuple[int, ...] = Field(description="numbers of the kept examples, increasing")
     written: tuple[dict[str, str], ...] = Field(
-        (), description="prompts and answers that the model wrote, which are remembered instead of examples"
+        (), description="prompts and answers written by the model, remembered instead of examples"
     )
-    dropped: dict[str, int] = Field({}, description="written samples that are not remembered, by reason")
+    dropped: dict[str, int] = Field({}, description="number of written samples that are not remembered, by reason")
 
 
 class Memory(Schema):
-    """The kept examples of all tasks so far; a new task gives a new object.
+    """The kept examples of all tasks so far, immutable.
 
     >>> memory = Memory(seed=3).with_task(0, "first", count=300, fraction=0.01, minimum=1)
     >>> len(memory.tasks[0].examples)
     3
     """
 
-    version: int = Field(VERSION, description="version of the file's layout")
+    version: int = Field(VERSION, description="version of the file format")
     seed: int = Field(ge=0, description="seed of the draws")
     tasks: tuple[TaskMemory, ...] = Field((), description="kept examples by task")
 
     def with_task(self, task: int, name: str, *, count: int, fraction: float, minimum: int) -> Memory:
-        """This memory and the examples drawn from one more task; a task already there is drawn anew."""
+        """A copy with the examples drawn from one more task; a task already in the memory is drawn again."""
         examples = draw_examples(count, fraction, minimum, seed=self.seed, task=task)
         return self._with(TaskMemory(task=task, name=name, count=count, examples=tuple(examples)))
 
     def with_written(
         self, task: int, name: str, rows: Sequence[Mapping[str, str]], dropped: Mapping[str, int]
     ) -> Memory:
-        """This memory and samples that the model wrote for one more task."""
+        """A copy with the samples that the model wrote for one more task."""
         texts = tuple(dict(row) for row in rows)
         numbers = tuple(range(len(texts)))
         new = TaskMemory(task=task, name=name, count=len(texts), examples=numbers, written=texts, dropped=dict(dropped))
@@ -95,7 +95,7 @@ class Memory(Schema):
         return self.model_copy(update={"tasks": tuple(sorted((*kept, new), key=lambda one: one.task))})
 
     def save(self, path: str | Path) -> None:
-        """Writes the memory as JSON, whole or not at all.
+        """Writes the memory as JSON, atomically.
 
         Raises:
           UserError: the file cannot be written.
@@ -107,7 +107,7 @@ class Memory(Schema):
         """Reads a memory.
 
         Raises:
-          UserError: the file is missing, is no memory, or has another version.
+          UserError: the file is missing, is not a memory, or has another version.
         """
         content = parse_json(read_text(path), path)
         try:
@@ -119,15 +119,15 @@ class Memory(Schema):
         return memory
 
 
-class SubsetRows(Rows):
-    """Some of a task's encoded examples.
+class SubsetRows(EncodedRows):
+    """A subset of a task's encoded examples.
 
     Attributes:
-      rows: all of them.
-      indices: the numbers of those that count.
+      rows: all examples.
+      indices: numbers of the examples in the subset.
     """
 
-    def __init__(self, rows: Rows, indices: Sequence[int]) -> None:
+    def __init__(self, rows: EncodedRows, indices: Sequence[int]) -> None:
         outside = [index for index in indices if not 0 <= index < len(rows)]
         if outside:
             raise ValueError(f"indices: expected examples of {rows.name}, 0 to {len(rows) - 1}, got {outside[0]}")
@@ -143,25 +143,25 @@ class SubsetRows(Rows):
         return int(self.indices[index])
 
     def shapes(self, others: Sequence[SubsetRows]) -> list[Shape]:
-        """Shapes that hold all examples of the whole sets, so that a memory compiles no shape of its own."""
+        """Shapes for all examples of the whole sets, so that a memory needs no further compiled step."""
         return self.rows.shapes([other.rows for other in others])
 
-    def row(self, index: int, shape: Shape, noise: Noise) -> Row:
+    def row(self, index: int, shape: Shape, noise: Noise) -> RowFields:
         """The row of a kept example; -1 gives a filler row."""
         return self.rows.row(self.number(index) if index >= 0 else -1, shape, noise)
 
     def describe(self) -> dict[str, Any]:
-        """Kept examples, their tokens, and how many there are to choose from."""
+        """Number of kept examples, of examples they were drawn from, and of kept tokens."""
         return {"examples": len(self), "of": len(self.rows), "tokens": int(self.sizes[:, 0].sum())}
 
 
 class MemoryPipeline(Pipeline):
-    """Batches of remembered examples of all earlier tasks, with what was stored beside them."""
+    """Batches of remembered examples of all earlier tasks, with their stored signals."""
 
     def __init__(
         self,
         memory: Memory,
-        rows: Mapping[int, Rows],
+        rows: Mapping[int, EncodedRows],
         config: DataConfig,
         *,
         batch_size: int,
@@ -170,27 +170,27 @@ class MemoryPipeline(Pipeline):
         collate: Collate | None = None,
         tasks: Sequence[int] | None = None,
     ) -> None:
-        """Gathers the kept examples.
+        """Collects the kept examples.
 
         Args:
           memory: which examples are kept.
-          rows: encoded training examples by task; those of every task of the memory (of `tasks`, if given).
+          rows: encoded training examples by task, of every task of the memory (of `tasks`, if given).
           config: `prefetch` and `threads` are used.
-          batch_size: rows of a batch over all processes.
-          shapes: shapes for prompt-answer batches; give the run's, so that nothing compiles anew.
-          stores: what was stored beside the kept examples, by task; none: batches carry no teacher.
-          collate: puts the records of a batch's rows into arrays whose shapes follow from the batch's shape.
-          tasks: only these tasks; none: all.
+          batch_size: rows per batch over all processes.
+          shapes: shapes for prompt-answer batches; give the run's, so that the step is not compiled again.
+          stores: stored signals of the kept examples, by task; none: batches have no `teacher`.
+          collate: see `Pipeline`.
+          tasks: use only these tasks; none: all.
 
         Raises:
-          UserError: the memory is empty, or was drawn from other data than `rows`.
+          UserError: the memory is empty, or was drawn from a different number of examples than in `rows`.
         """
         kept = [one for one in memory.tasks if (tasks is None or one.task in tasks) and one.examples]
         for one in kept:
             if one.count != len(rows[one.task]):
                 raise UserError(
                     f"the memory of task {one.name} was drawn from {one.count} examples, the task now has "
-                    f"{len(rows[one.task])}: the data has changed since"
+                    f"{len(rows[one.task])}: the data has changed"
                 )
         super().__init__(
             [SubsetRows(rows[one.task], one.examples) for one in kept],

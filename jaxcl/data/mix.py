@@ -1,4 +1,4 @@
-"""The stream of a task's batches with batches from the memory between them or beside them."""
+"""A task's batches, interleaved with memory batches or each paired with one."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from jaxcl.data.pipeline import CheckpointableIterator, Pipeline, iterate
+from jaxcl.data.rows import HostBatch
 
 
 class Interleaved:
@@ -15,19 +16,19 @@ class Interleaved:
     Attributes:
       task: the task's pipeline.
       memory: the memory's pipeline.
-      order: one period of the order: True where a memory batch stands.
+      order: one period of the order: True for a memory batch.
     """
 
     def __init__(self, task: Pipeline, memory: Pipeline, *, every: int = 0, latest: int | None = None) -> None:
-        """Lays down the order.
+        """Fixes the order.
 
         Args:
           task: the task's pipeline.
           memory: the memory's pipeline.
-          every: a memory batch after so many task batches; 0 spreads one pass over the memory evenly over each epoch
-            of the task, however large either is.
-          latest: task batches after which a memory batch stands at the latest, though the rest would put the first
-            one behind them: how many the task is trained on, so that replay is never off without a word.
+          every: number of task batches between memory batches; 0 spreads one pass over the memory evenly over each
+            epoch of the task, whatever their sizes.
+          latest: the first memory batch comes after at most this many task batches, so that a short task still
+            replays.
         """
         if every < 0:
             raise ValueError(f"every: expected 0 or more, got {every}")
@@ -38,7 +39,7 @@ class Interleaved:
         steps, memories = (every, 1) if every else (task.steps_per_epoch, memory.steps_per_epoch)
         if latest is not None and -(-steps // memories) > latest:
             steps, memories = max(1, latest), 1
-        # Memory batch j stands right after task batch ceil(j * steps / memories): the last ends the period.
+        # Memory batch j follows task batch ceil(j * steps / memories); the last one ends the period.
         after = -(-np.arange(1, memories + 1) * steps // memories)
         self.order = np.zeros(steps + memories, bool)
         self.order[after + np.arange(memories)] = True
@@ -50,11 +51,11 @@ class Interleaved:
         return self.steps_for(self.task.steps_per_epoch)
 
     def steps_for(self, task_steps: int) -> int:
-        """Batches, memory batches included, up to where `task_steps` task batches and what follows them are through."""
+        """Batches, memory batches included, that hold `task_steps` task batches and the memory batches after them."""
         memories = int(self.order.sum())
         periods, rest = divmod(task_steps, len(self.order) - memories)
         starts = np.flatnonzero(~self.order)
-        # Up to the task batch number `rest` of a further period, and the memory batches right behind the one before.
+        # Up to, but not including, task batch number `rest` of the next period.
         return periods * len(self.order) + (int(starts[rest]) if rest else 0)
 
     def task_steps_in(self, steps: int) -> int:
@@ -62,8 +63,8 @@ class Interleaved:
         periods, rest = divmod(steps, len(self.order))
         return steps - periods * int(self.order.sum()) - int(self.order[:rest].sum())
 
-    def batch_at(self, step: int, *, seed: int, process_index: int = 0, process_count: int = 1) -> dict[str, Any]:
-        """The batch of a step, the rows of one process: a pure function of its arguments."""
+    def batch_at(self, step: int, *, seed: int, process_index: int = 0, process_count: int = 1) -> HostBatch:
+        """One process's rows of the batch of a step; a pure function of its arguments."""
         period, place = divmod(step, len(self.order))
         before = int(self._before[place])
         memories = int(self.order.sum())
@@ -78,7 +79,7 @@ class Interleaved:
         return iterate(self, seed, process_index, process_count)
 
     def describe(self) -> dict[str, Any]:
-        """Steps of an epoch, memory batches among them, and the counts of both pipelines."""
+        """Steps per epoch, how many of them are memory batches, and the counts of both pipelines."""
         return {
             "steps_per_epoch": self.steps_per_epoch,
             "memory_steps_per_epoch": self.steps_per_epoch - self.task.steps_per_epoch,
@@ -88,11 +89,11 @@ class Interleaved:
 
 
 class Mixed:
-    """A task's batches, each with a memory batch beside it, under `memory`.
+    """A task's batches, each with a memory batch in the field `memory`.
 
     Attributes:
       task: the task's pipeline.
-      memory: the memory's pipeline; its passes follow each other, whatever the task's.
+      memory: the memory's pipeline; its epochs are independent of the task's.
     """
 
     def __init__(self, task: Pipeline, memory: Pipeline) -> None:
@@ -106,8 +107,8 @@ class Mixed:
         """Batches in one epoch of the task."""
         return self.task.steps_per_epoch
 
-    def batch_at(self, step: int, *, seed: int, process_index: int = 0, process_count: int = 1) -> dict[str, Any]:
-        """The batch of a step, the rows of one process: a pure function of its arguments."""
+    def batch_at(self, step: int, *, seed: int, process_index: int = 0, process_count: int = 1) -> HostBatch:
+        """One process's rows of the batch of a step; a pure function of its arguments."""
         of_task, of_memory = (
             stream.batch_at(step, seed=seed, process_index=process_index, process_count=process_count)
             for stream in (self.task, self.memory)
@@ -119,7 +120,7 @@ class Mixed:
         return iterate(self, seed, process_index, process_count)
 
     def describe(self) -> dict[str, Any]:
-        """Steps of an epoch, all of which bring a memory batch, and the counts of both pipelines."""
+        """Steps per epoch, each with a memory batch, and the counts of both pipelines."""
         return {
             "steps_per_epoch": self.steps_per_epoch,
             "memory_steps_per_epoch": self.steps_per_epoch,

@@ -1,8 +1,8 @@
-"""Prompt-answer pairs as token rows with a boundary that is the same in training and in generation.
+"""Prompt-answer pairs as token rows, split at the same token boundary in training and in generation.
 
-A prompt's trailing spaces are dropped and the answer starts with one space of its own, or with none after a line
-break. Prompt and answer are tokenised apart, so the answer's first token never depends on the prompt: a prompt that
-ends in `Output: `, followed by `POS`, gives `Output` `:` and ` POS`, whether the answer is known or generated.
+Trailing spaces of a prompt are dropped, and the answer starts with one space, or with none after a line break. Prompt
+and answer are tokenised separately, so the answer's first token never depends on the prompt: a prompt that ends in
+`Output: `, followed by `POS`, gives `Output` `:` and ` POS`, whether the answer is known or generated.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxcl.data.plan import Shape, choose_lengths
-from jaxcl.data.rows import Noise, Ragged, Row, Rows, blank, place
+from jaxcl.data.rows import EncodedRows, Noise, Ragged, RowFields, blank, place
 from jaxcl.data.spec import TEMPLATES, DataConfig
 from jaxcl.data.tokenizer import Tokenizer
 from jaxcl.errors import UserError
 
 
 class EncodedPrompts(NamedTuple):
-    """Prompts as token ids, and how many of them lost their left part."""
+    """Prompts as token ids, and how many of them were cut on the left."""
 
     ids: list[list[int]]
     cut: int
 
 
 def encode_prompts(prompts: Sequence[str], tokenizer: Tokenizer, config: DataConfig) -> EncodedPrompts:
-    """Token ids of prompts up to where the answer begins; training and generation both use this.
+    """Token ids of prompts up to the answer; training and generation both use this.
 
-    The template is put around each prompt. A prompt that is too long loses its left part; the template and the
-    opening token stay.
+    The template is put around each prompt. A prompt that is too long is cut on the left; the template and the bos
+    token are kept.
 
     Args:
       prompts: the prompts, without the template.
@@ -54,13 +54,13 @@ def encode_prompts(prompts: Sequence[str], tokenizer: Tokenizer, config: DataCon
     bodies = tokenizer.encode_batch([_body(prompt) for prompt in prompts], continued=bool(head_text))
     cut = sum(len(body) > room for body in bodies)
     ids = [head + body[-room:] + tail for body in bodies]
-    # The first answer token needs a position that predicts it, so even an empty prompt has one token.
+    # The first answer token needs a position that predicts it, so an empty prompt has one token, too.
     start = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
     return EncodedPrompts([row or [tokenizer.pad_id if start is None else start] for row in ids], cut)
 
 
 def open_prompts(beginnings: Sequence[str], tokenizer: Tokenizer, config: DataConfig) -> list[list[int]]:
-    """Token ids of prompts that are yet to be continued: the template's opening and what there is of the prompt."""
+    """Token ids of unfinished prompts: the template up to the prompt, and the prompt's beginning."""
     head, _ = _template(config)
     return encode_prompts(beginnings, tokenizer, config.model_copy(update={"template": head + "{prompt}"})).ids
 
@@ -68,10 +68,10 @@ def open_prompts(beginnings: Sequence[str], tokenizer: Tokenizer, config: DataCo
 def encode_answers(
     answers: Sequence[str], prompts: Sequence[str], tokenizer: Tokenizer, config: DataConfig
 ) -> list[list[int]]:
-    """Token ids of answers, each as it stands after its prompt, without the end token.
+    """Token ids of answers as continuations of their prompts, without the end token.
 
     Args:
-      answers: the answers; white space around them is dropped.
+      answers: the answers; surrounding white space is dropped.
       prompts: the prompt of each answer.
       tokenizer: the model's tokenizer.
       config: `template` is used.
@@ -93,18 +93,18 @@ def _body(prompt: str) -> str:
     return prompt.rstrip(" \t")
 
 
-class PairRows(Rows):
-    """Prompt-answer pairs, encoded; the loss counts on the answer and its end token only.
+class PairRows(EncodedRows):
+    """Encoded prompt-answer pairs; only the answer and its end token are scored.
 
-    A row is prompt, answer, end token and padding on the right. `predict` points at the positions that predict
-    the answer's tokens, `targets` holds these tokens.
+    A row is prompt, answer, end token and padding on the right. `predict` holds the positions that predict the answer's
+    tokens, `targets` these tokens.
 
     Attributes:
       texts: the pairs as given.
-      prompts: prompt tokens of each example.
-      answers: answer tokens of each example, end token included.
-      cut_prompts: prompts that lost their left part.
-      cut_answers: answers that lost their end (only with `on_long_answer: cut`).
+      prompts: prompt tokens per example.
+      answers: answer tokens per example, end token included.
+      cut_prompts: number of prompts cut on the left.
+      cut_answers: number of answers cut on the right (only with `on_long_answer: cut`).
     """
 
     group = "pairs"
@@ -123,17 +123,17 @@ class PairRows(Rows):
 
         Args:
           texts: rows with `prompt` and `answer`.
-          tokenizer: the model's tokenizer; must have an end token.
-          config: windows, template, buckets.
+          tokenizer: the model's tokenizer; needs an end token.
+          config: lengths, template and buckets are used.
           task: index of the task.
-          name: its name, with the split, for messages.
-          prompt_prefix: token ids before every prompt, beyond `prompt_length`; see `Method.prompt_prefix`.
+          name: name of task and split, for messages.
+          prompt_prefix: token ids before every prompt, not counted in `prompt_length`; see `Method.prompt_prefix`.
 
         Raises:
           UserError: an answer is longer than `answer_length`, or the tokenizer has no end token.
         """
         if tokenizer.eos_id is None:
-            raise UserError("the tokenizer names no end token (eos), which prompt-answer tasks need")
+            raise UserError("the tokenizer has no end token (eos), which prompt-answer tasks need")
         self.texts = texts
         self.task = task
         self.name = name
@@ -162,8 +162,8 @@ class PairRows(Rows):
         """See `pair_shapes`."""
         return pair_shapes([self, *others], self.config)
 
-    def row(self, index: int, shape: Shape, noise: Noise) -> Row:
-        """One row, see the class; `noise` is not used."""
+    def row(self, index: int, shape: Shape, noise: Noise) -> RowFields:
+        """One row, as the class describes; `noise` is not used."""
         row = blank(shape, self.pad_id)
         if index < 0:
             return row
@@ -187,17 +187,17 @@ class PairRows(Rows):
 
 
 def pair_shapes(rows: Sequence[PairRows], config: DataConfig) -> list[Shape]:
-    """The few shapes that hold all examples of `rows`; give the rows of all tasks to compile once for all.
+    """A few shapes for all examples of `rows`; given the rows of all tasks, the tasks share their compiled steps.
 
     Args:
-      rows: encoded pairs, of as many tasks and splits as shall share the shapes.
+      rows: encoded pairs of all tasks and splits that share the shapes.
       config: `buckets`, `bucket_lengths` and `length_multiple` are used.
 
     Returns:
-      Shapes rising in both numbers, so that what fits one fits the next.
+      Shapes that increase in both numbers, so that what fits one fits the next.
 
     Raises:
-      UserError: the given `bucket_lengths` do not hold the longest example.
+      UserError: the longest example exceeds the given `bucket_lengths`.
     """
     sizes = np.concatenate([one.sizes for one in rows])
     if config.bucket_lengths == "auto":

@@ -1,67 +1,80 @@
 """Batches from encoded examples: seeded, sharded by process, resumable.
 
-A pipeline is a function from a step's number to its batch. Which examples stand in it follows from seed and step
-alone, so the state of an iterator is that number, and every process takes its own rows of the same plan.
+A pipeline is a function from the number of a step to its batch. The examples in it follow from seed and step alone, so
+the state of an iterator is the step's number, and every process takes its own rows of the same plan.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 
 from jaxcl.data.labelled import LabelledRows
 from jaxcl.data.pairs import PairRows
 from jaxcl.data.plan import Plan, Shape, plan_epoch, plan_steps
-from jaxcl.data.rows import Noise, Row, Rows
+from jaxcl.data.rows import EncodedRows, HostBatch, Noise, RowFields
 from jaxcl.data.spec import DataConfig
 from jaxcl.data.text import Objective, TextRows
 from jaxcl.data.tokenizer import Tokenizer
 from jaxcl.errors import UserError
 
-FIELDS = ("tokens", "segments", "positions", "predict", "targets", "weights", "labels", "types")
-#: Puts the stored records of a batch's rows (`None` for filler rows) into arrays whose shapes follow from the batch's
-#: shape alone.
+FIELDS = tuple(RowFields.__annotations__)
+#: Collates the stored records of a batch's rows (`None` for filler rows) into arrays whose shapes depend on the batch's
+#: shape only.
 Collate = Callable[[Sequence[Mapping[str, np.ndarray] | None], Shape], dict[str, np.ndarray]]
 #: The stored record of an example of a task.
 Lookup = Callable[[int, int], Mapping[str, np.ndarray]]
 
 
 class CheckpointableIterator(Protocol):
-    """An endless iterator over batches whose position can be saved and set (grain's `DatasetIterator`)."""
+    """An endless iterator over batches whose position can be saved and restored (grain's `DatasetIterator`)."""
 
-    def __next__(self) -> dict[str, Any]: ...
+    def __next__(self) -> HostBatch: ...
 
-    def __iter__(self) -> Iterator[dict[str, Any]]: ...
+    def __iter__(self) -> Iterator[HostBatch]: ...
 
     def get_state(self) -> dict[str, Any]:
-        """Position: small and JSON-serialisable."""
+        """The position; small and JSON-serialisable."""
         ...
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes on from a position that `get_state` gave."""
+        """Continues from a position that `get_state` returned."""
         ...
 
     def close(self) -> None:
-        """Ends the threads that prepare batches."""
+        """Stops the prefetch threads."""
         ...
 
 
 class Stream(Protocol):
-    """What can be iterated over: a pipeline or a mixture of two."""
+    """Batches to train on: a pipeline or a mixture of two."""
 
     prefetch: int
     threads: int
 
-    def batch_at(self, step: int, *, seed: int, process_index: int, process_count: int) -> dict[str, Any]:
-        """The batch of a step, the rows of one process."""
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches in one epoch."""
+        ...
+
+    def batch_at(self, step: int, *, seed: int, process_index: int, process_count: int) -> HostBatch:
+        """One process's rows of the batch of a step."""
+        ...
+
+    def train(self, seed: int, process_index: int = 0, process_count: int = 1) -> CheckpointableIterator:
+        """An endless iterator over the batches; see `iterate`."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Counts for the log and the report."""
         ...
 
 
 class _Steps:
-    """A stream as grain's random-access source; without end, because every epoch differs."""
+    """A stream as a random-access source for grain; endless, because every epoch differs."""
 
     def __init__(self, stream: Stream, **where: int) -> None:
         self._stream = stream
@@ -70,20 +83,20 @@ class _Steps:
     def __len__(self) -> int:
         return sys.maxsize
 
-    def __getitem__(self, step: Any) -> dict[str, Any]:
+    def __getitem__(self, step: Any) -> HostBatch:
         return self._stream.batch_at(int(step), **self._where)
 
 
 def iterate(stream: Stream, seed: int, process_index: int = 0, process_count: int = 1) -> CheckpointableIterator:
-    """An endless iterator over a stream's batches, prepared ahead in threads.
+    """An endless iterator over a stream's batches, prefetched in threads.
 
     Args:
       stream: a pipeline or a mixture.
       seed: seed of shuffling and masking, the same in all processes.
-      process_index: number of this process.
+      process_index: index of this process.
       process_count: number of processes.
     """
-    import grain  # here, because grain imports jax
+    import grain  # imported here, because grain imports jax
 
     options = grain.ReadOptions(num_threads=stream.threads, prefetch_buffer_size=stream.prefetch)
     steps = _Steps(stream, seed=seed, process_index=process_index, process_count=process_count)
@@ -91,19 +104,19 @@ def iterate(stream: Stream, seed: int, process_index: int = 0, process_count: in
 
 
 class Pipeline:
-    """Batches of one or several tasks' examples.
+    """Batches of the examples of one or several tasks.
 
     Attributes:
       sources: the encoded examples; several for joint training or a memory.
-      shapes: the shapes of all batches, which are the shapes a step is compiled for.
-      batch_size: rows of a batch over all processes.
+      shapes: the shapes of all batches; a step is compiled for each of them.
+      batch_size: rows per batch over all processes.
       steps_per_epoch: batches in which every example appears once.
-      origin: `task` or `memory`; goes into every batch.
+      origin: `task` or `memory`; a field of every batch.
     """
 
     def __init__(
         self,
-        sources: Sequence[Rows],
+        sources: Sequence[EncodedRows],
         batch_size: int,
         config: DataConfig,
         *,
@@ -117,21 +130,20 @@ class Pipeline:
 
         Args:
           sources: encoded examples; at least one.
-          batch_size: rows of a batch over all processes.
+          batch_size: rows per batch over all processes.
           config: `prefetch` and `threads` are used.
           shapes: shapes for prompt-answer batches (see `pair_shapes`); none: chosen from `sources`.
           origin: `task` or `memory`.
-          fixed_noise: mask the same tokens of a row in every epoch, by this seed; needed where something was stored
-            beside the rows.
-          lookup: gives what was stored with a row, from its task and example.
-          collate: puts what was stored into arrays; needed with `lookup`.
+          fixed_noise: seed that masks the same tokens of a row in every epoch; required for rows with stored signals.
+          lookup: returns the stored record of a row, given its task and example.
+          collate: collates the stored records of a batch; required with `lookup`.
 
         Raises:
-          UserError: there is no example.
-          ValueError: an example fits none of `shapes`, or `collate` is missing.
+          UserError: there are no examples.
+          ValueError: an example does not fit any of `shapes`, or `collate` is missing.
         """
         if lookup is not None and collate is None:
-            raise ValueError("collate: needed to put what lookup gives into arrays, got None")
+            raise ValueError("collate: required with lookup, got None")
         self.sources = list(sources)
         self.batch_size = batch_size
         self.origin = origin
@@ -159,22 +171,22 @@ class Pipeline:
         start = len(self.shapes)
         limits = np.array([(shape.length, shape.predict or 0) for shape in chosen])
         for index in members:
-            # Shapes rise in both numbers: the first one that holds both is the smallest.
+            # Shapes increase in both numbers: the first one that fits is the smallest.
             fits: np.ndarray = np.all(self.sources[index].sizes[:, None, :] <= limits[None], axis=2)
             if not fits.any(axis=1).all():
                 raise ValueError(
-                    f"shapes {chosen}: expected room for every example, {self.sources[index].name} has none"
+                    f"shapes {chosen}: expected room for every example, one of {self.sources[index].name} does not fit"
                 )
             self._buckets[self._offsets[index] : self._offsets[index + 1]] = start + fits.argmax(axis=1)
         self.shapes += chosen
         self._groups += [number] * len(chosen)
 
     def train(self, seed: int, process_index: int = 0, process_count: int = 1) -> CheckpointableIterator:
-        """An endless iterator, shuffled anew every epoch; see `iterate`."""
+        """An endless iterator, reshuffled every epoch; see `iterate`."""
         return iterate(self, seed, process_index, process_count)
 
-    def batch_at(self, step: int, *, seed: int, process_index: int = 0, process_count: int = 1) -> dict[str, Any]:
-        """The batch of a step, the rows of one process: a pure function of its arguments."""
+    def batch_at(self, step: int, *, seed: int, process_index: int = 0, process_count: int = 1) -> HostBatch:
+        """One process's rows of the batch of a step; a pure function of its arguments."""
         epoch, place = divmod(step, self.steps_per_epoch)
         plan = self._plan(seed, epoch)
         noise = (seed, epoch) if self._fixed_noise is None else (self._fixed_noise, 0)
@@ -182,13 +194,13 @@ class Pipeline:
 
     def once(
         self, limit: int | None = None, seed: int | None = None, process_index: int = 0, process_count: int = 1
-    ) -> Iterator[dict[str, Any]]:
+    ) -> Iterator[HostBatch]:
         """One pass; the last batch of a shape group is completed with filler rows.
 
         Args:
-          limit: take only so many examples, the first of a shuffle by `seed`; none: all.
+          limit: largest number of examples, the first ones of a shuffle by `seed`; none: all.
           seed: seed of that shuffle and of the masking; none: the first examples in order, masked by seed 0.
-          process_index: number of this process.
+          process_index: index of this process.
           process_count: number of processes.
         """
         kept = np.arange(self.examples)
@@ -206,12 +218,12 @@ class Pipeline:
         plan = self._plans.get(key)
         if plan is None:
             plan = plan_epoch(self._buckets, self._groups, self.batch_size, seed, epoch)
-            # Threads that read ahead may stand in the next epoch already: keep two. A plan computed twice by two
-            # threads is the same plan.
+            # Prefetch threads may be in the next epoch already, so two plans are kept. Two threads that compute the
+            # same plan get equal results.
             self._plans = dict([*self._plans.items(), (key, plan)][-2:])
         return plan
 
-    def _build(self, plan: Plan, place: int, noise: Noise, process_index: int, process_count: int) -> dict[str, Any]:
+    def _build(self, plan: Plan, place: int, noise: Noise, process_index: int, process_count: int) -> HostBatch:
         if self.batch_size % process_count:
             raise UserError(f"the batch of {self.batch_size} rows cannot be split over {process_count} processes")
         share = self.batch_size // process_count
@@ -220,7 +232,7 @@ class Pipeline:
         group = self._groups[plan.shapes[place]]
         rows, tasks, examples = [], [], []
         for index in indices:
-            # A filler row belongs to the first source of its batch's group.
+            # A filler row counts as one of the first source of its batch's group.
             number = int(np.searchsorted(self._offsets, index, side="right") - 1) if index >= 0 else self._first(group)
             source = self.sources[number]
             local = int(index - self._offsets[number]) if index >= 0 else -1
@@ -238,7 +250,7 @@ class Pipeline:
         names = list(dict.fromkeys(rows.group for rows in self.sources))
         return next(index for index, rows in enumerate(self.sources) if rows.group == names[group])
 
-    def _stack(self, rows: list[Row], tasks: list[int], examples: list[int]) -> dict[str, Any]:
+    def _stack(self, rows: Sequence[Mapping[str, Any]], tasks: list[int], examples: list[int]) -> HostBatch:
         batch: dict[str, Any] = {
             field: np.stack([row[field] for row in rows]) if field in rows[0] else None for field in FIELDS
         }
@@ -246,10 +258,10 @@ class Pipeline:
         batch["example"] = np.array(examples, np.int32)
         batch["teacher"] = None
         batch["origin"] = self.origin
-        return batch
+        return cast(HostBatch, batch)
 
     def describe(self) -> dict[str, Any]:
-        """Counts for the log and the report: steps, shapes, share of real tokens, and each source's own counts."""
+        """Counts for the log and the report: steps, shapes, share of real tokens, and the counts of each source."""
         padded = sum(int((self._buckets == index).sum()) * shape.length for index, shape in enumerate(self.shapes))
         tokens = sum(int(rows.sizes[:, 0].sum()) for rows in self.sources)
         return {
@@ -281,7 +293,7 @@ class PairPipeline(Pipeline):
 
 
 class TextPipeline(Pipeline):
-    """Batches of running text, packed or a passage a row; see `TextRows`."""
+    """Batches of running text, packed or one passage per row; see `TextRows`."""
 
     def __init__(
         self,

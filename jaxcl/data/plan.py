@@ -1,4 +1,4 @@
-"""Which examples stand in which batch: pure functions of lengths, seed and epoch."""
+"""Which examples go into which batch: pure functions of lengths, seed and epoch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jaxtyping import Int
 
 
 class Shape(NamedTuple):
-    """Static shape of a batch's rows: tokens, and scored positions (`None`: every position is scored)."""
+    """Static shape of a row: tokens, and scored positions (`None`: every position is scored)."""
 
     length: int
     predict: int | None
@@ -21,7 +21,7 @@ class Plan(NamedTuple):
 
     Attributes:
       shapes: index of each batch's shape.
-      rows: examples of each batch, -1 for filler rows, which stand last.
+      rows: examples of each batch; -1 for filler rows, which come last.
     """
 
     shapes: Int[np.ndarray, " steps"]
@@ -29,7 +29,7 @@ class Plan(NamedTuple):
 
 
 def plan_steps(buckets: Int[np.ndarray, " examples"], groups: Sequence[int], batch_size: int) -> int:
-    """Number of batches of an epoch: each group's examples over the batch size, rounded up.
+    """Number of batches per epoch: each group's examples divided by the batch size, rounded up.
 
     Args:
       buckets: index of the smallest shape that each example fits.
@@ -46,17 +46,17 @@ def plan_epoch(
 ) -> Plan:
     """Puts every example into exactly one batch of the epoch.
 
-    Examples are shuffled within their bucket. Those that fill no whole batch move up to the next larger bucket of
-    their group, where they fit as well; only the last batch of a group's largest bucket is completed with filler
-    rows. The number of batches is therefore the same in every epoch.
+    Examples are shuffled within their bucket. Those left over after the whole batches move to the next larger bucket
+    of their group, where they also fit; only the last batch of a group's largest bucket is completed with filler rows.
+    So the number of batches is the same in every epoch.
 
     Args:
       buckets: index of the smallest shape that each example fits.
-      groups: group of each shape. The shapes of a group stand together, from small to large; an example may move
-        only within its group.
+      groups: group of each shape. The shapes of a group are adjacent, from small to large; an example moves only
+        within its group.
       batch_size: rows in a batch.
       seed: seed of the shuffle.
-      epoch: number of the epoch; `None` keeps the examples' order, bucket by bucket.
+      epoch: number of the epoch; `None` does not shuffle: bucket by bucket, in the examples' order.
     """
     random = None if epoch is None else np.random.default_rng((seed, epoch))
     shapes: list[np.ndarray] = []
@@ -83,17 +83,17 @@ def plan_epoch(
 
 
 def choose_lengths(lengths: Int[np.ndarray, " examples"], buckets: int, multiple: int) -> tuple[int, ...]:
-    """The at most `buckets` row lengths that hold all examples with the fewest tokens of padding.
+    """Row lengths, at most `buckets`, that hold all examples with the fewest padding tokens.
 
-    Candidates are the multiples of `multiple`; the choice among them is exact (dynamic programming over candidates).
+    Candidates are the multiples of `multiple`; the choice is optimal (dynamic programming over the candidates).
 
     Args:
       lengths: tokens of each example; at least one example.
-      buckets: most lengths chosen.
-      multiple: every chosen length is a multiple of this.
+      buckets: largest number of lengths.
+      multiple: every length is a multiple of this.
 
     Returns:
-      Rising lengths; the last holds the longest example.
+      Increasing lengths; the last holds the longest example.
 
     >>> choose_lengths(np.array([3, 3, 3, 30]), buckets=2, multiple=4)
     (4, 32)
@@ -105,7 +105,7 @@ def choose_lengths(lengths: Int[np.ndarray, " examples"], buckets: int, multiple
     candidates, counts = np.unique(-(-np.asarray(lengths) // multiple) * multiple, return_counts=True)
     size = len(candidates)
     below = np.concatenate([[0], np.cumsum(counts)])
-    # cost[j]: tokens, padding included, of all examples up to candidate j when j is the largest length chosen so far.
+    # cost[j]: tokens, padding included, of all examples up to candidate j if j is the largest length so far.
     cost = candidates * below[1:]
     steps: list[np.ndarray] = []
     for _ in range(min(buckets, size) - 1):

@@ -1,19 +1,44 @@
-"""Encoded examples with random access: what a pipeline draws its batches from."""
+"""Encoded examples with random access, from which a pipeline builds its batches."""
 
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from jaxcl.data.plan import Shape
 
-Row = dict[str, Any]
-#: Seeds of whatever is random about a row (which tokens are masked).
+#: Seeds of everything random about a row (which tokens are masked).
 Noise = tuple[int, ...]
+
+
+class RowFields(TypedDict):
+    """Fields of an encoded row, all int32 but `weights` (float32); `jaxcl.models.batch.Batch` says what they hold.
+
+    In a `HostBatch` each has a leading batch axis, and what its rows lack is `None`.
+    """
+
+    tokens: Int[np.ndarray, "*batch length"]
+    segments: Int[np.ndarray, "*batch length"]
+    positions: Int[np.ndarray, "*batch length"]
+    predict: NotRequired[Int[np.ndarray, "*batch predict"]]
+    targets: Int[np.ndarray, "*batch predict"]
+    weights: Float[np.ndarray, "*batch predict"]
+    labels: NotRequired[Int[np.ndarray, "*batch"] | np.int32]
+    types: NotRequired[Int[np.ndarray, "*batch length"]]
+
+
+class HostBatch(RowFields):
+    """This process's rows of a batch, stacked, and where they come from."""
+
+    task: Int[np.ndarray, " batch"]
+    example: Int[np.ndarray, " batch"]
+    teacher: NotRequired[Mapping[str, np.ndarray] | None]
+    origin: NotRequired[str]
+    memory: NotRequired[HostBatch | None]
 
 
 class Ragged:
@@ -41,14 +66,14 @@ class Ragged:
         return np.diff(self.offsets)
 
 
-class Rows(abc.ABC):
-    """Examples of one split of one task, encoded.
+class EncodedRows(abc.ABC):
+    """The encoded examples of one split of one task.
 
     Attributes:
-      group: rows of different groups never share a batch, because their batches are built differently.
+      group: name of the kind of rows; only rows of the same group share a batch.
       name: name of the task.
       task: index of the task.
-      sizes: tokens and scored positions of each example, int `[examples, 2]`.
+      sizes: tokens and scored positions per example, int `[examples, 2]`.
     """
 
     group: str
@@ -60,26 +85,26 @@ class Rows(abc.ABC):
         return len(self.sizes)
 
     def number(self, index: int) -> int:
-        """Number, within the task's training set, of the example at `index`."""
+        """The example's number within the task's whole set."""
         return index
 
     @abc.abstractmethod
     def shapes(self, others: Sequence[Any]) -> list[Shape]:
-        """Shapes for batches of these rows together with `others` of the same group, rising in both numbers."""
+        """Shapes for batches of these rows and `others` of the same group, increasing in both numbers."""
 
     @abc.abstractmethod
-    def row(self, index: int, shape: Shape, noise: Noise) -> Row:
-        """Fields of one row, without the batch axis; `index` -1 gives a filler row."""
+    def row(self, index: int, shape: Shape, noise: Noise) -> RowFields:
+        """The fields of one row, without a batch axis; `index` -1 gives a filler row."""
 
     @abc.abstractmethod
     def describe(self) -> dict[str, Any]:
         """Counts for the log and the report."""
 
 
-def blank(shape: Shape, pad_id: int) -> Row:
-    """A filler row: nothing is seen, nothing is scored."""
+def blank(shape: Shape, pad_id: int) -> RowFields:
+    """A filler row: padding only, without a scored position."""
     scored = shape.length if shape.predict is None else shape.predict
-    row = {
+    row: RowFields = {
         "tokens": np.full(shape.length, pad_id, np.int32),
         "segments": np.zeros(shape.length, np.int32),
         "positions": np.zeros(shape.length, np.int32),
@@ -91,8 +116,8 @@ def blank(shape: Shape, pad_id: int) -> Row:
     return row
 
 
-def place(row: Row, pieces: Sequence[Int[np.ndarray, " tokens"]]) -> int:
-    """Writes `pieces` side by side into a blank row as segments 1, 2, ...; returns the tokens written."""
+def place(row: RowFields, pieces: Sequence[Int[np.ndarray, " tokens"]]) -> int:
+    """Writes `pieces` one after another into a blank row as segments 1, 2, ...; returns the number of tokens."""
     start = 0
     for number, piece in enumerate(pieces, 1):
         stop = start + len(piece)

@@ -1,4 +1,4 @@
-"""Task sources: from `scheme:rest` to rows of text, whatever they are stored in."""
+"""Task sources: from `scheme:rest` to rows of text, whatever the storage format."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jaxcl.data.spec import EndTaskSpec, Kind, SourceSpec, TaskSpec
 from jaxcl.errors import UserError
 
 Record = Mapping[str, Any]
-Rows = dict[str, list[dict[str, str]]]
+Splits = dict[str, list[dict[str, str]]]
 SPLITS = ("train", "dev", "test")
 
 
@@ -28,12 +28,12 @@ class TaskData:
 
     Attributes:
       name: name of the task.
-      kind: `pairs`: rows have `prompt` and `answer`; `text`: rows have `text`; `labelled`: rows have `text`,
-        `label` and perhaps `pair`.
-      train: rows to learn from, never empty.
-      dev: rows to choose settings by; may be empty.
-      test: rows to judge by, never empty.
-      labels: class names of a labelled task, sorted unless the source orders them.
+      kind: `pairs`: rows have `prompt` and `answer`; `text`: rows have `text`; `labelled`: rows have `text`, `label`
+        and optionally `pair`.
+      train: training rows, never empty.
+      dev: development rows; may be empty.
+      test: test rows, never empty.
+      labels: class names of a labelled task, sorted unless the source gives an order.
     """
 
     name: str
@@ -94,7 +94,7 @@ def load_task(spec: TaskSpec, seed: int = 0) -> TaskData:
 
     Args:
       spec: the task's section of the configuration.
-      seed: seed of held-out splits and of the choice of rows under `train`, `dev` and `test` limits.
+      seed: seed of held-out splits and of the choice of rows under the limits `train`, `dev` and `test`.
 
     Raises:
       UserError: the source is unknown, cannot be read, is empty, or lacks a field.
@@ -108,12 +108,12 @@ def load_end_task(spec: EndTaskSpec, name: str, seed: int = 0) -> TaskData:
 
 
 def load_source(source: str, *, seed: int = 0, **options: Any) -> TaskData:
-    """Reads a task by its source alone.
+    """Reads a task, given its source alone.
 
     Args:
       source: `scheme:rest`.
       seed: see `load_task`.
-      **options: further fields of `TaskSpec`; without `name`, the task is called as the source ends.
+      **options: further fields of `TaskSpec`; the default of `name` is the last part of the source.
 
     Raises:
       UserError: see `load_task`.
@@ -148,8 +148,8 @@ def _load(spec: SourceSpec, name: str, kind: Kind | None, template: str | None, 
     return TaskData(name, fields.kind, chosen["train"], chosen["dev"], chosen["test"], labels)
 
 
-def _labels(raw: Raw, found: Rows, source: str) -> tuple[str, ...]:
-    """Class names: the source's own, else all that occur; also those of evaluation rows, which count as wrong."""
+def _labels(raw: Raw, found: Splits, source: str) -> tuple[str, ...]:
+    """Class names: the source's, or all that occur; rows of a class that only the evaluation has count as wrong."""
     labels = raw.labels or tuple(sorted({row["label"] for rows in found.values() for row in rows}))
     for split, rows in found.items():
         for number, row in enumerate(rows, 1):
@@ -240,7 +240,7 @@ def _read_stdlib(rest: str, spec: SourceSpec) -> Raw:
     from jaxcl.data.stdlib import read_stdlib
 
     found = read_stdlib(rest)
-    # The embedded sources have field names of their own; those the user gave must not hide them.
+    # The embedded sources have fixed field names: rename them to those that the user configured.
     rename = {
         "prompt": spec.prompt_field,
         "answer": spec.answer_field,
@@ -289,7 +289,7 @@ class _Fields(NamedTuple):
 def _needed(
     spec: SourceSpec, name: str, kind: Kind | None, template: str | None, sample: Record, where: dict[str, str]
 ) -> _Fields:
-    """Which fields a row needs, told from the kind, or the kind from the fields of the first record."""
+    """The fields that a row of the kind needs; an unknown kind is inferred from the fields of the first record."""
     pairs = {"answer": spec.answer_field} | ({} if template else {"prompt": spec.prompt_field})
     labelled = {"text": spec.text_field, "label": spec.label_field}
     labelled |= {"pair": spec.pair_field} if spec.pair_field else {}
@@ -302,7 +302,7 @@ def _needed(
         raise UserError(
             f"task {name}: {next(iter(where.values()), spec.source)} row 1 has the fields {_listed(sample)}; expected "
             f"{spec.prompt_field} and {spec.answer_field}, or {spec.text_field} (and {spec.label_field}); "
-            "name others by prompt_field, answer_field, text_field or label_field"
+            "set prompt_field, answer_field, text_field or label_field to use other names"
         )
     return _Fields(kind, needs[kind])
 
@@ -339,11 +339,11 @@ def _objects(rows: Sequence[Any], path: Path) -> Sequence[Record]:
     return rows
 
 
-def _split(found: Rows, heldout: float, seed: int) -> Rows:
-    """Completes the splits: a test split that the source lacks is held out of its training rows.
+def _split(found: Splits, heldout: float, seed: int) -> Splits:
+    """Completes the splits: a missing test split is held out from the training rows.
 
-    A source of one file gets a development split in the same way; one that has splits of its own but no development
-    split goes without, because nothing depends on it.
+    A source with a single file gets a development split in the same way. A source with splits but without a development
+    split gets none, because nothing depends on it.
     """
     train = found.get("all", found.get("train", []))
     dev, test = found.get("dev", []), found.get("test")
@@ -364,7 +364,7 @@ def _limit(rows: list[dict[str, str]], limit: int | None, seed: int) -> list[dic
     return [rows[index] for index in sorted(chosen)]
 
 
-# ---------------------------------------------------------------- small things
+# ---------------------------------------------------------------- helpers
 
 
 def _existing(rest: str) -> Path:

@@ -1,4 +1,4 @@
-"""Configuration sections of the data: tasks, windows and batches, tokenizer."""
+"""Configuration sections of the data: tasks, lengths and batches, tokenizer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jaxcl.schema import Schema
 
 Kind = Literal["pairs", "text", "labelled"]
 
-#: Named prompt templates; any other template is a string that contains `{prompt}` once.
+#: Named prompt templates; any other template is a string with `{prompt}` exactly once.
 TEMPLATES: dict[str, str] = {
     "plain": "{prompt}",
     "chatml": "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n",
@@ -25,30 +25,30 @@ TEMPLATES: dict[str, str] = {
 
 
 class SourceSpec(Schema):
-    """Where rows of text come from and how their fields are called."""
+    """Where rows of text come from and what their fields are called."""
 
     source: str = Field(
         description="`scheme:rest`: json:FOLDER, jsonl:FILE_OR_FOLDER, text:FILE, tfds:NAME, hf:NAME or stdlib:NAME"
     )
-    train: int | None = Field(None, ge=1, description="most training rows used; none: all")
-    dev: int | None = Field(None, ge=1, description="most development rows used; none: all")
-    test: int | None = Field(None, ge=1, description="most test rows used; none: all")
+    train: int | None = Field(None, ge=1, description="maximal number of training rows used; none: all")
+    dev: int | None = Field(None, ge=1, description="maximal number of development rows used; none: all")
+    test: int | None = Field(None, ge=1, description="maximal number of test rows used; none: all")
     prompt_field: str = Field("prompt", description="field that holds the prompt")
     answer_field: str = Field("answer", description="field that holds the answer")
     text_field: str = Field("text", description="field that holds the text")
     pair_field: str | None = Field(None, description="field that holds a second text, for labelled rows")
     label_field: str = Field("label", description="field that holds the label")
     heldout: float = Field(
-        0.05, gt=0, lt=0.5, description="share held out for each of dev and test where the source has no such split"
+        0.05, gt=0, lt=0.5, description="share held out for each of dev and test if the source has no such split"
     )
-    data_dir: str | None = Field(None, description="folder in which tfds: and hf: keep their data; none: their own")
+    data_dir: str | None = Field(None, description="folder in which tfds: and hf: keep their data; none: their default")
 
 
 class EndTaskSpec(SourceSpec):
-    """A labelled task on which copies of the model are fine-tuned to see what a text domain taught it."""
+    """A labelled task: copies of the model are fine-tuned on it to measure what they learned from a text domain."""
 
-    name: str | None = Field(None, description="name in results; none: the name of the task it belongs to")
-    metric: str | None = Field(None, description="metric by name; none: macro_f1")
+    name: str | None = Field(None, description="name in results; none: the name of its task")
+    metric: str | None = Field(None, description="name of the metric; none: macro_f1")
 
 
 class TaskSpec(SourceSpec):
@@ -56,17 +56,19 @@ class TaskSpec(SourceSpec):
 
     name: str = Field(min_length=1, pattern=r"^[^/\\]+$", description="name in results and file names")
     kind: Kind | None = Field(
-        None, description="pairs (prompt and answer), text or labelled; none: told from the source's fields"
+        None, description="pairs (prompt and answer), text or labelled; none: inferred from the source's fields"
     )
-    metric: str | None = Field(None, description="metric by name; none: exact_match for pairs, perplexity for text")
+    metric: str | None = Field(None, description="name of the metric; none: exact_match for pairs, perplexity for text")
     prompt_template: str | None = Field(
         None,
-        description="builds the prompt from the row's fields, for example `{text} Sentiment:`; none: the prompt field",
+        description="prompt from fields of the row, for example `{text} Sentiment:`; none: the prompt field",
     )
-    end_task: EndTaskSpec | None = Field(None, description="labelled task that measures what this domain taught")
+    end_task: EndTaskSpec | None = Field(
+        None, description="labelled task that measures what the model learned from this domain"
+    )
     data_gone: bool = Field(
         False,
-        description="it was learned and its data is there no more: it is not scored again (jaxcl extend --data-gone)",
+        description="the data of this learned task is deleted, so it is not scored again (jaxcl extend --data-gone)",
     )
 
     @field_validator("prompt_template")
@@ -83,27 +85,33 @@ class TaskSpec(SourceSpec):
 
 
 class DataConfig(Schema):
-    """Windows, packing, masking and buckets."""
+    """Lengths, packing, masking and buckets."""
 
-    prompt_length: int = Field(256, ge=1, description="most tokens of a prompt; longer ones lose their left part")
-    answer_length: int = Field(64, ge=1, description="most tokens of an answer, its end token included")
-    length: int = Field(128, ge=8, description="tokens in a row of text")
-    packing: bool = Field(True, description="several passages in a row of text; false: one passage a row, cut")
+    prompt_length: int = Field(
+        256, ge=1, description="maximal number of tokens of a prompt; longer ones are cut on the left"
+    )
+    answer_length: int = Field(64, ge=1, description="maximal number of tokens of an answer, its end token included")
+    length: int = Field(128, ge=8, description="tokens per row of text")
+    packing: bool = Field(
+        True, description="several passages per row of text; false: one passage per row, cut if too long"
+    )
     template: str = Field(
-        "plain", description=f"how a prompt is wrapped: {', '.join(TEMPLATES)}, or a string that contains {{prompt}}"
+        "plain", description=f"template around a prompt: {', '.join(TEMPLATES)}, or a string that contains {{prompt}}"
     )
     on_long_answer: Literal["error", "cut"] = Field(
-        "error", description="what to do with an answer over answer_length: stop, or cut and count it"
+        "error", description="what to do with an answer longer than answer_length: stop, or cut and count it"
     )
     mask_rate: float = Field(0.15, gt=0, lt=1, description="share of tokens predicted by a masked language model")
     mask_replace: float = Field(0.8, ge=0, le=1, description="share of predicted tokens shown as the mask token")
     mask_random: float = Field(0.1, ge=0, le=1, description="share of predicted tokens shown as a random token")
-    buckets: int = Field(4, ge=1, le=16, description="most row lengths of prompt-answer batches (compiled shapes)")
-    bucket_lengths: tuple[int, ...] | Literal["auto"] = Field(
-        "auto", description="row lengths of prompt-answer batches; auto: chosen from the data for the least padding"
+    buckets: int = Field(
+        4, ge=1, le=16, description="maximal number of row lengths of prompt-answer batches (compiled shapes)"
     )
-    length_multiple: int = Field(16, ge=1, description="row lengths chosen by auto are multiples of this")
-    prefetch: int = Field(4, ge=1, description="batches prepared ahead of the device")
+    bucket_lengths: tuple[int, ...] | Literal["auto"] = Field(
+        "auto", description="row lengths of prompt-answer batches; auto: chosen for the least padding on the data"
+    )
+    length_multiple: int = Field(16, ge=1, description="auto chooses multiples of this")
+    prefetch: int = Field(4, ge=1, description="batches prefetched on the host")
     threads: int = Field(1, ge=1, description="threads that prepare batches")
 
     @field_validator("template")
@@ -117,7 +125,7 @@ class DataConfig(Schema):
     @classmethod
     def _lengths_rise(cls, value: tuple[int, ...] | str) -> tuple[int, ...] | str:
         if not isinstance(value, str) and (not value or list(value) != sorted(set(value)) or value[0] < 2):
-            raise ValueError("must be rising lengths of at least 2, for example [64, 128], or auto")
+            raise ValueError("must be increasing lengths of at least 2, for example [64, 128], or auto")
         return value
 
     @model_validator(mode="after")
@@ -128,12 +136,12 @@ class DataConfig(Schema):
 
 
 class TokenizerConfig(Schema):
-    """A tokenizer that exists, or one trained on the run's own text."""
+    """An existing tokenizer, or one trained on the run's text."""
 
     path: str | None = Field(
         None, description="folder of a Hugging Face tokenizer, tokenizer.json or a GGUF file; none: train one"
     )
-    vocab_size: int = Field(2048, ge=262, description="size of the tokenizer trained when no path is given")
+    vocab_size: int = Field(2048, ge=262, description="size of the vocabulary of a trained tokenizer")
     train_rows: int | None = Field(
-        None, ge=1, description="most rows of each task's training set the tokenizer is trained on; none: all"
+        None, ge=1, description="maximal number of training rows per task that the tokenizer is trained on; none: all"
     )

@@ -1,7 +1,7 @@
-"""Sources that are on every machine: tables and texts of the standard library, docstrings of installed packages.
+"""Sources available on every machine: tables and texts of the standard library, docstrings of installed packages.
 
-Which split an example belongs to, and which examples of a large class are kept, follows from a hash of its text, so
-it is the same on every machine and does not move when other examples come or go.
+A hash of an example's text decides its split and whether it is kept from a large class, so both are the same on every
+machine and do not depend on other examples.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ Row = dict[str, str]
 
 # Share of examples in dev and in test.
 _DEV, _TEST = 0.1, 0.1
-# Examples kept of each class of a table, so that no class dominates; classes with fewer than the second are dropped.
+# Largest number of examples per class of a table, so that no class dominates; smaller classes than _FEWEST are dropped.
 _MOST, _FEWEST = 300, 25
-# Classes of an end task: how many at most, with how many passages each at least and at most.
+# End tasks: largest number of classes, and smallest and largest number of passages per class.
 _LABELS, _LABEL_FEWEST, _LABEL_MOST = 12, 30, 400
 _TOPIC_FEWEST = 14
-# Source files of a package that are read, spread evenly: the largest packages have thousands.
+# Largest number of source files read per package, spread evenly: large packages have thousands.
 _FILES = 700
-# Characters of a passage: shorter docstrings say little; topics are put together from paragraphs up to this size.
+# Characters per passage: shorter docstrings are skipped; paragraphs of topics are joined up to the second number.
 _SHORTEST, _PASSAGE = 80, 400
 
 
@@ -58,10 +58,10 @@ def read_stdlib(name: str) -> Embedded:
     """Reads an embedded source.
 
     Args:
-      name: one of `names()`; `docstrings:PACKAGE` and `submodules:PACKAGE` take an installed package.
+      name: one of `names()`; `docstrings:PACKAGE` and `submodules:PACKAGE` read an installed package.
 
     Raises:
-      UserError: there is no such source, or no such package.
+      UserError: unknown source, or the package is not installed.
 
     >>> read_stdlib("http_status").splits["train"][0].keys()
     dict_keys(['prompt', 'answer'])
@@ -93,7 +93,7 @@ def _find(name: str) -> tuple[_Source, tuple[str, ...]]:
     if name in _SOURCES:
         return _SOURCES[name], ()
     near = difflib.get_close_matches(name, [*_SOURCES, *_PACKAGE_SOURCES], n=1, cutoff=0.0)[0]
-    raise UserError(f"source stdlib:{name} is not known; nearest is {near}; there are {', '.join(names())}")
+    raise UserError(f"source stdlib:{name} is not known; nearest is {near}; allowed: {', '.join(names())}")
 
 
 def names() -> list[str]:
@@ -102,7 +102,7 @@ def names() -> list[str]:
 
 
 def _rank(text: str) -> float:
-    """A number in [0, 1) that depends on `text` alone."""
+    """A number in [0, 1) that depends only on `text`."""
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:6]) / 2**48
 
 
@@ -115,7 +115,7 @@ def _splits(rows: Iterable[Row], key: Callable[[Row], str]) -> dict[str, list[Ro
 
 
 def _balanced(pairs: Iterable[tuple[str, str]], most: int, fewest: int) -> list[tuple[str, str]]:
-    """(text, class) pairs with at most `most` of each class, and none of classes with fewer than `fewest`."""
+    """(text, class) pairs, at most `most` per class, without classes that have fewer than `fewest`."""
     classes: dict[str, list[str]] = defaultdict(list)
     for text, label in pairs:
         classes[label].append(text)
@@ -166,13 +166,13 @@ _DIRECTIONS = {
     "BN": "boundary neutral",
     "ON": "other neutral",
 }
-# Thousands of names each that say nothing but a syllable or a number.
+# Each has thousands of names that differ only in a syllable or number.
 _MASS_NAMES = ("HANGUL SYLLABLE", "YI SYLLABLE", "CUNEIFORM", "CANADIAN SYLLABICS", "BRAILLE PATTERN")
 
 
 @functools.cache
 def _characters() -> tuple[tuple[str, str], ...]:
-    """Characters and their names, without names that hold a code point or a mere number."""
+    """Characters and their names, without names that contain digits or belong to `_MASS_NAMES`."""
     found = ((chr(code), unicodedata.name(chr(code), "")) for code in range(sys.maxunicode + 1))
     return tuple(
         (character, name)
@@ -189,7 +189,7 @@ def _unicode_table(question: str, answer: Callable[[str], str | None]) -> Embedd
 
 def _numeric(character: str) -> str | None:
     value = unicodedata.numeric(character, None)
-    # Fractions are stored as floats; no class of them is large enough to be kept.
+    # Fractions are left out: none of their classes would be large enough.
     return str(int(value)) if value is not None and value == int(value) else None
 
 
@@ -218,10 +218,10 @@ def _html_entity() -> Embedded:
 
 
 def _facts(facts: Iterable[tuple[str, str]], wordings: Sequence[str]) -> Embedded:
-    """Facts that nothing but memory gives: each is learned in some wordings and asked in others.
+    """Facts that have to be memorised: each is learned in some wordings and tested in others.
 
-    Every wording is learned with some facts, so that the test asks for known facts in known wordings, but never in
-    a combination seen before.
+    Every wording is learned with some facts, so that the test asks for known facts in known wordings, but never in a
+    combination seen in training.
     """
     splits: dict[str, list[Row]] = {"train": [], "dev": [], "test": []}
     for thing, answer in facts:
@@ -253,7 +253,7 @@ def _mimetypes() -> Embedded:
         "The extension {} belongs to the type",
         "{} files have the media type",
     )
-    # No files of the operating system: the table that Python itself carries.
+    # Python's own table, without files of the operating system.
     types = mimetypes.MimeTypes(filenames=()).types_map[True]
     return _facts(((extension.lstrip("."), kind) for extension, kind in sorted(types.items())), wordings)
 
@@ -278,7 +278,7 @@ def _text(passages: Iterable[str]) -> Embedded:
 
 
 def _labelled(passages: Iterable[tuple[str, str]], what: str, fewest: int) -> Embedded:
-    """The end task of a domain: the same passages in the same splits, so that none is trained on and tested."""
+    """The end task of a domain: the same passages in the same splits, so that no test passage was trained on."""
     passages = list(passages)
     counts = Counter(label for _, label in passages)
     common = {label for label, count in counts.most_common(_LABELS) if count >= fewest}
@@ -292,7 +292,7 @@ def _labelled(passages: Iterable[tuple[str, str]], what: str, fewest: int) -> Em
 
 @functools.cache
 def _topic_passages() -> tuple[tuple[str, str], ...]:
-    """Passages of the language reference and their topics; one that stands in several belongs to the shortest."""
+    """Passages of the language reference and their topics; one in several topics belongs to the shortest topic."""
     from pydoc_data.topics import topics
 
     found: dict[str, str] = {}
@@ -300,7 +300,7 @@ def _topic_passages() -> tuple[tuple[str, str], ...]:
         passage = ""
         for paragraph in text.split("\n\n"):
             lines = [line.rstrip() for line in paragraph.splitlines()]
-            kept = "\n".join(line for line in lines if len(set(line.strip())) > 1)  # no rules of * or =
+            kept = "\n".join(line for line in lines if len(set(line.strip())) > 1)  # drops lines of * or =
             passage = f"{passage}\n\n{kept}".strip("\n")
             if len(passage) >= _PASSAGE:
                 found.setdefault(passage, topic)
@@ -312,7 +312,7 @@ def _topic_passages() -> tuple[tuple[str, str], ...]:
 
 @functools.cache
 def _docstrings(package: str) -> tuple[tuple[str, str], ...]:
-    """Docstrings of a package's source files and the submodule of each; nothing is imported."""
+    """Docstrings of a package's source files and their submodules; the package is not imported."""
     root = _package_folder(package)
     files = [path for path in sorted(root.rglob("*.py")) if not _is_test(path.relative_to(root))]
     files = files[:: max(1, -(-len(files) // _FILES))]
@@ -341,7 +341,7 @@ def _is_test(path: Path) -> bool:
 def _docstrings_of(path: Path) -> list[str]:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # old escapes in other people's sources
+            warnings.simplefilter("ignore")  # invalid escapes in other people's sources
             tree = ast.parse(path.read_bytes())
     except (OSError, SyntaxError, ValueError, RecursionError):
         return []
@@ -351,10 +351,9 @@ def _docstrings_of(path: Path) -> list[str]:
 
 
 def _by_submodule(found: dict[str, tuple[str, ...]], package: str) -> Iterable[tuple[str, str]]:
-    """Labels docstrings with a level of their module's path that tells them apart.
+    """Labels docstrings with the level of their module's path that distinguishes them.
 
-    A folder with more than half of all docstrings (`jax/_src`, `transformers/models`) says little: its contents are
-    labelled by the next level.
+    In a folder with more than half of all docstrings (`jax/_src`, `transformers/models`) that is the next level.
     """
     modules = dict(found)
     for _ in range(2):

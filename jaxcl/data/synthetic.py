@@ -1,7 +1,7 @@
-"""Which samples that a model wrote for a task are good enough to stand for its examples.
+"""Which of the samples that a model wrote for a task replace its examples in the memory.
 
-Nothing of a task's own examples may come through: what the prompts of a task share is its instruction; what a sample
-has between is held against every real prompt.
+No real example may leak into the memory. What all prompts of a task share is its instruction; what a sample has in
+between is compared with every real prompt.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from rapidfuzz import fuzz, process
 
 
 class Frame(NamedTuple):
-    """What all prompts of a task have in common: how they begin and how they end."""
+    """The beginning and end that all prompts of a task share."""
 
     prefix: str
     suffix: str
 
 
 class Sample(NamedTuple):
-    """A prompt and an answer that a model wrote.
+    """A prompt and an answer written by a model.
 
     Attributes:
-      body: the prompt between prefix and suffix; `None` if the model never came to the suffix, or if the whole is
-        longer than any of the run's examples.
+      body: the prompt between prefix and suffix; `None` if the model did not reach the suffix, or if prompt and answer
+        are longer than all of the run's examples.
       answer: the answer.
       likelihood: mean log-probability of the answer's tokens, in nats.
-      ended: the answer came to an end by itself.
+      ended: whether the model ended the answer.
     """
 
     body: str | None
@@ -39,12 +39,12 @@ class Sample(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """Samples that stand for a task's examples.
+    """Samples that replace a task's examples.
 
     Attributes:
-      samples: the most likely ones, the likeliest first.
-      dropped: how many were left out, by reason: `unfinished`, `copy` (of a real prompt), `repeated` (of another
-        sample), `unlikely` (more than were asked for).
+      samples: the most likely ones, most likely first.
+      dropped: number of samples dropped, by reason: `unfinished`, `copy` (of a real prompt), `repeated` (similar to
+        another sample), `unlikely` (less likely than the `count` chosen ones).
     """
 
     samples: list[Sample]
@@ -52,31 +52,31 @@ class Chosen(NamedTuple):
 
 
 def shared_frame(prompts: Sequence[str]) -> Frame:
-    r"""The longest beginning and end that all prompts share, cut where words end.
+    r"""The longest beginning and end that all prompts share, without cutting words.
 
     Examples:
       >>> shared_frame(["Name it.\nInput: cat\nOutput: ", "Name it.\nInput: cow\nOutput: "])
       Frame(prefix='Name it.\nInput: ', suffix='\nOutput: ')
 
     Raises:
-      ValueError: no prompts.
+      ValueError: there are no prompts.
     """
     if not prompts:
         raise ValueError("prompts: expected at least one")
     prefix = _shared(prompts)
-    # A word is not taken apart: where prompts go on in its middle, it belongs to the body.
+    # A word that prompts share only in part belongs to the body.
     if any(len(prompt) > len(prefix) and not prompt[len(prefix)].isspace() for prompt in prompts):
         prefix = prefix.removesuffix(re.split(r"\s", prefix)[-1])
     rest = [prompt[len(prefix) :] for prompt in prompts]
     suffix = _shared([one[::-1] for one in rest])[::-1]
     if any(len(one) > len(suffix) and not one[-len(suffix) - 1].isspace() for one in rest):
         suffix = suffix.removeprefix(re.split(r"\s", suffix)[0])
-    # What few prompts end their last line with by chance ("... ." in all of them) is their own, not the task's.
+    # A shared end of the last line ("... ." in all prompts) is a coincidence of the examples, not the task's frame.
     return Frame(prefix, suffix[max(0, suffix.find("\n")) :])
 
 
 def read_body(text: str, suffix: str) -> str | None:
-    r"""What a model wrote up to the suffix, or up to the end of the line where there is none.
+    r"""What a model wrote before the suffix, or, for an empty suffix, before the end of the line.
 
     Examples:
       >>> read_body("a dog\nOutput: animal", "\nOutput: "), read_body("a dog and", "\nOutput: ")
@@ -88,15 +88,15 @@ def read_body(text: str, suffix: str) -> str | None:
 
 
 def choose_samples(samples: Sequence[Sample], real: Sequence[str], count: int, similarity: float) -> Chosen:
-    """The likeliest samples that copy neither a real prompt nor each other; those whose answer ended come first.
+    """The most likely samples that copy neither a real prompt nor each other; those whose answer ended come first.
 
-    Two texts are the same if the share of equal letters (`rapidfuzz.fuzz.ratio`; case and spaces aside) is more than
+    A text is a copy if its share of equal letters (`rapidfuzz.fuzz.ratio`, ignoring case and spaces) is at least
     `similarity`.
 
     Args:
       samples: what the model wrote.
       real: bodies of the task's real prompts.
-      count: most samples chosen.
+      count: largest number of samples chosen.
       similarity: from 0 to 1.
     """
     dropped = Counter({"unfinished": 0, "copy": 0, "repeated": 0, "unlikely": 0})
@@ -119,7 +119,7 @@ def choose_samples(samples: Sequence[Sample], real: Sequence[str], count: int, s
 
 
 def _shared(texts: Sequence[str]) -> str:
-    """The longest beginning of all texts: that of the first and the last in alphabetical order."""
+    """The longest common prefix; that of the first and the last text in alphabetical order."""
     first, last = min(texts), max(texts)
     for place, (one, other) in enumerate(zip(first, last, strict=False)):
         if one != other:

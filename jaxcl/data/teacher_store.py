@@ -1,8 +1,8 @@
-"""What a method stored beside remembered rows: records of named arrays on disk, read one by one.
+"""What a method stores with remembered rows: records of named arrays on disk, read one at a time.
 
-A store is one ArrayRecord file. Its last record describes it: magic, version, what it is about, fields, number of
-records and the key of each. Arrays of a field share dtype and rank; their shapes may differ from record to record, so
-that padding is never stored. Each process writes a file for its own rows, and `TeacherStore.open` reads several as one.
+A store is one ArrayRecord file. Its last record describes it: magic, version, what the store belongs to, fields, number
+of records and their keys. Arrays of a field share dtype and rank; their shapes may differ between records, so padding
+is never stored. Each process writes a file for its own rows, and `TeacherStore.open` reads several files as one.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from jaxcl.data.files import replacing
 from jaxcl.errors import UserError
 
 _MAGIC = b"jaxcl-teacher\x00"
-VERSION = 2  # 2: what a store is about
-# Many small groups: one read fetches one record. ArrayRecord compresses each group as a whole.
+VERSION = 2  # 2: adds what a store belongs to
+# ArrayRecord compresses whole groups: groups of one record let a read fetch only that record.
 _OPTIONS = "group_size:1"
 
 Record = Mapping[str, np.ndarray]
@@ -29,20 +29,20 @@ About = Mapping[str, str | int]
 
 
 def write_records(path: str | Path, records: Iterable[tuple[int, Record]], about: About | None = None) -> int:
-    """Writes a store, whole or not at all; records are taken one at a time.
+    """Writes a store atomically; records are consumed one at a time.
 
     Args:
       path: the file.
-      records: key (the example's number in its task) and arrays of each record. All have the same field names,
-        dtypes and ranks.
-      about: what the store belongs to, by name, such as the task and the size of the model.
+      records: key (the example's number in its task) and arrays of each record. All have the same field names, dtypes
+        and ranks.
+      about: what the store belongs to, such as the task and the size of the model; checked by `TeacherStore.open`.
 
     Returns:
       Number of records written.
 
     Raises:
       UserError: the file cannot be written.
-      ValueError: a record's fields differ from the first one's, or a key appears twice.
+      ValueError: a record's fields differ from those of the first record, or a key appears twice.
     """
     from array_record.python.array_record_module import ArrayRecordWriter
 
@@ -61,7 +61,7 @@ def write_records(path: str | Path, records: Iterable[tuple[int, Record]], about
                     keys.append(int(key))
                     writer.write(_pack(record, fields))
                 if len(set(keys)) != len(keys):
-                    raise ValueError("write_records: expected every key once")
+                    raise ValueError("write_records: expected every key only once")
                 description = {
                     "version": VERSION,
                     "about": about or {},
@@ -72,9 +72,9 @@ def write_records(path: str | Path, records: Iterable[tuple[int, Record]], about
                 writer.write(_MAGIC + json.dumps(description).encode())
             finally:
                 writer.close()
-        except RuntimeError as error:  # how the library reports a failed write
+        except RuntimeError as error:  # the library's error for a failed write
             words = str(error).split(";")[0]
-            raise UserError(f"cannot write {path}: {words}; what was there before is intact") from error
+            raise UserError(f"cannot write {path}: {words}; the previous file is intact") from error
     return len(keys)
 
 
@@ -82,8 +82,8 @@ class TeacherStore:
     """Random access to the records of one or several store files.
 
     Attributes:
-      keys: key of each record, in the order of position.
-      fields: dtype and rank of each field.
+      keys: key of each record, by position.
+      fields: dtype and rank per field.
     """
 
     def __init__(self, files: Sequence[_File]) -> None:
@@ -99,11 +99,11 @@ class TeacherStore:
 
         Args:
           paths: the files.
-          about: what they have to belong to, as `write_records` was told; `None`: anything.
+          about: what they have to belong to, as given to `write_records`; `None`: anything.
 
         Raises:
-          UserError: a file is missing, truncated or not a store, its version is another, or the files do not
-            belong together, or to something else.
+          UserError: a file is missing, truncated, not a store or of another version, or the files do not belong
+            together or not to `about`.
         """
         files = [_File(Path(path)) for path in ([paths] if isinstance(paths, str | Path) else paths)]
         for file in files:
@@ -113,10 +113,10 @@ class TeacherStore:
         described = [file for file in files if file.keys]
         for file in described[1:]:
             if file.fields != described[0].fields:
-                raise UserError(f"{file.path} holds other fields than {described[0].path}: the stores are of two runs")
+                raise UserError(f"{file.path} has other fields than {described[0].path}: the stores are from two runs")
         store = cls(files)
         if len(store._by_key) != len(store.keys):
-            raise UserError(f"{files[0].path} and its companions hold an example twice: the stores are of two runs")
+            raise UserError(f"{files[0].path} and the other stores hold an example twice: they are from two runs")
         return store
 
     def __len__(self) -> int:
@@ -126,7 +126,7 @@ class TeacherStore:
         return key in self._by_key
 
     def __getitem__(self, position: int) -> dict[str, np.ndarray]:
-        """The record at a position, in the order written."""
+        """The record at a position in `keys`."""
         number, at = self._places[position]
         return self._files[number].read(at)
 
@@ -134,7 +134,7 @@ class TeacherStore:
         """The record of an example.
 
         Raises:
-          UserError: the store has no record of it.
+          UserError: there is no such record.
         """
         if key not in self._by_key:
             names = ", ".join(str(file.path) for file in self._files)
@@ -158,7 +158,7 @@ class _File:
         except (RuntimeError, ValueError, IndexError) as error:
             raise UserError(f"{path} is truncated, damaged or not a teacher store: {_first_line(error)}") from error
         if not last.startswith(_MAGIC):
-            raise UserError(f"{path} is not a teacher store, or was not written to its end")
+            raise UserError(f"{path} is not a teacher store, or is incomplete")
         description = json.loads(last[len(_MAGIC) :])
         if description.get("version") != VERSION:
             raise UserError(f"{path} has version {description.get('version')}; this program reads version {VERSION}")
@@ -166,7 +166,7 @@ class _File:
         self.fields: dict[str, dict[str, Any]] = description["fields"]
         self.keys: list[int] = description["keys"]
         if count != len(self.keys) + 1:
-            raise UserError(f"{path} says it holds {len(self.keys)} records and holds {count - 1}")
+            raise UserError(f"{path} holds {count - 1} records; its description says {len(self.keys)}")
 
     def read(self, position: int) -> dict[str, np.ndarray]:
         try:

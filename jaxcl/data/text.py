@@ -1,4 +1,4 @@
-"""Running text as token rows: packed or a passage a row, for causal and masked language models."""
+"""Running text as token rows, packed or one passage per row, for causal and masked language models."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxcl.data.plan import Shape
-from jaxcl.data.rows import Noise, Ragged, Row, Rows, blank, place
+from jaxcl.data.rows import EncodedRows, Noise, Ragged, RowFields, blank, place
 from jaxcl.data.spec import DataConfig
 from jaxcl.data.tokenizer import Tokenizer
 from jaxcl.errors import UserError
@@ -19,17 +19,17 @@ Objective = Literal["causal", "masked"]
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Puts pieces into as few rows as best-fit-decreasing finds.
+    """Packs pieces into few rows by best-fit decreasing.
 
-    Long pieces go first, each into the fullest row that still holds it. The result depends on nothing but the
-    lengths, so every process has the same rows and an iterator's place in them is one number.
+    Long pieces go first, each into the fullest row that still has room. The result depends only on the lengths, so all
+    processes have the same rows, and an iterator's position in them is one number.
 
     Args:
-      lengths: tokens of each piece, each from 1 to `capacity`.
-      capacity: tokens a row holds.
+      lengths: tokens per piece, from 1 to `capacity`.
+      capacity: tokens per row.
 
     Returns:
-      The pieces of each row.
+      The indices of the pieces in each row.
 
     >>> pack([3, 5, 2, 4], capacity=7)
     [[1, 2], [3, 0]]
@@ -56,20 +56,20 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return rows
 
 
-class TextRows(Rows):
+class TextRows(EncodedRows):
     """Passages as rows of `length` tokens.
 
-    Causal: every token but the last of its segment is scored on the next one; `predict` is absent. Masked: exactly
-    `round(mask_rate * tokens)` of a row's tokens (at least one, special tokens neither counted nor chosen) are
-    scored on themselves; 80% of them are shown as the mask token, 10% as a random one, 10% as they are.
+    Causal: every token except the last of its segment predicts the next one; `predict` is absent. Masked: exactly
+    `round(mask_rate * tokens)` of a row's tokens are predicted (at least one; special tokens are neither counted nor
+    chosen). By default 80% of them are replaced by the mask token, 10% by a random token, and 10% are unchanged.
 
-    With packing a row holds several passages as segments that do not see each other, and passages longer than a row
-    go on in another; without, a row holds one passage and what does not fit is cut off and counted.
+    With packing, a row holds several passages as segments that do not attend to each other, and a passage longer than a
+    row continues in another. Without, a row holds one passage; one that is too long is cut and counted.
 
     Attributes:
       pieces: token ids of the pieces that rows are made of.
-      rows: pieces of each row.
-      cut: passages that lost their right part.
+      rows: indices of the pieces in each row.
+      cut: number of passages cut on the right.
       fill: share of the rows' tokens that are not padding.
     """
 
@@ -93,13 +93,13 @@ class TextRows(Rows):
           config: `length`, `packing` and the masking rates are used.
           objective: `causal` for a decoder, `masked` for an encoder.
           task: index of the task.
-          name: its name, with the split, for messages.
+          name: name of task and split, for messages.
 
         Raises:
-          UserError: the tokenizer has no mask token, or no passage has a token to learn from.
+          UserError: the tokenizer has no mask token, or no passage has a token to predict.
         """
         if objective == "masked" and tokenizer.mask_id is None:
-            raise UserError("the tokenizer names no mask token, which masked language modelling needs")
+            raise UserError("the tokenizer has no mask token, which masked language modelling needs")
         self.objective = objective
         self.task = task
         self.name = name
@@ -114,7 +114,7 @@ class TextRows(Rows):
         self.pieces = Ragged(self._split(texts, tokenizer))
         lengths = self.pieces.lengths
         if len(lengths) == 0:
-            raise UserError(f"{name}: no passage has a token to learn from")
+            raise UserError(f"{name}: no passage has a token to predict")
         self.rows = pack(lengths.tolist(), config.length) if config.packing else [[i] for i in range(len(lengths))]
         tokens = np.array([lengths[row].sum() for row in self.rows], np.int64)
         self.sizes: Int[np.ndarray, "examples 2"] = np.stack([tokens, np.zeros_like(tokens)], axis=1)
@@ -131,7 +131,7 @@ class TextRows(Rows):
                 continue
             if not self.config.packing:
                 self.cut += len(ids) > room
-                # A cut passage does not end here: a causal model must not learn that it does.
+                # A cut passage gets no end token: a causal model must not learn that it ends here.
                 whole = before + ids[:room] + after if masked or len(ids) <= room else (before + ids)[:length]
                 pieces.append(whole)
             elif masked:
@@ -139,11 +139,11 @@ class TextRows(Rows):
             else:
                 whole = before + ids + after
                 pieces.extend(whole[start : start + length] for start in range(0, len(whole), length))
-        # A causal piece of one token has nothing to predict.
+        # In a causal piece of one token there is nothing to predict.
         return pieces if masked else [piece for piece in pieces if len(piece) > 1]
 
     def shapes(self, others: Sequence[TextRows]) -> list[Shape]:
-        """One shape: `length` tokens; scored: all of them, or as many as a full row has masked tokens."""
+        """One shape: `length` tokens, of which all are scored, or as many as a full row has masked tokens."""
         for other in others:
             if (other.config.length, other.objective) != (self.config.length, self.objective):
                 raise ValueError(
@@ -153,8 +153,8 @@ class TextRows(Rows):
         masked = self.objective == "masked"
         return [Shape(self.config.length, math.ceil(self.config.mask_rate * self.config.length) if masked else None)]
 
-    def row(self, index: int, shape: Shape, noise: Noise) -> Row:
-        """One row, see the class; the same `noise` masks the same tokens."""
+    def row(self, index: int, shape: Shape, noise: Noise) -> RowFields:
+        """One row, as the class describes; the same `noise` masks the same tokens."""
         row = blank(shape, self.pad_id)
         if index < 0:
             return row
@@ -168,7 +168,7 @@ class TextRows(Rows):
             row["weights"][:-1] = follows
         return row
 
-    def _mask(self, row: Row, used: int, random: np.random.Generator) -> None:
+    def _mask(self, row: RowFields, used: int, random: np.random.Generator) -> None:
         tokens = row["tokens"]
         candidates = np.flatnonzero(self._is_ordinary[tokens[:used]])
         if not len(candidates):

@@ -18,9 +18,9 @@ from jaxcl.data.spec import TokenizerConfig
 from jaxcl.errors import UserError
 
 ROLES = ("pad", "bos", "eos", "mask", "cls", "sep")
-#: Special tokens of a tokenizer trained here, ids 0 to 5 in this order.
+#: Special tokens of a trained tokenizer, with ids 0 to 5 in this order.
 TRAINED_SPECIALS = tuple(f"<{role}>" for role in ROLES)
-# Text that may stand before a piece to see how the piece is tokenised in mid-text; see `Tokenizer.encode`.
+# Texts put before a piece to tokenise it as in mid-text; see `Tokenizer._encode_continued`.
 _ANCHORS = ("\n", ":", "a", "0", "_")
 
 
@@ -29,14 +29,14 @@ class Tokenizer:
 
     Attributes:
       backend: the `tokenizers.Tokenizer`.
-      pad_id: id that fills rows; where the tokenizer names none, its end token's.
-      bos_id: token that opens a text, or `None`.
-      eos_id: token that closes a text or an answer, or `None`.
-      mask_id: token that hides another in masked language modelling, or `None`.
-      cls_id: token that opens a row of an encoder, or `None`.
-      sep_id: token that closes a row of an encoder, or `None`.
+      pad_id: id of padding; if the tokenizer has none, that of its end token.
+      bos_id: token at the start of a text, or `None`.
+      eos_id: token at the end of a text or an answer, or `None`.
+      mask_id: token that replaces masked tokens, or `None`.
+      cls_id: token at the start of an encoder's row, or `None`.
+      sep_id: token at the end of an encoder's row, or `None`.
       add_bos: whether the model expects `bos_id` before every text.
-      chat_template: the model's own (Jinja) chat template, kept as text.
+      chat_template: the model's chat template (Jinja), as text.
     """
 
     def __init__(
@@ -65,11 +65,11 @@ class Tokenizer:
         """Reads a tokenizer.
 
         Args:
-          path: a folder with `tokenizer.json` (Hugging Face's layout, or one written by `save`), the
-            `tokenizer.json` itself, or a GGUF file with a byte-level BPE vocabulary.
+          path: a folder with `tokenizer.json` (Hugging Face's layout, or written by `save`), a `tokenizer.json`
+            file, or a GGUF file with a byte-level BPE vocabulary.
 
         Raises:
-          UserError: there is no such file, or it holds no usable tokenizer.
+          UserError: there is no such file, or it is not a usable tokenizer.
         """
         path = Path(path)
         if path.suffix == ".gguf":
@@ -77,7 +77,7 @@ class Tokenizer:
             return cls(found.backend, found.ids, add_bos=found.add_bos, chat_template=found.chat_template)
         folder, file = (path, path / "tokenizer.json") if path.is_dir() else (path.parent, path)
         if path.is_dir() and not file.exists():
-            raise UserError(f"{path} holds no tokenizer.json; give a folder with one, a tokenizer.json or a .gguf file")
+            raise UserError(f"{path} has no tokenizer.json; give a folder with one, a tokenizer.json or a .gguf file")
         text = read_text(file)
         try:
             backend = tokenizers.Tokenizer.from_str(text)
@@ -101,11 +101,11 @@ class Tokenizer:
         """Trains a byte-level BPE tokenizer; the same texts give the same tokenizer.
 
         Args:
-          texts: what it is trained on.
-          vocab_size: number of ids: 6 special tokens, 256 bytes and the merges learned.
+          texts: the training texts.
+          vocab_size: number of ids: 6 special tokens, 256 bytes and the learned merges.
 
         Raises:
-          UserError: `vocab_size` has no room for bytes and special tokens.
+          UserError: `vocab_size` is too small for bytes and special tokens.
         """
         smallest = 256 + len(TRAINED_SPECIALS)
         if vocab_size < smallest:
@@ -152,12 +152,12 @@ class Tokenizer:
 
     @functools.cached_property
     def vocab_size(self) -> int:
-        """One more than the largest id: the rows a model's embedding needs."""
+        """One more than the largest id: the number of embeddings a model needs."""
         return max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     @functools.cached_property
     def special_ids(self) -> frozenset[int]:
-        """Ids that stand for no text: never masked, never drawn as a random token."""
+        """Ids that are not text: never masked, never drawn as a random token."""
         added = self.backend.get_added_tokens_decoder()
         named = (getattr(self, f"{role}_id") for role in ROLES)
         return frozenset(i for i in named if i is not None) | {i for i, token in added.items() if token.special}
@@ -170,10 +170,10 @@ class Tokenizer:
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def check_vocab(self, vocab_size: int) -> None:
-        """Checks that a model with `vocab_size` embeddings knows every id.
+        """Checks that a model with `vocab_size` embeddings has one for every id.
 
         Raises:
-          UserError: some id of the tokenizer lies beyond the model's embedding.
+          UserError: the tokenizer's largest id has no embedding.
         """
         if self.vocab_size > vocab_size:
             raise UserError(
@@ -185,8 +185,7 @@ class Tokenizer:
         """The special tokens before and after a text.
 
         Args:
-          masked: for a masked (encoder) model: `cls` and `sep`; for a causal one: `bos` if the model expects it,
-            and `eos`.
+          masked: for an encoder: `cls` and `sep`; for a decoder: `bos`, if the model expects it, and `eos`.
         """
         if masked:
             before = self.cls_id if self.cls_id is not None else self.bos_id
@@ -197,7 +196,7 @@ class Tokenizer:
 
     @functools.cached_property
     def pair_separator(self) -> list[int]:
-        """The special tokens an encoder expects between two texts (RoBERTa: two `</s>`, BERT: one `[SEP]`)."""
+        """The special tokens that an encoder expects between two texts (RoBERTa: two `</s>`, BERT: one `[SEP]`)."""
         single = self.backend.encode("a", add_special_tokens=False).ids
         framed = self.backend.encode("a", "a", add_special_tokens=True)
         if [m for m in framed.special_tokens_mask if m]:
@@ -210,7 +209,7 @@ class Tokenizer:
 
     @functools.cached_property
     def pair_type(self) -> int:
-        """The token type of the second of two texts (RoBERTa: 0, as of the first; BERT: 1)."""
+        """The token type of the second of two texts (RoBERTa: 0, like the first; BERT: 1)."""
         framed = self.backend.encode("a", "a", add_special_tokens=True)
         texts = (kind for kind, mask in zip(framed.type_ids, framed.special_tokens_mask, strict=True) if not mask)
         return max(texts, default=0)
@@ -224,9 +223,9 @@ class Tokenizer:
 
         Args:
           texts: the texts.
-          continued: tokenise each as it would be in the middle of a longer text. Tokenizers of the sentencepiece
-            kind put a space before every text, which must not happen to a piece that follows another.
-          specials: the text of a special token becomes its id. Off for text from outside, which could otherwise
+          continued: tokenise each as in the middle of a longer text. Sentencepiece tokenizers put a space before
+            every text, which would be wrong for a piece that follows another.
+          specials: map the text of a special token to its id. Keep it off for untrusted text, which could otherwise
             forge the end of a prompt.
         """
         if not continued or self._position_free:
@@ -243,7 +242,7 @@ class Tokenizer:
 
     @functools.cached_property
     def _position_free(self) -> bool:
-        """Whether a text's tokens do not depend on standing first."""
+        """Whether a text has the same tokens at the start of a text as in the middle."""
         alone, anchor, both = self._encode(["a", "\n", "\na"], specials=False)
         return both == anchor + alone
 
@@ -256,12 +255,12 @@ class Tokenizer:
 
 
 def prepare_tokenizer(config: TokenizerConfig, texts: Callable[[], Iterable[str]], folder: str | Path) -> Tokenizer:
-    """The run's tokenizer: the one named by the configuration, the one the run already has, or a new one.
+    """The run's tokenizer: the configured one, the one already in the run folder, or a newly trained one.
 
     Args:
       config: the configuration's section.
-      texts: gives the texts to train on; called only if a tokenizer must be trained.
-      folder: where a trained tokenizer is kept, and found again when the run goes on.
+      texts: returns the texts to train on; called only if a tokenizer has to be trained.
+      folder: where a trained tokenizer is saved, and found again when the run is resumed.
 
     Raises:
       UserError: a tokenizer cannot be read, trained or written.
@@ -286,7 +285,7 @@ _COMMON = {
 
 
 def _special_id(backend: tokenizers.Tokenizer, settings: dict[str, Any], role: str) -> int | None:
-    """Id of the token with `role`: as the settings say; with no settings at all, by its usual name."""
+    """Id of the token with `role`: as the settings say, or, without any settings, by its usual name."""
     if settings:
         token = settings.get(f"{role}_token")
         token = token.get("content") if isinstance(token, dict) else token

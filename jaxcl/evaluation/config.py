@@ -12,17 +12,17 @@ from jaxcl.schema import Schema
 
 
 class EndTaskConfig(Schema):
-    """How a copy of the model is fine-tuned on the labelled task that belongs to a domain."""
+    """How a copy of the model is fine-tuned on a domain's labelled task."""
 
-    epochs: int = Field(10, ge=1, description="most passes over the training examples")
-    batch_size: int = Field(16, ge=1, description="examples a step")
+    epochs: int = Field(10, ge=1, description="maximal number of passes over the training examples")
+    batch_size: int = Field(16, ge=1, description="examples per step")
     learning_rate: float = Field(3e-5, gt=0, description="peak learning rate of AdamW")
-    warmup: float = Field(0.1, ge=0, lt=1, description="share of all steps over which the learning rate rises")
-    weight_decay: float = Field(0.01, ge=0, description="AdamW's decay of matrices; biases and scales have none")
-    clip: float = Field(1.0, gt=0, description="largest norm of a gradient")
-    patience: int = Field(3, ge=1, description="passes without a better dev score after which to stop")
-    seeds: int = Field(1, ge=1, description="repetitions whose scores are averaged")
-    length: int = Field(128, ge=8, description="tokens of an example; longer ones are cut")
+    warmup: float = Field(0.1, ge=0, lt=1, description="share of all steps in which the learning rate rises")
+    weight_decay: float = Field(0.01, ge=0, description="AdamW's decay of matrices, not of biases and scales")
+    clip: float = Field(1.0, gt=0, description="maximal norm of a gradient")
+    patience: int = Field(3, ge=1, description="stop after this number of passes without a better dev score")
+    seeds: int = Field(1, ge=1, description="number of repetitions; scores are averaged")
+    length: int = Field(128, ge=8, description="tokens per example; longer ones are cut")
 
 
 _KIND_OF: dict[str, Kind] = {"pairs_metric": "pairs", "text_metric": "text", "labelled_metric": "labelled"}
@@ -31,22 +31,24 @@ _KIND_OF: dict[str, Kind] = {"pairs_metric": "pairs", "text_metric": "text", "la
 class EvaluationConfig(Schema):
     """What is measured after each task, and how."""
 
-    split: Literal["test", "dev"] = Field("test", description="the examples that are scored")
-    limit: int | None = Field(None, ge=1, description="score at most so many examples of a task, the same in every run")
+    split: Literal["test", "dev"] = Field("test", description="split of the scored examples")
+    limit: int | None = Field(
+        None, ge=1, description="maximal number of scored examples per task; the same ones in every run"
+    )
     batch_size: int = Field(32, ge=1, description="examples generated or scored at once")
-    max_new_tokens: int = Field(64, ge=1, description="longest answer, in tokens")
+    max_new_tokens: int = Field(64, ge=1, description="maximal length of an answer, in tokens")
     before: bool = Field(False, description="also score every task before any training (needed for FWT)")
     future: Literal["none", "next", "all"] = Field(
-        "none", description="also score tasks not learned yet: none, the next one (needed for FWT), or all"
+        "none", description="also score tasks that are not learned yet: none, the next one (needed for FWT), or all"
     )
-    pairs_metric: str = Field("exact_match", description="metric of instruction tasks that name none")
-    text_metric: str = Field("perplexity", description="metric of text domains that name none")
+    pairs_metric: str = Field("exact_match", description="default metric of instruction tasks")
+    text_metric: str = Field("perplexity", description="default metric of text domains")
     end_tasks: Literal["each", "last"] = Field(
         "each",
-        description="when end tasks are scored; each: whenever their domain is; last: before any training, right after "
-        "their domain was learned and after the last one, which is all that OP, BWT and the forgetting rate need",
+        description="when end tasks are scored; each: whenever their domain is; last: only before any training, right "
+        "after their domain and after the last one, which suffices for OP, BWT and the forgetting rate",
     )
-    labelled_metric: str = Field("macro_f1", description="metric of end tasks that name none")
+    labelled_metric: str = Field("macro_f1", description="default metric of end tasks")
     end_task: EndTaskConfig = Field(EndTaskConfig(), description="fine-tuning on a domain's labelled task")
 
     @field_validator("pairs_metric", "text_metric", "labelled_metric")
@@ -55,10 +57,10 @@ class EvaluationConfig(Schema):
         return check_metric(name, _KIND_OF[info.field_name or ""])
 
     def metric_for(self, kind: Kind, name: str | None = None) -> str:
-        """The metric of a task of that kind: the one it names, else this section's.
+        """The metric of a task of that kind: `name`, or this section's default.
 
         Raises:
-          UserError: it names none that exists or that scores such tasks.
+          UserError: the metric does not exist or cannot score such tasks.
         """
         default = {"pairs": self.pairs_metric, "text": self.text_metric, "labelled": self.labelled_metric}[kind]
         return find_metric(name or default, kind).name
@@ -82,7 +84,7 @@ class EvaluationConfig(Schema):
 
 
 def check_metric(name: str, kind: Kind | None = None) -> str:
-    """For configuration fields: the name, or a `ValueError` (which pydantic reports) that lists the valid ones."""
+    """For configuration fields: the name, or a `ValueError` (which pydantic reports) that lists the valid names."""
     try:
         return find_metric(name, kind).name
     except UserError as error:

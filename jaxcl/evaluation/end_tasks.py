@@ -1,4 +1,4 @@
-"""What a domain taught the model: a copy is fine-tuned on the domain's labelled task and scored there."""
+"""Scores on end tasks: a copy of the model is fine-tuned on a domain's labelled task and scored on it."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ from jaxcl.models.network import Network, Params
 
 
 class LabelledBatches(Protocol):
-    """What is asked of a pipeline of labelled rows (`jaxcl.data` has one); filler rows have weight 0."""
+    """A pipeline of labelled rows, such as `jaxcl.data.pipeline.LabelledPipeline`; filler rows have weight 0."""
 
     steps_per_epoch: int
 
     def batch_at(self, step: int, *, seed: int) -> Mapping[str, Any]:
-        """The batch of a training step; shuffled anew every epoch."""
+        """The batch of a training step; reshuffled every epoch."""
         ...
 
     def once(self) -> Iterator[Mapping[str, Any]]:
-        """One pass, the last batch filled up."""
+        """One pass; the last batch is completed with filler rows."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class EndTaskScore:
-    """Scores of a fine-tuned copy on the test rows, in percent; means over the repetitions.
+    """Test scores of fine-tuned copies, in percent; means over the repetitions.
 
     Attributes:
       macro_f1: F1 averaged over the classes.
       micro_f1: F1 over all decisions.
-      accuracy: share of rows classified right.
-      runs: the same numbers, the `dev` score training was stopped by, and `epochs`, of each repetition.
+      accuracy: share of correctly classified rows.
+      runs: per repetition, the same scores, the best `dev` score, and the number of `epochs`.
       predictions: class of each test row in the first repetition, int32 `[rows]`.
       labels: expected class of each test row.
       seconds: wall-clock time of all repetitions.
@@ -62,7 +62,7 @@ class EndTaskScore:
         return {"macro_f1": self.macro_f1, "micro_f1": self.micro_f1, "accuracy": self.accuracy}[name]
 
     def deviation(self, name: str) -> float | None:
-        """Sample standard deviation of a metric over the repetitions; `None` where there was one."""
+        """Sample standard deviation of a metric over the repetitions; `None` if there was only one."""
         return float(np.std([run[name] for run in self.runs], ddof=1)) if len(self.runs) > 1 else None
 
 
@@ -93,24 +93,24 @@ def score_end_task(
     compile: Compile = jax.jit,
     place: Place = as_batch,
 ) -> EndTaskScore:
-    """Fine-tunes copies of a model on a labelled task and scores them. `params` is left as it is.
+    """Fine-tunes copies of a model on a labelled task and scores them; `params` is not changed.
 
-    Every repetition draws its own classification head, order of examples and dropout. After each epoch the dev rows
-    are classified; the params with the best score there are the ones tested, and training stops when `patience` epochs
-    brought nothing better. Without dev rows it runs all epochs and tests the last params.
+    Every repetition draws its own classification head, order of examples and dropout. After each epoch the dev rows are
+    scored; the params with the best dev score are tested, and training stops after `patience` epochs without a better
+    one. Without dev rows, all epochs are run and the last params are tested.
 
     Args:
-      network: the model that was pre-trained; its own classification head, if any, is not used.
+      network: the pre-trained model; its classification head, if any, is not used.
       params: its params.
       train: training rows.
-      test: rows to score.
-      dev: rows to stop by.
+      test: test rows.
+      dev: rows for early stopping; `None`: no early stopping.
       num_labels: number of classes.
-      metric: the dev score to stop by: `macro_f1`, `micro_f1` or `accuracy`.
+      metric: score for early stopping: `macro_f1`, `micro_f1` or `accuracy`.
       config: how to fine-tune.
-      seed: seed of the first repetition; the others count on from there.
-      compile: what compiles the steps; called with the same functions for every task of a number of classes.
-      place: what makes a batch on the devices of a pipeline's rows.
+      seed: seed of the first repetition; the others use the next seeds.
+      compile: compiles the steps; called with the same functions for all tasks with the same number of classes.
+      place: makes a batch on the devices from a pipeline's rows.
 
     Returns:
       Test scores, means over `config.seeds` repetitions.
@@ -145,19 +145,19 @@ def class_scores(predictions: Int[np.ndarray, " rows"], labels: Int[np.ndarray, 
 
 
 def with_labels(network: Network, num_labels: int) -> Network:
-    """The same network with a classification head for so many classes."""
+    """The same network with a classification head for `num_labels` classes."""
     return Network.create(network.config.model_copy(update={"num_labels": num_labels}))
 
 
 def with_body(fresh: Params, pretrained: Params) -> Params:
-    """Fresh params of a classifier with everything but its classification head taken from a pre-trained model.
+    """Params of a classifier: a fresh classification head, and everything else from a pre-trained model.
 
     Raises:
-      ValueError: the two are not of the same network, head aside.
+      ValueError: the params belong to different networks.
     """
     body = {name: fresh[name] if name == "classifier" else pretrained.get(name) for name in fresh}
     if jax.tree.map(jnp.shape, body) != jax.tree.map(jnp.shape, fresh):
-        raise ValueError("pretrained: expected the params of the classifier's own network, got others")
+        raise ValueError("pretrained: expected params of the classifier's network, got those of another")
     return body
 
 
@@ -171,7 +171,7 @@ def _fine_tune(
     seed: int,
     place: Place,
 ) -> tuple[Params, int, float]:
-    """The best params, the number of epochs run, and their dev score (NaN without dev rows)."""
+    """The best params, the number of epochs run, and the best dev score (NaN without dev rows)."""
     head_key, dropout_key = jax.random.split(jax.random.key(seed))
     state = programs.start(params, head_key, jnp.int32(config.epochs * train.steps_per_epoch))
     best, best_score, best_epoch = state.params, -1.0, 0
@@ -193,11 +193,11 @@ def _fine_tune(
 def _classify_all(
     programs: _Programs, params: Params, rows: LabelledBatches, place: Place
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Class predicted and class expected of every row, fillers left out."""
+    """Predicted and expected class of every row, without filler rows."""
     predictions, labels = [], []
     for fields in rows.once():
         batch = place(fields)
-        # What is compiled is whole in every process; the batch itself need not be.
+        # Compiled results are replicated, so every process has all rows; the batch itself may be split.
         predicted, expected, real = jax.device_get(programs.classify(params, batch))
         predictions.append(predicted[real])
         labels.append(expected[real])
@@ -206,7 +206,7 @@ def _classify_all(
 
 @functools.lru_cache(maxsize=8)
 def _programs(network: Network, config: EndTaskConfig, compile: Compile) -> _Programs:
-    """The compiled functions for a classifier; the same ones are found again after the next task."""
+    """The compiled functions for a classifier, cached for later tasks."""
     optimizer = _optimizer(config)
 
     def start(pretrained: Params, key: Array, total: Int[Array, ""]) -> _State:
@@ -229,7 +229,7 @@ def _programs(network: Network, config: EndTaskConfig, compile: Compile) -> _Pro
         return _State(params, moments, state.step + 1, state.total)
 
     def classify(params: Params, batch: Batch) -> tuple[Array, Array | None, Array]:
-        """Class of each row, the class expected, and whether the row counts."""
+        """Predicted class, expected class, and whether the row counts, per row."""
         scores = network.classify(params, network.hidden(params, batch).states, batch)
         return jnp.argmax(scores, axis=-1), batch.labels, batch.weights[:, 0] > 0
 
@@ -237,21 +237,21 @@ def _programs(network: Network, config: EndTaskConfig, compile: Compile) -> _Pro
 
 
 def learning_rate(config: EndTaskConfig, step: Int[Array, ""], total: Int[Array, ""]) -> Float[Array, ""]:
-    """Rises over the first share of the steps, then falls in a line to 0 behind the last.
+    """Linear warm-up over the first share of the steps, then linear decay to 0 after the last.
 
-    It starts above 0: short fine-tuning has no steps to waste.
+    It starts above 0, because short fine-tuning has no steps to waste.
 
     Args:
       config: `learning_rate` is the peak, `warmup` the share.
-      step: number of steps done.
-      total: number of steps in all.
+      step: number of finished steps.
+      total: total number of steps.
     """
     rise = jnp.round(config.warmup * total)
     return config.learning_rate * jnp.minimum((step + 1) / (rise + 1), (total - step) / jnp.maximum(total - rise, 1))
 
 
 def _optimizer(config: EndTaskConfig) -> optax.GradientTransformation:
-    """AdamW with clipping, up to the learning rate."""
+    """AdamW with clipping, without the learning rate."""
 
     def decayed(params: Params) -> Any:
         return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), params)

@@ -1,4 +1,4 @@
-"""A model as `lm-eval` (the language-model evaluation harness) drives it, to see what general ability is left.
+"""A model for `lm-eval` (the language-model evaluation harness), to measure its remaining general ability.
 
     import lm_eval
     from jaxcl.evaluation.harness import HarnessModel
@@ -8,7 +8,7 @@
     harness = HarnessModel(model.network, model.params, model.tokenizer)
     print(lm_eval.simple_evaluate(harness, tasks=["arc_easy"])["results"])
 
-The harness is the optional package of `pip install 'jaxcl[eval]'`. Without it the class scores texts all the same.
+The harness is optional: `pip install 'jaxcl[eval]'`. The class can score texts without it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxcl.data.plan import Shape, choose_lengths
-from jaxcl.data.rows import blank, place
+from jaxcl.data.rows import RowFields, blank, place
 from jaxcl.data.tokenizer import Tokenizer
 from jaxcl.errors import UserError
 from jaxcl.evaluation.scoring import as_batch, row_sums
@@ -34,9 +34,9 @@ from jaxcl.models.network import Network, Params
 
 LM: Any = importlib.import_module("lm_eval.api.model").LM if importlib.util.find_spec("lm_eval") else object
 
-# Compiled shapes a call: row lengths, chosen for the least padding among multiples.
+# Row lengths (compiled shapes) per call: multiples, chosen for the least padding.
 _BUCKETS, _MULTIPLE = 4, 16
-# Scored positions of a row are a multiple of this, so that nearby lengths share a program.
+# Scored positions per row are a multiple of this, so that similar lengths share a compiled program.
 _SCORED_MULTIPLE = 8
 _GENERATION = ("until", "max_gen_toks", "do_sample", "temperature", "top_p")
 
@@ -45,8 +45,9 @@ class Scoring(NamedTuple):
     """Tokens of which the last ones are scored.
 
     Attributes:
-      tokens: all but the last are what the model reads.
-      scored: how many at the end are scored, each given all before it; fewer than there are tokens, perhaps none.
+      tokens: the tokens; the model reads all but the last.
+      scored: number of tokens at the end that are scored, each given all before it; less than the number of tokens,
+        possibly 0.
     """
 
     tokens: list[int]
@@ -54,7 +55,7 @@ class Scoring(NamedTuple):
 
 
 class Likelihood(NamedTuple):
-    """Log-likelihood in nats, and whether every scored token was the likeliest."""
+    """Log-likelihood in nats, and whether every scored token was the most likely one."""
 
     nats: float
     greedy: bool
@@ -63,20 +64,20 @@ class Likelihood(NamedTuple):
 class HarnessModel(LM):
     """`lm_eval.api.model.LM` over a decoder.
 
-    Requests are anything with `args`, as the harness makes them. Rows of similar length share a batch; a row's result
-    depends on neither the others nor the padding. One process drives it.
+    Requests are objects with `args`, as the harness makes them. Rows of similar length share a batch; a row's result
+    does not depend on the other rows or the padding. For a single process.
 
     Args:
       network: a decoder.
       params: its params.
       tokenizer: its tokenizer.
-      batch_size: rows scored or written at once.
+      batch_size: rows scored or generated at once.
       max_length: the window, in tokens; default: the model's.
-      max_new_tokens: longest text written where a task does not say.
-      seed: seed of the draws, where a task asks for sampling.
+      max_new_tokens: maximal length of a generated text if a task does not set it.
+      seed: seed for tasks with sampling.
 
     Raises:
-      UserError: an encoder, or a tokenizer without a token that can open a text.
+      UserError: an encoder, or a tokenizer without bos and eos.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class HarnessModel(LM):
             raise UserError("lm-eval needs a decoder; the model is an encoder")
         opening = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
         if opening is None:
-            raise UserError("lm-eval needs a token to open a text with; the tokenizer names neither bos nor eos")
+            raise UserError("lm-eval needs a token at the start of a text; the tokenizer has neither bos nor eos")
         self.network = network
         self.params = params
         self.tokenizer = tokenizer
@@ -106,24 +107,24 @@ class HarnessModel(LM):
         self._opening = opening
         self._generators: dict[tuple[int, tuple[int, ...]], Generator] = {}
 
-    # ---------------------------------------------------------------- what the harness calls
+    # ---------------------------------------------------------------- called by the harness
 
     def loglikelihood(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
-        """Log-likelihood of a continuation given its context, and whether greedy choice would write it.
+        """Log-likelihood of a continuation given its context, and whether greedy decoding would generate it.
 
-        A context that is too long loses its left part. White space at its end counts as the continuation's.
+        A context that is too long is cut on the left. White space at its end is moved to the continuation.
 
         Args:
           requests: `args` is `(context, continuation)`.
 
         Raises:
-          UserError: a continuation that is longer than the window.
+          UserError: a continuation is longer than the window.
         """
         found = self.score([self._pair(*request.args) for request in requests])
         return [(likelihood.nats, likelihood.greedy) for likelihood in found]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], **_: Any) -> list[float]:
-        """Log-likelihood of whole texts; each token is scored once, with as much context as the window holds.
+        """Log-likelihood of whole texts; each token is scored once, with as much context as fits in the window.
 
         Args:
           requests: `args` is `(text,)`.
@@ -134,14 +135,14 @@ class HarnessModel(LM):
         return [sum((next(scores).nats for _ in windows), start=0.0) for windows in parts]
 
     def generate_until(self, requests: Sequence[Any], **_: Any) -> list[str]:
-        """What the model writes, up to a stop text.
+        """Generated texts, up to a stop text.
 
         Args:
-          requests: `args` is `(context, settings)`; of the settings `until`, `max_gen_toks`, `do_sample`,
-            `temperature` and `top_p` are known.
+          requests: `args` is `(context, settings)`, with the settings `until`, `max_gen_toks`, `do_sample`,
+            `temperature` and `top_p`.
 
         Raises:
-          UserError: another setting, or a window with no room for the context.
+          UserError: an unknown setting, or the window has no room for the context.
         """
         answers = [""] * len(requests)
         groups: dict[_Settings, list[int]] = {}
@@ -170,7 +171,7 @@ class HarnessModel(LM):
         return results
 
     def _batches(self, examples: Sequence[Scoring]) -> Iterator[tuple[list[int], Batch]]:
-        """Indices of examples and their rows, filled up to `batch_size`."""
+        """Indices of examples and their batch, completed with filler rows."""
         asked = np.array([index for index, example in enumerate(examples) if example.scored], np.int64)
         if not len(asked):
             return
@@ -183,13 +184,13 @@ class HarnessModel(LM):
             shape = Shape(bound, -(-scored // _SCORED_MULTIPLE) * _SCORED_MULTIPLE)
             for start in range(0, len(members), self.batch_size):
                 chosen = members[start : start + self.batch_size].tolist()
-                rows = [self._row(examples[index], shape) for index in chosen]
+                rows: list[Mapping[str, Any]] = [self._row(examples[index], shape) for index in chosen]
                 rows += [blank(shape, self.tokenizer.pad_id)] * (self.batch_size - len(rows))
                 fields: dict[str, Any] = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
                 zeros = np.zeros(self.batch_size, np.int32)
                 yield chosen, as_batch(fields | {"task": zeros, "example": zeros, "packed": False})
 
-    def _row(self, example: Scoring, shape: Shape) -> dict[str, Any]:
+    def _row(self, example: Scoring, shape: Shape) -> RowFields:
         row = blank(shape, self.tokenizer.pad_id)
         tokens, count = np.asarray(example.tokens, np.int32), example.scored
         place(row, [tokens[:-1]])
@@ -208,14 +209,14 @@ class HarnessModel(LM):
         body = context.rstrip()
         continuation = context[len(body) :] + continuation
         before = self._context(body)
-        # Tokenised together, as in running text: the continuation is what stands behind the context's tokens.
+        # Tokenised together, as in running text: the continuation is what follows the context's tokens.
         after = self._context(body + continuation)[len(before) :] if body else self.tokenizer.encode(continuation)
         after = after or self.tokenizer.encode(continuation, continued=True)
         if len(after) > self.max_length:
-            raise UserError(f"a continuation has {len(after)} tokens, the model's window holds {self.max_length}")
+            raise UserError(f"a continuation has {len(after)} tokens, the model's window has {self.max_length}")
         return Scoring((before + after)[-(self.max_length + 1) :], len(after))
 
-    # ---------------------------------------------------------------- writing
+    # ---------------------------------------------------------------- generation
 
     def _settings(self, given: Mapping[str, Any]) -> _Settings:
         unknown = set(given) - set(_GENERATION)
@@ -234,7 +235,7 @@ class HarnessModel(LM):
             raise UserError(
                 f"{settings.max_new_tokens} new tokens leave no room in the model's window of {self.max_length}"
             )
-        # A stop text that is one token ends the writing there and then; others are cut off afterwards.
+        # A stop text of one token ends the generation; longer ones are cut off afterwards.
         ids = (self.tokenizer.encode(text, continued=True) for text in settings.until)
         stops = {found[0] for found in ids if len(found) == 1 and self.tokenizer.decode(found) in settings.until}
         ends = tuple(sorted(stops | ({self.tokenizer.eos_id} if self.tokenizer.eos_id is not None else set())))
@@ -260,7 +261,7 @@ class HarnessModel(LM):
 
 
 class _Settings(NamedTuple):
-    """How a text is written; requests that agree in it share batches."""
+    """Settings of generation; requests with equal settings share batches."""
 
     until: tuple[str, ...]
     max_new_tokens: int
@@ -269,15 +270,15 @@ class _Settings(NamedTuple):
 
 
 def windows(tokens: Sequence[int], length: int) -> Iterator[Scoring]:
-    """Windows of at most `length` tokens to read, such that every token but the first is scored once.
+    """Windows in which the model reads at most `length` tokens and every token but the first is scored once.
 
-    Only the last window looks back on tokens that were scored before, so that it is as long as the others.
+    Only the last window contains tokens scored before, so that it is as long as the others.
 
     >>> [(window.tokens, window.scored) for window in windows([9, 0, 1, 2, 3, 4], 3)]
     [([9, 0, 1, 2], 3), ([1, 2, 3, 4], 2)]
 
     Args:
-      tokens: the opening token and the text.
+      tokens: the text, after its first token (bos or eos).
       length: the model's window.
     """
     for start in range(1, len(tokens), length):
@@ -286,7 +287,7 @@ def windows(tokens: Sequence[int], length: int) -> Iterator[Scoring]:
 
 
 def before_stop(text: str, stops: Sequence[str]) -> str:
-    """The text up to the first stop text.
+    """The text before the first stop text.
 
     >>> before_stop("one. two; three", [";", "."])
     'one'

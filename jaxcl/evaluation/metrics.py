@@ -1,4 +1,4 @@
-"""Scores of predictions by name, in percent; perplexity and token accuracy of text are named here too."""
+"""Metrics by name. Those of predictions are computed here, in percent; those of text in `scoring`."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ CorpusScore = Callable[[Sequence[str], Sequence[str]], float]
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """One way to score a task.
+    """A metric.
 
     Attributes:
-      name: as in the configuration.
+      name: name in the configuration.
       meaning: one line for the report.
       kinds: the kinds of task it can score.
-      higher_is_better: whether a larger score is a better one.
+      higher_is_better: whether a larger score is better.
       unit: `"%"`, or empty.
-      example: score of one `(prediction, answer, source)` in percent, where the metric is a mean over examples.
-      corpus: score of all predictions, where it is not.
-      needs_source: whether `source` (the text that the prediction rewrites) matters.
+      example: score of one `(prediction, answer, source)` in percent, if the metric is a mean over examples.
+      corpus: score of all predictions, if it is not.
+      needs_source: whether it uses `source` (the text that the prediction rewrites).
     """
 
     name: str
@@ -48,21 +48,21 @@ class Metric:
     def __call__(
         self, predictions: Sequence[str], answers: Sequence[str], sources: Sequence[str] | None = None
     ) -> float:
-        """Scores texts against the expected ones.
+        """Compares predictions with expected answers.
 
         Args:
-          predictions: what the model wrote.
-          answers: what was expected, in the same order.
-          sources: what the model was given; only metrics with `needs_source` read it.
+          predictions: the model's answers.
+          answers: the expected answers, in the same order.
+          sources: the model's inputs; only metrics with `needs_source` use them.
 
         Returns:
           The score in percent, 0 to 100.
 
         Raises:
-          ValueError: no examples, lengths that differ, missing sources, or a metric that does not score texts.
+          ValueError: no examples, different lengths, missing sources, or a metric that does not score answers.
         """
         if self.example is None and self.corpus is None:
-            raise ValueError(f"metric {self.name}: expected one that scores written answers, got one of token rows")
+            raise ValueError(f"metric {self.name}: expected a metric of answers, got one of running text")
         if len(predictions) != len(answers) or not answers:
             raise ValueError(
                 f"metric {self.name}: expected as many predictions as answers, at least one, "
@@ -75,7 +75,7 @@ class Metric:
     def each(
         self, predictions: Sequence[str], answers: Sequence[str], sources: Sequence[str] | None = None
     ) -> list[float]:
-        """Score of every example in percent; for a metric that is no mean over examples, 100 where the texts agree."""
+        """Score per example in percent; for a metric that is not a mean over examples, 100 if the texts are equal."""
         if self.needs_source and sources is None:
             raise ValueError(f"metric {self.name}: expected sources, got None")
         given = sources if sources is not None else [""] * len(answers)
@@ -84,9 +84,9 @@ class Metric:
 
 
 def normalise(text: str) -> str:
-    """Text without case, punctuation, accents of compatibility and surplus space, for comparing short answers.
+    """Text without case, punctuation, compatibility characters (NFKC) and extra space, to compare short answers.
 
-    An answer that is nothing but punctuation (`"-"`, `")"`) is kept as it is.
+    An answer of punctuation only (`"-"`, `")"`) keeps it.
 
     >>> normalise("  The Answer:  42. ")
     'the answer 42'
@@ -98,7 +98,7 @@ def normalise(text: str) -> str:
     return " ".join(bare.split()) or folded
 
 
-# The letter that opens an answer, not the first letter of a word.
+# A single letter at the start of an answer, not the first letter of a word.
 _CHOICE = re.compile(r"\s*([^\W\d_])(?![A-Za-z])")
 _LITERAL = re.compile(r"<(STR|NUM|CHAR)_LIT(?::(.*?))?>", re.DOTALL)
 
@@ -117,7 +117,7 @@ def _exact_match(prediction: str, answer: str, source: str) -> float:
 
 
 def f1(average: Literal["macro", "micro"], predictions: Sequence[str | int], answers: Sequence[str | int]) -> float:
-    """F1 in percent over the classes that occur among the answers or the predictions; `micro` is then the accuracy."""
+    """F1 in percent over the classes among answers and predictions; `micro` then equals the accuracy."""
     return _f1(average, predictions, answers, sorted({*answers, *predictions}, key=str))
 
 
@@ -128,19 +128,19 @@ def _f1(average: str, predictions: Sequence[str | int], answers: Sequence[str | 
 
 
 def _text_f1(average: Literal["macro", "micro"], predictions: Sequence[str], answers: Sequence[str]) -> float:
-    """F1 of written answers, over the classes that occur among the right ones.
+    """F1 of generated answers, over the classes among the expected ones.
 
-    A class that a model invents is a miss of the right one, not one more class to average over; under `micro` it costs
-    recall, not precision.
+    A class that the model invents is a miss of the right class, not an additional class; with `micro` it lowers recall,
+    not precision.
     """
     given, wanted = ([normalise(text) for text in texts] for texts in (predictions, answers))
     return _f1(average, given, wanted, sorted(set(wanted)))
 
 
 class _Words:
-    """Words of any script. rouge-score's own tokenizer, used for words of a-z and 0-9, drops all others."""
+    """Words of any script. rouge-score's tokenizer drops all characters but a-z and 0-9, and is used for these."""
 
-    # A run of letters and digits; characters of scripts that put no space between words stand alone.
+    # A run of letters and digits; in scripts without spaces between words, every character is a word.
     _word = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9fff]+")
 
     def __init__(self) -> None:
@@ -177,9 +177,9 @@ def _edit_similarity(prediction: str, answer: str, source: str) -> float:
 
 
 def with_literals(code: str) -> str:
-    """Code of the Py150 corpus with its placeholders replaced by the literals they stand for.
+    """Code of the Py150 corpus with its placeholders replaced by their literals.
 
-    A number that is not told is 0, a string that is not told is empty.
+    A number without a value becomes 0, a string without a value is empty.
 
     >>> with_literals("f ( <NUM_LIT:2> , <NUM_LIT> , '<STR_LIT:a b>' , '<STR_LIT>' )")
     "f ( 2 , 0 , 'a b' , '' )"
@@ -194,55 +194,55 @@ _TEXT: frozenset[Kind] = frozenset({"text"})
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
-        Metric("accuracy", "share of equal answers, outer space aside", _BOTH, example=_accuracy),
+        Metric("accuracy", "share of equal answers, ignoring outer space", _BOTH, example=_accuracy),
         Metric(
             "choice_accuracy",
-            "share of equal opening letters, whatever reasons follow",
+            "share of equal first letters, ignoring the reasons that follow",
             _PAIRS,
             example=_choice_accuracy,
         ),
-        Metric("exact_match", "share of equal answers, case and punctuation aside", _PAIRS, example=_exact_match),
+        Metric("exact_match", "share of equal answers, ignoring case and punctuation", _PAIRS, example=_exact_match),
         Metric("macro_f1", "F1 averaged over classes", _BOTH, corpus=functools.partial(_text_f1, "macro")),
         Metric("micro_f1", "F1 over all decisions together", _BOTH, corpus=functools.partial(_text_f1, "micro")),
         Metric("rouge_l", "longest common subsequence of words (ROUGE-L, F-measure)", _PAIRS, example=_rouge_l),
         Metric("fuzzy", "similarity of characters (normalised indel similarity)", _PAIRS, example=_fuzzy),
         Metric(
             "edit_similarity",
-            "similarity of characters of code, literals put in for their placeholders",
+            "similarity of characters of code, with placeholders replaced by literals",
             _PAIRS,
             example=_edit_similarity,
         ),
         Metric(
             "sari",
-            "words rightly added, kept and deleted in a simplification (SARI)",
+            "words correctly added, kept and deleted in a simplification (SARI)",
             _PAIRS,
             example=lambda prediction, answer, source: sari_score(source, prediction, [answer]),
             needs_source=True,
         ),
-        Metric("perplexity", "exp of the mean loss a token; 1 is perfect", _TEXT, higher_is_better=False, unit=""),
-        Metric("token_accuracy", "share of tokens predicted right", _TEXT),
-        Metric("end_task", "score of the domain's end task, by the end task's own metric", _TEXT),
+        Metric("perplexity", "exp of the mean loss per token; 1 is perfect", _TEXT, higher_is_better=False, unit=""),
+        Metric("token_accuracy", "share of correctly predicted tokens", _TEXT),
+        Metric("end_task", "score of the domain's end task, by the end task's metric", _TEXT),
     )
 }
 
 
 def find_metric(name: str, kind: Kind | None = None) -> Metric:
-    """The metric of that name.
+    """A metric by name.
 
     >>> find_metric("rouge_l").higher_is_better
     True
 
     Args:
-      name: as in the configuration.
-      kind: if given, the kind of task it must be able to score.
+      name: name in the configuration.
+      kind: if given, the metric must be able to score this kind of task.
 
     Raises:
-      UserError: no such metric, or one that cannot score tasks of that kind; exit code 2.
+      UserError: no such metric, or it cannot score tasks of that kind; exit code 2.
     """
     valid = [metric.name for metric in METRICS.values() if kind is None or kind in metric.kinds]
     if name in valid:
         return METRICS[name]
     close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
     guess = f"; did you mean {close[0]}?" if close else ""
-    problem = f"does not score {kind} tasks" if name in METRICS else "is no metric"
+    problem = f"does not score {kind} tasks" if name in METRICS else "is not a metric"
     raise UserError(f"metric {name!r} {problem}{guess} allowed: {', '.join(valid)}", exit_code=2)

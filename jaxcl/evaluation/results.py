@@ -1,4 +1,4 @@
-"""`results.json`: what a run achieved, typed, and written so that it is never half there."""
+"""`results.json`: the typed results of a run, written atomically."""
 
 from __future__ import annotations
 
@@ -21,57 +21,61 @@ Row = list[float | None]
 
 
 class Measure(Schema):
-    """A matrix of scores and the numbers derived from it; `None` is a number that was not or cannot be measured."""
+    """A matrix of scores and the numbers derived from it; `None`: not measured, or not defined."""
 
     metric: list[str] = Field(description="name of each task's metric")
     higher_is_better: list[bool] = Field(description="direction of each task's metric")
     matrix: list[Row] = Field(description="matrix[t][i] is the score on task i after task t")
     initial: Row | None = Field(None, description="scores before any training")
     deviation: list[Row] | None = Field(
-        None, description="standard deviation of each score in matrix over repetitions; none: measured once"
+        None, description="standard deviation over repetitions of each score in matrix; none: measured once"
     )
-    initial_deviation: Row | None = Field(None, description="the same of the scores before any training")
+    initial_deviation: Row | None = Field(
+        None, description="standard deviation over repetitions of the scores before any training"
+    )
     op: float | None = Field(None, description="overall performance: mean of the last row over the learned tasks")
-    bwt: float | None = Field(None, description="backward transfer: mean change of earlier tasks since learned")
+    bwt: float | None = Field(
+        None, description="backward transfer: mean change of the earlier tasks since each was learned"
+    )
     fwt: float | None = Field(None, description="forward transfer: gain on a task before it was trained on")
-    forgetting: float | None = Field(None, description="mean fall of earlier tasks from their best score")
-    forgetting_rate: float | None = Field(None, description="mean fall of earlier tasks since they were learned")
-    gain: float | None = Field(None, description="mean gain over the model before any training, at the end")
+    forgetting: float | None = Field(None, description="mean drop of the earlier tasks from their best score")
+    forgetting_rate: float | None = Field(None, description="mean drop of the earlier tasks since each was learned")
+    gain: float | None = Field(None, description="mean gain at the end over the model before any training")
     intransigence: float | None = Field(None, description="mean gap to a joint model right after learning")
 
 
 class Results(Measure):
-    """Everything `results.json` holds."""
+    """The content of `results.json`."""
 
     method: str = Field(description="name of the method")
     seed: int = Field(description="seed of the run")
     tasks: list[str] = Field(description="names of the tasks, in the order learned")
     joint: bool = Field(False, description="all tasks were learned at once: the matrix has one row")
     finished: bool = Field(False, description="whether the last task was learned and evaluated")
-    further: dict[str, Measure] = Field({}, description="more measures of the same tasks, by name")
-    seconds: float = Field(description="wall-clock seconds of the whole run, pauses between restarts left out")
+    further: dict[str, Measure] = Field({}, description="other measures of the same tasks, by name")
+    seconds: float = Field(description="wall-clock seconds of the whole run, without pauses between restarts")
     timing: dict[str, float] = Field({}, description="seconds by part: training, evaluation, method, ...")
     task_seconds: list[float] = Field([], description="wall-clock seconds of each task")
     steps: list[int] = Field([], description="optimizer steps of each task")
     parameters: int | None = Field(None, description="number of parameters of the model")
     stored_bytes: int | None = Field(None, description="bytes kept of earlier tasks: memory and teacher store")
-    peak_memory_bytes: int | None = Field(None, description="highest device memory in use, where the device tells")
-    device: str | None = Field(None, description="what it ran on")
+    peak_memory_bytes: int | None = Field(None, description="peak memory in use on a device, if the device reports it")
+    device: str | None = Field(None, description="number and kind of devices")
     data: dict[str, dict[str, Any]] = Field({}, description="by task: examples, tokens, cut examples, fill rate")
-    versions: dict[str, str] = Field(description="versions of Python and the packages that matter")
-    extra: dict[str, Any] = Field({}, description="whatever else a method or experiment reports")
+    versions: dict[str, str] = Field(description="versions of Python and packages")
+    extra: dict[str, Any] = Field({}, description="other results of a method or experiment")
 
     def continual_matrix(self) -> ContinualMatrix:
-        """The matrix to go on with in a resumed run."""
+        """The matrix, to be continued by a resumed run."""
         return ContinualMatrix.from_lists(self.matrix, self.initial, self.higher_is_better, joint=self.joint)
 
     def write(self, path: Path) -> None:
-        """Writes JSON; a reader sees the old file or the new one, never a part."""
+        """Writes JSON atomically."""
         write_json(path, self.model_dump())
 
     @classmethod
     def read(cls, path: Path) -> Results:
-        """Reads what `write` wrote.
+        """Reads a file that `write` wrote.
 
         Raises:
           UserError: the file is missing, not JSON, or not a jaxcl result; names file and field.
@@ -100,7 +104,7 @@ def measure(
       matrix: the scores.
       metric: name of each task's metric.
       reference: scores of a joint model, for intransigence.
-      deviation: deviations of the scores over repetitions, where they have any.
+      deviation: standard deviations of the scores over repetitions, if measured.
     """
     spread = deviation if deviation is not None and (deviation.rows() or deviation.initial_row()) else None
     return {
@@ -121,7 +125,7 @@ def measure(
 
 
 def installed_versions() -> dict[str, str]:
-    """Versions of Python, jaxcl and the packages that decide numbers, as installed."""
+    """Installed versions of Python, jaxcl and the packages that affect numbers."""
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers", "tokenizers")
     versions = {"python": platform.python_version()}
     for name in ("jaxcl", *names):
@@ -137,17 +141,17 @@ def installed_versions() -> dict[str, str]:
 
 
 def write_predictions(folder: Path, after: int, task_index: int, task: str, rows: list[dict[str, Any]]) -> Path:
-    """Writes one task's predictions as JSON lines, each with `after` and `task` beside its own fields.
+    """Writes one task's predictions as JSON lines, each with `after` and `task` in addition to its own fields.
 
     Args:
       folder: `predictions/` of the run folder.
       after: index of the task learned last, -1 before any training.
       task_index: index of the task scored.
       task: its name.
-      rows: one an example, as `Scored.rows`.
+      rows: one per example, as in `Scored.rows`.
 
     Returns:
-      The file written; its name holds the indices only, since a task may have any name.
+      The file; its name contains only the indices, since a task can have any name.
     """
     path = folder / f"{_stage(after)}_task{task_index:02d}.jsonl"
     lines = (json.dumps({"after": after, "task": task, **row}, ensure_ascii=False) for row in rows)
@@ -164,7 +168,7 @@ def write_tables(folder: Path, after: int, tables: Mapping[str, Any]) -> Path:
       tables: arrays by name.
 
     Returns:
-      The file written.
+      The file.
     """
     path = folder / f"{_stage(after)}.npz"
     write_arrays(path, tables)
@@ -172,7 +176,7 @@ def write_tables(folder: Path, after: int, tables: Mapping[str, Any]) -> Path:
 
 
 def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
-    """Writes arrays by name as `.npz`; a reader sees the old file or the new one, never a part."""
+    """Writes arrays by name as `.npz`, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     with open(partial, "wb") as file:
@@ -181,12 +185,12 @@ def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes strict JSON by way of a file beside it that then takes its place.
+    """Writes strict JSON, atomically.
 
     Args:
       path: the file.
-      content: mappings, sequences, texts, numbers, numpy scalars and arrays; a number that is not finite, which JSON
-        cannot hold, becomes null.
+      content: mappings, sequences, strings, numbers, numpy scalars and arrays; numbers that are not finite become null,
+        because JSON cannot represent them.
     """
     _replace(path, json.dumps(_plain(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
@@ -204,7 +208,7 @@ def _plain(value: Any) -> Any:
 def _replace(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    # A lone surrogate (half of a pair that a byte-level tokenizer cut) has no UTF-8 form.
+    # A lone surrogate (from a pair that a byte-level tokenizer split) cannot be encoded in UTF-8.
     partial.write_text(text, encoding="utf-8", errors="replace")
     os.replace(partial, path)
 

@@ -13,34 +13,34 @@ Counts = Mapping[tuple[str, ...], Fraction]
 
 
 def sari_score(source: str, prediction: str, references: Sequence[str]) -> float:
-    """SARI of one text: how well it adds, keeps and deletes n-grams of the source, judged by references.
+    """SARI of one text: how well it adds, keeps and deletes n-grams of the source, compared with references.
 
     With counts of n-grams in the input `I`, the output `O` and, averaged over references, `R`:
 
-        add:    O minus I, judged by R minus I;   keep: min(I, O), judged by min(I, R);
-        delete: I minus O, judged by I minus R
+        add:    O minus I, compared with R minus I;   keep: min(I, O), compared with min(I, R);
+        delete: I minus O, compared with I minus R
         P = sum of min(done, wanted) / sum of done,  R = the same / sum of wanted
         SARI = (F1 of add + F1 of keep + P of delete) / 3, averaged over n = 1..4
 
-    For additions an n-gram in any reference is wanted whole. Two things follow the published implementations, so
-    that scores compare with published ones: F1 is taken for each n and then averaged (the paper's text averages P
-    and R first), and a ratio of which nothing was done or wanted is 1, so that a prediction equal to the reference
-    scores 100. An `n` longer than all the texts is left out (there it counts 1, which gives three wrong words up to
-    75 percent).
+    For additions, an n-gram that is in any reference has its largest count. Two things follow the published
+    implementations, so that scores can be compared with published ones: F1 is computed per n and then averaged (the
+    paper averages P and R first), and a ratio whose denominator is 0 is 1, so that a prediction equal to the reference
+    scores 100. An `n` longer than all texts is left out (in those implementations it counts as 1, which gives three
+    wrong words up to 75 percent).
 
     >>> sari_score("about 95 species", "about 95 species", ["about 95 species"])
     100.0
 
     Args:
-      source: the text to be rewritten.
-      prediction: what the model wrote.
+      source: the text to rewrite.
+      prediction: the model's text.
       references: one or more rewritings.
 
     Returns:
       Percent, 0 to 100.
 
     Raises:
-      ValueError: no references.
+      ValueError: there are no references.
     """
     if not references:
         raise ValueError("references: expected at least one, got none")

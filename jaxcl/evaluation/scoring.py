@@ -1,4 +1,4 @@
-"""Scores of a model: written answers against expected ones, and the loss of text."""
+"""Scores of a model: its answers compared with expected ones, and its loss on text."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Scored:
     Attributes:
       metric: name of the metric.
       score: the score, in the metric's unit.
-      rows: one an example: `prompt, prediction, answer, score, correct` (`correct`: the full score was reached).
+      rows: one per example: `prompt, prediction, answer, score, correct` (`correct`: it has the full score).
     """
 
     metric: str
@@ -40,12 +40,12 @@ class Scored:
 
 @dataclasses.dataclass(frozen=True)
 class TextLoss:
-    """Loss of a text, summed over the tokens that are predicted.
+    """Loss on a text, summed over the predicted tokens.
 
     Attributes:
-      nats: sum of the negative log likelihoods.
-      correct: number of tokens whose most likely prediction was right.
-      tokens: number of tokens predicted (weighted, if weights are not 0 or 1).
+      nats: sum of the negative log-likelihoods.
+      correct: number of tokens whose most likely prediction is right.
+      tokens: number of predicted tokens (weighted, if weights are not 0 or 1).
     """
 
     nats: float
@@ -54,17 +54,17 @@ class TextLoss:
 
     @property
     def loss(self) -> float:
-        """Nats a token."""
+        """Nats per token."""
         return self.nats / self.tokens
 
     @property
     def perplexity(self) -> float:
-        """`exp` of the loss a token; infinite where that overflows."""
+        """`exp` of the loss per token; infinite if that overflows."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
     @property
     def token_accuracy(self) -> float:
-        """Share of tokens predicted right, in percent."""
+        """Share of correctly predicted tokens, in percent."""
         return 100.0 * self.correct / self.tokens
 
     def metric(self, name: str) -> float:
@@ -73,19 +73,19 @@ class TextLoss:
 
 
 def as_batch(batch: Batch | Mapping[str, Any]) -> Batch:
-    """A batch as it is, or from the fields a pipeline yields."""
+    """A batch unchanged, or made from the fields that a pipeline yields."""
     return batch if isinstance(batch, Batch) else Batch(**batch)
 
 
 def drawn(count: int, limit: int | None) -> list[int]:
-    """Which of `count` examples a limit keeps: a fixed drawing, so that every method and seed sees the same ones.
+    """Which of `count` examples a limit keeps: a fixed draw, the same for every method and seed.
 
     >>> drawn(3, None), len(drawn(1000, 10)), drawn(1000, 10) == drawn(1000, 10)
     ([0, 1, 2], 10, True)
     """
     if limit is None or limit >= count:
         return list(range(count))
-    # Not the first ones: many published files are sorted by class or source.
+    # Not the first ones, because many published files are sorted by class or source.
     return sorted(np.random.default_rng(count).choice(count, size=limit, replace=False).tolist())
 
 
@@ -98,29 +98,29 @@ def score_pairs(
     limit: int | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Scored:
-    """Lets a model answer prompts and scores the answers.
+    """Generates answers to prompts and scores them.
 
     Args:
-      rows: `{"prompt", "answer"}`, and `"source"` for metrics of rewriting where that is not the whole prompt.
-      generate: prompts to answers, in order; called with at most `batch_size` prompts of similar length.
+      rows: `{"prompt", "answer"}`, and `"source"` for metrics of rewriting if it is not the whole prompt.
+      generate: from prompts to answers, in order; called with at most `batch_size` prompts of similar length.
       metric: name of the metric.
-      batch_size: prompts at once.
-      limit: score at most so many rows, drawn as by `drawn`.
-      progress: called with the number of rows answered after each batch.
+      batch_size: maximal number of prompts per call.
+      limit: score at most this number of rows; see `drawn`.
+      progress: called after each batch with its number of rows.
 
     Returns:
-      The score and one row an example, in the order of `rows`.
+      The score and one row per example, in the order of `rows`.
 
     Raises:
       UserError: unknown metric.
-      ValueError: no rows, or `generate` returned another number of answers.
+      ValueError: no rows, or `generate` returned a wrong number of answers.
     """
     measure = find_metric(metric, "pairs")
     chosen = [rows[index] for index in drawn(len(rows), limit)]
     if not chosen:
         raise ValueError("rows: expected at least one example, got none")
     predictions = [""] * len(chosen)
-    # Similar lengths together: a batch is padded to its longest prompt.
+    # Sorted by length, because a batch is padded to its longest prompt.
     order = sorted(range(len(chosen)), key=lambda index: len(chosen[index]["prompt"]))
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
@@ -149,26 +149,26 @@ def text_loss(
     compile: Compile = jax.jit,
     place: Place = as_batch,
 ) -> TextLoss:
-    """Loss of the positions that each batch asks for, exact over batches of uneven size.
+    """Loss on the scored positions of all batches; exact also if batches have different numbers of tokens.
 
-    Masked models are scored at the masked positions: give batches whose masking seed is fixed, or two calls
-    measure different things. Dropout is off.
+    Masked models are scored at the masked positions: use a fixed masking seed, or two calls are not comparable. Dropout
+    is off.
 
     Args:
       network: any network with a language-model head.
       params: its params.
       batches: one pass over the text, as from `pipeline.once(...)`; filler rows (weights 0) do not count.
-      compile: what compiles the step, `jax.jit` or the run's own with shardings; called once a network.
-      place: what makes a batch on the devices of a pipeline's rows.
+      compile: compiles the step: `jax.jit` or the run's compiler; called once per network.
+      place: makes a batch on the devices from a pipeline's rows.
 
     Returns:
       Sums over all batches, accumulated in double precision.
 
     Raises:
-      ValueError: no token is to be predicted.
+      ValueError: there is no predicted token.
     """
     step = _text_step(network, compile)
-    # Device scalars are gathered and read at the end, so that the device never waits for the host.
+    # Device scalars are collected and read at the end, so that the device never waits for the host.
     sums = [step(params, batch if isinstance(batch, Batch) else place(batch)) for batch in batches]
     nats, correct, tokens = (np.asarray(jax.device_get(sums), dtype=np.float64).reshape(-1, 3)).sum(axis=0).tolist()
     if tokens <= 0:
@@ -188,7 +188,7 @@ def _text_step(network: Network, compile: Compile) -> Callable[[Params, Batch], 
 def row_sums(
     network: Network, params: Params, batch: Batch
 ) -> tuple[Float[Array, " batch"], Float[Array, " batch"], Float[Array, " batch"]]:
-    """Each row's sums over the positions it asks for, weighted: loss in nats, right predictions, positions.
+    """Weighted sums over the scored positions of each row: loss in nats, right predictions, positions.
 
     Args:
       network: any network with a language-model head.
@@ -206,5 +206,5 @@ def row_sums(
         right = jnp.argmax(logits, axis=-1) == targets
         return (nats * weights).sum(), (right * weights).sum(), weights.sum()
 
-    # One row at a time: the logits of a whole batch would be the largest array of the program by far.
+    # One row at a time: the logits of a whole batch would be by far the largest array of the program.
     return jax.lax.map(row, (states, batch.targets, batch.weights))

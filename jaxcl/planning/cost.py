@@ -1,7 +1,7 @@
-"""What one call of a compiled program costs a chip: operations, bytes of memory, bytes between chips.
+"""The cost of one call of a compiled program per chip: operations, memory traffic, traffic between chips.
 
-The compiler's own count takes the body of a loop once, however often it runs, and knows nothing of Pallas kernels. Here
-loops count as often as they turn and splash attention by its products.
+The compiler's own count takes the body of a loop once, whatever its trip count, and does not see into Pallas kernels.
+Here loops are multiplied by their trip counts, and splash attention is counted by its products.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import NamedTuple
 from jaxcl.planning.hlo import Computation, Instruction, Program, Shape, times
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-# These move nothing: they name, wait, or stand for what is counted where it happens.
+# These move no data, or their work is counted elsewhere.
 _FREE = frozenset(
     {
         *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"),
@@ -24,7 +24,7 @@ _FREE = frozenset(
 )
 _SLICES = ("dynamic-slice", "slice", "gather")
 _Started = Mapping[str, set[str]]
-# Products of a kernel, each 2 * rows * length * length * head_dim operations (Dao, 2023: FlashAttention-2, section 3).
+# Products per kernel, each 2 * rows * length * length * head_dim operations (Dao, 2023: FlashAttention-2, section 3).
 _SPLASH = {"fwd": 2, "dq": 3, "dkv": 4}
 
 
@@ -32,8 +32,8 @@ class Collective(NamedTuple):
     """All collectives of one kind.
 
     Attributes:
-      runs: how often one runs.
-      bytes: bytes that a chip sends in all.
+      runs: number of executions.
+      bytes: total bytes that a chip sends.
     """
 
     runs: float
@@ -41,12 +41,12 @@ class Collective(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """One call, for one chip.
+    """The cost of one call for one chip.
 
     Attributes:
-      flops: of matrix products and attention.
-      bytes: read from and written to main memory.
-      collectives: by kind.
+      flops: operations of matrix products and attention.
+      bytes: bytes read from and written to main memory.
+      collectives: collectives by kind.
     """
 
     flops: float
@@ -55,7 +55,7 @@ class Cost(NamedTuple):
 
     @property
     def sent(self) -> float:
-        """Bytes a chip sends to others."""
+        """Bytes that a chip sends to others."""
         return sum(one.bytes for one in self.collectives.values())
 
 
@@ -63,9 +63,9 @@ def count_cost(program: Program, *, causal: bool, loop_trips: int = 1) -> Cost:
     """The cost of a program.
 
     Args:
-      program: as parsed.
-      causal: whether splash attention leaves out the blocks of later keys, which are half of all.
-      loop_trips: trip count of loops whose length the program computes.
+      program: the parsed program.
+      causal: whether splash attention skips the blocks of later keys, which are half of all.
+      loop_trips: trip count assumed for data-dependent loops.
     """
     flops = memory = 0.0
     collectives: dict[str, Collective] = defaultdict(lambda: Collective(0.0, 0.0))
@@ -99,9 +99,9 @@ def _flops(one: Instruction, computation: Computation, causal: bool) -> float:
 
 
 def _convolution(one: Instruction, computation: Computation) -> float:
-    """Operations of a convolution, which on TPUs is also what a matrix product becomes.
+    """Operations of a convolution, to which the TPU compiler also converts matrix products.
 
-    Positions that are padding or fall between stretched inputs cost nothing.
+    Positions in padding or between dilated inputs are not counted.
     """
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.text)
     if labels is None:
@@ -127,14 +127,14 @@ def _window(text: str) -> str:
 
 def _splash(one: Instruction, computation: Computation, products: int, causal: bool) -> float:
     arrays = [shape for name in one.operands if name in computation for shape in computation[name].results]
-    # Of masks, segments and row sums, none is as large as queries, keys and values; a batch of one has no axis.
+    # Queries, keys and values are the largest operands; a batch of one has no batch axis.
     query = max(arrays, key=lambda shape: math.prod(shape.sizes)).sizes
     rows, length, head_dim = math.prod(query[:-2]), query[-2], query[-1]
     return products * 2.0 * rows * length * length * head_dim * (0.5 if causal else 1.0)
 
 
 def _traffic(one: Instruction, computation: Computation, program: Program, started: _Started) -> float:
-    """Bytes of main memory an instruction reads and writes."""
+    """Bytes of main memory that an instruction reads and writes."""
     if one.opcode in _FREE:
         return 0.0
     read = sum(
@@ -143,7 +143,7 @@ def _traffic(one: Instruction, computation: Computation, program: Program, start
         if name in computation and len(computation[name].results) == 1
         for shape in computation[name].results
     )
-    # What a copy is from stands among its results as well.
+    # The results of copy-start include its source.
     results = one.results[:1] if one.opcode == "copy-start" else one.results
     written = sum(_slow(shape) for shape in results)
     if one.opcode in _SLICES:
@@ -161,12 +161,12 @@ def _inner(one: Instruction, program: Program) -> Computation | None:
 
 
 def _fusion_traffic(one: Instruction, computation: Computation, program: Program, started: _Started) -> float:
-    """A fusion reads of an operand no more than the slices it takes, and writes in place what it updates.
+    """A fusion reads only the slices that it takes from an operand, and writes only what it updates in place.
 
-    What it hands through as it is, and collectives that go on in it and began elsewhere, cost nothing here.
+    Operands that it passes through, and collectives that it continues but did not start, are not counted here.
     """
     inner = _inner(one, program) or {}
-    going_on = {inside.name for inside in inner.values() if _continues(inside, one.called[0], started)}
+    continued = {inside.name for inside in inner.values() if _continues(inside, one.called[0], started)}
     total = 0.0
     for parameter in (inside for inside in inner.values() if inside.opcode == "parameter"):
         number = int(parameter.text.split("parameter(")[1].split(")")[0])
@@ -174,22 +174,22 @@ def _fusion_traffic(one: Instruction, computation: Computation, program: Program
             continue
         given = computation.get(one.operands[number])
         if given is not None and len(given.results) == 1 and not given.results[0].fast:
-            total += min(parameter.results[0].bytes, _used(parameter.name, inner, program, going_on))
+            total += min(parameter.results[0].bytes, _used(parameter.name, inner, program, continued))
     roots = [inside for inside in inner.values() if inside.root]
     if roots and roots[0].opcode == "tuple":
         roots = [inner[name] for name in roots[0].operands if name in inner]
-    elif len(one.results) > 1:  # one instruction makes them all
+    elif len(one.results) > 1:  # one instruction has all results
         return total + sum(_slow(shape) for shape in one.results)
     for root, result in zip(roots, one.results, strict=False):
         if not result.fast:
-            total += _written(root, inner, program, going_on)
+            total += _written(root, inner, program, continued)
     return total
 
 
-def _written(root: Instruction, inner: Computation, program: Program, going_on: Collection[str]) -> float:
-    """Bytes that a fusion writes of one of its results."""
-    given = _behind(root, inner, ("bitcast",))  # a copy of an operand is written
-    if given.opcode == "parameter" or given.name in going_on:
+def _written(root: Instruction, inner: Computation, program: Program, continued: Collection[str]) -> float:
+    """Bytes that a fusion writes for one of its results."""
+    given = _behind(root, inner, ("bitcast",))  # a copy of an operand counts as written
+    if given.opcode == "parameter" or given.name in continued:
         return 0.0
     updated = _behind(root, inner, ("bitcast", "copy"))
     if updated.opcode == "dynamic-update-slice":
@@ -200,22 +200,22 @@ def _written(root: Instruction, inner: Computation, program: Program, going_on: 
     return root.results[0].bytes
 
 
-def _used(name: str, inner: Computation, program: Program, going_on: Collection[str] = ()) -> float:
-    """Bytes that the instructions of a fusion take of a value."""
+def _used(name: str, inner: Computation, program: Program, continued: Collection[str] = ()) -> float:
+    """Bytes that the instructions of a fusion read from a value."""
     total = 0.0
     for one in inner.values():
-        if name not in one.operands or one.name in going_on or (one.root and one.opcode == "tuple"):
+        if name not in one.operands or one.name in continued or (one.root and one.opcode == "tuple"):
             continue
         nested = _inner(one, program)
         if one.opcode == "bitcast":
-            total += _used(one.name, inner, program, going_on)
+            total += _used(one.name, inner, program, continued)
         elif nested is not None:
             numbers = [number for number, operand in enumerate(one.operands) if operand == name]
             total += sum(_used(_parameter(nested, number), nested, program) for number in numbers)
         elif one.opcode in _SLICES and one.operands[0] == name:
             total += one.results[0].bytes
         elif not (one.opcode == "dynamic-update-slice" and one.operands[0] == name):
-            return math.inf  # what is updated in place is counted as the result
+            return math.inf  # an in-place update is counted with the result
     return total
 
 
@@ -237,19 +237,19 @@ def _collective(one: Instruction, computation: str) -> str | None:
     kind = one.opcode.removesuffix("-start")
     if kind not in COLLECTIVES:
         return None
-    # How the TPU compiler writes a reduction of which each chip keeps a part.
+    # The TPU compiler's form of a reduce-scatter.
     return "reduce-scatter" if kind == "all-reduce" and "all-reduce-scatter" in computation else kind
 
 
 def _continues(one: Instruction, computation: str, started: _Started) -> bool:
-    """Whether a collective began in another computation than this one."""
+    """Whether a collective was started in another computation."""
     return _collective(one, computation) is not None and computation not in started.get(_channel(one), {computation})
 
 
 def _started(program: Program) -> _Started:
-    """Collectives that run beside other work, by channel: the computations that start one.
+    """The computations that start asynchronous collectives, by channel.
 
-    Such a collective stands in the text again wherever work goes on beside it, and where it is waited for.
+    The text repeats such a collective where other work overlaps with it, and where it is waited for.
     """
     found: dict[str, set[str]] = defaultdict(set)
     for name, computation in program.computations.items():
@@ -266,7 +266,7 @@ def _channel(one: Instruction) -> str:
 
 
 def _sent(kind: str, one: Instruction, computation: Computation) -> float:
-    """Bytes a chip sends in a ring (all-to-all: directly) of the chips that take part."""
+    """Bytes that a chip sends in a ring (all-to-all: directly) of the participating chips."""
     peers = group_size(one.text)
     given = sum(shape.bytes for name in one.operands if name in computation for shape in computation[name].results)
     share = (peers - 1) / peers if peers else 1.0
@@ -276,7 +276,7 @@ def _sent(kind: str, one: Instruction, computation: Computation) -> float:
 
 
 def group_size(text: str) -> int:
-    """Number of chips that take part in each group of a collective; 0 where the text does not say.
+    """Number of participating chips per group of a collective; 0 if the text does not say.
 
     Examples:
       >>> group_size("replica_groups={{0,1},{2,3}}"), group_size("replica_groups=[2,4]<=[8]")

@@ -1,4 +1,4 @@
-"""What a chip can do, and topologies of chips by name."""
+"""Limits of chips, and topologies by name."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from jaxcl.errors import UserError
 
 
 class Chip(NamedTuple):
-    """One chip's limits.
+    """Limits of one chip.
 
     Attributes:
-      memory: bytes a program can use.
-      flops: bfloat16 operations a second.
-      bandwidth: bytes a second between chip and its memory.
-      interconnect: bytes a second out of one chip into the others, all links together.
+      memory: bytes that a program can use.
+      flops: bfloat16 operations per second.
+      bandwidth: bytes per second between chip and main memory.
+      interconnect: bytes per second from one chip to others, over all links.
     """
 
     memory: float
@@ -28,7 +28,7 @@ class Chip(NamedTuple):
 
 
 # https://cloud.google.com/tpu/docs, pages "TPU v4", "TPU v5e", "TPU v5p" and "TPU v6e" (peak compute, HBM, HBM
-# bandwidth, interchip interconnect); memory as far as the compiler gives it out, which keeps a part for itself.
+# bandwidth, interchip interconnect); memory without the part that the compiler reserves.
 CHIPS = {
     "v4": Chip(31.75 * 2**30, 275e12, 1.2e12, 300e9),
     "v5e": Chip(15.75 * 2**30, 197e12, 819e9, 200e9),
@@ -51,9 +51,9 @@ class Topology(NamedTuple):
     """Chips in a grid.
 
     Attributes:
-      name: as the user wrote it, such as `v5p:4x4x4`.
+      name: as given by the user, such as `v5p:4x4x4`.
       kind: key of `CHIPS`.
-      chips: how many.
+      chips: number of chips.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Topology(NamedTuple):
 
     @property
     def chip(self) -> Chip:
-        """What one of them can do."""
+        """Limits of one chip."""
         return CHIPS[self.kind]
 
 
@@ -74,7 +74,7 @@ def parse_topology(name: str) -> Topology:
       64
 
     Raises:
-      UserError: an unknown kind of chip, or no grid.
+      UserError: an unknown kind of chip, or not a grid.
     """
     match = re.fullmatch(r"(\w+):(\d+(?:x\d+){1,2})", name)
     if match is None or match[1] not in CHIPS:
@@ -87,21 +87,21 @@ def parse_topology(name: str) -> Topology:
 
 
 def find_devices(topology: Topology) -> Any:
-    """The topology's devices, to compile for; needs no TPU, but `libtpu`. `None` where that is not installed.
+    """Device descriptions to compile for; needs `libtpu`, but no TPU. `None` if `libtpu` is not installed.
 
     Raises:
-      UserError: libtpu knows no such grid.
+      UserError: libtpu does not support the grid.
     """
     if importlib.util.find_spec("libtpu") is None:
         return None
     from jax.experimental import topologies
 
-    # Nothing is run: no chip to look for or to keep to oneself, and nothing to log about their absence.
+    # Nothing is run, so libtpu must not look for chips, lock them or log that there are none.
     for variable, value in _LIBTPU.items():
         os.environ.setdefault(variable, value)
     try:
-        # Without it a v4 chip would be two devices.
+        # Without it, a v4 chip would be two devices.
         options = {"chip_config_name": "megacore"} if topology.kind == "v4" else {}
         return topologies.get_topology_desc(topology_name=topology.name, platform="tpu", **options)
-    except Exception as error:  # what libtpu raises is of no one type
+    except Exception as error:  # libtpu raises many types
         raise UserError(f"topology {topology.name}: {str(error).splitlines()[0]}", exit_code=2) from error

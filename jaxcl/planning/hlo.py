@@ -1,4 +1,4 @@
-"""Compiled programs as text: what is computed how often."""
+"""Parses the text of compiled programs: what is computed, and how often."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Shape(NamedTuple):
     """An array.
 
     Attributes:
-      dtype: as in the text, `bf16` for example.
+      dtype: as in the text, for example `bf16`.
       sizes: size of each axis.
-      fast: it lies in the chip's fast memory, not in its main memory.
+      fast: whether it is in the chip's fast memory instead of its main memory.
     """
 
     dtype: str
@@ -33,7 +33,7 @@ class Shape(NamedTuple):
 
     @property
     def bytes(self) -> float:
-        """Its size, without padding."""
+        """Size without padding."""
         known = _BYTES.get(self.dtype)
         digits = re.search(r"\d+", self.dtype)
         each = known if known is not None else int(digits[0]) / 8 if digits else 0
@@ -44,13 +44,13 @@ class Instruction(NamedTuple):
     """One instruction.
 
     Attributes:
-      name: its name, the same nowhere else in the computation.
-      opcode: what it does.
-      results: the arrays it makes; several for a tuple.
-      operands: names of what it reads.
-      called: names of computations it runs.
+      name: its name, unique in the computation.
+      opcode: its operation.
+      results: its results; several for a tuple.
+      operands: names of its operands.
+      called: names of the computations that it calls.
       text: the whole line.
-      root: it is the computation's result.
+      root: whether it is the computation's result.
     """
 
     name: str
@@ -69,8 +69,8 @@ class Program(NamedTuple):
     """A compiled program.
 
     Attributes:
-      computations: by name.
-      entry: name of the one that is run.
+      computations: computations by name.
+      entry: name of the entry computation.
     """
 
     computations: dict[str, Computation]
@@ -78,7 +78,7 @@ class Program(NamedTuple):
 
 
 def parse(text: str) -> Program:
-    """Reads what `compiled.as_text()` wrote."""
+    """Parses the text of `compiled.as_text()`."""
     computations: dict[str, Computation] = {}
     entry, current = "", None
     for line in text.splitlines():
@@ -92,15 +92,15 @@ def parse(text: str) -> Program:
 
 
 def times(program: Program, unknown: int = 1) -> Iterator[tuple[str, float, bool]]:
-    """How often each computation is run in one call of the program.
+    """How often each computation is executed in one call of the program.
 
     Args:
-      program: as parsed.
-      unknown: trip count of loops whose length the program computes.
+      program: the parsed program.
+      unknown: trip count assumed for data-dependent loops.
 
     Yields:
-      Name of a computation, how often it runs, and whether it is a part of one fused instruction. One that is called
-      from several places comes several times. Of branches, each is counted as if taken.
+      Name of a computation, number of executions, and whether it is part of a fused instruction. A computation that is
+      called from several places is yielded several times. Every branch counts as taken.
     """
     todo = [(program.entry, 1.0, False)]
     while todo:
@@ -113,9 +113,9 @@ def times(program: Program, unknown: int = 1) -> Iterator[tuple[str, float, bool
 
 
 def trips(program: Program, loop: Instruction, unknown: int = 1) -> int:
-    """Turns of a `while`: what the compiler noted, else what follows from its counter, else `unknown`.
+    """Trip count of a `while`: as noted by the compiler, else inferred from its counter, else `unknown`.
 
-    A loop that may end early (writing text) is counted to its bound.
+    A loop that can end early (generation) counts with its bound.
     """
     if noted := _TRIPS.search(loop.text):
         return int(noted[1])
@@ -133,7 +133,7 @@ def trips(program: Program, loop: Instruction, unknown: int = 1) -> int:
 
 
 def _constants(program: Program, computation: Computation) -> Iterator[int]:
-    """Whole numbers in a computation and in those it runs."""
+    """Integer constants in a computation and in those that it calls."""
     for one in computation.values():
         if constant := _CONSTANT.search(one.text):
             yield int(constant[1])
@@ -142,7 +142,7 @@ def _constants(program: Program, computation: Computation) -> Iterator[int]:
 
 
 def _step(body: Computation, place: int) -> int:
-    """By how much a turn advances the counter at a place of what the loop carries; 1 where that cannot be read."""
+    """Increment of the counter at position `place` of the loop's carry; 1 if it cannot be read."""
     root = next((one for one in body.values() if one.root), None)
     if root is None or root.opcode != "tuple" or place >= len(root.operands):
         return 1
@@ -172,7 +172,7 @@ def _shape(found: re.Match[str]) -> Shape:
 
 
 def _closing(text: str) -> tuple[str, str]:
-    """Splits behind an opening bracket, at the bracket that closes it."""
+    """Splits the text after an opening bracket at its closing bracket."""
     depth = 1
     for place, letter in enumerate(text):
         depth += (letter == "(") - (letter == ")")

@@ -1,4 +1,4 @@
-"""`jaxcl plan`: compiles the real steps of a configuration for hardware that is not here."""
+"""`jaxcl plan`: compiles the steps of a configuration for hardware that is not available here."""
 
 from __future__ import annotations
 
@@ -35,36 +35,38 @@ from jaxcl.training.trainer import Trainer
 
 
 class Plan(Schema):
-    """What a configuration needs on a topology."""
+    """The needs of a configuration on a topology."""
 
     topology: str = Field(description="kind of chip and grid")
-    compiler: str = Field(description="tpu: the TPU's; host: this machine's, whose memory is not the TPU's")
-    mesh: dict[str, int] = Field(description="ways of each mesh axis")
-    batch_size: int = Field(description="rows of a training step")
-    accumulate: int = Field(description="micro-batches of a step")
+    compiler: str = Field(
+        description="tpu: the TPU compiler; host: that of this machine, whose memory figures are not a TPU's"
+    )
+    mesh: dict[str, int] = Field(description="size of each mesh axis")
+    batch_size: int = Field(description="rows per training step")
+    accumulate: int = Field(description="micro-batches per step")
     remat: str = Field(description="rematerialisation policy")
-    parameters: int = Field(description="params of the model")
-    chip_memory: float = Field(description="bytes of a chip that a program can use")
-    fits: bool = Field(description="every step fits")
-    bytes_per_chip: float = Field(description="memory of the step that needs most")
-    flops: float | None = Field(None, description="operations of a training step, one chip")
-    roofline_seconds: float | None = Field(None, description="least seconds of a training step")
-    steps: dict[str, StepPlan] = Field(description="by name")
-    versions: dict[str, str] = Field(description="of jax and the compiler")
+    parameters: int = Field(description="number of parameters of the model")
+    chip_memory: float = Field(description="bytes per chip that a program can use")
+    fits: bool = Field(description="whether every step fits")
+    bytes_per_chip: float = Field(description="memory of the step that needs the most")
+    flops: float | None = Field(None, description="operations of a training step, per chip")
+    roofline_seconds: float | None = Field(None, description="lower bound for the seconds of a training step")
+    steps: dict[str, StepPlan] = Field(description="the steps by name")
+    versions: dict[str, str] = Field(description="versions of jax and the compiler")
 
 
 class Unplaceable(UserError):
-    """No arrangement of a topology's chips is this mesh; another mesh may be one."""
+    """The topology's chips cannot be arranged as this mesh; another mesh may be possible."""
 
 
 class Program(NamedTuple):
     """A program to compile.
 
     Attributes:
-      lower: gives the lowered program.
-      arguments: what it is given, by part.
+      lower: returns the lowered program.
+      arguments: its arguments, by part.
       loop_trips: see `ToolHooks.loop_trips`.
-      resident: what lies on the chips meanwhile, by part.
+      resident: arrays that stay on the chips but are not arguments, by part.
     """
 
     lower: Callable[[], Any]
@@ -74,12 +76,12 @@ class Program(NamedTuple):
 
 
 def plan(config: ExperimentConfig, topology_name: str, steps: Sequence[str] | None = None) -> Plan:
-    """Compiles a configuration's steps for a topology. Reads no data, no weights and no tokenizer.
+    """Compiles a configuration's steps for a topology, without reading data, weights or tokenizer.
 
     Args:
       config: the configuration; its mesh section must fit the number of chips.
       topology_name: such as `v5p:4x4x4`.
-      steps: names of the steps to compile, as `programs` gives them; none: all.
+      steps: names of the steps to compile, see `programs`; none: all.
 
     Raises:
       UserError: an unknown topology or step, or a mesh, batch or model that does not fit it.
@@ -91,7 +93,7 @@ def plan(config: ExperimentConfig, topology_name: str, steps: Sequence[str] | No
         config = config.model_copy(update={"model": config.model.model_copy(update={"compute": compute})})
     found = programs(config, mesh)
     if unknown := sorted(set(steps or ()) - set(found)):
-        raise UserError(f"steps: no {', '.join(unknown)} here; there are {', '.join(found)}", exit_code=2)
+        raise UserError(f"steps: no {', '.join(unknown)} here; allowed: {', '.join(found)}", exit_code=2)
     chosen = {name: found[name] for name in found if steps is None or name in steps}
     network = Network.create(config.model)
     plans = {
@@ -125,10 +127,10 @@ def plan(config: ExperimentConfig, topology_name: str, steps: Sequence[str] | No
 
 
 def programs(config: ExperimentConfig, mesh: Mesh) -> dict[str, Program]:
-    """The programs of a run, at their largest shape.
+    """The programs of a run, with their largest shapes.
 
     Returns:
-      `train`; `replay`, a step on remembered rows, for methods that have such; what the method measures between tasks;
+      `train`; `replay`, a step on remembered rows, for methods with replay; the method's measurements between tasks;
       `generate`, for decoders whose tasks are prompts and answers.
     """
     network = Network.create(config.model)
@@ -152,7 +154,7 @@ def programs(config: ExperimentConfig, mesh: Mesh) -> dict[str, Program]:
     found = {"train": step(batch)}
     if method.replay is not None and not method.joint:
         found["replay"] = step(_remembered(method, target, training.batch_size, shape, layout))
-    # Between tasks the optimizer's state stays where it is: it counts, though no program sees it.
+    # Between tasks the optimizer's state stays on the chips, although it is not an argument.
     processes = len({device.process_index for device in mesh.devices.flat})
     measured = _batch(micro_batch_size(training, layout.batch_ways, processes), shape, layout)
     given = (target.params, target.params, target.method_state, measured, key)
@@ -190,27 +192,27 @@ def row_shape(config: ExperimentConfig, causal: bool) -> Shape:
 
 
 def topology_mesh(config: ExperimentConfig, topology: Topology) -> tuple[Mesh, str]:
-    """The configuration's mesh over chips that are not here, and which compiler serves it: see `Plan.compiler`.
+    """The configuration's mesh over the topology's chips, and the compiler for it (`Plan.compiler`).
 
     Raises:
-      Unplaceable: the chips cannot be arranged so.
-      UserError: the mesh does not fit their number.
+      Unplaceable: the chips cannot be arranged as the mesh.
+      UserError: the mesh does not fit the number of chips.
     """
     sizes = mesh_sizes(config.mesh, topology.chips)
     devices = find_devices(topology)
     if devices is not None:
         types = (jax.sharding.AxisType.Auto,) * len(AXES)
         try:
-            # As `make_mesh` does where the chips are.
+            # As in `make_mesh`, which is used with real chips.
             mesh = jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types, devices=devices.devices)
         except NotImplementedError as error:
             raise Unplaceable(f"mesh: {str(error).splitlines()[0]}", exit_code=2) from error
         return mesh, "tpu"
-    # As many devices as there are chips, all of them this machine's processor.
-    with contextlib.suppress(RuntimeError):  # too late where jax has looked for devices already
+    # One CPU device per chip.
+    with contextlib.suppress(RuntimeError):  # too late if jax has initialised its devices already
         jax.config.update("jax_num_cpu_devices", topology.chips)
     if len(jax.devices()) < topology.chips:
-        raise UserError(f"topology {topology.name}: this process has {len(jax.devices())} devices to compile for")
+        raise UserError(f"topology {topology.name}: this process has only {len(jax.devices())} devices to compile for")
     return make_mesh(config.mesh, jax.devices()[: topology.chips]), "host"
 
 
@@ -219,7 +221,7 @@ def _batch(rows: int, shape: Shape, layout: Layout, **fields: Any) -> Batch:
 
 
 def _remembered(method: Method[Any], target: TrainState, rows: int, shape: Shape, layout: Layout) -> Batch:
-    """A batch of remembered rows, with what the method stores with them, from shapes alone."""
+    """Shapes of a batch of remembered rows, with what the method stores with them."""
     teacher = {
         name: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=layout.batch)
         for name, value in stored_shapes(method, target.params, target.method_state, rows, shape).items()
@@ -254,7 +256,7 @@ def _versions(compiler: str) -> dict[str, str]:
 
 
 def as_json(found: Plan) -> str:
-    """The plan as JSON, numbers with six digits."""
+    """The plan as JSON, with numbers of six digits."""
 
     def short(value: Any) -> Any:
         if isinstance(value, float):

@@ -1,7 +1,7 @@
-"""Which mesh, rematerialisation and accumulation make a configuration's step fastest on a topology.
+"""Finds the mesh, rematerialisation and accumulation with which a configuration's step is fastest on a topology.
 
-Every arrangement is first estimated by hand-written rules, the most promising are then compiled for real: a compilation
-takes minutes, and most arrangements are hopeless at a glance.
+Every arrangement is first estimated by simple rules, then the most promising ones are compiled: a compilation takes
+minutes, and most arrangements can be excluded without one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jaxcl.sharding.mesh import MeshConfig
 
 logger = logging.getLogger(__name__)
 
-# What the compiler needs beside what is counted here: buffers in flight, fragments, code.
+# Share of the memory for what is counted here; the rest is for buffers in flight, fragmentation and code.
 _MARGIN = 0.9
 
 
@@ -28,9 +28,9 @@ class Arrangement(NamedTuple):
     """One way to run a step.
 
     Attributes:
-      data: copies of the params.
-      fsdp: ways params and batch are split together.
-      tensor: ways a layer is split.
+      data: number of copies of the params.
+      fsdp: number of parts of params and batch.
+      tensor: number of parts of a layer.
       remat: rematerialisation policy.
       accumulate: micro-batches.
     """
@@ -43,30 +43,30 @@ class Arrangement(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """What an arrangement takes, roughly: bytes a chip, and seconds a step."""
+    """Rough needs of an arrangement: bytes per chip and seconds per step."""
 
     bytes: float
     seconds: float
 
 
 def search(config: ExperimentConfig, topology_name: str, step: str, compile_at_most: int = 3) -> Plan:
-    """The fastest arrangement found that fits; the batch size stays.
+    """The fastest arrangement found that fits, with the configured batch size.
 
     Args:
       config: the configuration; its mesh, `model.compute.remat` and `training.accumulate` are set by the search.
       topology_name: such as `v5e:4x4`.
-      step: the step that counts, `train` or `replay`.
-      compile_at_most: how many arrangements are compiled.
+      step: the step to optimise, `train` or `replay`.
+      compile_at_most: maximal number of compiled arrangements.
 
     Raises:
-      UserError: nothing fits, by the estimate or by the compiler.
+      UserError: no arrangement fits, according to the estimate or the compiler.
     """
     topology = parse_topology(topology_name)
     ways = [(one, estimate(config, one, topology.chip)) for one in arrangements(config, topology.chips)]
     if not ways:
         raise UserError(
             f"training.batch_size: {config.training.batch_size} rows cannot be split over {topology.chips} chips by "
-            "any mesh that splits whole heads",
+            "any mesh that keeps heads whole",
             exit_code=2,
         )
     possible = [pair for pair in ways if pair[1].bytes <= _MARGIN * topology.chip.memory]
@@ -87,13 +87,13 @@ def search(config: ExperimentConfig, topology_name: str, step: str, compile_at_m
     if not fitting:
         raise UserError(
             f"{topology_name}: no arrangement fits; compiled (data, fsdp, tensor, remat, accumulate): "
-            f"{', '.join(tried) or 'none, the chips cannot be arranged so'}"
+            f"{', '.join(tried) or 'none, the chips cannot be arranged that way'}"
         )
     return min(fitting, key=lambda one: one.roofline_seconds or math.inf)
 
 
 def arranged(config: ExperimentConfig, one: Arrangement) -> ExperimentConfig:
-    """The configuration, arranged so."""
+    """The configuration with this arrangement."""
     compute = config.model.compute.model_copy(update={"remat": one.remat})
     return config.model_copy(
         update={
@@ -105,7 +105,7 @@ def arranged(config: ExperimentConfig, one: Arrangement) -> ExperimentConfig:
 
 
 def arrangements(config: ExperimentConfig, chips: int) -> Iterator[Arrangement]:
-    """All that split heads, mlp and batch evenly, params in one copy or one a group of `tensor` chips."""
+    """Arrangements that split heads, mlp and batch evenly, with one copy of the params, or one per `tensor` group."""
     model, rows = config.model, config.training.batch_size
     for tensor in (size for size in range(1, chips + 1) if chips % size == 0):
         if model.num_heads % tensor or model.intermediate_size % tensor:
@@ -122,10 +122,10 @@ def arrangements(config: ExperimentConfig, chips: int) -> Iterator[Arrangement]:
 def estimate(config: ExperimentConfig, one: Arrangement, chip: Chip) -> Estimate:
     """Memory and time of a plain training step, by rules of thumb.
 
-    Memory: params, moments and gradient, split `fsdp * tensor` ways, and what a layer keeps for its backward pass:
-    its input (`full`), its matrix products as well (`dots`), or all of its activations (`none`). Time: the largest of
-    6 operations a param and token (8 with `full`, whose forward pass runs twice), gathering the params for each pass
-    and scattering the gradient, and two sums over `tensor` a layer and pass.
+    Memory: params, moments and gradient, divided by `fsdp * tensor`, and what each layer keeps for its backward pass:
+    its input (`full`), also its matrix products (`dots`), or all of its activations (`none`). Time: the larger of
+    compute, with 6 operations per param and token (8 with `full`, which repeats the forward pass), and communication:
+    gathering the params for each pass, scattering the gradient, and two sums over `tensor` per layer and pass.
     """
     model, network = config.model, Network.create(config.model)
     shape = row_shape(config, network.causal)

@@ -1,4 +1,4 @@
-"""A program compiled for chips that are not here: what it needs of their memory and time."""
+"""Compiles a program for chips that are not available here: the memory and time that it needs."""
 
 from __future__ import annotations
 
@@ -18,36 +18,36 @@ from jaxcl.planning.hardware import Chip
 from jaxcl.planning.hlo import parse
 from jaxcl.schema import Schema
 
-# What the compiler says where a program does not fit: all it needs, or its temporaries alone.
+# The compiler's messages if a program does not fit: all its memory, or that of its temporaries.
 _NEEDED = re.compile(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", re.IGNORECASE)
 _TEMPORARIES = re.compile(r"HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-# The last of the texts that the TPU's compiler leaves. jax's own `as_text` reads the program with an older XLA, which
-# fails at newer instructions (jax 0.10, libtpu 0.0.52, v5p: "async-update instruction should have 1 operands").
+# The last text that the TPU compiler dumps. jax's own `as_text` parses the program with an older XLA, which fails on
+# newer instructions (jax 0.10, libtpu 0.0.52, v5p: "async-update instruction should have 1 operands").
 _COMPILED = "*.after_codegen.txt"
 
 
 class Traffic(Schema):
     """All collectives of one kind in one call."""
 
-    runs: float = Field(description="how often one runs")
+    runs: float = Field(description="number of executions")
     bytes: float = Field(description="bytes that a chip sends")
 
 
 class StepPlan(Schema):
-    """What one call of one program needs of one chip."""
+    """What one call of a program needs on one chip."""
 
-    fits: bool = Field(description="the compiler finds room for it in the chip's memory")
+    fits: bool = Field(description="whether it fits into the chip's memory, according to the compiler")
     bytes_per_chip: float = Field(description="memory needed: arguments, results, temporaries and code")
-    activations: float | None = Field(None, description="temporaries among them; none where the compiler gave up")
-    arguments: dict[str, float] = Field(description="bytes of what the program is given or lies beside it, by part")
+    activations: float | None = Field(None, description="temporaries among them; none if the compiler failed")
+    arguments: dict[str, float] = Field(description="bytes of arguments and of other resident arrays, by part")
     flops: float | None = Field(None, description="operations of matrix products and attention")
     bytes: float | None = Field(None, description="bytes read from and written to main memory")
-    collectives: dict[str, Traffic] = Field({}, description="by kind")
-    seconds: dict[str, float] = Field({}, description="least time for compute, memory and interconnect, each alone")
-    roofline_seconds: float | None = Field(None, description="the largest of these: all three overlap at best")
-    utilisation: float | None = Field(None, description="share of the chip's peak compute at that time")
-    compile_seconds: float = Field(description="how long the compiler took here")
+    collectives: dict[str, Traffic] = Field({}, description="collectives by kind")
+    seconds: dict[str, float] = Field({}, description="lower bounds for compute, memory and interconnect, each alone")
+    roofline_seconds: float | None = Field(None, description="the largest of these: at best, all three overlap")
+    utilisation: float | None = Field(None, description="share of the chip's peak compute, with roofline_seconds")
+    compile_seconds: float = Field(description="seconds of the compilation")
 
 
 def plan_step(
@@ -59,20 +59,20 @@ def plan_step(
     loop_trips: int = 1,
     resident: Mapping[str, Any] | None = None,
 ) -> StepPlan:
-    """Compiles a program and reads what it needs.
+    """Compiles a program and determines its needs.
 
     Args:
-      lowered: what `jax.jit(...).lower` returned.
+      lowered: result of `jax.jit(...).lower`.
       arguments: the program's arguments by part, as `jax.ShapeDtypeStruct` with shardings.
-      chip: the limits.
+      chip: the chip's limits.
       causal: see `count_cost`.
       loop_trips: see `count_cost`.
-      resident: what lies on the chip meanwhile and is no argument, by part, likewise.
+      resident: arrays that are on the chip at the same time but are not arguments, likewise by part.
     """
     started = time.monotonic()
     parts = {name: bytes_per_device(tree) for name, tree in arguments.items()}
-    beside = {name: bytes_per_device(tree) for name, tree in (resident or {}).items()}
-    held = sum(beside.values())
+    residents = {name: bytes_per_device(tree) for name, tree in (resident or {}).items()}
+    held = sum(residents.values())
     try:
         compiled, text = compile_with_text(lowered)
     except jax.errors.JaxRuntimeError as error:
@@ -82,7 +82,7 @@ def plan_step(
         return StepPlan(
             fits=False,
             bytes_per_chip=needed + held,
-            arguments=parts | beside,
+            arguments=parts | residents,
             compile_seconds=round(time.monotonic() - started, 1),
         )
     seconds = round(time.monotonic() - started, 1)
@@ -106,7 +106,7 @@ def plan_step(
         fits=total <= chip.memory,
         bytes_per_chip=total,
         activations=memory.temp_size_in_bytes,
-        arguments=parts | beside,
+        arguments=parts | residents,
         flops=cost.flops,
         bytes=cost.bytes,
         collectives={kind: Traffic(runs=one.runs, bytes=one.bytes) for kind, one in cost.collectives.items()},
@@ -118,9 +118,9 @@ def plan_step(
 
 
 def compile_with_text(lowered: Any) -> tuple[Any, str]:
-    """The compiled program of what `jax.jit(...).lower` returned, and its text."""
+    """The compiled program of a result of `jax.jit(...).lower`, and its text."""
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        # Where there is no TPU, what was compiled for one cannot be read back from the cache: jax warns, and compiles.
+        # Without a TPU, programs compiled for one cannot be read back from the cache: jax warns and compiles again.
         warnings.filterwarnings("ignore", "Error reading persistent compilation cache entry", UserWarning)
         compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
         texts = sorted(Path(folder).glob(_COMPILED))
@@ -128,7 +128,7 @@ def compile_with_text(lowered: Any) -> tuple[Any, str]:
 
 
 def _needed(message: str, arguments: float) -> float | None:
-    """Bytes that a program would have needed, from the compiler's refusal; `None` where it refused for another reason.
+    """Bytes that a program would have needed, from the compiler's error; `None` for any other error.
 
     Examples:
       >>> _needed("Ran out of memory in memory space hbm. Used 20.00G of 15.75G hbm.", 1e9) == 20 * 2**30
@@ -144,7 +144,7 @@ def _needed(message: str, arguments: float) -> float | None:
 
 
 def bytes_per_device(tree: Any) -> float:
-    """Bytes of a device's own part of sharded arrays, given as `jax.ShapeDtypeStruct`; not of those on the host."""
+    """Bytes per device of sharded arrays (`jax.ShapeDtypeStruct`), without those in host memory."""
     total = 0.0
     for leaf in jax.tree.leaves(tree):
         if leaf.sharding is not None and leaf.sharding.memory_kind == "pinned_host":

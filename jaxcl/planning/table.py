@@ -1,4 +1,4 @@
-"""A plan for the eye."""
+"""Plans as text tables."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from jaxcl.planning.step import StepPlan
 
 
 def as_table(found: Plan) -> str:
-    """A plan as text: what each step needs of one chip."""
+    """A plan as text: the needs of each step on one chip."""
     mesh = " x ".join(f"{name} {size}" for name, size in found.mesh.items() if size > 1) or "one device"
     lines = [
         f"{found.parameters / 1e6:,.0f}M params on {found.topology} ({mesh}), {found.batch_size} rows in "
         f"{found.accumulate} part{'s' if found.accumulate > 1 else ''}, remat {found.remat}",
     ]
     if found.compiler == "host":
-        lines.append("compiled for this machine's processor, not for a TPU: `pip install libtpu` gives real figures")
+        lines.append("compiled for this machine's processor, not for a TPU; install libtpu for real figures")
     rows = [["one chip", *found.steps]]
     for title, value in _ROWS.items():
         cells = [value(one) for one in found.steps.values()]
@@ -26,12 +26,12 @@ def as_table(found: Plan) -> str:
         cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
         lines.append("  ".join([row[0].ljust(widths[0]), *cells]))
     room = f"{found.bytes_per_chip / 1e9:.2f} of {found.chip_memory / 1e9:.2f} GB"
-    lines += ["", f"{'fits' if found.fits else 'does not fit'}: {room} a chip"]
+    lines += ["", f"{'fits' if found.fits else 'does not fit'}: {room} per chip"]
     return "\n".join(lines)
 
 
 def _size(value: float | None) -> str:
-    """Bytes in the unit that suits them.
+    """Bytes as text, in MB or GB.
 
     >>> _size(2_500_000), _size(3.2e9)
     ('2.5 MB', '3.20 GB')
@@ -56,7 +56,7 @@ _ROWS = {
     "method": lambda one: _size(one.arguments.get("method")),
     "batch": lambda one: _size(one.arguments.get("batch")),
     "activations, temporaries": lambda one: _size(one.activations),
-    "in all": lambda one: _size(one.bytes_per_chip) + ("" if one.fits else " !"),
+    "total": lambda one: _size(one.bytes_per_chip) + ("" if one.fits else " !"),
     "operations": lambda one: "" if one.flops is None else f"{one.flops / 1e12:.3g} T",
     "memory traffic": lambda one: _size(one.bytes),
     "all-gather": lambda one: _traffic(one, "all-gather"),

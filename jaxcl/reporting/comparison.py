@@ -1,4 +1,4 @@
-"""Pages that set runs of several methods and seeds side by side."""
+"""Pages that compare runs of several methods and seeds."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ def write_comparison(folder: Path, runs: Sequence[Path]) -> Path:
     """Writes `comparison.json` and `comparison.html` into a folder.
 
     Args:
-      folder: where; created if absent.
-      runs: run folders over the same tasks with the same metrics; methods keep the order in which they first come.
+      folder: where to write; created if absent.
+      runs: run folders with the same tasks and metrics; methods are listed in the order of their first run.
 
     Returns:
       The page.
 
     Raises:
-      UserError: no runs, one without usable results, or runs over different tasks; names the folder.
+      UserError: no runs, a run without usable results, or runs with different tasks; names the folder.
     """
     folder = Path(folder)
     content = collect(folder, [Path(run) for run in runs])
@@ -36,18 +36,18 @@ def write_comparison(folder: Path, runs: Sequence[Path]) -> Path:
 
 
 def write_overview(path: Path, comparisons: Mapping[str, Path], title: str) -> Path:
-    """Writes one page about several comparisons, each with its summary and a link to its own page.
+    """Writes one page about several comparisons, each with its summary and a link to its page.
 
     Args:
       path: the page to write.
-      comparisons: by heading, folders that `write_comparison` wrote to.
+      comparisons: folders written by `write_comparison`, by heading.
       title: heading of the page.
 
     Returns:
       The page.
 
     Raises:
-      UserError: a folder holds no comparison.
+      UserError: a folder does not contain a comparison.
     """
     path = Path(path)
     parts = []

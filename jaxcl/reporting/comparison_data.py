@@ -1,4 +1,4 @@
-"""Runs of several methods and seeds over one sequence of tasks: what they have in common and how they differ."""
+"""The data of comparisons: runs of several methods and seeds over the same sequence of tasks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jaxcl.errors import UserError
 from jaxcl.reporting.page import number
 from jaxcl.reporting.run_data import directions, read_results, scores, unit
 
-#: What is compared, in the order of the table's columns: field, heading, whether more is better.
+#: Compared measures, in the order of the table's columns: field, heading, whether more is better.
 MEASURES: tuple[tuple[str, str, bool], ...] = (
     ("op", "OP", True),
     ("bwt", "BWT", True),
@@ -27,14 +27,14 @@ MEASURES: tuple[tuple[str, str, bool], ...] = (
 )
 
 
-#: What is compared of further measures.
+#: Compared fields of the further measures: field, heading.
 FURTHER: tuple[tuple[str, str], ...] = (
     ("op", "OP"),
     ("bwt", "BWT"),
     ("forgetting_rate", "Forgetting rate"),
     ("gain", "Gain"),
 )
-#: Numbers that are changes.
+#: Fields that are changes, shown with a sign.
 SIGNED = ("bwt", "fwt", "gain")
 
 
@@ -42,7 +42,7 @@ def read_comparison(folder: Path) -> dict[str, Any]:
     """Reads `comparison.json`.
 
     Raises:
-      UserError: it is missing or damaged.
+      UserError: the file is missing or damaged.
     """
     path = Path(folder) / "comparison.json"
     try:
@@ -59,14 +59,14 @@ def collect(folder: Path, runs: Sequence[Path]) -> dict[str, Any]:
     """The content of `comparison.json`.
 
     Args:
-      folder: run folders are named relative to it.
+      folder: folder to which the paths of runs are relative.
       runs: run folders.
 
     Returns:
-      `tasks, metric, higher_is_better`; `runs`, the results of each with its `folder`; `methods`: for each method its
-      `seeds` and, by measure, `mean`, `std` (sample standard deviation; `null` for a single run) and `values`, one a
-      seed. `intransigence` is measured against the mean of the joint runs, where there are any. `further` holds `op`,
-      `bwt`, `forgetting_rate` and `gain` of the other measures.
+      `tasks`, `metric`, `higher_is_better` and `unit`; `runs`: results and `folder` of each run; `methods`: for each
+      method its `seeds` and, by measure, `mean`, `std` (sample standard deviation; `null` for a single run) and
+      `values` (one per seed). `intransigence` is relative to the mean of the joint runs, if there are any. `further`
+      contains `op`, `bwt`, `forgetting_rate` and `gain` of the other measures.
     """
     if not runs:
         raise UserError("comparison: no runs to compare", exit_code=2)
@@ -76,7 +76,7 @@ def collect(folder: Path, runs: Sequence[Path]) -> dict[str, Any]:
         for name in ("tasks", "metric"):
             if result[name] != first[name]:
                 raise UserError(
-                    f"{run}: has {name} {result[name]}, {runs[0]} has {first[name]}; compare runs of one sequence"
+                    f"{run}: has {name} {result[name]}, {runs[0]} has {first[name]}; compare runs of the same sequence"
                 )
     reference = _reference([result for _, result in results])
     rows = [_row(folder, run, result, reference) for run, result in results]
@@ -103,10 +103,10 @@ def collect(folder: Path, runs: Sequence[Path]) -> dict[str, Any]:
 
 
 def comparison_table(content: Mapping[str, Any]) -> str:
-    """The summary as plain text for a terminal: a line a method, mean ± standard deviation over seeds.
+    """The summary as plain text: one line per method, with mean ± standard deviation over seeds.
 
     Args:
-      content: as from `collect` or `read_comparison`.
+      content: the result of `collect` or `read_comparison`.
     """
     shown = [(name, title) for name, title, _ in MEASURES if _any(content, name)]
     lines = [["method", *(title for _, title in shown)]]
@@ -158,7 +158,7 @@ def _reference(results: Sequence[dict[str, Any]]) -> Float[np.ndarray, " tasks"]
 
 
 def _intransigence(result: dict[str, Any], reference: Float[np.ndarray, " tasks"] | None) -> float | None:
-    """Mean over tasks of the joint score minus the score right after learning."""
+    """Mean over tasks of the joint score minus the score right after learning the task."""
     matrix = scores(result)
     if reference is None or result.get("joint") or not len(matrix):
         return None
@@ -168,9 +168,9 @@ def _intransigence(result: dict[str, Any], reference: Float[np.ndarray, " tasks"
 
 
 def _summary(values: Sequence[Any]) -> dict[str, Any]:
-    there = [float(value) for value in values if isinstance(value, int | float) and np.isfinite(value)]
+    known = [float(value) for value in values if isinstance(value, int | float) and np.isfinite(value)]
     return {
-        "mean": float(np.mean(there)) if there else None,
-        "std": float(np.std(there, ddof=1)) if len(there) > 1 else None,
-        "values": there,
+        "mean": float(np.mean(known)) if known else None,
+        "std": float(np.std(known, ddof=1)) if len(known) > 1 else None,
+        "values": known,
     }

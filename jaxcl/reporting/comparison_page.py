@@ -17,14 +17,14 @@ from jaxcl.reporting.run_data import scores
 _MEANINGS = (
     "OP: mean score over all tasks at the end. BWT: change of the earlier tasks since each was learned. "
     "Gain: over the model before any training. "
-    "Forgetting: their fall from their best score. FWT: gain on a task before it was trained on. "
+    "Forgetting: drop of the earlier tasks from their best score. FWT: gain on a task before it was trained on. "
     "Intransigence: gap to joint training right after learning."
 )
 Content = Mapping[str, Any]
 
 
 def render(content: Content) -> str:
-    """The page of one comparison, as text."""
+    """The HTML page of one comparison."""
     methods = list(content["methods"])
     body = [
         _header(content),
@@ -38,7 +38,7 @@ def render(content: Content) -> str:
 
 
 def render_overview(title: str, parts: Sequence[tuple[str, str, Content]]) -> str:
-    """One page about several comparisons, each given by name, link to its page, and content."""
+    """The HTML page about several comparisons, each given by name, link to its page, and content."""
     sections = []
     for name, link, content in parts:
         tasks = " → ".join(str(task) for task in content["tasks"])
@@ -75,12 +75,12 @@ def _header(content: Content) -> str:
 def _seeds_note(content: Content) -> str:
     counts = {len(summary["seeds"]) for summary in content["methods"].values()}
     if counts == {1}:
-        return f"One seed a method. {_MEANINGS}"
+        return f"One seed per method. {_MEANINGS}"
     return f"Mean ± standard deviation over seeds; dots are single runs. {_MEANINGS}"
 
 
 def _summary(content: Content) -> str:
-    """The table of the page; the best of a column in bold."""
+    """The summary table, with the best value of a column in bold."""
     shown = [item for item in MEASURES if any(s[item[0]]["mean"] is not None for s in content["methods"].values())]
     best = {name: _best(content, name, higher) for name, _, higher in shown}
     rows = []
@@ -94,12 +94,12 @@ def _summary(content: Content) -> str:
                 words = spread(summary[name], signed=name in SIGNED)
             cells.append(f"<b>{text(words)}</b>" if method in best[name] else text(words))
         rows.append(cells)
-    heads = ["Method", *("Time a run" if name == "seconds" else title for name, title, _ in shown)]
+    heads = ["Method", *("Time per run" if name == "seconds" else title for name, title, _ in shown)]
     return table(heads, rows, numbers=range(1, len(heads)))
 
 
 def _best(content: Content, name: str, higher: bool) -> set[str]:
-    """Methods with the best mean, joint training (no rival, but the bound) left out; none if there are no two."""
+    """Methods with the best mean, without joint training (an upper bound); none if fewer than two remain."""
     if name not in ("op", "bwt", "forgetting") or len(set(content["higher_is_better"])) > 1:
         return set()
     if name == "op":
@@ -125,7 +125,7 @@ def _bars(content: Content, name: str = "") -> str:
 
 
 def _retention(content: Content) -> str:
-    """Curves of every task under every method, and of their mean."""
+    """Curves per task and method, and of the mean over tasks."""
     one_by_one = {name: runs for name, runs in _matrices(content, joint=False).items() if runs.shape[1] > 1}
     if not one_by_one:
         return ""
@@ -140,7 +140,7 @@ def _retention(content: Content) -> str:
     stages = [f"{index + 1}" for index in range(max(len(curve) for curve in learned.values()))]
     padded = {name: [*curve, *[np.nan] * (len(stages) - len(curve))] for name, curve in learned.items()}
     return section(
-        "What stays of each task",
+        "Retention of each task",
         figure(curves),
         "<h3>Mean over the tasks learned so far</h3>",
         figure(
@@ -148,12 +148,12 @@ def _retention(content: Content) -> str:
                 padded, stages, "mean score", "mean retention", order=list(content["methods"]), below="tasks learned"
             )
         ),
-        note="From the moment each task was learned; bands span the seeds. Dashed: all tasks learned at once.",
+        note="Scores since each task was learned; bands span the seeds. Dashed: all tasks learned at once.",
     )
 
 
 def _matrices(content: Content, *, joint: bool) -> dict[str, Float[np.ndarray, "seeds rows tasks"]]:
-    """Matrices of each method's runs; of runs that got further than others the common part."""
+    """Matrices of each method's runs, cut to the rows that all of them have."""
     found: dict[str, list[Float[np.ndarray, "rows tasks"]]] = {}
     for row in content["runs"]:
         if bool(row.get("joint")) == joint and row["matrix"]:

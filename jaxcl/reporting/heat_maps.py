@@ -1,4 +1,4 @@
-"""Heat maps of layers × units, and of what tasks have in common: functions of plain numbers."""
+"""Heat maps of layers × units, and of the overlap between tasks: functions of plain numbers."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from jaxcl.reporting.style import (
     ticks,
 )
 
-_COLUMNS = 256  # of a map; more cannot be seen
+_COLUMNS = 256  # largest number of columns of a map; more cannot be seen
 
 
 def heat_maps(
     maps: Mapping[str, Shaped[np.ndarray, "layers units"]], units: str, name: str, *, sort: bool = False
 ) -> Picture:
-    """Layers × units, all maps on one colour scale, layer 1 at the bottom.
+    """Maps of layers × units on a common colour scale, with layer 1 at the bottom.
 
     Args:
-      maps: values by title, all of one shape.
-      units: what the columns are.
-      name: of the figure.
-      sort: order the units of each layer from large to small: for so many that single ones cannot be seen.
+      maps: values by title, all with the same shape.
+      units: name of the columns.
+      name: name of the figure.
+      sort: sort the units of each layer from large to small, for maps with too many units to see single ones.
     """
     first = next(iter(maps.values()))
     layers, count = first.shape
@@ -89,12 +89,12 @@ def selected(maps: Mapping[str, Shaped[np.ndarray, "layers heads"]], name: str =
 
 
 def overlaps(marks: Mapping[str, Shaped[np.ndarray, "tasks ..."]], tasks: Sequence[str], name: str) -> Picture:
-    """Tasks × tasks: of the units that either needs, the share that both need, for each kind of unit.
+    """Tasks × tasks, per kind of unit: the share that both need of the units that either needs.
 
     Args:
       marks: whether a task needs a unit, by kind of unit.
-      tasks: their names.
-      name: of the figure.
+      tasks: names of the tasks.
+      name: name of the figure.
     """
     columns = min(len(marks), 3)
     rows, count = math.ceil(len(marks) / columns), len(tasks)
@@ -110,7 +110,7 @@ def overlaps(marks: Mapping[str, Shaped[np.ndarray, "tasks ..."]], tasks: Sequen
             axis.spines[:].set_visible(False)
             axis.set_xticks(range(count), ticks(tasks, 96 // columns // count))
             axis.set_yticks(range(count), [short(task, 18) for task in tasks])
-            axis.set_xlim(-0.5, count - 1.5)  # nothing stands on or above the diagonal
+            axis.set_xlim(-0.5, count - 1.5)  # only cells below the diagonal are shown
             axis.set_ylim(count - 0.5, 0.5)
             for (row, column), share in np.ndenumerate(shown):
                 if column < row:
@@ -123,7 +123,7 @@ def overlaps(marks: Mapping[str, Shaped[np.ndarray, "tasks ..."]], tasks: Sequen
 
 
 def common(marks: Shaped[np.ndarray, "tasks units"]) -> Float[np.ndarray, "tasks tasks"]:
-    """Of the units that either of two tasks needs, the share that both need (Jaccard); NaN where neither needs any.
+    """The share that both tasks need of the units that either needs (Jaccard index); NaN if neither needs any.
 
     >>> common(np.array([[1, 1, 1, 0], [0, 0, 1, 1]], bool)).tolist()
     [[1.0, 0.25], [0.25, 1.0]]
@@ -143,7 +143,7 @@ def _map_columns(count: int) -> int:
 
 
 def _map_height(layers: int, count: int, columns: int, width: float) -> float:
-    """Cells about square for few units, never lower than a line of text nor higher than half a page."""
+    """Height for about square cells if there are few units, between a line of text and half a page."""
     side = (width / columns - 0.9) / min(count, 40)
     return float(np.clip(layers * min(side, 0.34) + 0.75, 1.3, 4.6))
 

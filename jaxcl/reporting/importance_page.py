@@ -1,4 +1,4 @@
-"""The page of `jaxcl importance`: what a model needs for given tasks."""
+"""The page of `jaxcl importance`: which units a model needs for given tasks."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from jaxcl.reporting.tables import Tables, table_sections
 
 
 def write_importance(folder: Path, tables: Tables, tasks: Sequence[str], *, title: str, note: str = "") -> Path:
-    """Writes `importance.html`, and each of its maps as a PNG, into a folder.
+    """Writes `importance.html`, and each of its pictures as a PNG, to a folder.
 
     Args:
       folder: created if absent.
       tables: a method's arrays by name.
       tasks: names of the tasks they were measured on.
       title: heading of the page.
-      note: what is missing, in a sentence; empty if nothing is.
+      note: a sentence about what is missing; empty if nothing is.
 
     Returns:
       The page.

@@ -11,16 +11,16 @@ from jaxtyping import Float
 from jaxcl.reporting.page import number, text
 from jaxcl.reporting.run_data import directions, scores, unit
 
-_FEW = 4  # tasks up to which cells are large
-_MANY = 7  # tasks from which names stand upright and cells are small
-_LEAST_SPAN = 20.0  # percent that the colours span at least, so that noise does not look like forgetting
+_FEW = 4  # number of tasks up to which cells are large
+_MANY = 7  # number of tasks from which names are vertical and cells are small
+_LEAST_SPAN = 20.0  # smallest range of the colours in percent, so that noise does not look like forgetting
 
 
 def matrix_table(results: Mapping[str, Any]) -> str:
     """The matrix with its initial row, and the change since learning below it.
 
     Args:
-      results: `results.json`, or a further measure of it together with its `tasks` and `joint`.
+      results: content of `results.json`, or one of its further measures with `tasks` and `joint` added.
     """
     tasks = [str(task) for task in results["tasks"]]
     matrix, joint = scores(dict(results)), bool(results.get("joint"))
@@ -76,7 +76,7 @@ def _cell(score: float, share: float, row: int, column: int, joint: bool, spread
 
 
 def _changes(matrix: Float[np.ndarray, "rows tasks"], higher: list[bool], percent: str) -> str:
-    """The last row minus the diagonal; better is green whatever the metric's direction."""
+    """The last row minus the diagonal; improvements are green, whatever the metric's direction."""
     if len(matrix) < 2:
         return ""
     cells = []
@@ -92,20 +92,20 @@ def _changes(matrix: Float[np.ndarray, "rows tasks"], higher: list[bool], percen
 
 
 def _shares(values: Float[np.ndarray, "rows tasks"], results: Mapping[str, Any]) -> Float[np.ndarray, "rows tasks"]:
-    """How deep each cell's colour is, 0.04 to 1: deeper is better. Columns of one metric share their scale."""
+    """Depth of each cell's colour, 0.04 to 1; deeper is better. Columns with the same metric share a scale."""
     shares = np.zeros_like(values)
     metrics, higher = results["metric"], directions(dict(results))
     for metric in dict.fromkeys(metrics):
         columns = [index for index, name in enumerate(metrics) if name == metric]
         part = values[:, columns]
-        there = part[np.isfinite(part)]
-        if not len(there):
+        known = part[np.isfinite(part)]
+        if not len(known):
             continue
         if metric == "perplexity":
-            part, there = np.log(np.maximum(part, 1e-9)), np.log(np.maximum(there, 1e-9))
-            low, high = there.min(), max(there.max(), there.min() + 0.1)
+            part, known = np.log(np.maximum(part, 1e-9)), np.log(np.maximum(known, 1e-9))
+            low, high = known.min(), max(known.max(), known.min() + 0.1)
         else:
-            low, high = there.min(), max(there.max(), there.min() + _LEAST_SPAN)
+            low, high = known.min(), max(known.max(), known.min() + _LEAST_SPAN)
         share = (part - low) / (high - low)
         shares[:, columns] = 0.04 + 0.96 * (share if higher[columns[0]] else 1 - share)
     return shares

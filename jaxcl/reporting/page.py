@@ -1,4 +1,4 @@
-"""The HTML page around reports: one style for screen, dark mode and paper; no script, nothing loaded from anywhere."""
+"""The HTML of reports: one style for screen, dark mode and paper; no scripts, and nothing is loaded."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jaxcl.reporting.style_sheet import STYLE_SHEET
 
 
 def text(value: object) -> str:
-    r"""A value as text that is safe between tags and in quoted attributes, whatever it holds.
+    r"""A value as text that is safe between tags and in quoted attributes.
 
     >>> text("<script>'\x00")
     '&lt;script&gt;&#x27;�'
@@ -21,11 +21,11 @@ def text(value: object) -> str:
 
 
 def page(title: str, body: Iterable[str]) -> str:
-    """A whole HTML document."""
+    """A complete HTML document."""
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        # The page needs nothing from anywhere, and whatever a task's text tries may not change that.
+        # The page loads nothing, and no text of a task can change that.
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; "
         'img-src data:">\n'
         f"<title>{text(title)}</title>\n<style>{STYLE_SHEET}</style>\n</head>\n<body>\n<main>\n"
@@ -35,7 +35,7 @@ def page(title: str, body: Iterable[str]) -> str:
 
 
 def write_page(path: Path, content: str) -> Path:
-    """Writes a page; a reader sees the old one or the new one, never a part."""
+    """Writes a page, atomically."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(content, encoding="utf-8")
     os.replace(partial, path)
@@ -43,7 +43,7 @@ def write_page(path: Path, content: str) -> Path:
 
 
 def section(heading: str, *parts: str, note: str = "") -> str:
-    """A section with a heading, a line that says how to read it (HTML), and its parts; nothing if all are empty."""
+    """A section with a heading, a note on how to read it (HTML), and its parts; empty if all parts are."""
     if not any(parts):
         return ""
     lead = f'<p class="note">{note}</p>' if note else ""
@@ -57,7 +57,7 @@ def figure(picture: str, caption: str = "") -> str:
 
 
 def card(name: str, value: str, unit: str, meaning: str, tone: str = "") -> str:
-    """A headline number with what it means; `tone` is `good`, `bad` or nothing."""
+    """A headline number with its meaning; `tone` is `good`, `bad` or empty."""
     small = f"<small>{text(unit)}</small>" if unit else ""
     return (
         f'<div class="card"><b>{text(name)}</b><div class="value {tone}">{text(value)}{small}</div>'
@@ -66,7 +66,7 @@ def card(name: str, value: str, unit: str, meaning: str, tone: str = "") -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: Iterable[int] = ()) -> str:
-    """A table of cells that are HTML already; `numbers` are the columns aligned to the right."""
+    """A table of HTML cells; `numbers` are the right-aligned columns."""
     right = set(numbers)
 
     def cells(tag: str, row: Sequence[str]) -> str:
@@ -80,13 +80,13 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: Iterable[
 
 
 def details(summary: str, content: str, *, opened: bool = False, printed: bool = True) -> str:
-    """A part that folds (works without script), unfolded on paper if `printed`; `summary` and `content` are HTML."""
+    """A foldable part (without scripts), unfolded on paper if `printed`; `summary` and `content` are HTML."""
     attributes = ("" if printed else ' class="raw"') + (" open" if opened else "")
     return f"<details{attributes}><summary>{summary}</summary><div>{content}</div></details>"
 
 
 def number(value: float | None, digits: int = 1, *, signed: bool = False) -> str:
-    """A number for reading: a true minus sign, a dash where there is none.
+    """A number as text, with a true minus sign; a dash if there is no number.
 
     >>> number(-3.14159), number(2.0, signed=True), number(None), number(-0.01)
     ('−3.1', '+2.0', '–', '0.0')
@@ -100,7 +100,7 @@ def number(value: float | None, digits: int = 1, *, signed: bool = False) -> str
 
 
 def duration(seconds: float) -> str:
-    """Seconds for reading.
+    """Seconds as text.
 
     >>> duration(4.24), duration(75), duration(3720)
     ('4.2 s', '1 min 15 s', '1 h 2 min')
@@ -114,7 +114,7 @@ def duration(seconds: float) -> str:
 
 
 def size(count: float, base: int = 1000, suffix: str = "") -> str:
-    """A count with a prefix.
+    """A count as text, with a prefix.
 
     >>> size(134_515_008), size(2048, 1024, "B"), size(12)
     ('135M', '2.0 KiB', '12')

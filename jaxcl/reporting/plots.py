@@ -26,16 +26,16 @@ from jaxcl.reporting.style import (
     svg,
 )
 
-_POINTS = 400  # of a curve; more cannot be seen
+_POINTS = 400  # largest number of points of a curve; more cannot be seen
 
 
 def retention(tasks: Sequence[str], scores: Float[np.ndarray, "rows tasks"], unit: str) -> str:
-    """A panel a task: its score after each task, from the moment it was learned (hollow: before that).
+    """A panel per task: its score after each task since it was learned (hollow: before).
 
     Args:
       tasks: names.
-      scores: score on each task (column) after each task (row); NaN where not measured.
-      unit: of the scores.
+      scores: score on each task (column) after each task (row); NaN if not measured.
+      unit: unit of the scores.
     """
     columns = per_row(len(tasks))
     rows = math.ceil(len(tasks) / columns)
@@ -65,20 +65,20 @@ def retention(tasks: Sequence[str], scores: Float[np.ndarray, "rows tasks"], uni
 
 def loss(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], bounds: Sequence[tuple[float, str]],
          label: str, name: str, *, height: float = 2.6) -> str:  # fmt: skip
-    """Curves over the steps of all tasks, with a line where each task begins.
+    """Curves over the steps of all tasks, with a line at the start of each task.
 
     Args:
       curves: steps and values by name.
       bounds: first step and name of each task.
-      label: of the vertical axis.
-      name: of the figure.
-      height: of the figure in inches.
+      label: label of the vertical axis.
+      name: name of the figure.
+      height: height of the figure in inches.
     """
     with styled(name):
         figure, (axis,) = grid(1, 1, height=height)
         for colour, (title, (steps, values)) in enumerate(curves.items()):
             steps_seen, seen = thinned(np.asarray(steps, float), np.asarray(values, float))
-            # A task with a single logged row has no line, only its point.
+            # A task with a single logged row has only a point, no line.
             dots: dict[str, Any] = {"marker": "o", "markersize": 3} if len(seen) <= 40 else {}
             axis.plot(steps_seen, seen, **dots, color=series_colour(colour), linewidth=1.4, label=short(title, 40))
         last = max((max(steps) for steps, _ in curves.values() if len(steps)), default=1.0)
@@ -102,7 +102,7 @@ def loss(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], bounds: 
 
 
 def small_curves(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], starts: Sequence[float]) -> str:
-    """A small panel for each of several quantities over the steps."""
+    """A small panel per quantity, over the steps."""
     columns = min(3, len(curves))
     with styled("small curves"):
         figure, axes = grid(columns, math.ceil(len(curves) / columns), height=1.6, sharex=True)
@@ -121,7 +121,7 @@ def small_curves(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], 
 
 
 def histograms(values: Mapping[str, Float[np.ndarray, "..."]], label: str) -> str:
-    """A histogram for each kind of unit, of numbers between 0 and 1."""
+    """A histogram per kind of unit, of numbers between 0 and 1."""
     with styled("histograms"):
         figure, axes = grid(len(values), 1, height=1.9, sharex=True)
         for axis, (title, numbers) in zip(axes, values.items(), strict=True):
@@ -152,16 +152,16 @@ def lines(
     below: str = "",
     limits: tuple[float, float] | None = None,
 ) -> str:
-    """A line for each of several series over named stages.
+    """A line per series, over named stages.
 
     Args:
-      curves: values by name, one a stage; NaN where there is none.
+      curves: values by name, one per stage; NaN if there is none.
       ticks: names of the stages.
-      label: of the vertical axis.
-      name: of the figure.
-      order: all names there are; decides colours. None: those of the curves.
+      label: label of the vertical axis.
+      name: name of the figure.
+      order: all names, which decides colours; default: those of the curves.
       below: label of the horizontal axis.
-      limits: of the vertical axis.
+      limits: limits of the vertical axis.
     """
     with styled(name):
         figure, (axis,) = grid(1, 1, height=2.5)
@@ -187,14 +187,14 @@ def compared_retention(
     order: Sequence[str],
     unit: str,
 ) -> str:
-    """A panel a task with a line a method: mean over seeds, and the range of the seeds as a band.
+    """A panel per task with a line per method: mean over seeds, with their range as a band.
 
     Args:
       tasks: names.
       methods: scores of each method that learned the tasks one by one.
-      joint: mean scores of methods that learned all tasks at once, drawn as a level.
-      order: all methods; decides colours.
-      unit: of the scores.
+      joint: mean scores of methods that learned all tasks at once, drawn as horizontal lines.
+      order: all methods, which decides colours.
+      unit: unit of the scores.
     """
     columns = per_row(len(tasks))
     length = max((scores.shape[1] for scores in methods.values()), default=1)
@@ -227,11 +227,11 @@ def compared_retention(
 
 
 def bars(quantities: Mapping[str, Mapping[str, Sequence[float]]], name: str = "") -> str:
-    """Horizontal bars, one panel a quantity and one bar a method: mean over seeds, the seeds as dots.
+    """Horizontal bars, one panel per quantity and one bar per method: mean over seeds, with seeds as dots.
 
     Args:
-      quantities: values of each seed, by quantity and method.
-      name: tells several such figures on one page apart.
+      quantities: values per seed, by quantity and method.
+      name: distinguishes several such figures on one page.
     """
     names = list(dict.fromkeys(method for values in quantities.values() for method in values))
     with styled(f"bars {name}"):
@@ -256,7 +256,7 @@ def bars(quantities: Mapping[str, Mapping[str, Sequence[float]]], name: str = ""
 def thinned(
     steps: Float[np.ndarray, " points"], values: Float[np.ndarray, " points"], points: int = _POINTS
 ) -> tuple[Float[np.ndarray, " kept"], Float[np.ndarray, " kept"]]:
-    """At most `points` points: means over equal runs of neighbours, so that nothing but noise is lost.
+    """At most `points` points: means over equal numbers of neighbours, so that only noise is lost.
 
     >>> thinned(np.arange(4.0), np.array([1.0, 3.0, 5.0, 7.0]), points=2)[1].tolist()
     [2.0, 6.0]
@@ -268,23 +268,23 @@ def thinned(
 
 
 def _line(axis: Axes, steps: Any, values: Float[np.ndarray, " points"], **look: Any) -> None:
-    """A line through the points that there are; gaps are bridged."""
-    there = np.isfinite(values)
-    if there.any():
-        axis.plot(np.asarray(steps)[there], values[there], **look)
+    """A line through the finite points; gaps are bridged."""
+    known = np.isfinite(values)
+    if known.any():
+        axis.plot(np.asarray(steps)[known], values[known], **look)
 
 
 def _mean(seeds: Float[np.ndarray, "seeds stages"]) -> Float[np.ndarray, " stages"]:
-    there = np.isfinite(seeds)
-    total = np.where(there, seeds, 0).sum(axis=0)
-    return np.where(there.any(axis=0), total / np.maximum(there.sum(axis=0), 1), np.nan)
+    known = np.isfinite(seeds)
+    total = np.where(known, seeds, 0).sum(axis=0)
+    return np.where(known.any(axis=0), total / np.maximum(known.sum(axis=0), 1), np.nan)
 
 
 def _end_title(axis: Axes, curve: Float[np.ndarray, " rows"]) -> None:
-    """The last score, where no curve can cross it."""
-    there = curve[np.isfinite(curve)]
-    if len(there):
-        axis.set_title(number(float(there[-1])), loc="right", color=series_colour(0))
+    """The last score as a title, where no curve crosses it."""
+    known = curve[np.isfinite(curve)]
+    if len(known):
+        axis.set_title(number(float(known[-1])), loc="right", color=series_colour(0))
 
 
 def _task_axis(axis: Axes, count: int) -> None:

@@ -1,4 +1,4 @@
-"""The page of whatever folder is given: a run, a comparison, or several comparisons."""
+"""Rebuilds the page of a run, a comparison, or several comparisons."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from jaxcl.reporting.report import write_report
 
 
 def rebuild(folder: Path) -> Path:
-    """Writes the page of a folder anew.
+    """Rebuilds the page of a folder.
 
     Args:
-      folder: a run folder; a folder that `jaxcl compare` wrote to; or one that holds several such folders, which gets
-        an overview, `index.html`.
+      folder: a run folder; a folder written by `jaxcl compare`; or a folder of several such folders, for which an
+        overview `index.html` is written.
 
     Returns:
       The page.
 
     Raises:
-      UserError: there is nothing to report on; the message names the folder.
+      UserError: the folder has nothing to report; the message names it.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")

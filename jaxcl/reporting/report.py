@@ -1,4 +1,4 @@
-"""`report.html` of a run: all that a run folder holds, on one page that needs nothing else."""
+"""`report.html` of a run: the content of a run folder on one self-contained page."""
 
 from __future__ import annotations
 
@@ -20,18 +20,19 @@ from jaxcl.reporting.tables import table_sections
 _MEANINGS = {
     "op": ("Overall performance", "mean score over the tasks learned, at the end"),
     "bwt": ("Backward transfer", "change of the earlier tasks since each was learned; negative: forgotten"),
-    "fwt": ("Forward transfer", "gain on the next task before it was trained on"),
+    "fwt": ("Forward transfer", "gain on the next task before training on it"),
     "gain": ("Gain", "over the model before any training, mean over the tasks learned"),
-    "forgetting": ("Forgetting", "fall of the earlier tasks from their best score"),
-    "intransigence": ("Intransigence", "gap to joint training right after learning; what could not be learned"),
+    "forgetting": ("Forgetting", "drop of the earlier tasks from their best score"),
+    "intransigence": ("Intransigence", "gap to joint training right after learning: what could not be learned"),
 }
 _OWN = ("step", "task", "task_step", "kind", "steps", "seconds", "loss")
 
 
 def write_report(run_folder: Path) -> Path:
-    """Writes `report.html` into a run folder, from what lies there.
+    """Writes `report.html` to a run folder, from its files.
 
-    Needs `results.json`; whatever else is missing (metrics, predictions, importance, configuration) is left out.
+    Only `results.json` is required; sections about missing files (metrics, predictions, importance, configuration) are
+    left out.
 
     Args:
       run_folder: the folder.
@@ -40,14 +41,14 @@ def write_report(run_folder: Path) -> Path:
       The page.
 
     Raises:
-      UserError: no folder, or no usable `results.json` in it.
+      UserError: the folder does not exist or has no usable `results.json`.
     """
     run = read_run(Path(run_folder))
     return write_page(run.folder / "report.html", render(run))
 
 
 def render(run: RunData) -> str:
-    """The page as text."""
+    """The HTML page."""
     body = [
         _header(run),
         headline(run.results),
@@ -64,7 +65,7 @@ def render(run: RunData) -> str:
 
 
 def headline(results: Mapping[str, Any]) -> str:
-    """Cards of the numbers that sum a run up."""
+    """Cards with the summary numbers of a run."""
     percent = unit(dict(results))
     cards = []
     for name, (title, meaning) in _MEANINGS.items():
@@ -84,7 +85,9 @@ def headline(results: Mapping[str, Any]) -> str:
         scales = ((100, 1, "s"), (6000, 60, "min"), (np.inf, 3600, "h"))
         _, scale, name = next(one for one in scales if seconds < one[0])
         digits = 0 if scale == 1 and seconds >= 10 else 1
-        cards.append(card("Time", number(seconds / scale, digits), name, "training, evaluation, the method's own work"))
+        cards.append(
+            card("Time", number(seconds / scale, digits), name, "training, evaluation and the method's passes")
+        )
     return f'<div class="cards">{"".join(cards)}</div>'
 
 
@@ -99,7 +102,7 @@ def _header(run: RunData) -> str:
     if results.get("stored_bytes"):
         facts.append(f"{size(results['stored_bytes'], 1024, 'B')} kept of earlier tasks")
     if results.get("peak_memory_bytes"):
-        facts.append(f"{size(results['peak_memory_bytes'], 1024, 'B')} of device memory at most")
+        facts.append(f"{size(results['peak_memory_bytes'], 1024, 'B')} of device memory at peak")
     warning = ""
     if not results.get("finished", True):
         warning = f'<p class="warn">Not finished: {run.learned} of {len(run.tasks)} tasks learned so far.</p>'
@@ -122,11 +125,11 @@ def _matrices(run: RunData) -> str:
         parts.append(matrix_table(joined))
     metrics = text(", ".join(dict.fromkeys(str(metric) for metric in run.results["metric"])))
     if run.results.get("joint"):
-        note = f"Score ({metrics}) on each task, before and after learning all of them at once."
+        note = f"Score ({metrics}) on each task, before and after learning all tasks at once."
     else:
         note = (
-            f"Score ({metrics}) on each task, by column, after the tasks were learned one by one, by row. "
-            "Framed: right after learning it. Italic: before that."
+            f"Score ({metrics}) on each task (column) after each task was learned (row). "
+            "Framed: right after learning the task. Italic: before learning it."
         )
     if any(measured.get("deviation") or measured.get("initial_deviation") for measured in measures.values()):
         note += " ± standard deviation over repetitions of the measurement."
@@ -134,7 +137,7 @@ def _matrices(run: RunData) -> str:
 
 
 def _numbers(measured: Mapping[str, Any]) -> str:
-    """The numbers of a further measure in a line."""
+    """The numbers of a further measure, on one line."""
     shown = [
         f"{title} {number(measured.get(name), signed=name in ('bwt', 'gain'))}"
         for name, title in (("op", "OP"), ("bwt", "BWT"), ("forgetting_rate", "forgetting rate"), ("gain", "gain"))
@@ -149,9 +152,9 @@ def _retention(run: RunData) -> str:
         return ""
     picture = plots.retention(run.tasks, matrix, unit(run.results))
     return section(
-        "What stays of each task",
+        "Retention of each task",
         figure(picture),
-        note="One panel a task. Solid: from the moment it was learned; dotted: before. Grey: the other tasks.",
+        note="One panel per task. Solid: since it was learned; dotted: before. Grey: the other tasks.",
     )
 
 
@@ -180,12 +183,12 @@ def _losses(run: RunData) -> str:
         "Training",
         picture,
         details("Terms of the loss, norms, rates", figure(more)) if more else "",
-        note="Means over the steps between two logged rows; dashed lines: a new task begins.",
+        note="Means over the steps between two logged rows; dashed lines: start of a task.",
     )
 
 
 def _curve(rows: list[dict[str, Any]], name: str, kind: str) -> tuple[list[float], list[float]]:
-    """Steps and values of a quantity, with a gap (NaN) where a new task begins."""
+    """Steps and values of a quantity, with a gap (NaN) at the start of each task."""
     steps: list[float] = []
     values: list[float] = []
     task: object = None
@@ -244,7 +247,7 @@ def _time_bar(timing: Mapping[str, float]) -> str:
 
 
 def _data_table(run: RunData) -> str:
-    """Counts that every kind of task has, where there are any; `data` nests them by source."""
+    """The table of the counts that all kinds of tasks have; `data` nests them by source."""
     rows = []
     steps = run.results.get("steps") or []
     for index, (name, described) in enumerate((run.results.get("data") or {}).items()):
@@ -273,7 +276,7 @@ def _data_table(run: RunData) -> str:
 
 
 def _total(described: Mapping[str, Any], key: str) -> float | None:
-    """The count at the top, else the sum over the sources below."""
+    """The count at the top level, else the sum over the sources."""
     if isinstance(described.get(key), int | float):
         return float(described[key])
     below = described.get("sources")

@@ -1,4 +1,4 @@
-"""A run folder, read for a report: what is missing is left out, what is broken is named."""
+"""Reads a run folder for a report: missing files are left out, broken ones are listed as problems."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _NEEDED = ("method", "seed", "tasks", "metric", "matrix")
 
 @dataclasses.dataclass(frozen=True)
 class RunData:
-    """What a report shows of a run.
+    """The content of a run folder for a report.
 
     Attributes:
       folder: the run folder.
       results: `results.json`.
-      config: text of `config.yaml`, empty if there is none.
+      config: text of `config.yaml`; empty if there is none.
       metrics: rows of `metrics.jsonl`.
       predictions: rows of all files in `predictions/`, by `(after, task)`.
       tables: arrays of the latest file in `importance/`, by name.
-      problems: one line for each file that could not be read.
+      problems: one line per file that could not be read.
     """
 
     folder: Path
@@ -54,7 +54,7 @@ def read_run(folder: Path) -> RunData:
     """Reads a run folder.
 
     Raises:
-      UserError: no folder, or no usable `results.json` in it.
+      UserError: the folder does not exist or has no usable `results.json`.
     """
     problems: list[str] = []
     return RunData(
@@ -81,16 +81,16 @@ def read_results(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read: {error}") from None
     missing = [name for name in _NEEDED if not isinstance(results, dict) or name not in results]
     if missing:
-        raise UserError(f"{path}: not a jaxcl result: no {missing[0]!r} in it")
+        raise UserError(f"{path}: not a jaxcl result: {missing[0]!r} is missing")
     try:
         scores(results)
     except (TypeError, ValueError):
-        raise UserError(f"{path}: not a jaxcl result: matrix is no list of rows of numbers") from None
+        raise UserError(f"{path}: not a jaxcl result: matrix is not a list of rows of numbers") from None
     return results
 
 
 def scores(results: dict[str, Any]) -> Float[np.ndarray, "rows tasks"]:
-    """The matrix of results (or of one of its further measures), NaN where nothing was measured."""
+    """The matrix of results (or of one of the further measures); NaN if not measured."""
     rows = results["matrix"]
     count = len(results["metric"])
     filled = np.full((len(rows), count), np.nan)
@@ -100,13 +100,13 @@ def scores(results: dict[str, Any]) -> Float[np.ndarray, "rows tasks"]:
 
 
 def directions(results: dict[str, Any]) -> list[bool]:
-    """For each task, whether a larger score is a better one."""
+    """For each task, whether a larger score is better."""
     default = [name != "perplexity" for name in results["metric"]]
     return list(results.get("higher_is_better") or default)
 
 
 def unit(results: dict[str, Any]) -> str:
-    """`"%"` if all scores are percentages, else nothing."""
+    """`"%"` if all scores are percentages, else empty."""
     return "" if "perplexity" in results["metric"] else "%"
 
 
@@ -145,11 +145,11 @@ def _predictions(folder: Path, problems: list[str]) -> dict[tuple[int, str], lis
 
 
 def _tables(folder: Path, problems: list[str]) -> dict[str, Shaped[np.ndarray, "..."]]:
-    # Latest first; what was measured before any training comes last.
+    # Latest first; the file from before any training comes last.
     files = sorted(folder.glob("*.npz"), key=lambda path: (path.name.startswith("after"), path.name), reverse=True)
     for path in files:
         try:
-            # Opened here: numpy leaves a file open that turns out to be no archive.
+            # Opened here, because numpy does not close a file that is not an archive.
             with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
                 return {name: stored[name] for name in stored.files}
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:

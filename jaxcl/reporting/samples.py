@@ -1,4 +1,4 @@
-"""What the model wrote, next to what was expected: the few examples that tell most."""
+"""Samples of a model's answers next to the expected ones: the most informative examples."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ Row = dict[str, Any]
 
 
 class Sample(NamedTuple):
-    """One example right after its task was learned and at the end; the same row where both are one moment."""
+    """The rows of one example right after its task was learned (`None` if not available) and at the end."""
 
     learned: Row | None
     end: Row
 
     @property
     def forgotten(self) -> bool:
-        """Right once, wrong now."""
+        """Whether it was right after learning and is wrong at the end."""
         return self.learned is not None and bool(self.learned.get("correct")) and not self.end.get("correct")
 
 
 def samples_of(run: RunData, index: int) -> list[Sample]:
-    """All examples of a task in its latest evaluation, each with its own earlier row where there is one."""
+    """All examples of a task in its latest evaluation, each with its earlier row if there is one."""
     task = run.tasks[index]
     moments = sorted(after for after, name in run.predictions if name == task)
     if not moments:
@@ -37,7 +37,7 @@ def samples_of(run: RunData, index: int) -> list[Sample]:
     learned_at = index if index in moments and index < moments[-1] else None
     if learned_at is None:
         return [Sample(None, row) for row in end]
-    # The n-th example of a prompt is the n-th then and now: test sets hold the same prompt more than once.
+    # Test sets may repeat a prompt: its n-th example is the n-th in both evaluations.
     earlier: dict[tuple[str, str], list[Row]] = {}
     for row in run.predictions[learned_at, task]:
         earlier.setdefault(_key(row), []).append(row)
@@ -45,13 +45,13 @@ def samples_of(run: RunData, index: int) -> list[Sample]:
 
 
 def chosen(samples: Sequence[Sample]) -> list[Sample]:
-    """The ones to show: some forgotten, some never learned, some right, each kind spread over the whole set."""
+    """The samples to show: some forgotten, some wrong, some right, each kind spread over the whole set."""
     kinds: dict[str, list[Sample]] = {"forgotten": [], "wrong": [], "right": []}
     for sample in samples:
         kinds["forgotten" if sample.forgotten else "right" if sample.end.get("correct") else "wrong"].append(sample)
     room = sum(_SHOWN.values())
     shown = {kind: _spread(rows, _SHOWN[kind]) for kind, rows in kinds.items()}
-    # Where there are few of one kind, more of the others are shown.
+    # If there are few of one kind, more of the others are shown.
     for kind, rows in kinds.items():
         left = room - sum(map(len, shown.values()))
         shown[kind] = _spread(rows, len(shown[kind]) + left)
@@ -59,7 +59,7 @@ def chosen(samples: Sequence[Sample]) -> list[Sample]:
 
 
 def task_samples(run: RunData, index: int, *, opened: bool) -> str:
-    """A foldable table of one task's samples; nothing if it has no predictions."""
+    """A foldable table of a task's samples; empty if there are no predictions."""
     samples = samples_of(run, index)
     if not samples:
         return ""
@@ -108,7 +108,7 @@ def _answer(row: Row) -> str:
 def _said(value: object, kind: str = "") -> str:
     words = "" if value is None else str(value)
     if len(words) > _CHARACTERS:
-        # The end of a prompt is what the model answers.
+        # The model answers the end of a prompt, so more of the end is kept.
         words = f"{words[: _CHARACTERS // 3]} … {words[-2 * _CHARACTERS // 3 :]}"
     shown = text(words) if words.strip() else '<span class="muted">(nothing)</span>'
     return f'<bdi class="said {kind}">{shown}</bdi>'

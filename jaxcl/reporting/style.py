@@ -1,4 +1,4 @@
-"""How pictures look: one matplotlib style, and SVG that takes its colours from the page it stands in."""
+"""The style of pictures: matplotlib settings, and SVG that takes its colours from the page."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 INK, MUTED, GRID, FAINT = "#1b1f24", "#5c6570", "#d9dee4", "#bcc5cf"
-# Okabe and Ito's palette, told apart under the common forms of colour blindness; yellow is left out, which no white
-# page shows. The page names lighter ones for dark mode.
+# Okabe and Ito's palette, which is distinguishable with the common forms of colour blindness, without yellow, which is
+# hard to see on white. The page has lighter colours for dark mode.
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6b5b95", "#5c6570")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)))
 HEAT = "viridis"
-WIDTH = 10.4  # inches of a figure as wide as the page
+WIDTH = 10.4  # width in inches of a figure as wide as the page
 
 _VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", FAINT: "faint"} | {
     colour: f"series-{number}" for number, colour in enumerate(SERIES[:-1])
 }
 _STYLE: dict[str, Any] = {
-    "svg.fonttype": "none",  # text stays text: it can be selected, and takes the page's font
+    "svg.fonttype": "none",  # text stays text: it can be selected and has the page's font
     "font.family": ["DejaVu Sans"],
     "font.size": 9.0,
-    "text.parse_math": False,  # names of tasks are no formulas, whatever dollars they hold
+    "text.parse_math": False,  # names of tasks are not formulas, even if they contain dollar signs
     "text.color": INK,
     "axes.edgecolor": GRID,
     "axes.labelcolor": MUTED,
@@ -73,24 +73,24 @@ MINUS, DASH, TIMES = "\N{MINUS SIGN}", "\N{EN DASH}", "\N{MULTIPLICATION SIGN}"
 
 
 def series_colour(index: int) -> str:
-    """Colour of the series of that number."""
+    """Colour of a series."""
     return SERIES[index % len(SERIES)]
 
 
 def series_dash(index: int) -> Any:
-    """Dash pattern of the series of that number; differs where colours come round again."""
+    """Dash pattern of a series; series with the same colour have different ones."""
     return DASHES[index // len(SERIES) % len(DASHES)]
 
 
 @contextlib.contextmanager
 def styled(name: str) -> Iterator[None]:
-    """The style, for building a figure and for turning it into SVG; the process's own settings stay.
+    """Context with the style, for building a figure and converting it to SVG.
 
     Args:
-      name: of the figure, unlike those of others on the page: the picture's internal ids are made of it.
+      name: name of the figure, unique on the page: the picture's internal ids are derived from it.
     """
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}), warnings.catch_warnings():
-        # Text is laid out with matplotlib's own font, but shown in the reader's, which may well have the glyph.
+        # Text is laid out with matplotlib's font, but shown in the reader's, which may have the glyph.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         yield
 
@@ -99,11 +99,11 @@ def grid(columns: int, rows: int, *, width: float = WIDTH, height: float, **opti
     """A figure with its axes in reading order. Call within `styled`.
 
     Args:
-      columns: axes beside each other.
-      rows: axes below each other.
-      width: of the figure in inches.
-      height: of one row in inches.
-      options: for `Figure.subplots`.
+      columns: number of columns of axes.
+      rows: number of rows of axes.
+      width: width of the figure in inches.
+      height: height of a row in inches.
+      options: options of `Figure.subplots`.
     """
     figure = Figure(figsize=(width, height * rows), layout="constrained")
     figure.get_layout_engine().set(h_pad=0.09, w_pad=0.07, hspace=0.04, wspace=0.03)  # type: ignore[union-attr, call-arg]
@@ -112,29 +112,29 @@ def grid(columns: int, rows: int, *, width: float = WIDTH, height: float, **opti
 
 
 def per_row(count: int) -> int:
-    """Panels beside each other: rows as full as can be, none wider than a third of the page needs."""
+    """Number of panels per row, from 3 to 5 for more than 4 panels: that with the fullest rows."""
     if count <= 4:
         return max(count, 1)
     return min((5, 4, 3), key=lambda columns: (-count % columns, -columns))
 
 
-def outer_labels(axes: Sequence[Axes], columns: int, count: int, below: str, beside: str) -> None:
-    """Labels on the outer panels only; those above an empty place are outer too."""
+def outer_labels(axes: Sequence[Axes], columns: int, count: int, x_label: str, y_label: str) -> None:
+    """Labels the outer panels only; panels above an empty place are outer, too."""
     for index, axis in enumerate(axes[:count]):
         if index % columns == 0:
-            axis.set_ylabel(beside)
+            axis.set_ylabel(y_label)
         if index + columns >= count:
-            axis.set_xlabel(below)
+            axis.set_xlabel(x_label)
             axis.tick_params(labelbottom=True)
 
 
 class Picture(NamedTuple):
-    """A figure that can be shown on a page or kept as a file.
+    """A figure that can be shown on a page or saved to a file.
 
     Attributes:
       figure: the figure.
-      name: unlike those of others on the page.
-      label: what it shows, for readers who do not see it.
+      name: unique on the page.
+      label: what it shows, as alternative text.
     """
 
     figure: Figure
@@ -147,7 +147,7 @@ class Picture(NamedTuple):
             return svg(self.figure, self.label)
 
     def write_png(self, folder: Path) -> Path:
-        """Writes `NAME.png`, on white, into a folder."""
+        """Writes `NAME.png`, on white, to a folder."""
         path = folder / f"{self.name.replace(' ', '_')}.png"
         with styled(self.name):
             self.figure.savefig(path, dpi=160, facecolor="white")
@@ -155,28 +155,27 @@ class Picture(NamedTuple):
 
 
 def svg(figure: Figure, label: str) -> str:
-    """The figure as an inline SVG element whose colours and font are the page's. Call within `styled`.
+    """The figure as an inline SVG element with the colours and font of the page. Call within `styled`.
 
     Args:
       figure: the figure.
-      label: what it shows, for readers who do not see it.
+      label: what it shows, as alternative text.
     """
     buffer = io.StringIO()
     FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
-    # A style sheet in here would act on the whole page; the page has the same rule for pictures.
+    # A style sheet in the SVG would apply to the whole page; the page has the same rule for pictures.
     text = re.sub(r"<(metadata|style)\b.*?</\1>\s*", "", text, flags=re.S)
-    # Colours and fonts stand in attributes; what stands between tags is text and stays as it is.
+    # Colours and fonts are in attributes; the text between tags is not changed.
     text = re.sub(r"<[^>]*>", lambda tag: _themed(tag.group()), text)
     head, rest = text.split(">", 1)
     view = re.search(r'viewBox="[^"]*"', head)
     assert view is not None  # print_svg always writes it
     spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
-    told = escape(printable(label), quote=True)
-    return (
-        f'<svg {spaces} {view.group()} role="img" aria-label="{told}" style="--pt-width:{_width(head)}">{rest.strip()}'
-    )
+    alternative = escape(printable(label), quote=True)
+    attributes = f'{spaces} {view.group()} role="img" aria-label="{alternative}" style="--pt-width:{_width(head)}"'
+    return f"<svg {attributes}>{rest.strip()}"
 
 
 def short(text: str, limit: int) -> str:
@@ -190,7 +189,7 @@ def short(text: str, limit: int) -> str:
 
 
 def ticks(titles: Sequence[str], room: int) -> list[str]:
-    """Labels below an axis: whole titles where `room` characters hold each, else the first word, mostly a number.
+    """Labels below an axis: titles, if each has at most `room` characters, else their first words (mostly numbers).
 
     >>> ticks(["general", "1 reviews"], 9), ticks(["general", "1 reviews"], 7)
     (['general', '1 reviews'], ['general', '1'])
@@ -200,7 +199,7 @@ def ticks(titles: Sequence[str], room: int) -> list[str]:
 
 
 def printable(text: str) -> str:
-    """Text that HTML and SVG can hold: control characters and halves of characters become a replacement mark."""
+    """Text that HTML and SVG allow: control characters and lone surrogates become the replacement character."""
     return "".join("\ufffd" if _unprintable(character) else character for character in text)
 
 
@@ -215,7 +214,7 @@ def _themed(tag: str) -> str:
         return f"var(--{_VARIABLES[colour]}, {colour})" if colour in _VARIABLES else match.group()
 
     if tag.startswith("<g "):
-        tag = re.sub(r' id="[^"]*"', "", tag)  # the same in every picture, and nothing refers to them
+        tag = re.sub(r' id="[^"]*"', "", tag)  # not unique on the page, and not referred to
     tag = re.sub(r"#[0-9a-fA-F]{6}\b", variable, tag)
     # matplotlib writes either the shorthand or the longhand property.
     tag = re.sub(r"(font: [^;\"']*?\d(?:\.\d+)?px )[^;\"]*", r"\1var(--font, sans-serif)", tag)

@@ -1,10 +1,10 @@
 """Pictures of a method's own arrays (`importance/*.npz`): importance, soft masks, selected heads.
 
-Arrays are told apart by name and number of axes:
+Name and number of axes decide how an array is shown:
 
-- `importance_X` `[layers, X]`: importance of units so far. With `domains_X` `[1 + tasks, layers, X]` beside it
-  (place 0: general knowledge) it is a soft mask between 0 and 1, and what it leaves free is shown.
-- `selected_X` `[tasks, layers, X]`, true or false: units chosen for each task.
+- `importance_X` `[layers, X]`: importance of units so far. Together with `domains_X` `[1 + tasks, layers, X]` (index 0:
+  general knowledge) it is between 0 and 1 and defines a soft mask; the remaining capacity is shown as well.
+- `selected_X` `[tasks, layers, X]`, true or false: selected units per task.
 - any other `[layers, units]` or `[tasks, layers, units]`: heat maps.
 """
 
@@ -20,7 +20,7 @@ from jaxcl.reporting.page import figure, section, text
 from jaxcl.reporting.style import MINUS, Picture
 
 _NEEDED = 0.5  # importance above which a unit counts as needed
-_SINGLE = 96  # units in a layer up to which each keeps its place; more are sorted
+_SINGLE = 96  # units per layer up to which maps are not sorted
 _NAMES = {"heads": "attention heads", "intermediate": "intermediate units", "output": "output units"}
 
 Draw = Callable[[Picture], str]
@@ -28,12 +28,12 @@ Tables = Mapping[str, Shaped[np.ndarray, "..."]]
 
 
 def table_sections(tables: Tables, tasks: Sequence[str], learned: int, draw: Draw = Picture.svg) -> list[str]:
-    """The sections that a method's arrays give; none for a method without any.
+    """The sections about a method's arrays; none for a method without arrays.
 
     Args:
       tables: arrays by name.
       tasks: names of all tasks.
-      learned: how many of them the arrays know.
+      learned: number of tasks learned so far.
       draw: turns a picture into an SVG element.
     """
     tables = {name: array for name, array in tables.items() if array.size and array.ndim in (2, 3)}
@@ -46,7 +46,7 @@ def table_sections(tables: Tables, tasks: Sequence[str], learned: int, draw: Dra
     domains = {kind: np.asarray(tables[f"domains_{kind}"], float) for kind in kinds}
     used = {f"{part}_{kind}" for part in ("importance", "domains") for kind in kinds}
     chosen = {name: array for name, array in tables.items() if name.startswith("selected_")}
-    # Of what is zero everywhere nothing was measured.
+    # An array of zeros was not measured.
     rest = {n: np.asarray(array, float) for n, array in tables.items() if n not in used | set(chosen) and array.any()}
     learned = min([learned, len(tasks), *(len(array) - 1 for array in domains.values())])
     names = list(tasks)[:learned]
@@ -58,12 +58,12 @@ def table_sections(tables: Tables, tasks: Sequence[str], learned: int, draw: Dra
 
 
 class _Masks:
-    """Importance of units between 0 and 1, by domain and of all so far, by kind of unit.
+    """Importance of units between 0 and 1, per domain and for all domains so far, by kind of unit.
 
     Attributes:
-      masks: importance for all so far.
-      places: importance for general knowledge, where it was measured, and for each domain.
-      titles: their names.
+      masks: importance for all domains so far.
+      places: importance for general knowledge, if measured, and for each domain.
+      titles: names of general knowledge and domains.
     """
 
     def __init__(
@@ -80,11 +80,11 @@ class _Masks:
         self.draw = draw
 
     def sections(self) -> list[str]:
-        """All there is to show."""
+        """All sections."""
         return [self._capacity(), self._importance(), self._overlap()]
 
     def _capacity(self) -> str:
-        """How much of the network the soft mask still lets learn."""
+        """The capacity that the soft masks leave for learning."""
         before = {kind: np.maximum.accumulate(array, axis=0) for kind, array in self.places.items()}
 
         def named(of: Callable[[str], list[float]]) -> dict[str, list[float]]:
@@ -106,13 +106,13 @@ class _Masks:
             "Soft masks and the capacity left",
             figure(histograms, f"After the last domain. A unit at 0 is frozen, one at 1 learns freely. {protected}"),
             "<h3>Capacity left after each domain</h3>",
-            figure(curves, "Mean of the soft mask over units: the share of each update that still gets through."),
+            figure(curves, "Mean of the soft mask over units: the share of each update that is applied."),
             "<h3>Units needed by each domain</h3>",
             figure(
                 self.draw(unit_plots.needed_shares(own, together, self.titles, "needed units")),
-                f"Share of units whose importance is above {_NEEDED}: for the domain itself, and for it or any before.",
+                f"Share of units with an importance above {_NEEDED}: for the domain, and for it or an earlier one.",
             ),
-            note=f"Units that matter for what is known learn less: updates are multiplied by 1 {MINUS} importance.",
+            note=f"Units that matter for earlier knowledge learn less: updates are multiplied by 1 {MINUS} importance.",
         )
 
     def _importance(self) -> str:
@@ -135,8 +135,11 @@ class _Masks:
             "Importance of units",
             *parts,
             "<h3>Units by importance, domain by domain</h3>",
-            figure(self.draw(curves), "Units of all layers together. The flatter the black curve, the less is free."),
-            note="0: not needed, 1: protected. All so far: the maximum over general knowledge and all domains.",
+            figure(
+                self.draw(curves),
+                "Units of all layers together. The flatter the black curve, the less capacity is free.",
+            ),
+            note="0: not needed, 1: protected. All so far: maximum over general knowledge and all domains.",
         )
 
     def _overlap(self) -> str:
@@ -146,7 +149,7 @@ class _Masks:
         return section(
             "Overlap between domains",
             figure(self.draw(heat_maps.overlaps(marks, self.titles, "overlap"))),
-            note=f"Of the units that either of two domains needs (above {_NEEDED}), the share that both need.",
+            note=f"The share that both domains need of the units that either needs (importance above {_NEEDED}).",
         )
 
 
@@ -160,10 +163,12 @@ def _selected(name: str, array: np.ndarray, names: list[str], draw: Draw) -> str
         kind = _NAMES.get(name.removeprefix("selected_"), name.removeprefix("selected_"))
         picture = heat_maps.overlaps({kind: marks}, titles, f"overlap {name}")
         parts += [
-            "<h3>Heads selected by both, of those selected by either</h3>",
+            "<h3>Share of heads selected by both tasks among those selected by either</h3>",
             figure(draw(picture)),
         ]
-    return section("Heads selected by each task", *parts, note="Heads to distil the memory of a task through.")
+    return section(
+        "Heads selected by each task", *parts, note="Heads whose attention is distilled on the task's memory."
+    )
 
 
 def _maps(name: str, array: Float[np.ndarray, "..."], names: list[str], draw: Draw) -> str:

@@ -1,4 +1,4 @@
-"""How much of a network is needed: importance over sorted units, and shares of needed units, domain by domain."""
+"""Plots of units by domain: importance of sorted units, and shares of needed units."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from jaxtyping import Float, Shaped
 
 from jaxcl.reporting.style import FAINT, INK, Picture, grid, series_colour, series_dash, short, styled, ticks
 
-_POINTS = 200  # of a curve; more cannot be seen
+_POINTS = 200  # largest number of points of a curve; more cannot be seen
 
 
 def sorted_units(
@@ -19,14 +19,14 @@ def sorted_units(
     threshold: float,
     name: str,
 ) -> Picture:
-    """A panel a kind of unit: importance of its units from the largest to the smallest, a curve a domain.
+    """A panel per kind of unit with a curve per domain: importance of units, sorted from large to small.
 
     Args:
       domains: importance for each of `names`, by kind of unit.
-      together: importance for all of them together, by kind of unit.
-      names: of the domains.
+      together: importance for all domains together, by kind of unit.
+      names: names of the domains.
       threshold: importance above which a unit counts as needed.
-      name: of the figure.
+      name: name of the figure.
     """
     with styled(name):
         figure, axes = grid(len(domains), 1, height=2.5, sharey=True)
@@ -49,13 +49,13 @@ def sorted_units(
 def needed_shares(
     own: Mapping[str, Sequence[float]], together: Mapping[str, Sequence[float]], names: Sequence[str], name: str
 ) -> Picture:
-    """A panel a kind of unit: share of units that each domain needs, and that it or any before it needs.
+    """A panel per kind of unit: share of units needed by each domain, and by it or any earlier domain.
 
     Args:
-      own: percentages of each domain, by kind of unit.
-      together: percentages of all domains up to each, by kind of unit.
-      names: of the domains.
-      name: of the figure.
+      own: percentages per domain, by kind of unit.
+      together: percentages for all domains up to each, by kind of unit.
+      names: names of the domains.
+      name: name of the figure.
     """
     stages = np.arange(len(names))
     room = 110 // len(own) // max(len(names), 1) - 1
@@ -65,7 +65,7 @@ def needed_shares(
             bars = axis.bar(stages, shares, width=0.62, color=series_colour(0), alpha=0.5, label="the domain itself")
             axis.bar_label(bars, [f"{share:.0f}" for share in shares], fontsize=7.5, padding=1, color=series_colour(0))
             axis.plot(stages, together[kind], color=series_colour(1), marker="o", markersize=4, label="all so far")
-            for stage, share in list(zip(stages, together[kind], strict=True))[1:]:  # the first is that of its bar
+            for stage, share in list(zip(stages, together[kind], strict=True))[1:]:  # the first equals its bar
                 axis.annotate(f"{share:.0f}", (stage, share), (0, 5), ha="center", fontsize=7.5,
                               textcoords="offset points", color=series_colour(1))  # fmt: skip
             axis.set_title(short(kind, 24))
@@ -82,7 +82,7 @@ def needed_shares(
 def _falling(
     values: Shaped[np.ndarray, "..."],
 ) -> tuple[Float[np.ndarray, " points"], Float[np.ndarray, " points"]]:
-    """Shares in percent and the values there, largest first."""
+    """Shares of units in percent and their values, largest first."""
     falling = -np.sort(-np.asarray(values, float).ravel())
     places = np.unique(np.linspace(0, len(falling) - 1, min(len(falling), _POINTS)).round().astype(int))
     return 100 * (places + 0.5) / len(falling), falling[places]

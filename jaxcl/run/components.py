@@ -1,4 +1,4 @@
-"""From a configuration to the parts of a run: data, tokenizer, network, method, trainer."""
+"""Builds the parts of a run from its configuration: data, tokenizer, network, method, trainer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jaxcl.config import ExperimentConfig
 from jaxcl.data.pairs import PairRows, pair_shapes
 from jaxcl.data.pipeline import Pipeline
 from jaxcl.data.plan import Shape
-from jaxcl.data.rows import Rows
+from jaxcl.data.rows import EncodedRows, HostBatch
 from jaxcl.data.sources import TaskData, load_task
 from jaxcl.data.spec import DataConfig, SourceSpec, TaskSpec, TokenizerConfig
 from jaxcl.data.text import Objective, TextRows
@@ -35,15 +35,15 @@ from jaxcl.training.trainer import Trainer
 
 @dataclasses.dataclass(frozen=True)
 class Components:
-    """The parts of a run, fixed over all its tasks.
+    """The parts of a run, which are the same for all its tasks.
 
     Attributes:
       config: the configuration.
-      tasks: rows of every task, in the order learned; none where the data is gone.
+      tasks: rows of every task, in the order learned; empty for a task whose data is gone.
       tokenizer: text to ids and back.
       network: the network.
       method: the continual-learning method.
-      layout: where arrays live.
+      layout: shardings of the run's arrays.
       trainer: the compiled step.
     """
 
@@ -62,20 +62,20 @@ class Components:
 
     @property
     def phases(self) -> int:
-        """How often the model is trained: once a task, or once on all of them."""
+        """Number of trainings: one per task, or one on all tasks together."""
         return 1 if self.method.joint else len(self.tasks)
 
     def phase_name(self, index: int) -> str:
-        """What the model is trained on in a phase: the task's name, or all tasks."""
+        """Name of what the model is trained on in a phase: the task, or all tasks."""
         return "all tasks" if self.method.joint else self.tasks[index].name
 
     @functools.cached_property
-    def all_train_rows(self) -> Mapping[int, Rows]:
-        """The encoded training examples of every task whose data is there, by its index."""
-        there = (index for index, spec in enumerate(self.config.tasks) if not spec.data_gone)
-        return {index: self.encode(index, "train") for index in there}
+    def all_train_rows(self) -> Mapping[int, EncodedRows]:
+        """The encoded training examples of every task whose data is not gone, by index."""
+        available = (index for index, spec in enumerate(self.config.tasks) if not spec.data_gone)
+        return {index: self.encode(index, "train") for index in available}
 
-    def train_rows(self, index: int) -> Rows:
+    def train_rows(self, index: int) -> EncodedRows:
         """The encoded training examples of a task.
 
         Raises:
@@ -87,11 +87,11 @@ class Components:
 
     @functools.cached_property
     def shapes(self) -> list[Shape] | None:
-        """Shapes of prompt-answer batches, the same for all tasks and their memory: each compiles its own step."""
+        """Shapes of prompt-answer batches, shared by all tasks and the memory, because a step is compiled per shape."""
         rows = [rows for rows in self.all_train_rows.values() if isinstance(rows, PairRows)]
         return pair_shapes(rows, self.config.data) if rows else None
 
-    def encode(self, index: int, split: str) -> Rows:
+    def encode(self, index: int, split: str) -> EncodedRows:
         """The encoded examples of a task.
 
         Args:
@@ -111,13 +111,13 @@ class Components:
         return TextRows(rows, self.tokenizer, self.config.data, objective=objective, task=index, name=task.name)
 
     def about(self, index: int) -> dict[str, str | int]:
-        """What a task's teacher store belongs to: the task, and a model of this size."""
+        """What a task's teacher store belongs to: the task, and the sizes of the model."""
         network = self.network
         sizes = {"layers": network.num_layers, "heads": network.num_heads, "vocabulary": network.vocab_size}
         return {"task": self.phase_name(index), **sizes}
 
     def encode_written(self, rows: Sequence[Mapping[str, str]], index: int, name: str) -> PairRows:
-        """Prompts and answers that a model wrote for a task, encoded; answers that are too long are cut."""
+        """Prompts and answers that a model wrote for a task, encoded; too long answers are cut."""
         data = self.config.data.model_copy(update={"on_long_answer": "cut"})
         return self._pairs(rows, index, name, data)
 
@@ -126,27 +126,27 @@ class Components:
             rows, self.tokenizer, data, task=index, name=name, prompt_prefix=self.method.prompt_prefix(index)
         )
 
-    def pipeline(self, sources: list[Rows], *, batch_size: int | None = None) -> Pipeline:
+    def pipeline(self, sources: list[EncodedRows], *, batch_size: int | None = None) -> Pipeline:
         """Training batches of encoded examples; see `Pipeline`."""
         size = batch_size or self.config.training.batch_size
         return Pipeline(sources, size, self.config.data, shapes=self.shapes)
 
 
 class ProcessShare:
-    """A pipeline, this process's rows of each batch only."""
+    """This process's share of a pipeline: its rows of each batch."""
 
     def __init__(self, pipeline: Pipeline) -> None:
         self._pipeline = pipeline
         self.steps_per_epoch = pipeline.steps_per_epoch
 
-    def once(self, limit: int | None = None, seed: int | None = None) -> Iterator[dict[str, Any]]:
+    def once(self, limit: int | None = None, seed: int | None = None) -> Iterator[HostBatch]:
         """See `Pipeline.once`."""
         return self._pipeline.once(limit, seed, jax.process_index(), jax.process_count())
 
-    def batch_at(self, step: int, *, seed: int) -> dict[str, Any]:
+    def batch_at(self, step: int, *, seed: int) -> HostBatch:
         """See `Pipeline.batch_at`."""
-        here, all_of_them = jax.process_index(), jax.process_count()
-        return self._pipeline.batch_at(step, seed=seed, process_index=here, process_count=all_of_them)
+        index, count = jax.process_index(), jax.process_count()
+        return self._pipeline.batch_at(step, seed=seed, process_index=index, process_count=count)
 
 
 def build(config: ExperimentConfig, folder: RunFolder) -> Components:
@@ -154,10 +154,10 @@ def build(config: ExperimentConfig, folder: RunFolder) -> Components:
 
     Args:
       config: the configuration.
-      folder: keeps the tokenizer.
+      folder: the run folder; the tokenizer is saved in it.
 
     Raises:
-      UserError: data cannot be read, a batch does not fit the mesh, or the tokenizer does not fit the model.
+      UserError: data cannot be read, a batch cannot be split over the mesh, or the tokenizer does not match the model.
     """
     network = Network.create(config.model)
     layout = Layout.create(make_mesh(config.mesh), network.axes(), network.shapes())
@@ -179,7 +179,9 @@ def _load(spec: TaskSpec, root: str) -> TaskData:
     if not spec.data_gone:
         return load_task(rooted(spec, root))
     if spec.kind is None:
-        raise UserError(f"task {spec.name}: data_gone leaves nothing to tell its kind by; give kind", exit_code=2)
+        raise UserError(
+            f"task {spec.name}: its kind cannot be inferred, because data_gone is true; set kind", exit_code=2
+        )
     return TaskData(spec.name, spec.kind, (), (), ())
 
 
@@ -189,10 +191,10 @@ def longest_prefix(method: Method[Any]) -> int:
 
 
 def make_trainer(config: ExperimentConfig, method: Method, layout: Layout) -> Trainer:
-    """The method's compiled step, as the configuration says.
+    """The method's trainer, as configured.
 
     Raises:
-      UserError: the method cannot be trained privately and shall be.
+      UserError: private training is configured, but the method cannot be trained privately.
     """
     training = config.training
     if training.privacy is not None:
@@ -208,7 +210,7 @@ def make_trainer(config: ExperimentConfig, method: Method, layout: Layout) -> Tr
 
 
 def _check_tasks(config: ExperimentConfig, tasks: tuple[TaskData, ...], method: Method) -> None:
-    """Whether model and method can learn each kind of task, and the model's window holds the longest row."""
+    """Checks that model and method can learn each kind of task, and that the longest row fits the model's window."""
     data, window = config.data, config.model.max_length
     prefix = longest_prefix(method)
     soft = f" + {prefix} soft tokens" if prefix else ""
@@ -219,8 +221,8 @@ def _check_tasks(config: ExperimentConfig, tasks: tuple[TaskData, ...], method: 
     gone = [spec.name for spec in config.tasks if spec.data_gone]
     if gone and (method.joint or method.replay is not None):
         raise UserError(
-            f"task {gone[0]}: data_gone is for methods that learn without earlier examples; {config.method.name} needs "
-            "them",
+            f"task {gone[0]}: data_gone is true, but {config.method.name} needs the examples of earlier tasks; choose "
+            "a method that does not",
             exit_code=2,
         )
     written = method.replay is not None and method.replay.source != "kept"
@@ -234,7 +236,7 @@ def _check_tasks(config: ExperimentConfig, tasks: tuple[TaskData, ...], method: 
                 f"task {task.name}: labelled examples can only be the end_task of a text domain", exit_code=2
             )
         if task.kind == "text" and (prefix or written):
-            # Only prompts and answers can be told from what a model writes, or begin with something.
+            # Samples are split into prompt and answer, and soft tokens precede a prompt.
             key = f"name: {config.method.name}" if prefix else "replay.source: synthetic"
             raise UserError(
                 f"method.{key} needs prompts and answers; task {task.name} is {task.kind}",
@@ -257,7 +259,7 @@ Spec = TypeVar("Spec", bound=SourceSpec)
 
 
 def rooted(spec: Spec, root: str) -> Spec:
-    """A source's section with a relative file taken from the folder `root`.
+    """A source's section with a relative path resolved from the folder `root`.
 
     >>> from jaxcl.data.spec import SourceSpec
     >>> rooted(SourceSpec(source="json:FOMC"), "data/TRACE").source
@@ -270,8 +272,8 @@ def rooted(spec: Spec, root: str) -> Spec:
 
 
 def load_tokenizer(config: ExperimentConfig, tasks: tuple[TaskData, ...], folder: Path) -> Tokenizer:
-    """The run's tokenizer, kept in `folder`: the configured one, that of the weights, or one trained on the tasks."""
-    if jax.process_count() > 1:  # process 0 writes it, the others find it
+    """The run's tokenizer, saved in `folder`: configured, from the weights, or trained on the tasks."""
+    if jax.process_count() > 1:  # process 0 writes it, the others read it
         on_first(lambda: _load_tokenizer(config, tasks, folder))
     return _load_tokenizer(config, tasks, folder)
 
@@ -295,10 +297,10 @@ def _texts(tasks: tuple[TaskData, ...], limit: int | None) -> Iterator[str]:
 
 
 def initial_params(components: Components) -> Params:
-    """The params a run starts from: read from `weights`, or drawn by the seed; sharded.
+    """The initial params of a run, sharded: read from `weights`, or randomly initialised.
 
     Raises:
-      UserError: the weights cannot be read or do not fit the configured model.
+      UserError: the weights cannot be read, or do not match the configured model.
     """
     config, network, layout = components.config, components.network, components.layout
     key = jax.random.key(config.seed)

@@ -1,15 +1,16 @@
-"""Scores of every task so far, by whatever measures its kind."""
+"""Scores of the tasks of a run, with the metrics of their kinds."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax.numpy as jnp
 
 from jaxcl.data.pairs import encode_prompts
 from jaxcl.data.pipeline import LabelledPipeline
+from jaxcl.data.rows import HostBatch
 from jaxcl.data.sources import TaskData, load_end_task
 from jaxcl.errors import UserError
 from jaxcl.evaluation.end_tasks import score_end_task
@@ -27,19 +28,19 @@ _END_TASK = "end task"
 
 
 class Score(NamedTuple):
-    """A number, and its standard deviation where it is the mean of several measurements."""
+    """A number, and its standard deviation if it is a mean of several measurements."""
 
     value: float
     deviation: float | None = None
 
 
 class Evaluation(NamedTuple):
-    """What one model achieves on one task.
+    """Scores of one model on one task.
 
     Attributes:
-      score: by the task's metric; `None` where that is an end task that is not due.
-      further: by other measures of the same task, by name.
-      rows: one an example, for `predictions/`.
+      score: of the task's metric; `None` if that is an end task that is not due.
+      further: other measures of the same task, by name.
+      rows: one per example, for `predictions/`.
     """
 
     score: Score | None
@@ -48,7 +49,7 @@ class Evaluation(NamedTuple):
 
 
 class Evaluator:
-    """Scores params on the tasks of a run; what is compiled or encoded is kept for the next time."""
+    """Scores params on the tasks of a run; keeps compiled functions and encoded data."""
 
     def __init__(self, parts: Components) -> None:
         self.parts = parts
@@ -58,10 +59,10 @@ class Evaluator:
 
     @functools.cached_property
     def metrics(self) -> list[str]:
-        """The metric of each task; `end task X` where it is metric X of the domain's end task.
+        """The metric of each task; `end task X` is metric X of the domain's end task.
 
         Raises:
-          UserError: a domain is to be scored by an end task and has none.
+          UserError: a domain's metric is end_task, but it has no end task.
         """
         return [self._metric(index) for index in range(len(self.parts.tasks))]
 
@@ -72,7 +73,7 @@ class Evaluator:
             return name
         if spec.end_task is None:
             raise UserError(
-                f"task {task.name}: its metric is end_task, but it has none; give it an end_task section or another "
+                f"task {task.name}: its metric is end_task, but it has none; add an end_task section or choose another "
                 "metric",
                 exit_code=2,
             )
@@ -84,13 +85,13 @@ class Evaluator:
 
     @functools.cached_property
     def _end_task_measure(self) -> str:
-        """Name of the measure that holds every end task by its own metric: the metric's, if all have the same."""
+        """Name of the measure of all end tasks: that of their metric, if they share one."""
         tasks = self.parts.config.tasks
         names = {self._end_task_metric(index) for index, task in enumerate(tasks) if task.end_task is not None}
         return names.pop() if len(names) == 1 else _END_TASK
 
     def further_metrics(self, name: str) -> list[str]:
-        """The metric of each task under the further measure of that name."""
+        """The metric of each task in the further measure `name`."""
         count = len(self.parts.tasks)
         return [self._end_task_metric(index) for index in range(count)] if name == _END_TASK else [name] * count
 
@@ -98,7 +99,7 @@ class Evaluator:
         """Scores one task.
 
         Args:
-          params: of the run's network, sharded as in training.
+          params: params of the run's network, sharded as in training.
           index: which task.
           after: index of the task learned last; -1 before any training.
         """
@@ -139,7 +140,7 @@ class Evaluator:
         if index not in self._texts:
             rows = self.parts.encode(index, self.settings.split)
             self._texts[index] = ProcessShare(self.parts.pipeline([rows], batch_size=self.settings.batch_size))
-        # The seed of the masking is fixed: every model predicts the same tokens.
+        # The masking has a fixed seed, so that every model predicts the same tokens.
         batches = map(self._place, self._texts[index].once(self.settings.limit, 0))
         loss = text_loss(self.parts.network, params, batches, compile=self.parts.trainer.compile)
         scores = {"perplexity": Score(loss.perplexity), "token_accuracy": Score(loss.token_accuracy)}
@@ -201,16 +202,16 @@ class Evaluator:
         return self._end_tasks[index]
 
     def _place(self, rows: Mapping[str, Any]) -> Batch:
-        return place_batch(dict(rows), self.parts.layout.batch)
+        return place_batch(cast(HostBatch, rows), self.parts.layout.batch)
 
 
 def higher_is_better(metrics: Sequence[str]) -> list[bool]:
-    """The direction of each metric, by its name in results."""
+    """Whether larger is better, for metrics by their names in results."""
     return [find_metric(name.removeprefix(f"{_END_TASK} ")).higher_is_better for name in metrics]
 
 
 def scored_kind(metric: str) -> Kind:
-    """The kind of task that has a metric of that name in results.
+    """The kind of task that a metric in results belongs to.
 
     >>> scored_kind("end task macro_f1"), scored_kind("exact_match")
     ('text', 'pairs')
@@ -224,12 +225,12 @@ def scored_tasks(parts: Components, after: int) -> Iterator[int]:
     learned = len(tasks) if parts.method.joint and after >= 0 else after + 1
     due: Sequence[int] = parts.config.evaluation.tasks_after(learned, len(tasks))
     if parts.method.individual and after >= 0:
-        due = [after]  # the models of the tasks before are as they were, those of the tasks to come do not exist yet
+        due = [after]  # earlier models have not changed, later ones do not exist yet
     yield from (index for index in due if not tasks[index].data_gone)
 
 
 def answering_params(parts: Components, state: TrainState, index: int) -> Params:
-    """The params that answer task `index`; see `Method.params_for`."""
+    """The params for task `index`; see `Method.params_for`."""
     if type(parts.method).params_for is Method.params_for:
-        return state.params  # compiled, even the identity would copy them
+        return state.params  # a compiled identity would copy them
     return parts.trainer.compile(parts.method.params_for)(state.params, state.method_state, jnp.int32(index))

@@ -1,4 +1,4 @@
-"""The folder of a run: what lies where, and whether it belongs to the configuration at hand."""
+"""The folder of a run: its files, and the check that it belongs to a configuration."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jaxcl.config import ExperimentConfig
 from jaxcl.config.file import ConfigError, read_yaml, validate
 from jaxcl.errors import UserError
 
-# May differ between the first start and a resumed one: none of them changes a number.
+# Keys that may change when a run is resumed: they do not affect results.
 _FREE_KEYS = (
     "output",
     "training.log_every",
@@ -28,7 +28,7 @@ _FREE_KEYS = (
 
 
 class RunFolder:
-    """Paths of a run folder, and the lock that keeps a second process group out of it.
+    """Paths of a run folder, and a lock against a second run in it.
 
     Attributes:
       path: the folder.
@@ -40,7 +40,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
-        """The folder of a run that has begun.
+        """The folder of an existing run.
 
         Raises:
           UserError: it is not a run folder.
@@ -52,11 +52,11 @@ class RunFolder:
 
     @property
     def is_run(self) -> bool:
-        """Whether a run has begun here."""
+        """Whether the folder contains a run."""
         return self.config_file.is_file()
 
     def content(self) -> dict[str, Any]:
-        """The run's configuration as plain values, with the folder where it lies now as its output."""
+        """The run's configuration as plain values, with the current path of the folder as its output."""
         return {**read_yaml(self.config_file), "output": str(self.path)}
 
     config_file = property(lambda self: self.path / "config.yaml")
@@ -72,11 +72,11 @@ class RunFolder:
     teacher = property(lambda self: self.path / "teacher")
 
     def store(self, task: int, process: int) -> Path:
-        """The file of what a process stores beside the remembered rows of a task."""
+        """The file of one process's stored signals of a task's remembered rows."""
         return self.teacher / f"task{task:02d}_process{process:03d}.array_record"
 
     def stores(self, task: int | None = None) -> list[Path]:
-        """The files of all processes, of one task or of all."""
+        """The files of all processes, for one task or for all."""
         which = "*" if task is None else f"{task:02d}"
         return sorted(self.teacher.glob(f"task{which}_process*.array_record"))
 
@@ -87,12 +87,14 @@ class RunFolder:
           resolved: the whole configuration as plain values; written to `config.yaml` in a new folder.
 
         Raises:
-          UserError: the folder holds something else, a run of another configuration, or a run in progress.
+          UserError: the folder contains other files, a run of another configuration, or a run in progress.
         """
         if self.path.is_file():
             raise UserError(f"output {self.path}: is a file; name a folder")
         if self.path.is_dir() and not self.is_run and {p.name for p in self.path.iterdir()} - {".lock"}:
-            raise UserError(f"output {self.path}: holds files but no run (no config.yaml); name an empty or new folder")
+            raise UserError(
+                f"output {self.path}: contains files but no run (no config.yaml); name an empty or new folder"
+            )
         self.path.mkdir(parents=True, exist_ok=True)
         self._take_lock()
         if self.is_run:
@@ -103,13 +105,13 @@ class RunFolder:
         self.describe(resolved)
 
     def describe(self, resolved: Mapping[str, Any]) -> None:
-        """Writes `config.yaml`; a reader sees the old one or the new one, never a part."""
+        """Writes `config.yaml`, atomically."""
         partial = self.config_file.with_suffix(".partial")
         partial.write_text(yaml.safe_dump(dict(resolved), sort_keys=False, allow_unicode=True), encoding="utf-8")
         os.replace(partial, self.config_file)
 
     def release(self) -> None:
-        """Lets another process use the folder."""
+        """Releases the lock."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None
@@ -129,17 +131,17 @@ class RunFolder:
             before, now = stored.get(key), wanted.get(key)
             if before != now and not any(f"{key}.".startswith(f"{free}.") for free in _FREE_KEYS):
                 raise UserError(
-                    f"output {self.path}: holds a run with {key}={before!r}, this one has {now!r}; "
+                    f"output {self.path}: contains a run with {key}={before!r}, this one has {now!r}; "
                     "name another output, or remove the folder to start again",
                     exit_code=2,
                 )
 
 
 def _completed(content: dict[str, Any]) -> dict[str, Any]:
-    """A stored configuration with the defaults of keys that have come since it was written."""
+    """A stored configuration, with defaults for keys that were added later."""
     try:
         return validate(ExperimentConfig, content, "stored").plain()
-    except ConfigError:  # changed by hand, or from a version whose keys meant something else: compared as it is
+    except ConfigError:  # edited by hand, or from an incompatible version: compared unchanged
         return content
 
 

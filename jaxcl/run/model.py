@@ -1,4 +1,4 @@
-"""A model by name: that of a run, or a checkpoint of another library."""
+"""Loads a model: that of a run, or a checkpoint of another library."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from jaxcl.weights import load_params, locate, read_config
 
 
 class Model(NamedTuple):
-    """A model ready to use.
+    """A loaded model.
 
     Attributes:
       network: the network.
       params: its params.
       tokenizer: text to ids and back.
-      config: the configuration of the run it comes from, `None` for any other model.
+      config: the configuration of its run; `None` for a checkpoint of another library.
     """
 
     network: Network
@@ -34,14 +34,14 @@ class Model(NamedTuple):
 
 
 def load_model(name: str) -> Model:
-    """A model by name.
+    """Loads a model.
 
     Args:
-      name: a run folder (its latest checkpoint is taken), or what `jaxcl.weights.locate` finds: a Hugging Face, GGUF
-        or Orbax checkpoint, or `package:NAME`.
+      name: a run folder, for its latest checkpoint, or what `jaxcl.weights.locate` accepts: a Hugging Face, GGUF or
+        Orbax checkpoint, or `package:NAME`.
 
     Raises:
-      UserError: no model there, or none that can be read.
+      UserError: there is no model, or it cannot be read.
     """
     folder = RunFolder(Path(name))
     if not folder.is_run:

@@ -1,4 +1,4 @@
-"""What a run has achieved so far: its scores by task, and `results.json`."""
+"""The scores of a run so far, and `results.json`."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from jaxcl.run.folder import RunFolder
 
 
 class Scoreboard:
-    """Fills the matrices of a run and keeps `results.json`.
+    """Fills the matrices of a run and writes `results.json`.
 
-    Results of a run that had fewer tasks are taken over: the columns of the new tasks are empty.
+    Results of a run with fewer tasks are extended: the columns of the new tasks are empty.
 
     Attributes:
-      results: everything so far.
+      results: all results so far.
     """
 
     def __init__(self, parts: Components, folder: RunFolder) -> None:
@@ -38,10 +38,10 @@ class Scoreboard:
         return [index for index in due if not any(_has(one, after, index) for one in measures)]
 
     def evaluate(self, params_for: Callable[[int], Params], after: int) -> None:
-        """Scores the tasks due after a task, unless they are scored already.
+        """Scores the tasks that are due after a task and have no score yet.
 
         Args:
-          params_for: the params that answer a task, by its index.
+          params_for: returns the params for a task, by its index.
           after: index of the task learned last; -1 before any training.
         """
         missing = self.missing(after)
@@ -62,7 +62,7 @@ class Scoreboard:
         return {name: value for name, value in {**whole, **scores}.items() if value is not None}
 
     def note_task(self, index: int, *, steps: int, described: dict[str, Any]) -> None:
-        """Notes how a task was learned: optimizer steps, and what its data were like."""
+        """Records the optimizer steps of a task and the counts of its data."""
         stored = sum(path.stat().st_size for path in self.folder.teacher.glob("*.array_record"))
         self._update(
             steps=[*self.results.steps[:index], steps],
@@ -71,20 +71,20 @@ class Scoreboard:
         )
 
     def note_privacy(self, index: int, spent: Mapping[str, float]) -> None:
-        """Notes what training on a task told about any one of its examples; see `jaxcl.training.privacy.spent`."""
+        """Records what training on a task reveals about an example; see `jaxcl.training.privacy.spent`."""
         before = self.results.extra.get("privacy", {})
         privacy = {name: [*before.get(name, [])[:index], round(value, 4)] for name, value in spent.items()}
         self._update(extra={**self.results.extra, "privacy": privacy})
 
     def write(self, timing: Mapping[str, float], *, finished: bool = False) -> None:
-        """Writes `results.json` with the seconds spent so far, by part."""
+        """Writes `results.json` with the seconds so far, by part."""
         rounded = {name: round(seconds, 3) for name, seconds in timing.items()}
         self._update(timing=rounded, seconds=round(sum(rounded.values()), 3), finished=finished)
         if self.main:
             self.results.write(self.folder.results)
 
     def _carry(self, after: int) -> None:
-        """Takes the scores of the tasks before over to the row of task `after`: their models have not changed."""
+        """Copies the scores of earlier tasks to the row of task `after`: their models have not changed."""
 
         def carried(measured: Measure) -> dict[str, Any]:
             matrix, deviation = (one.up_to(after).carry() for one in self._matrices(measured))
@@ -110,7 +110,7 @@ class Scoreboard:
         return measure(matrix, before.metric, deviation=deviation)
 
     def _matrices(self, measured: Measure) -> tuple[ContinualMatrix, ContinualMatrix]:
-        """The scores of a measure and their deviations."""
+        """The scores of a measure and their standard deviations."""
         higher, joint = measured.higher_is_better, self.parts.method.joint
         return (
             ContinualMatrix.from_lists(measured.matrix, measured.initial, higher, joint=joint),
@@ -138,22 +138,22 @@ class Scoreboard:
         )
 
     def _stored(self) -> Results:
-        """The results in the folder, with room for the tasks that have come since."""
+        """The results in the folder, extended to tasks that were added since."""
         stored = Results.read(self.folder.results)
         if stored.tasks == self.parts.names:
             return stored
         further = {
-            name: Measure(**self._wider(part, self.evaluator.further_metrics(name)))
+            name: Measure(**self._extended(part, self.evaluator.further_metrics(name)))
             for name, part in stored.further.items()
         }
-        own = self._wider(stored, self.evaluator.metrics)
+        own = self._extended(stored, self.evaluator.metrics)
         changes = {**own, "tasks": self.parts.names, "further": further, "finished": False}
         return stored.model_copy(update=changes)
 
-    def _wider(self, before: Measure, metrics: list[str]) -> dict[str, Any]:
-        """The fields of a measure of the first tasks, with room for all."""
-        wide = before.model_copy(update={"higher_is_better": higher_is_better(metrics)})
-        matrix, deviation = self._matrices(wide)
+    def _extended(self, before: Measure, metrics: list[str]) -> dict[str, Any]:
+        """The fields of a measure of the first tasks, extended to all tasks."""
+        extended = before.model_copy(update={"higher_is_better": higher_is_better(metrics)})
+        matrix, deviation = self._matrices(extended)
         return measure(matrix, metrics, deviation=deviation)
 
 

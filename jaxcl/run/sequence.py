@@ -1,4 +1,4 @@
-"""A run: one model through a sequence of tasks, evaluated after each, resumable at any point."""
+"""A run: one model learns a sequence of tasks and is evaluated after each; resumable at any point."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import numpy as np
 from jaxcl.config import ExperimentConfig
 from jaxcl.data.memory import Memory
 from jaxcl.data.mix import Interleaved, Mixed
-from jaxcl.data.pipeline import Pipeline
+from jaxcl.data.pipeline import Stream
 from jaxcl.data.teacher_store import TeacherStore, write_records
 from jaxcl.errors import UserError
 from jaxcl.evaluation.results import Results, write_tables
@@ -40,14 +40,12 @@ from jaxcl.training.state import TrainState
 from jaxcl.training.stored import Collate
 from jaxcl.training.task import RunningTask, signal_records
 
-# How long a file may take to be seen by another machine.
+# Seconds that a file may take to become visible on another machine.
 _VISIBLE_SECONDS = 30
-
-Stream = Pipeline | Interleaved | Mixed
 
 
 class Outcome(NamedTuple):
-    """What a run leaves behind."""
+    """Results and report of a run."""
 
     results: Results
     report: Path
@@ -56,20 +54,20 @@ class Outcome(NamedTuple):
 def run(config: ExperimentConfig, *, grown_from: ExperimentConfig | None = None) -> Outcome:
     """Trains through the sequence of tasks and evaluates after each.
 
-    Goes on where it stopped when the run folder holds an interrupted run of the same configuration, and returns what
-    is there when it holds a finished one.
+    If the run folder contains an interrupted run of the same configuration, it is resumed; the results of a finished
+    run are returned.
 
     Args:
       config: the configuration.
-      grown_from: the configuration of the run in the folder, of which `config` is one with more tasks at the end: the
-        run goes on with these.
+      grown_from: the configuration of the run in the folder, if `config` has more tasks at the end: the run continues
+        with these.
 
     Returns:
       The results, and the path of the report.
 
     Raises:
-      UserError: something the configuration names cannot be used; what was saved before is intact.
-      KeyboardInterrupt: interrupted; the state was saved.
+      UserError: the configuration or something it refers to cannot be used; what was saved before is intact.
+      KeyboardInterrupt: interrupted; a checkpoint was saved.
     """
     initialize()
     _keep_compiled_programs()
@@ -86,7 +84,7 @@ def run(config: ExperimentConfig, *, grown_from: ExperimentConfig | None = None)
         with Checkpoints(folder.checkpoints, keep=keep[0], keep_marked=keep[1]) as checkpoints:
             sequence = TaskSequence(parts, folder, checkpoints)
             if grown_from is not None:
-                # Not before everything that can be wrong with the new task is known.
+                # Only after the new task has been checked.
                 on_first(lambda: folder.describe(config.plain()))
             results = sequence.run()
         return Outcome(results, _report(folder))
@@ -95,14 +93,14 @@ def run(config: ExperimentConfig, *, grown_from: ExperimentConfig | None = None)
 
 
 def _check_shared(folder: RunFolder) -> None:
-    """Whether this process sees what process 0 wrote: checkpoints, memory and teacher store are read by all."""
+    """Checks that this process sees the files of process 0: all read checkpoints, memory and teacher store."""
     for _ in range(_VISIBLE_SECONDS):
         if folder.is_run:
             return
-        time.sleep(1.0)  # network file systems may be late
+        time.sleep(1.0)  # network file systems may be slow
     raise UserError(
         f"output {folder.path}: process {jax.process_index()} does not see what process 0 wrote there; "
-        "name a folder on storage that all processes share"
+        "choose a folder on storage that all processes share"
     )
 
 
@@ -112,15 +110,15 @@ def _report(folder: RunFolder) -> Path:
 
 
 def _keep_compiled_programs() -> None:
-    """Keeps compiled programs in the user's cache, unless jax was told where: other seeds and later runs use them."""
+    """Caches compiled programs for later runs in the user's cache folder, unless jax has another one configured."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jaxcl"
-        with contextlib.suppress(UserError):  # a home that cannot be written to only costs time
+        with contextlib.suppress(UserError):  # without a writable home, programs are compiled again
             enable_compilation_cache(cache)
 
 
 class TaskSequence:
-    """One run through the tasks. Everything it needs to go on later lies in the run folder."""
+    """One run through the tasks. The run folder contains all that is needed to resume it."""
 
     def __init__(self, parts: Components, folder: RunFolder, checkpoints: Checkpoints) -> None:
         self.parts = parts
@@ -135,7 +133,7 @@ class TaskSequence:
         self.timing: dict[str, float] = dict(self.board.results.timing)
 
     def run(self) -> Results:
-        """Trains and evaluates from wherever the run folder stands to the end."""
+        """Trains and evaluates from the last checkpoint to the end."""
         saved = self.checkpoints.latest()
         if saved is None:
             with self._timed("setup"):
@@ -145,7 +143,7 @@ class TaskSequence:
         else:
             self.timing = dict(saved.progress["timing"])
             if self.board.results.initial is not None and self.board.missing(-1):
-                # Tasks have come since; what the model scored on them before any training is told by where it began.
+                # Tasks were added since: the initial model is scored on them, too.
                 self._evaluate(self.parts.trainer.init(initial_params(self.parts)), -1)
             state, position = self._restore(saved)
         if self.main:
@@ -154,7 +152,7 @@ class TaskSequence:
             )
         finished = False
         try:
-            results = self._go_on(state, position, saved)
+            results = self._continue(state, position, saved)
             finished = True
             return results
         finally:
@@ -162,7 +160,7 @@ class TaskSequence:
                 sink.close(finished=finished)
 
     def _restore(self, saved: Saved) -> tuple[TrainState, Any]:
-        """A checkpoint's state and position in the data; with room for tasks that have come since."""
+        """A checkpoint's state and position in the data; the state is extended to tasks that were added since."""
         trainer, tasks = self.parts.trainer, len(self.parts.tasks)
         known = saved.progress.get("tasks", tasks)
         if known == tasks:
@@ -170,7 +168,7 @@ class TaskSequence:
         state, position = self.checkpoints.restore(trainer.target_of(known), saved)
         return trainer.grow(state), position
 
-    def _go_on(self, state: TrainState, position: Any, saved: Saved | None) -> Results:
+    def _continue(self, state: TrainState, position: Any, saved: Saved | None) -> Results:
         task, phase = (-1, "learned") if saved is None else (saved.progress["task"], saved.progress["phase"])
         if phase == "learned":
             self._evaluate(state, task)
@@ -185,12 +183,12 @@ class TaskSequence:
     # Learning one task
 
     def _learn(self, state: TrainState, index: int, position: Any) -> TrainState:
-        """Trains on a task, from `position` in its data if that is given, and lets the method conclude it."""
+        """Trains on a task, from `position` in its data if given, and lets the method consolidate it."""
         parts = self.parts
         if position is None:
             if parts.method.individual and index > 0:
                 with self._timed("setup"):
-                    state = self._afresh(state)
+                    state = self._restart(state)
             with self._timed("method"):
                 prepared = parts.method.prepare(state.params, state.method_state, self._task(index, stage="before"))
             state = parts.trainer.with_method_state(state, prepared)
@@ -232,15 +230,15 @@ class TaskSequence:
         self._save(state, task=index, phase="learned", mark=mark_after(index))
         return state
 
-    def _afresh(self, state: TrainState) -> TrainState:
-        """The state the run began with; only the count of steps goes on."""
+    def _restart(self, state: TrainState) -> TrainState:
+        """The initial state of the run, except that the count of steps continues."""
         step = state.step
-        # The old arrays go before the new ones come: there need not be room for both.
+        # The old arrays are deleted before the new ones are created, so that memory never holds both.
         jax.tree.map(lambda leaf: leaf.delete(), (state.params, state.opt_state, state.method_state))
         return self.parts.trainer.init(initial_params(self.parts)).replace(step=step)
 
     def _conclude(self, state: TrainState, index: int) -> TrainState:
-        """Chooses the task's memory, lets the method consolidate, and stores what it wants beside the memory."""
+        """Draws the task's memory, lets the method consolidate, and stores its signals for the memory."""
         parts, method = self.parts, self.parts.method
         self.memory = self._remember(state, index)
         if self.main and self.memory.tasks:
@@ -254,7 +252,7 @@ class TaskSequence:
         if (first := next(records, None)) is not None:
             stored = itertools.chain([first], records)
             write_records(self.folder.store(index, jax.process_index()), stored, parts.about(index))
-        wait_for_all(f"stored beside task {index}")
+        wait_for_all(f"signals of task {index} stored")
         if self.main and (tables := method.tables(state.method_state)):
             write_tables(self.folder.importance, index, {name: np.asarray(value) for name, value in tables.items()})
         return state
@@ -270,7 +268,7 @@ class TaskSequence:
         return self.memory.with_written(index, self.parts.phase_name(index), rows, dropped)
 
     def _stream(self, index: int) -> Stream:
-        """The batches of a task, with those of the memory between or beside them where there are any."""
+        """The batches of a task, mixed with those of the memory if there is one."""
         parts, replay = self.parts, self.parts.method.replay
         if parts.method.joint:
             return parts.pipeline(list(parts.all_train_rows.values()))
@@ -286,7 +284,7 @@ class TaskSequence:
         memory = memory_pipeline(parts, self.memory, tasks, stores=stores or None, collate=collate)
         if replay.mode == "mix":
             return Mixed(pipeline, memory)
-        # A step on the memory has to fit in, so the last of a given number of steps is no task's at the latest.
+        # With a fixed number of steps, the first memory step comes no later than the last one.
         batches = task_steps(self.config.training, index, len(parts.tasks), pipeline.steps_per_epoch)
         latest = batches if self.config.training.steps is None else batches - 1
         return Interleaved(pipeline, memory, every=replay.every, latest=latest)
@@ -302,11 +300,13 @@ class TaskSequence:
         mark = START_MARK if index == 0 else mark_after(index - 1)
         saved = self.checkpoints.find(mark)
         if saved is None:
-            raise UserError(f"checkpoints {self.folder.checkpoints}: the one {mark} is gone; the run cannot go on")
+            raise UserError(
+                f"checkpoints {self.folder.checkpoints}: the one {mark} is missing; the run cannot be resumed"
+            )
         return self.checkpoints.params(self.parts.trainer.target.params, saved)
 
     def _steps(self, index: int, stream: Stream) -> int:
-        """Optimizer steps of a task; joint training gets as many as all tasks together."""
+        """Optimizer steps of a task; for joint training, those of all tasks together."""
         training, count = self.config.training, len(self.parts.tasks)
         if not self.parts.method.joint:
             if training.steps is None and isinstance(stream, Interleaved):
@@ -318,7 +318,7 @@ class TaskSequence:
         return sum(task_steps(training, task, count, steps) for task, steps in enumerate(parts))
 
     def _remove_stores(self, index: int) -> None:
-        """Removes what an interrupted attempt stored: there may have been more processes then."""
+        """Removes the files of an interrupted attempt, which may have had more processes."""
         for path in self.folder.stores(index):
             path.unlink()
 
@@ -337,7 +337,7 @@ class TaskSequence:
             for sink in self.sinks[1:]:  # not metrics.jsonl: results.json holds the scores
                 sink.write({"step": int(state.step), "task": after, "kind": "score", **row})
 
-    # Keeping
+    # Checkpoints and timing
 
     def _save(self, state: TrainState, *, task: int, phase: str, data: Any = None, mark: str | None = None) -> None:
         with self._timed("checkpoints"):
@@ -346,7 +346,7 @@ class TaskSequence:
 
     @contextlib.contextmanager
     def _timed(self, part: str) -> Iterator[None]:
-        """Adds the seconds of a block to the run's time by part; a block within it counts as its own part only."""
+        """Adds the seconds of a block to the timing of its part; nested blocks count only for their own parts."""
         started, inner = time.monotonic(), sum(self.timing.values())
         try:
             yield

@@ -1,9 +1,9 @@
-"""A model writes samples of the task it has just learned, to remember it by instead of its examples.
+"""A model writes samples of the task it has just learned, which replace the task's examples in the memory.
 
-The instruction that all prompts of the task share is continued by sampling from the model that the run began with, or
-from the one before the task: one that has learned to answer tends to answer at once. The prompt so found is answered
-greedily by the model that has learned the task, and `jaxcl.data.synthetic` says which samples are kept. All processes
-write the same ones.
+Prompts are sampled as continuations of the instruction that all prompts of the task share. They come from the initial
+model of the run or from the model before the task, because a model that has learned the task tends to answer at once.
+The model that has learned the task answers them greedily, and `jaxcl.data.synthetic` chooses the samples to keep. All
+processes write the same samples.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Writer:
         opening = open_prompts([frame.prefix], tokenizer, data)[0]
         prompts = [str(row["prompt"]) for row in self.parts.tasks[self.index].train]
         longest = max(len(ids) for ids in encode_prompts(prompts, tokenizer, data).ids)
-        # Room to come to the suffix; what is too long for the run's steps does not fit later.
+        # Room to reach the suffix; samples too long for the run's shapes are dropped later.
         room = max(16, min(2 * (longest - len(opening)), data.prompt_length - len(opening)))
         generator = self._generator(len(opening), room)
         texts = generator(self.opened_by, [opening] * count, key, settings.temperature, settings.top_p)
@@ -69,11 +69,11 @@ class Writer:
         tokenizer, data = self.parts.tokenizer, self.parts.config.data
         prompts = [f"{frame.prefix}{body}{frame.suffix}" for body in finished]
         written = self.answers(prompts) if prompts else []
-        # Where the run takes no answer that was cut, one that never ended is none.
+        # If the run does not accept cut answers, an answer without an end is dropped.
         kept = [answer if end or data.on_long_answer == "cut" else [] for answer, end in written]
         answers = [tokenizer.decode(answer).strip() for answer in kept]
         rows = [{"prompt": prompt, "answer": answer} for prompt, answer in zip(prompts, answers, strict=True)]
-        # No longer than what the run's steps are compiled for.
+        # Keep what fits the shapes that the run's steps are compiled for.
         sizes = self.parts.encode_written(rows, self.index, "samples").sizes if rows else np.zeros((0, 2))
         fitting = np.flatnonzero(np.all(sizes <= np.array(self._largest), axis=1)).tolist()
         likelihoods = self.likelihoods([rows[place] for place in fitting])
@@ -86,7 +86,7 @@ class Writer:
     def answers(self, prompts: list[str]) -> list[tuple[list[int], bool]]:
         """Greedy answers, as token ids, and whether each came to an end by itself."""
         data = self.parts.config.data
-        # No longer than the longest answer of the run, whose end token has a place as well.
+        # No longer than the longest answer of the run, without its end token.
         most = max(1, (self._largest.predict or data.answer_length) - 1)
         ids = encode_prompts(prompts, self.parts.tokenizer, data).ids
         found = self._generator(data.prompt_length, most)(self.learned, ids)
@@ -131,17 +131,17 @@ class Writer:
 
 
 def write_samples(writer: Writer, key: Array) -> tuple[list[dict[str, str]], dict[str, int]]:
-    """Samples of a task, as many as its memory would hold examples.
+    """Samples of a task, at most as many as its memory would have examples.
 
     Args:
       writer: writes them.
       key: what prompts are drawn from.
 
     Returns:
-      Rows with `prompt` and `answer`, and how many samples were dropped by what; see `Chosen.dropped`.
+      Rows with `prompt` and `answer`, and the number of dropped samples by reason; see `Chosen.dropped`.
 
     Raises:
-      UserError: none is any good.
+      UserError: no sample can be kept.
     """
     replay, task = writer.parts.method.replay, writer.parts.tasks[writer.index]
     if replay is None:

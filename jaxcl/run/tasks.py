@@ -1,4 +1,4 @@
-"""A task as methods see it, and the memory of it: what a run and a measurement without training have in common."""
+"""A task as methods see it, and its memory: shared by runs and measurements without training."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Literal
 import jax
 
 from jaxcl.data.memory import Memory, MemoryPipeline, TaskMemory
-from jaxcl.data.rows import Rows
+from jaxcl.data.rows import EncodedRows
 from jaxcl.models.trainable import Params
 from jaxcl.run.components import Components, ProcessShare
 from jaxcl.training.config import micro_batch_size
@@ -18,7 +18,7 @@ Stage = Literal["before", "after"]
 
 
 def remember(parts: Components, memory: Memory, index: int) -> Memory:
-    """The memory with what the method keeps of one more task; as it was, for a method that keeps nothing."""
+    """The memory with what the method keeps of one more task; unchanged if it keeps nothing."""
     replay = parts.method.replay
     if replay is None or parts.method.joint:
         return memory
@@ -31,8 +31,8 @@ def remember(parts: Components, memory: Memory, index: int) -> Memory:
     )
 
 
-def remembered_rows(parts: Components, task: TaskMemory) -> Rows:
-    """What a task's memory chooses from: its training examples, or what the model wrote for it."""
+def remembered_rows(parts: Components, task: TaskMemory) -> EncodedRows:
+    """The rows that a task's memory refers to: its training examples, or samples written by the model."""
     if not task.written:
         return parts.train_rows(task.task)
     return parts.encode_written(task.written, task.task, task.name)
@@ -41,7 +41,7 @@ def remembered_rows(parts: Components, task: TaskMemory) -> Rows:
 def memory_pipeline(
     parts: Components, memory: Memory, tasks: Sequence[int], *, batch_size: int | None = None, **options: Any
 ) -> MemoryPipeline:
-    """Batches of what is remembered of some tasks, by default as large as the run's; see `MemoryPipeline`."""
+    """Batches of the remembered rows of some tasks; the default size is the run's. See `MemoryPipeline`."""
     return MemoryPipeline(
         memory,
         {one.task: remembered_rows(parts, one) for one in memory.tasks if one.task in tasks},
@@ -60,10 +60,10 @@ def running_task(
 
     Args:
       parts: the parts of the run.
-      memory: what is remembered so far.
+      memory: the memory so far.
       index: which task.
       stage: `before` for `Method.prepare`, `after` for `Method.consolidate`.
-      params_before: reads the params as they were before the task.
+      params_before: reads the params from before the task.
     """
     size = micro_batch_size(parts.config.training, parts.layout.batch_ways, jax.process_count())
     remembered = any(task.task == index and task.examples for task in memory.tasks)

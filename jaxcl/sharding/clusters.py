@@ -1,4 +1,4 @@
-"""Which process of how many this is, and where they meet: told by arguments, a list of hosts, SLURM or a TPU pod."""
+"""Index and number of processes and the coordinator's address, from arguments, a list of hosts, SLURM or a TPU pod."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ Metadata = Callable[[str], str]
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
-    """A process among those of its run.
+class ProcessId:
+    """This process among the processes of its run.
 
     Attributes:
-      host: name or address of process 0.
-      port: where process 0 listens.
-      count: how many processes there are.
-      index: which one this is, from 0.
+      host: name or address of the host of process 0.
+      port: port on which process 0 listens.
+      count: number of processes.
+      index: index of this process, from 0.
     """
 
     host: str
@@ -47,30 +47,30 @@ class Place:
         return f"{self.host}:{self.port}"
 
 
-def find_place(environment: Environment, metadata: Metadata | None = None) -> Place | None:
-    """The place that the environment tells, by the first of these that is there.
+def find_process_id(environment: Environment, metadata: Metadata | None = None) -> ProcessId | None:
+    """This process, inferred from the first of these sources that is present.
 
-    1. `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`: all three.
-    2. `JAXCL_HOSTS`: one host a process, separated by commas, the first with the coordinator's port if that is not
-       8476. Which one this is, is told by `JAX_PROCESS_ID`, or else by the machine's own names and addresses.
-    3. A SLURM step of several tasks.
-    4. A TPU pod: GKE's variables, or the metadata of the TPU VM; several slices alike.
+    1. `JAXCL_HOSTS`: one host per process, separated by commas; the first with the coordinator's port, if that is not
+       8476. The index is `JAX_PROCESS_ID`; without it, the host that is one of this machine's names and addresses.
+    2. `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`, all three.
+    3. A SLURM step with several tasks.
+    4. A TPU pod, of one or several slices: GKE's variables, or the metadata of the TPU VM.
 
     `JAX_COORDINATOR_PORT` replaces the port in 3 and 4.
 
     Args:
-      environment: the variables.
-      metadata: reads an attribute of the machine; `None` where it is no TPU VM.
+      environment: environment variables.
+      metadata: reads an attribute of the machine's metadata; `None` if it is not a TPU VM.
 
     Returns:
-      The place, or `None` where nothing speaks of several processes.
+      This process, or `None` if no source mentions several processes.
 
     Raises:
       UserError: the settings are incomplete or contradict each other.
 
     Examples:
-      >>> find_place({"JAXCL_HOSTS": "alpha:1234,beta", "JAX_PROCESS_ID": "1"})
-      Place(host='alpha', port=1234, count=2, index=1)
+      >>> find_process_id({"JAXCL_HOSTS": "alpha:1234,beta", "JAX_PROCESS_ID": "1"})
+      ProcessId(host='alpha', port=1234, count=2, index=1)
     """
     if environment.get(_HOSTS):
         return _of_hosts(environment)
@@ -98,7 +98,7 @@ def tpu_metadata() -> Metadata | None:
     return read
 
 
-def _of_settings(environment: Environment) -> Place:
+def _of_settings(environment: Environment) -> ProcessId:
     present = [key for key in _KEYS if environment.get(key)]
     if len(present) < len(_KEYS):
         missing = ", ".join(key for key in _KEYS if key not in present)
@@ -111,10 +111,10 @@ def _of_settings(environment: Environment) -> Place:
         ) from error
     _check_index(index, count, f"{_COUNT}-1")
     host, port = _split(environment[_ADDRESS], _ADDRESS, None)
-    return Place(host, port, count, index)
+    return ProcessId(host, port, count, index)
 
 
-def _of_hosts(environment: Environment) -> Place:
+def _of_hosts(environment: Environment) -> ProcessId:
     clashing = [key for key in (_ADDRESS, _COUNT) if environment.get(key)]
     if clashing:
         raise UserError(f"{_HOSTS} and {', '.join(clashing)} are both set; set one of the two", exit_code=2)
@@ -128,15 +128,15 @@ def _of_hosts(environment: Environment) -> Place:
         _check_index(index, len(names), f"the number of hosts in {_HOSTS} - 1")
     else:
         index = _own_index(names)
-    return Place(first, port, len(names), index)
+    return ProcessId(first, port, len(names), index)
 
 
 def _own_index(hosts: Sequence[str]) -> int:
-    """Which of the hosts is this machine."""
+    """Index of the host that is this machine."""
     own = own_names()
     found = [index for index, host in enumerate(hosts) if host.lower() in own]
     if len(found) != 1:
-        which = "is not" if not found else "stands several times as"
+        which = "is not" if not found else "appears several times"
         raise UserError(
             f"{_HOSTS}={','.join(hosts)}: this machine ({', '.join(sorted(own))}) {which} in the list; "
             f"name it once, or set {_INDEX} on each host",
@@ -146,27 +146,27 @@ def _own_index(hosts: Sequence[str]) -> int:
 
 
 def own_names() -> set[str]:
-    """Names and addresses by which this machine knows itself."""
+    """Names and addresses of this machine."""
     name = socket.gethostname().lower()
     names = {name, name.partition(".")[0], socket.getfqdn().lower()}
     with contextlib.suppress(OSError):
         names |= {str(info[4][0]) for info in socket.getaddrinfo(name, None)}
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect(("192.0.2.1", 9))  # sends nothing; tells which address leads out (192.0.2.0/24 is nobody's)
+        probe.connect(("192.0.2.1", 9))  # sends nothing; selects the outgoing address (192.0.2.0/24 is reserved)
         names.add(str(probe.getsockname()[0]))
     return names
 
 
-def _of_slurm(environment: Environment) -> Place:
+def _of_slurm(environment: Environment) -> ProcessId:
     count, index = _number(environment, "SLURM_STEP_NUM_TASKS"), _number(environment, "SLURM_PROCID")
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST") or ""
     # Jobs and steps that share a node must not share a port; steps are few.
     offset = 16 * _number(environment, "SLURM_JOB_ID", 0) + _number(environment, "SLURM_STEP_ID", 0)
-    return Place(first_node(nodes), _port(environment, 61440 + offset % 4096), count, index)
+    return ProcessId(first_node(nodes), _port(environment, 61440 + offset % 4096), count, index)
 
 
 def first_node(nodes: str) -> str:
-    """The first of SLURM's compressed list of nodes.
+    """The first node of SLURM's compressed list of nodes.
 
     Examples:
       >>> first_node("tux[03-05,7],other"), first_node("alpha,beta"), first_node("rack[1-2]node[4-9]")
@@ -174,11 +174,11 @@ def first_node(nodes: str) -> str:
     """
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
     if first is None:
-        raise UserError(f"SLURM_STEP_NODELIST={nodes!r}: expected names of nodes", exit_code=2)
+        raise UserError(f"SLURM_STEP_NODELIST={nodes!r}: expected node names", exit_code=2)
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first.group())
 
 
-def _of_tpu(environment: Environment, metadata: Metadata | None) -> Place | None:
+def _of_tpu(environment: Environment, metadata: Metadata | None) -> ProcessId | None:
     workers = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES")
     slices: Environment = environment
     if workers:
@@ -194,7 +194,7 @@ def _of_tpu(environment: Environment, metadata: Metadata | None) -> Place | None
     number, which = _number(slices, "MEGASCALE_NUM_SLICES", 1), _number(slices, "MEGASCALE_SLICE_ID", 0)
     host = (slices.get("MEGASCALE_COORDINATOR_ADDRESS") or hosts[0]).partition(":")[0]
     count = number * len(hosts)
-    return Place(host, _port(environment, DEFAULT_PORT), count, which * len(hosts) + index) if count > 1 else None
+    return ProcessId(host, _port(environment, DEFAULT_PORT), count, which * len(hosts) + index) if count > 1 else None
 
 
 def _split(address: str, key: str, default: int | None) -> tuple[str, int]:

@@ -1,4 +1,4 @@
-"""Where everything of a run lives: the mesh and the sharding of params, state and batches."""
+"""The mesh of a run and the shardings of params, state and batches."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from jaxcl.sharding import rules
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """The placement of a run's arrays, decided once.
+    """The shardings of a run's arrays, decided once.
 
     Attributes:
       mesh: the device mesh.
       shapes: `jax.ShapeDtypeStruct` of every param.
-      params: `NamedSharding` of every param, same tree.
+      params: `NamedSharding` of every param, as the same tree.
     """
 
     mesh: Mesh
@@ -39,18 +39,18 @@ class Layout:
 
         Raises:
           ValueError: an unknown axis name or a collision of mesh axes.
-          UserError: a size that does not divide.
+          UserError: a size that is not divisible.
         """
         return cls(mesh, shapes, rules.shardings(axes, shapes, mesh, table))
 
     @property
     def replicated(self) -> NamedSharding:
-        """A whole copy on every device."""
+        """A full copy on every device."""
         return rules.replicated(self.mesh)
 
     @property
     def batch(self) -> NamedSharding:
-        """For every array of a batch: rows split, the rest whole."""
+        """For every array of a batch: rows are split, other axes are not."""
         return rules.batch_sharding(self.mesh)
 
     @property
@@ -63,19 +63,19 @@ class Layout:
         return rules.mirror(tree, self.shapes, self.params, self.mesh)
 
     def place(self, tree: PyTree) -> PyTree:
-        """Moves host or device arrays to where `like_params` says they live."""
+        """Moves host or device arrays to the shardings of `like_params`."""
         return put(tree, self.like_params(tree))
 
 
 def put(tree: PyTree, shardings: PyTree) -> PyTree:
-    """`jax.device_put` that also serves several processes.
+    """`jax.device_put` that also works with several processes.
 
     Args:
       tree: numpy arrays, arrays of this process (the same values in every process) or global arrays.
       shardings: a `NamedSharding` for all leaves, or a tree of them.
 
     Returns:
-      Global arrays, sharded as said.
+      Global arrays with these shardings.
     """
     if jax.process_count() == 1:
         return jax.device_put(tree, shardings)
@@ -85,7 +85,7 @@ def put(tree: PyTree, shardings: PyTree) -> PyTree:
 
 
 def _put_leaf(leaf: Any, sharding: NamedSharding) -> jax.Array:
-    """`jax.device_put` refuses to spread an array of one process over the devices of others."""
+    """One leaf of `put`: `jax.device_put` does not move an array of one process to devices of others."""
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         return jax.device_put(leaf, sharding)
     if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):

@@ -1,4 +1,4 @@
-"""The device mesh: how many ways each kind of parallelism splits the devices."""
+"""The device mesh: the number of devices along each axis of parallelism."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ AXES = ("data", "fsdp", "tensor")
 
 
 class MeshConfig(Schema):
-    """How the devices are split; the product of the sizes is the number of devices.
+    """Sizes of the mesh axes; their product is the number of devices.
 
-    One size may be -1 and then takes the devices that the others leave.
+    One size may be -1: it is inferred from the number of devices and the other sizes.
     """
 
-    data: int = Field(-1, ge=-1, description="ways the batch is split over copies of the params; -1: the rest")
-    fsdp: int = Field(1, ge=-1, description="ways batch, params and optimizer state are split together; -1: the rest")
-    tensor: int = Field(1, ge=-1, description="ways heads, mlp and vocab are split within a layer; -1: the rest")
+    data: int = Field(-1, ge=-1, description="copies of the params, over which the batch is split; -1: inferred")
+    fsdp: int = Field(1, ge=-1, description="parts of batch, params and optimizer state; -1: inferred")
+    tensor: int = Field(1, ge=-1, description="parts of heads, mlp and vocab within a layer; -1: inferred")
 
     @model_validator(mode="after")
     def _sizes(self) -> MeshConfig:
@@ -41,7 +41,7 @@ def mesh_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
 
     Args:
       config: the requested sizes.
-      devices: how many devices there are.
+      devices: number of devices.
 
     Returns:
       Axis name -> size, in the order of `AXES`; the product equals `devices`.
@@ -76,11 +76,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
     Args:
       config: sizes of the axes.
-      devices: the devices to use instead of all; in the given order.
+      devices: use these devices, in this order, instead of all.
 
     Returns:
-      A mesh with the axes of `AXES` (axes of size 1 included). `tensor` is innermost: its peers talk most and are
-      placed nearest to each other.
+      A mesh with the axes of `AXES` (axes of size 1 included). `tensor` is innermost: its devices communicate most
+      and are placed closest to each other.
 
     Raises:
       UserError: the sizes do not fit the number of devices.

@@ -1,4 +1,4 @@
-"""Start-up of a run of one or many processes, and what only one of them does."""
+"""Start-up of a run with one or many processes, and work that only process 0 does."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from jax.experimental import multihost_utils
 
 import jaxcl
 from jaxcl.errors import UserError
-from jaxcl.sharding.clusters import Place, find_place, tpu_metadata
+from jaxcl.sharding.clusters import ProcessId, find_process_id, tpu_metadata
 from jaxcl.sharding.roll_call import roll_call
 
 _TIMEOUT_KEY = "JAXCL_START_TIMEOUT"
-# Where all fail alike, process 0 goes last: the others' runtime aborts when they lose it.
+# If all processes fail, process 0 exits last: the runtime of the others aborts when it is gone.
 _LAST_SECONDS = 2.0
-# jax's own start, once all are known to be there.
+# Time for jax's own start, after the roll call.
 _CONNECT_SECONDS = 60
 _LONGEST_MESSAGE = 4096
 
@@ -36,24 +36,24 @@ def initialize(
     *,
     timeout: float | None = None,
 ) -> bool:
-    """Joins this process to the others of the run; does nothing where there is only one.
+    """Connects this process with the others of the run; does nothing if there is only one.
 
-    Call it before anything touches a device. Without arguments the environment tells how many processes there are and
-    which one this is; see `clusters.find_place`. A second call in the same process changes nothing.
+    Call it before anything uses a device. What the arguments leave open is inferred from the environment, see
+    `clusters.find_process_id`. Further calls in the same process do nothing.
 
     Args:
       coordinator: `host:port` of process 0.
-      num_processes: how many processes there are.
-      process_id: which one this is, from 0.
+      num_processes: number of processes.
+      process_id: index of this process, from 0.
       timeout: seconds to wait for the others; default: `JAXCL_START_TIMEOUT`, or 300.
 
     Returns:
       Whether there are several processes.
 
     Raises:
-      UserError: the settings are incomplete; a process did not come within `timeout`, or the port of process 0 is in
-        use; or the processes differ in their versions or in their number of devices. One line, in every process that
-        reached process 0.
+      UserError: the settings are incomplete; a process did not report within `timeout`; the port of process 0 is in
+        use; or the processes differ in versions or number of devices. The same line in every process that reached
+        process 0.
     """
     global _joined
     if _joined:
@@ -64,14 +64,14 @@ def initialize(
         "JAX_PROCESS_ID": process_id,
     }
     given = {key: str(value) for key, value in arguments.items() if value is not None}
-    place = find_place({**os.environ, **given}, tpu_metadata())
-    if place is None or place.count == 1:
+    process = find_process_id({**os.environ, **given}, tpu_metadata())
+    if process is None or process.count == 1:
         return False
     timeout = _timeout(os.environ) if timeout is None else timeout
-    roll_call(place, {"jax": jax.__version__, "jaxcl": jaxcl.__version__}, timeout=timeout)
-    _start_runtime(place)
+    roll_call(process, {"jax": jax.__version__, "jaxcl": jaxcl.__version__}, timeout=timeout)
+    _start_runtime(process)
     _joined = True
-    _check_devices(place)
+    _check_devices(process)
     return True
 
 
@@ -81,15 +81,15 @@ def is_first() -> bool:
 
 
 def on_first(action: Callable[[], object]) -> None:
-    """Does something on process 0 while the others wait until it is done.
+    """Runs an action on process 0; the other processes wait for it.
 
-    All processes call it alike.
+    All processes must call it.
 
     Args:
-      action: what to do; writes small files, say.
+      action: what to run, such as writing small files.
 
     Raises:
-      UserError: process 0 could not do it; the same line in every process.
+      UserError: the action failed on process 0; the same line in every process.
     """
     if jax.process_count() == 1:
         action()
@@ -100,24 +100,24 @@ def on_first(action: Callable[[], object]) -> None:
             action()
         except Exception as caught:
             error = caught
-    problem, code = _told_by_first(error)
+    problem, code = _error_of_first(error)
     if error is not None:
         raise error
     if problem:
         raise UserError(problem, exit_code=code)
 
 
-def wait_for_all(moment: str) -> None:
-    """Waits until every process has come to this call; `moment` names it in errors."""
+def wait_for_all(point: str) -> None:
+    """Waits until every process has reached this call; `point` names it in errors."""
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(moment)
+        multihost_utils.sync_global_devices(point)
 
 
 def leave(code: int) -> None:
-    """Ends this process at once, if it is one of several; an exception on its way is printed.
+    """Ends this process at once, if it is one of several; prints the current exception.
 
-    For failures. The usual end of a Python program waits minutes for the other processes, which wait for this one. Who
-    started them sees the exit code and ends them.
+    For failures: the usual end of a Python program waits minutes for the other processes, which wait for this one.
+    Whatever started them sees the exit code and ends the others.
 
     Args:
       code: exit code.
@@ -133,42 +133,43 @@ def leave(code: int) -> None:
     os._exit(code)
 
 
-def _told_by_first(error: Exception | None) -> tuple[str, int]:
-    """What process 0 says went wrong, and its exit code; nothing if all went well."""
+def _error_of_first(error: Exception | None) -> tuple[str, int]:
+    """The error of process 0 and its exit code; an empty text if there was none."""
     words = "" if error is None else str(error) if isinstance(error, UserError) else f"process 0 failed: {error!r}"
     content = words.encode()[:_LONGEST_MESSAGE]
     message = np.zeros(_LONGEST_MESSAGE + 8, np.uint8)
     message[: len(content)] = np.frombuffer(content, np.uint8)
     message[-1] = getattr(error, "exit_code", 1)
-    told = np.asarray(multihost_utils.broadcast_one_to_all(message))
-    return bytes(told[:_LONGEST_MESSAGE]).rstrip(b"\0").decode(errors="replace"), int(told[-1])
+    received = np.asarray(multihost_utils.broadcast_one_to_all(message))
+    return bytes(received[:_LONGEST_MESSAGE]).rstrip(b"\0").decode(errors="replace"), int(received[-1])
 
 
-def _start_runtime(place: Place) -> None:
-    # Its handler would take SIGTERM from us; stopping together is what `training.interrupt` does.
+def _start_runtime(process: ProcessId) -> None:
+    # Its handler would intercept SIGTERM, which `training.interrupt` handles.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
-            place.coordinator,
-            place.count,
-            place.index,
+            process.coordinator,
+            process.count,
+            process.index,
             initialization_timeout=_CONNECT_SECONDS,
         )
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"could not join the run's other processes at {place.coordinator}: {_line(error)}") from error
+        raise UserError(f"could not join the run's other processes at {process.coordinator}: {_line(error)}") from error
 
 
-def _check_devices(place: Place) -> None:
+def _check_devices(process: ProcessId) -> None:
     try:
         found = jax.devices()
     except RuntimeError as error:
-        raise UserError(f"process {place.index} of {place.count} has no devices to work on: {_line(error)}") from error
+        raise UserError(f"process {process.index} of {process.count} has no usable devices: {_line(error)}") from error
     counts = collections.Counter(device.process_index for device in found)
     first = counts[0]
-    for index in range(place.count):
+    for index in range(process.count):
         if counts[index] != first:
             raise UserError(
-                f"processes must have equally many devices: process 0 has {first}, process {index} has {counts[index]}"
+                f"processes must have equal numbers of devices: process 0 has {first}, process {index} has "
+                f"{counts[index]}"
             )
 
 

@@ -43,10 +43,10 @@ ACTIVATION_RULES: Rules = {
     "vocab": ("tensor",),
     "labels": (),
 }
-"""The same for what flows between layers: `fsdp` splits the batch there, so `embed` stays whole."""
+"""The same for activations: `fsdp` splits their batch axis, so `embed` is not split."""
 
 WHOLE_IF_UNEVEN = frozenset({"heads", "kv_heads", "vocab", "labels"})
-"""Axes that are replicated where their size is not a multiple of the mesh's (9 heads over tensor=2)."""
+"""Axes that are replicated if their size is not a multiple of the mesh axis (9 heads over tensor=2)."""
 
 BATCH_AXES = ACTIVATION_RULES["batch"]
 
@@ -61,10 +61,10 @@ def partition(
       shape: size of each axis.
       mesh: the mesh.
       rules: mesh axes of each logical name.
-      where: what to call the array in messages.
+      where: name of the array in messages.
 
     Returns:
-      One entry an axis. Mesh axes of size 1 are left out.
+      One entry per axis. Mesh axes of size 1 are left out.
 
     Raises:
       ValueError: the number of names differs from the number of axes, a name has no rule, or two axes of the array
@@ -118,8 +118,8 @@ def shardings(axes: PyTree, shapes: PyTree, mesh: Mesh, rules: Rules = PARAM_RUL
       The same tree with `NamedSharding` leaves.
 
     Raises:
-      ValueError: the trees differ, or a leaf collides (see `partition`); the message names the leaf's path.
-      UserError: a size does not divide (see `partition`).
+      ValueError: the trees differ, or see `partition`; the message names the leaf's path.
+      UserError: a size is not divisible (see `partition`).
     """
 
     def leaf(path: Any, names: Names | None, shape: Any) -> NamedSharding:
@@ -132,10 +132,10 @@ def shardings(axes: PyTree, shapes: PyTree, mesh: Mesh, rules: Rules = PARAM_RUL
 
 
 def mirror(tree: PyTree, params: PyTree, params_shardings: PyTree, mesh: Mesh) -> PyTree:
-    """Shardings for a tree that may carry copies of the params (optimizer moments, a method's snapshots).
+    """Shardings for a tree that may contain copies of the params (optimizer moments, a method's snapshots).
 
-    A subtree with the structure of the params, or of a part of them (such as those trained), is sharded leaf by leaf
-    like them where the shapes agree; all else is replicated.
+    A subtree with the structure of the params, or of a part of them (such as the trained ones), is sharded like them,
+    leaf by leaf, where the shapes agree; everything else is replicated.
 
     Args:
       tree: any tree of arrays or of shapes.
@@ -165,12 +165,12 @@ def mirror(tree: PyTree, params: PyTree, params_shardings: PyTree, mesh: Mesh) -
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """A whole copy on every device."""
+    """A full copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Leading axis split over `data` and `fsdp`, the others whole; serves every array of a batch."""
+    """Leading axis split over `data` and `fsdp`, the others not split; for every array of a batch."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
@@ -180,9 +180,9 @@ def batch_ways(mesh: Mesh) -> int:
 
 
 class Activations:
-    """The meaning of logical axis names for what flows between layers, on one mesh.
+    """The shardings of activations by logical axis names, on one mesh.
 
-    Serves as `jaxcl.models.axes.Constraints`: give it to `constraints(...)` around whatever is traced.
+    Implements `jaxcl.models.axes.Constraints`: pass it to `constraints(...)` around the traced code.
     """
 
     def __init__(self, mesh: Mesh, rules: Rules = ACTIVATION_RULES) -> None:
@@ -190,15 +190,15 @@ class Activations:
         self.rules = rules
 
     def constrain(self, x: jax.Array, names: Names) -> jax.Array:
-        """Pins the layout of `x`; an axis whose size does not divide is left whole."""
+        """Constrains the sharding of `x`; an axis whose size is not divisible is not split."""
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, self._spec(names, x.shape)))
 
     def shards(self, name: str) -> int:
-        """Number of parts the logical axis `name` is split into where its size divides."""
+        """Number of parts that the logical axis `name` is split into if its size is divisible."""
         return math.prod(self.mesh.shape[axis] for axis in self.rules.get(name, ()))
 
     def per_shard(self, function: Callable[..., Any], inputs: Sequence[Names], output: Names) -> Callable[..., Any]:
-        """`function` run on every device's own part of its arguments.
+        """`function`, applied on every device to its part of the arguments.
 
         Args:
           function: takes as many arrays as `inputs` has entries and returns one array; sees local sizes.
@@ -211,7 +211,7 @@ class Activations:
             for names, array in zip(inputs, arrays, strict=True):
                 sizes.update({name: size for name, size in zip(names, array.shape, strict=True) if name is not None})
             specs = [self._spec(names, array.shape) for names, array in zip(inputs, arrays, strict=True)]
-            # The result's sizes are those of the arguments; an axis it alone has cannot be split.
+            # The result's sizes are those of the arguments; an axis that only the result has cannot be split.
             shape = [sizes.get(name or "", 1) for name in output]
             result = self._spec(tuple(name if name in sizes else None for name in output), shape)
             return jax.shard_map(function, mesh=self.mesh, in_specs=tuple(specs), out_specs=result, check_vma=False)(
@@ -240,7 +240,7 @@ _noted: set[str] = set()
 
 
 def _note(message: str) -> None:
-    """Each message once: the same axis occurs in many arrays."""
+    """Logs each message once: the same axis occurs in many arrays."""
     if message not in _noted:
         _noted.add(message)
         logger.info(message)

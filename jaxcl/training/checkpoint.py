@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written in the background, complete or absent, and found again."""
+"""Checkpoints of a run, written atomically in the background."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _FULL_WORDS = ("no space left", "quota exceeded", "file too large", "resource_ex
 
 
 START_MARK = "before the first task"
-"""Mark of the checkpoint that a run begins with."""
+"""Mark of the checkpoint before the first task."""
 
 
 def mark_after(task: int) -> str:
@@ -37,12 +37,12 @@ def mark_after(task: int) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Saved:
-    """A checkpoint that lies on disk.
+    """A checkpoint on disk.
 
     Attributes:
-      number: its number, rising with every save of the run.
-      progress: what the caller noted at the save.
-      mark: name given to a checkpoint that outlives the latest ones; `None` for the others.
+      number: its number, increasing with every save of the run.
+      progress: the caller's note, as given to `Checkpoints.save`.
+      mark: name of a checkpoint that is kept beyond the latest ones; `None` for the others.
     """
 
     number: int
@@ -51,7 +51,7 @@ class Saved:
 
 
 class ProcessJsonHandler(ocp.CheckpointHandler):
-    """A JSON value of each process, for what differs between processes: the position in their data."""
+    """One JSON value per process, for what differs between processes: the position in their data."""
 
     def save(self, directory: Any, args: ProcessJsonSave) -> None:
         """Writes this process's file."""
@@ -61,7 +61,7 @@ class ProcessJsonHandler(ocp.CheckpointHandler):
         """Reads this process's file.
 
         Raises:
-          UserError: the checkpoint was written by another number of processes.
+          UserError: the checkpoint was written with a different number of processes.
         """
         path = directory / self._name()
         if not path.exists():
@@ -69,8 +69,8 @@ class ProcessJsonHandler(ocp.CheckpointHandler):
             if all(json.loads(other.read_text()) is None for other in found):  # between two tasks
                 return None
             raise UserError(
-                f"checkpoint {directory.parent}: was written by {len(found)} processes and cannot go on within a task "
-                f"with {jax.process_count()}; start {len(found)} processes"
+                f"checkpoint {directory.parent}: was written within a task by {len(found)} processes and cannot be "
+                f"resumed with {jax.process_count()}; start {len(found)} processes"
             )
         return json.loads(path.read_text())
 
@@ -81,7 +81,7 @@ class ProcessJsonHandler(ocp.CheckpointHandler):
 @ocp.args.register_with_handler(ProcessJsonHandler, for_save=True)
 @dataclasses.dataclass
 class ProcessJsonSave(ocp.args.CheckpointArgs):
-    """What `ProcessJsonHandler` saves."""
+    """The value that `ProcessJsonHandler` saves."""
 
     item: Any
 
@@ -89,11 +89,11 @@ class ProcessJsonSave(ocp.args.CheckpointArgs):
 @ocp.args.register_with_handler(ProcessJsonHandler, for_restore=True)
 @dataclasses.dataclass
 class ProcessJsonRestore(ocp.args.CheckpointArgs):
-    """Asks `ProcessJsonHandler` for this process's value."""
+    """Requests this process's value from `ProcessJsonHandler`."""
 
 
 class _NoTracebacks(logging.Filter):
-    """Hides the tracebacks Orbax logs: the same failure is raised as one line."""
+    """Hides the tracebacks that Orbax logs: the failure itself is raised as one line."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether to show a record."""
@@ -105,7 +105,7 @@ logging.getLogger("absl").addFilter(_NoTracebacks())
 
 @functools.cache
 def _ignore_late_writes() -> None:
-    """Hides the tracebacks of writes that end after the failed save they belong to."""
+    """Hides the tracebacks of writes that end after their save has failed."""
     before = sys.unraisablehook
 
     def hook(details: Any) -> None:
@@ -116,7 +116,7 @@ def _ignore_late_writes() -> None:
 
 
 class _Kept:
-    """Keeps the latest checkpoints and the latest marked ones; an Orbax preservation policy."""
+    """An Orbax preservation policy that keeps the latest checkpoints and the latest marked ones."""
 
     def __init__(self, latest: int, marked: int | None) -> None:
         self.latest = latest
@@ -124,7 +124,7 @@ class _Kept:
         self.marks: dict[int, str] = {}
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """One answer a checkpoint, oldest first."""
+        """One answer per checkpoint, oldest first."""
         numbers = [checkpoint.step for checkpoint in checkpoints]
         marked = [number for number in numbers if number in self.marks]
         kept = set(numbers[-self.latest :]) | set(marked if self.marked is None else marked[-self.marked :])
@@ -135,19 +135,19 @@ class Checkpoints:
     """The checkpoints of one run, numbered in the order they are saved.
 
     Each holds params, optimizer and method state, the position in the data of every process, and a JSON note of the
-    run's progress. Saving copies the arrays to the host and returns; writing goes on beside the training. A checkpoint
-    appears under its number only when it is complete. Use it as a context manager, or call `close`.
+    run's progress. `save` copies the arrays to the host and returns; they are written while the training continues. A
+    checkpoint appears under its number only when it is complete. Use this class as a context manager, or call `close`.
 
-    All processes of a run call all methods alike.
+    All processes of a run have to call the same methods.
     """
 
     def __init__(self, folder: str | Path, *, keep: int = 1, keep_marked: int | None = None) -> None:
-        """Opens the folder, which is created if absent; remains of interrupted saves are removed.
+        """Opens the folder and creates it if absent; remains of interrupted saves are removed.
 
         Args:
-          folder: where the checkpoints lie.
-          keep: how many of the latest are kept.
-          keep_marked: how many of the latest marked ones are kept beside them; `None` for all.
+          folder: folder of the checkpoints.
+          keep: number of latest checkpoints kept.
+          keep_marked: number of latest marked checkpoints kept in addition; `None` for all.
 
         Raises:
           UserError: the folder cannot be created or read.
@@ -174,10 +174,10 @@ class Checkpoints:
 
     @classmethod
     def reading(cls, folder: Path) -> Checkpoints:
-        """The checkpoints of a run that is over or rests; none of them is removed.
+        """The checkpoints of a run that is not training now; none of them is removed.
 
         Raises:
-          UserError: there are none.
+          UserError: there are no checkpoints.
         """
         if not folder.is_dir():
             raise UserError(f"{folder.parent}: the run has no checkpoint yet")
@@ -192,37 +192,36 @@ class Checkpoints:
         try:
             self.close()
         except UserError:
-            if value is None:  # a failed save must not hide why the run ended
+            if value is None:  # a failed save must not hide the error that ended the run
                 raise
 
     def latest(self) -> Saved | None:
-        """The newest complete checkpoint, `None` if there is none."""
+        """The latest complete checkpoint; `None` if there is none."""
         self.wait()
         number = self._manager.latest_step()
         return None if number is None else self._read(number)
 
     def find(self, mark: str) -> Saved | None:
-        """The newest checkpoint of that mark, `None` if there is none."""
+        """The latest checkpoint with this mark; `None` if there is none."""
         self.wait()
         numbers = [number for number in self._manager.all_steps() if self._kept.marks.get(number) == mark]
         return self._read(max(numbers)) if numbers else None
 
     def save(self, state: TrainState, *, progress: dict[str, Any], data: Any = None, mark: str | None = None) -> None:
-        """Saves a state between two steps; waits only for the save before it.
+        """Saves a state between two steps; waits only for the previous save.
 
         Args:
           state: the state; may be donated to a step as soon as this returns.
-          progress: what the caller needs to go on, JSON-able.
-          data: this process's position in its data (`Feed.get_state`), JSON-able.
-          mark: keeps this checkpoint beyond the latest ones, and finds it again (`find`).
+          progress: what the caller needs to resume, JSON-serialisable.
+          data: this process's position in its data (`Feed.get_state`), JSON-serialisable.
+          mark: name by which `find` finds this checkpoint; it is kept beyond the latest ones.
 
         Raises:
-          UserError: the disk is full, or this or the previous checkpoint could not be written; those before it are
-            intact.
+          UserError: the disk is full, or this or the previous checkpoint could not be written; earlier ones are intact.
         """
         self.wait()
         number = (self._manager.latest_step() if self._manager.all_steps() else -1) + 1
-        self._kept.marks.pop(number, None)  # a save that failed may have left it
+        self._kept.marks.pop(number, None)  # may remain from a failed save
         if mark is not None:
             self._kept.marks[number] = mark
         rest = {field: getattr(state, field) for field in ("step", "clock", "opt_state", "method_state")}
@@ -243,13 +242,13 @@ class Checkpoints:
 
         Args:
           target: shapes, dtypes and shardings (`Trainer.target`).
-          saved: which one.
+          saved: which checkpoint.
 
         Returns:
-          The state, sharded as the target says, and this process's position in its data.
+          The state with the target's shardings, and this process's position in its data.
 
         Raises:
-          UserError: it cannot be read, or does not fit the target.
+          UserError: it cannot be read, or does not match the target.
         """
         rest = {field: getattr(target, field) for field in ("step", "clock", "opt_state", "method_state")}
         with self._reading():
@@ -264,14 +263,14 @@ class Checkpoints:
         return TrainState(params=restored["params"], **restored["state"]), restored["data"]
 
     def params(self, target: PyTree, saved: Saved) -> PyTree:
-        """Reads the params of a checkpoint and nothing else.
+        """Reads only the params of a checkpoint.
 
         Args:
           target: their shapes, dtypes and shardings (`Trainer.target.params`).
-          saved: which one.
+          saved: which checkpoint.
 
         Raises:
-          UserError: they cannot be read, or do not fit the target.
+          UserError: they cannot be read, or do not match the target.
         """
         with self._reading():
             restored = self._manager.restore(
@@ -280,7 +279,7 @@ class Checkpoints:
         return restored["params"]
 
     def wait(self) -> None:
-        """Waits until all that was saved is on disk.
+        """Waits until everything saved is on disk.
 
         Raises:
           UserError: it could not be written.
@@ -290,7 +289,7 @@ class Checkpoints:
             self._manager.check_for_errors()
 
     def close(self) -> None:
-        """Waits, then frees threads and files.
+        """Waits, then closes threads and files.
 
         Raises:
           UserError: the last checkpoint could not be written.
@@ -314,7 +313,7 @@ class Checkpoints:
             raise
         except Exception as error:
             with contextlib.suppress(Exception):
-                self._manager.reload()  # it has already forgotten those the failed one was to replace
+                self._manager.reload()  # it no longer lists those that the failed one would have replaced
             reason = "the disk is full" if _is_full(error) else _first_line(error)
             raise UserError(
                 f"checkpoints {self.folder}: could not be written: {reason}; earlier checkpoints are intact"
@@ -329,7 +328,7 @@ class Checkpoints:
         except Exception as error:
             reason = _first_line(error)
             if "tree structures do not match" in reason:
-                reason = "they hold a state of another structure; what Method.init returns has changed since"
+                reason = "their state has another structure; Method.init has changed since they were written"
             raise UserError(f"checkpoints {self.folder}: cannot be read: {reason}") from error
 
 

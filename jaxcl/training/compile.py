@@ -1,4 +1,4 @@
-"""Compilation with the run's shardings, and the cache of compiled programs on disk."""
+"""Compilation with the run's shardings, and the on-disk cache of compiled programs."""
 
 from __future__ import annotations
 
@@ -20,39 +20,41 @@ from jaxcl.sharding.rules import Activations
 
 
 class Compiler:
-    """`jax.jit` for functions of a run's params; the same function is compiled once, however often it is asked for."""
+    """`jax.jit` for functions of a run's params; each function is compiled only once."""
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self._compiled: dict[Any, Callable[..., Any]] = {}
 
     def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Compiles a pure function; serves as `Task.compile`.
+        """Compiles a pure function; this is `Task.compile`.
 
         Args:
-          function: takes and returns pytrees of arrays. A bound method or a function of a module is compiled once
-            for all tasks; a lambda or local function anew each time.
+          function: takes and returns pytrees of arrays. A bound method or a module-level function is compiled once
+            for all tasks; a lambda or local function at every call of this.
 
         Returns:
-          The compiled function. Results that mirror the params are sharded like them, all else is whole on every
-          device, so that every process may read it.
+          The compiled function. Results that mirror the params are sharded like them; everything else is replicated,
+          so that every process can read it.
         """
 
         def constrained(*args: Any, **kwargs: Any) -> Any:
             out = function(*args, **kwargs)
             return jax.lax.with_sharding_constraint(out, self.layout.like_params(out))
 
-        return self._once(function, "whole", lambda: self._at_home(jax.jit(self.trace(constrained, function))))
+        return self._once(
+            function, "whole", lambda: self._replicated_inputs(jax.jit(self.trace(constrained, function)))
+        )
 
     def per_row(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Compiles a pure function whose results all have a leading batch axis, split like a batch."""
+        """Compiles a pure function whose results have a leading batch axis, which is sharded like a batch."""
         shardings = self.layout.batch
         return self._once(
-            function, "per row", lambda: self._at_home(jax.jit(self.trace(function), out_shardings=shardings))
+            function, "per row", lambda: self._replicated_inputs(jax.jit(self.trace(function), out_shardings=shardings))
         )
 
     def trace(self, function: Callable[..., Any], name_of: Callable[..., Any] | None = None) -> Callable[..., Any]:
-        """`function`, with logical axis names meaning this run's mesh while it is traced; not compiled."""
+        """`function`, with logical axis names mapped to this run's mesh while it is traced; not compiled."""
 
         @functools.wraps(name_of or function)
         def traced(*args: Any, **kwargs: Any) -> Any:
@@ -62,29 +64,30 @@ class Compiler:
         return traced
 
     def meaning(self) -> contextlib.AbstractContextManager[None]:
-        """The context in which activations are constrained; empty on one device."""
+        """The context that constrains activations to this run's mesh; does nothing on one device."""
         mesh = self.layout.mesh
         return constraints(Activations(mesh)) if mesh.size > 1 else contextlib.nullcontext()
 
-    def _at_home(self, jitted: Callable[..., Any]) -> Callable[..., Any]:
-        """Puts arguments that live nowhere in particular on all devices before the call.
+    def _replicated_inputs(self, jitted: Callable[..., Any]) -> Callable[..., Any]:
+        """Replicates arguments that have no mesh sharding yet.
 
-        A loop like `sums = add(sums, batch)` would else compile twice: for the fresh `sums`, and for those it returned.
+        A loop like `sums = add(sums, batch)` would otherwise compile twice: for the initial `sums` and for the
+        returned ones.
         """
 
-        def home(leaf: Any) -> Any:
+        def replicate(leaf: Any) -> Any:
             placed = isinstance(leaf, jax.Array) and isinstance(leaf.sharding, NamedSharding)
             return leaf if placed else put(leaf, self.layout.replicated)
 
         @functools.wraps(jitted)
         def call(*args: Any, **kwargs: Any) -> Any:
-            args, kwargs = jax.tree.map(home, (args, kwargs))
+            args, kwargs = jax.tree.map(replicate, (args, kwargs))
             return jitted(*args, **kwargs)
 
         return call
 
     def _once(self, function: Callable[..., Any], use: str, build: Callable[[], Callable[..., Any]]) -> Any:
-        # A local function may hold arrays in its closure, which remembering it would keep alive.
+        # A local function is not cached: arrays in its closure would never be freed.
         if not (inspect.ismethod(function) or "<locals>" not in getattr(function, "__qualname__", "<locals>")):
             return build()
         if (function, use) not in self._compiled:
@@ -93,10 +96,10 @@ class Compiler:
 
 
 def enable_compilation_cache(folder: str | os.PathLike[str] | None) -> None:
-    """Keeps compiled programs on disk, so that a second start of the same run compiles nothing.
+    """Keeps compiled programs on disk, so that a second start of the same run does not compile again.
 
     Args:
-      folder: where; created if absent. `None` leaves jax as it is (it reads `JAX_COMPILATION_CACHE_DIR` by itself).
+      folder: the cache; created if absent. `None` changes nothing (jax itself reads `JAX_COMPILATION_CACHE_DIR`).
 
     Raises:
       UserError: the folder cannot be created.
@@ -109,5 +112,5 @@ def enable_compilation_cache(folder: str | os.PathLike[str] | None) -> None:
     except OSError as error:
         raise UserError(f"compilation cache {path}: cannot be created: {error.strerror}") from error
     jax.config.update("jax_compilation_cache_dir", str(path))
-    # The default keeps only what took a second: the many small programs between tasks add up to more.
+    # The default keeps only what took a second to compile, but the many small programs between tasks add up.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

@@ -1,4 +1,4 @@
-"""Configuration of how long, in what portions and with what safety a task is trained."""
+"""Configuration of training: length, batches, checkpoints, privacy."""
 
 from __future__ import annotations
 
@@ -13,20 +13,22 @@ from jaxcl.training.privacy import PrivacyConfig
 
 
 class TrainingConfig(Schema):
-    """How long each task is trained, in what batches, and how often things are written down."""
+    """How long each task is trained, in what batches, and how often metrics and checkpoints are written."""
 
-    batch_size: int = Field(32, ge=1, description="rows of a batch over all processes and micro-batches")
+    batch_size: int = Field(32, ge=1, description="rows per batch over all processes and micro-batches")
     accumulate: int = Field(
         1,
         ge=1,
-        description="micro-batches a batch is worked through in: saves memory, in what a method measures between "
-        "tasks as well; the same numbers but for dropout in training",
+        description="number of micro-batches per batch: saves memory, also in measurements between tasks; the numbers "
+        "are the same except for dropout in training",
     )
     epochs: float | tuple[float, ...] | None = Field(
-        None, description="passes over a task's training examples: one number, or one a task; this or steps, default 1"
+        None,
+        description="passes over a task's training examples: one number, or one per task; this or steps, default 1",
     )
     steps: int | tuple[int, ...] | None = Field(
-        None, description="optimizer steps a task, memory batches included: one number, or one a task; this or epochs"
+        None,
+        description="optimizer steps per task, memory batches included: one number, or one per task; this or epochs",
     )
     log_every: int = Field(10, ge=1, description="steps between rows of metrics.jsonl")
     sinks: tuple[Literal["jsonl", "tensorboard", "wandb", "mlflow"], ...] = Field(
@@ -36,18 +38,18 @@ class TrainingConfig(Schema):
     checkpoint_every: int = Field(
         500, ge=0, description="steps between checkpoints within a task; 0: only at the ends of tasks"
     )
-    keep: int = Field(1, ge=1, description="how many of the latest checkpoints are kept")
+    keep: int = Field(1, ge=1, description="number of latest checkpoints kept")
     keep_tasks: int | None = Field(
-        1, ge=1, description="how many checkpoints of ends of tasks are kept beside the latest ones; null: all"
+        1, ge=1, description="number of checkpoints after tasks kept in addition to the latest ones; null: all"
     )
-    prefetch: int = Field(2, ge=0, description="batches sent to the devices ahead of the step that needs them")
+    prefetch: int = Field(2, ge=0, description="batches prefetched to the devices")
     privacy: PrivacyConfig | None = Field(
         None, description="differentially private training, for methods that keep no examples; none: plain gradients"
     )
     profile: tuple[int, int] | None = Field(
         None,
-        description="first and last step that are traced on process 0, for xprof and TensorBoard; steps are counted "
-        "over all tasks, as in metrics.jsonl; null: none",
+        description="first and last step traced on process 0, for xprof and TensorBoard; steps are counted over all "
+        "tasks, as in metrics.jsonl; null: no trace",
     )
 
     @model_validator(mode="after")
@@ -60,7 +62,7 @@ class TrainingConfig(Schema):
             if value == () or any(not (math.isfinite(number) and number > 0) for number in values):
                 raise ValueError(f"{name} must be positive, got {value}")
         if self.profile is not None and not 1 <= self.profile[0] <= self.profile[1]:
-            raise ValueError(f"profile must be a first and a last step from 1 on, got {list(self.profile)}")
+            raise ValueError(f"profile must be a first and a last step, both from 1, got {list(self.profile)}")
         return self
 
 
@@ -74,10 +76,10 @@ def task_steps(config: TrainingConfig, index: int, num_tasks: int, steps_per_epo
       steps_per_epoch: batches in one pass over the task.
 
     Returns:
-      At least 1; a part of an epoch is rounded up.
+      At least 1; a fraction of an epoch is rounded up.
 
     Raises:
-      UserError: a list of epochs or steps does not have one entry a task.
+      UserError: a list of epochs or steps does not have one entry per task.
 
     Examples:
       >>> task_steps(TrainingConfig(epochs=(5, 3)), 1, 2, steps_per_epoch=10)
@@ -89,7 +91,7 @@ def task_steps(config: TrainingConfig, index: int, num_tasks: int, steps_per_epo
         if len(value) != num_tasks:
             raise UserError(
                 f"training.{name}: {list(value)} has {len(value)} entries for {num_tasks} tasks; "
-                "give one number or one a task",
+                "give one number or one per task",
                 exit_code=2,
             )
         value = value[index]
@@ -101,17 +103,17 @@ def task_steps(config: TrainingConfig, index: int, num_tasks: int, steps_per_epo
 def check_batch_size(
     size: int, accumulate: int, ways: int, processes: int = 1, key: str = "training.batch_size"
 ) -> None:
-    """Whether every device gets the same number of rows in every micro-batch.
+    """Checks that every device gets the same number of rows in every micro-batch.
 
     Args:
-      size: rows of the whole batch.
-      accumulate: micro-batches of a batch.
-      ways: parts the mesh splits a batch into (`Layout.batch_ways`).
+      size: rows per batch.
+      accumulate: micro-batches per batch.
+      ways: number of parts of a batch on the mesh (`Layout.batch_ways`).
       processes: number of processes, each of which reads an equal share.
-      key: how the configuration calls the size.
+      key: key of the size in the configuration.
 
     Raises:
-      UserError: they would not; names the key, the value and the nearest allowed ones.
+      UserError: they do not; names the key, the value and the nearest allowed values.
 
     Examples:
       >>> check_batch_size(10, accumulate=1, ways=4)
@@ -132,11 +134,11 @@ def check_batch_size(
 
 
 def micro_batch_size(config: TrainingConfig, ways: int, processes: int = 1) -> int:
-    """Rows that go through the model at once: those of a micro-batch, or what the processes can share at least.
+    """Rows that go through the model at once: those of a micro-batch, rounded up to what processes and mesh can split.
 
     Args:
-      config: the training section, whose batch size `check_batch_size` let pass.
-      ways: parts the mesh splits a batch into (`Layout.batch_ways`).
+      config: the training section; its batch size passes `check_batch_size`.
+      ways: number of parts of a batch on the mesh (`Layout.batch_ways`).
       processes: number of processes, each of which reads an equal share.
 
     Examples:

@@ -1,32 +1,31 @@
-"""From rows in host memory to global batches on the devices."""
+"""From host batches to global batches on the devices."""
 
 from __future__ import annotations
 
 import collections
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
+from jaxcl.data.rows import HostBatch
 from jaxcl.models.batch import Batch
 
-Rows = Mapping[str, Any]
-
-_INTEGERS = frozenset({"tokens", "segments", "positions", "types", "predict", "targets", "task", "example", "labels"})
+_INTEGERS = frozenset(HostBatch.__annotations__) - {"weights", "teacher", "origin", "memory"}
 
 
 class RowIterator(Protocol):
-    """What a feed reads from: endless or not, and able to say where it stands."""
+    """Source of a `Feed`: an iterator, endless or not, whose position can be saved and restored."""
 
-    def __next__(self) -> Rows:
-        """This process's rows of the next batch: numpy arrays by `Batch` field name, and `kind`."""
+    def __next__(self) -> HostBatch:
+        """This process's rows of the next batch."""
         ...
 
     def get_state(self) -> Any:
-        """Position, JSON-able."""
+        """The position, JSON-serialisable."""
         ...
 
     def set_state(self, state: Any) -> None:
@@ -34,28 +33,28 @@ class RowIterator(Protocol):
         ...
 
 
-def place_batch(rows: Rows, sharding: NamedSharding) -> Batch:
-    """Rows of this process to a batch over all devices.
+def place_batch(rows: HostBatch, sharding: NamedSharding) -> Batch:
+    """A batch over all devices from this process's rows.
 
     Args:
-      rows: numpy arrays by `Batch` field name, leading axis the process's share of the batch; must not be changed
-        afterwards. What has a default in `Batch`, and `predict`, may be absent or `None`; `memory` is rows likewise.
+      rows: numpy arrays by `Batch` field name, whose leading axis is the process's share of the batch; they must not be
+        changed afterwards. `predict` and fields with a default in `Batch` may be absent or `None`.
       sharding: `Layout.batch`.
 
     Returns:
-      A `Batch` of global arrays: int32, `weights` float32, teacher records as they are.
+      A `Batch` of global arrays: int32, except `weights` (float32) and teacher records (unchanged).
 
     Raises:
       ValueError: a field is unknown or missing.
     """
-    fields = {name: value for name, value in rows.items() if value is not None}
+    fields: dict[str, Any] = {name: value for name, value in rows.items() if value is not None}
     if "memory" in fields:
         fields["memory"] = place_batch(fields["memory"], sharding)
     for name in _INTEGERS & fields.keys():
         fields[name] = np.asarray(fields[name], np.int32)
     if "weights" in fields:
         fields["weights"] = np.asarray(fields["weights"], np.float32)
-    if "kind" in fields:
+    if "origin" in fields:
         fields["origin"] = str(fields["origin"])
     try:
         batch = Batch(**{"predict": None, **fields})
@@ -67,18 +66,18 @@ def place_batch(rows: Rows, sharding: NamedSharding) -> Batch:
 
 
 class Feed:
-    """Batches on the devices, a few ahead of the step that needs them; knows where the *consumed* data ends.
+    """Batches on the devices, prefetched; `get_state` is the position after the last batch *consumed*.
 
-    Sending is asynchronous, so `prefetch` batches travel while the devices compute; no thread is involved.
+    Transfers are asynchronous: the devices compute while `prefetch` batches are sent. No thread is involved.
     """
 
     def __init__(self, rows: RowIterator, sharding: NamedSharding, *, prefetch: int) -> None:
         """Starts at the iterator's position.
 
         Args:
-          rows: the process's rows.
+          rows: iterator over this process's rows of each batch.
           sharding: `Layout.batch`.
-          prefetch: batches sent ahead, 0 or more.
+          prefetch: number of batches sent ahead, 0 or more.
         """
         self._rows = rows
         self._sharding = sharding
@@ -110,11 +109,11 @@ class Feed:
         return batch
 
     def get_state(self) -> Any:
-        """Position after the last batch that was handed out, whatever was prefetched since."""
+        """The position after the last batch returned; prefetched batches do not count."""
         return copy.deepcopy(self._state)
 
     def set_state(self, state: Any) -> None:
-        """Goes to a position that `get_state` returned and drops what was prefetched."""
+        """Goes to a position that `get_state` returned and drops prefetched batches."""
         self._queue.clear()
         self._ended = False
         self._rows.set_state(copy.deepcopy(state))

@@ -1,4 +1,4 @@
-"""Stopping cleanly: signals become a flag that is looked at between two steps."""
+"""Clean stops: a signal sets a flag that is checked between two steps."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class StoppedTogether(KeyboardInterrupt):
-    """All processes have agreed to stop, and what was done is saved."""
+    """All processes have agreed to stop, and a checkpoint was saved."""
 
 
 class Interrupts:
     """While active, the first signal only sets `requested`; a second one raises `KeyboardInterrupt` at once.
 
-    Signals are SIGINT, SIGTERM and SIGUSR1, by which schedulers tell that a time limit is near.
+    Signals are SIGINT, SIGTERM and SIGUSR1; schedulers send the latter two when a time limit is near.
 
     A step donates its input, so an exception in the middle of a step would leave no state to save.
 
     Attributes:
-      requested: the signal that came, or `None`.
+      requested: the signal received, or `None`.
     """
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class Interrupts:
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interrupts:
-        # Python allows handlers in the main thread only; elsewhere signals are the caller's business.
+        # Python allows handlers only in the main thread; in other threads the caller handles signals.
         if threading.current_thread() is threading.main_thread():
             self._previous = {number: signal.signal(number, self._handle) for number in _SIGNALS}
         return self
@@ -52,14 +52,14 @@ class Interrupts:
         if self.requested is not None:
             raise KeyboardInterrupt
         self.requested = signal.Signals(number)
-        # Not print: the signal may have come in the middle of one.
+        # Not print, which the signal may have interrupted.
         os.write(2, b"\nstopping after this step, with a checkpoint; once more to stop at once\n")
 
 
 class Agreement:
-    """Whether any process wants to stop, agreed by all: otherwise one would stop and the others wait for it forever.
+    """A vote on whether any process wants to stop: without it, one would stop and the others wait for it forever.
 
-    The answer is one step old, as metrics are, and costs no synchronisation of its own.
+    The result is one step old, like the metrics, and needs no synchronisation of its own.
     """
 
     def __init__(self, mesh: Mesh) -> None:

@@ -1,4 +1,4 @@
-"""The loop over the steps of one task. It knows no method by name."""
+"""The loop over the steps of one task, independent of the method."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from jaxcl.training.step import Metrics
 from jaxcl.training.trainer import Trainer
 
 Save = Callable[[TrainState, Any], None]
-"""`save(state, data_state)`: writes a checkpoint of a state between two steps and of the data's position."""
+"""`save(state, data_state)`: writes a checkpoint of the state between two steps and of the position in the data."""
 
 
 class _Pending(NamedTuple):
-    """A step that was dispatched and not yet read."""
+    """A dispatched step whose metrics have not been read yet."""
 
     task_step: int
     kind: str
@@ -46,32 +46,31 @@ def train_task(
     progress: bool = True,
     profiler: Profiler | None = None,
 ) -> TrainState:
-    """Trains to the end of a task, from wherever in it the state stands.
+    """Trains to the end of a task, from the state's position in it.
 
-    Metrics of a step are read after the next one has been dispatched, so the devices never wait for the host.
+    Metrics of a step are read after the next step has been dispatched, so the devices never wait for the host.
 
     Args:
       trainer: the run's trainer.
       state: a state within the task (`Trainer.start_task`, or a restored one); donated.
-      feed: the task's batches, at the position that belongs to the state.
+      feed: the task's batches, at the state's position.
       total: optimizer steps of the task.
-      task: index of the task, for the rows.
+      task: index of the task, for the log.
       name: name of the task, for messages.
-      log_every: steps between rows given to the sinks. A row holds the means over these steps, one row a kind of
-        batch that occurred, and `step`, `task`, `task_step`, `kind`, `steps`, `seconds`, `tokens_per_second`.
-      sinks: where rows go; leave it empty on all processes but the first.
-      save: writes a checkpoint; `None` saves nothing.
-      save_every: steps between checkpoints within the task, 0 for none. Nothing is saved at the end: that is the
-        caller's.
+      log_every: steps between rows given to the sinks. There is one row per kind of batch that occurred, with the means
+        over these steps and `step`, `task`, `task_step`, `kind`, `steps`, `seconds`, `tokens_per_second`.
+      sinks: where rows go; empty on all processes but the first.
+      save: writes a checkpoint; `None`: none is written.
+      save_every: steps between checkpoints within the task; 0: none. The caller saves the state at the end.
       progress: whether to show progress.
-      profiler: traces the steps it was made for; `None` traces none.
+      profiler: traces some steps; `None`: no trace.
 
     Returns:
       The state after step `total` of the task.
 
     Raises:
       UserError: a loss or gradient is not finite, or the feed ends early. Names the task and the steps.
-      StoppedTogether: a `KeyboardInterrupt`: SIGINT, SIGTERM or SIGUSR1 came to a process; the state after the last
+      StoppedTogether: a `KeyboardInterrupt`: a process received SIGINT, SIGTERM or SIGUSR1; the state after the last
         finished step has been saved.
     """
     first = int(state.clock.step)
@@ -83,7 +82,7 @@ def train_task(
     pending: _Pending | None = None
 
     def read(last: _Pending | None) -> bool:
-        """Waits for a step, notes its metrics; whether to stop."""
+        """Waits for a step and logs its metrics; returns whether to stop."""
         if last is None:
             return False
         metrics = {key: float(value) for key, value in jax.device_get(last.metrics).items()}
@@ -103,7 +102,7 @@ def train_task(
                 stop = read(previous)
                 due = save_every > 0 and step % save_every == 0 and step < total
                 if stop or due:
-                    # What is saved must be finite, so this step is read too before it is.
+                    # Only finite states are saved, so this step is read before.
                     stop, pending = read(pending) or stop, None
                     if save is not None:
                         save(state, feed.get_state())
@@ -118,7 +117,7 @@ def train_task(
 
 
 class _Log:
-    """Means over `every` steps, a row for each kind of batch; stops a run that has become infinite."""
+    """Means over `every` steps, one row per kind of batch; stops a run whose metrics are not finite."""
 
     def __init__(
         self, name: str, task: int, sinks: Sequence[Sink], every: int, total: int, offset: int, first: int
@@ -142,7 +141,7 @@ class _Log:
             self.flush()
 
     def flush(self) -> None:
-        """Writes what has come since the last row."""
+        """Writes the rows of the steps since the last flush."""
         now = time.monotonic()
         seconds = now - self._since
         tokens = sum(float(row["tokens"]) for rows in self._rows.values() for row in rows)

@@ -1,4 +1,4 @@
-"""A batch in portions."""
+"""Micro-batches."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from jaxcl.models.batch import Batch
 def micro_batches(batch: Batch, accumulate: int) -> Batch:
     """Splits rows into micro-batches: leaves `[batch, ...]` to `[accumulate, batch / accumulate, ...]`.
 
-    Micro-batch i takes rows i, i + accumulate, ..., so that the rows of a micro-batch lie on all devices and nothing
-    moves between them.
+    Micro-batch i takes rows i, i + accumulate, ..., so that every device holds an equal share of each micro-batch
+    and nothing moves between devices.
 
     Raises:
-      ValueError: the number of rows is no multiple of `accumulate`.
+      ValueError: the number of rows is not a multiple of `accumulate`.
     """
     if batch.size % accumulate:
         raise ValueError(f"batch: expected a multiple of accumulate={accumulate} rows, got {batch.size}")

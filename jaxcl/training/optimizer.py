@@ -1,4 +1,4 @@
-"""The optimizer in parts, and its schedule as a function of traced values."""
+"""The parts of the optimizer, and its schedule as a function of traced values."""
 
 from __future__ import annotations
 
@@ -18,39 +18,37 @@ _UNDECAYED = frozenset({"bias", "scale"})
 
 
 class OptimizerConfig(Schema):
-    """The optimizer and its schedule; the schedule starts anew with every task."""
+    """The optimizer and its schedule, which restarts with every task."""
 
-    name: Literal["adamw", "adafactor", "lion", "rmsprop", "sgd"] = Field(
-        "adamw", description="what turns a gradient into a direction"
-    )
+    name: Literal["adamw", "adafactor", "lion", "rmsprop", "sgd"] = Field("adamw", description="the update rule")
     learning_rate: float = Field(1e-4, ge=0, description="highest learning rate")
     schedule: Literal["constant", "linear", "cosine"] = Field(
-        "linear", description="course of the learning rate after the warm-up"
+        "linear", description="shape of the schedule after the warm-up"
     )
     warmup: float = Field(
-        0.0, ge=0, description="linear rise from 0: below 1 a share of the task's steps, from 1 on a number of steps"
+        0.0, ge=0, description="linear rise from 0: below 1 a share of the task's steps, otherwise a number of steps"
     )
-    final: float = Field(0.0, ge=0, le=1, description="share of the learning rate that is left at the end of the task")
+    final: float = Field(0.0, ge=0, le=1, description="learning rate at the end of the task, as a share of the highest")
     b1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment (adamw, lion), momentum (sgd, adafactor)")
     b2: float = Field(0.999, ge=0, lt=1, description="decay of the second moment (adamw, rmsprop, lion)")
     eps: float = Field(1e-8, gt=0, description="added to the root of the second moment (adamw, rmsprop)")
-    weight_decay: float = Field(0.0, ge=0, description="decay of kernels and embeddings, not of norms and biases")
+    weight_decay: float = Field(0.0, ge=0, description="decay of all params but norms and biases")
     clip_norm: float | None = Field(1.0, gt=0, description="largest global norm of a gradient; null: no clipping")
     moment_dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="type the first moment is kept in (adamw, lion, sgd)"
+        "float32", description="dtype of the first moment (adamw, lion, sgd)"
     )
     offload: bool = Field(
-        False, description="keep the moments in the host's memory and bring them to the devices for each update"
+        False, description="keep the moments in host memory and copy them to the devices for each update"
     )
-    reset_optimizer: bool = Field(True, description="forget the moments at the start of each task")
+    reset_optimizer: bool = Field(True, description="reset the moments at the start of each task")
 
 
 class Clock(NamedTuple):
-    """Where training stands within a task. Traced, so that all tasks share one compiled step.
+    """Position within a task. Traced, so that all tasks share one compiled step.
 
     Attributes:
       step: optimizer steps done in this task, int32.
-      warmup: steps of the rise, int32.
+      warmup: warm-up steps, int32.
       total: steps of the task, int32.
     """
 
@@ -66,7 +64,7 @@ class Clock(NamedTuple):
 
 
 def learning_rate(config: OptimizerConfig, clock: Clock) -> Float[Array, ""]:
-    r"""The learning rate of the step at hand.
+    r"""The learning rate of the current step.
 
     With step $s$, warm-up $w$, total $T$, peak $\eta$ and final share $f$: $\eta s / w$ for $s < w$; after that, with
     $p = (s - w) / (T - w)$ limited to $[0, 1]$, $\eta$ (constant), $\eta (1 - (1 - f) p)$ (linear) or
@@ -97,16 +95,16 @@ def learning_rate(config: OptimizerConfig, clock: Clock) -> Float[Array, ""]:
 
 
 def make_parts(config: OptimizerConfig) -> OptimizerParts:
-    """The optimizer's parts, for `Method.transform` to put together.
+    """The optimizer's parts, which `Method.transform` combines.
 
-    The learning rate is no constant of the last part: `update` takes it as keyword argument `learning_rate`, so that
-    tasks of different lengths run on the same compiled step.
+    The learning rate is not a constant of the last part: `update` takes it as the keyword argument `learning_rate`, so
+    that tasks of different lengths share one compiled step.
 
     Args:
       config: the optimizer section.
 
     Returns:
-      The parts in order of application; a part that is switched off is the identity.
+      The parts in order of application; a disabled part is the identity.
     """
     clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
     decay = optax.identity()
@@ -116,7 +114,7 @@ def make_parts(config: OptimizerConfig) -> OptimizerParts:
 
 
 def decayed(params: PyTree) -> PyTree:
-    """Which params weight decay acts on: all but norms and biases, told by their name.
+    """Which params weight decay applies to: all but norms and biases, identified by name.
 
     Examples:
       >>> decayed({"kernel": 0, "norm": {"scale": 0, "bias": 0}})
@@ -128,7 +126,7 @@ def decayed(params: PyTree) -> PyTree:
 
 
 def scale_by_given_learning_rate() -> optax.GradientTransformationExtraArgs:
-    """Multiplies by minus the keyword argument `learning_rate` of `update`."""
+    """Multiplies by the negative of the keyword argument `learning_rate` of `update`."""
 
     def update(updates: PyTree, state: PyTree, params: PyTree = None, *, learning_rate: Array, **_: Any) -> Any:
         return jax.tree.map(lambda leaf: (-learning_rate * leaf).astype(leaf.dtype), updates), state
@@ -146,7 +144,7 @@ def _precondition(config: OptimizerConfig) -> optax.GradientTransformation:
         return optax.scale_by_rms(decay=config.b2, eps=config.eps)
     if config.name == "adafactor":
         # Factored second moments, updates of at most unit root mean square: Shazeer & Stern 2018, algorithm 4,
-        # with optax's decay; b1 = 0 keeps no first moment and is what saves the memory.
+        # with optax's decay; b1 = 0 keeps no first moment, which saves its memory.
         momentum = optax.ema(config.b1, debias=False) if config.b1 else optax.identity()
         return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), momentum)
     return optax.trace(decay=config.b1, accumulator_dtype=moment) if config.b1 else optax.identity()

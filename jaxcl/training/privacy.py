@@ -27,38 +27,38 @@ from jaxcl.training.micro_batches import micro_batches
 
 
 class PrivacyConfig(Schema):
-    """Noise on the gradients, so that the model tells next to nothing about any one example."""
+    """Noise on the gradients, so that the model reveals next to nothing about any single example."""
 
-    clip: float = Field(gt=0, description="largest norm of one example's gradient")
+    clip: float = Field(gt=0, description="maximal norm of an example's gradient")
     noise_multiplier: float = Field(ge=0, description="standard deviation of the noise, in multiples of clip; 0: none")
-    delta: float = Field(1e-5, gt=0, lt=1, description="the delta that epsilon is given for; well below 1 / examples")
+    delta: float = Field(1e-5, gt=0, lt=1, description="delta for which epsilon is reported; well below 1 / examples")
 
 
 def check_private(method: Method, name: str) -> None:
-    """Whether a method's training can be private at all.
+    """Checks that a method can be trained privately.
 
     Raises:
-      UserError: it keeps earlier examples, or its loss holds examples against each other.
+      UserError: it keeps earlier examples, or its loss compares examples with each other.
     """
     if method.couples_examples:
         raise UserError(
-            f"training.privacy: the loss of {name} holds the examples of a batch against each other, so that none has "
-            "a gradient of its own; docs/methods.md says what can be trained privately",
+            f"training.privacy: the loss of {name} compares the examples of a batch with each other, so that no "
+            "example has a gradient of its own; docs/methods.md says what can be trained privately",
             exit_code=2,
         )
     if (method.replay is not None and method.replay.source == "kept") or method.joint:
         raise UserError(
-            f"training.privacy: {name} trains on examples of earlier tasks again, which is not accounted for; allowed: "
-            "methods that keep none, or method.replay.source=synthetic",
+            f"training.privacy: {name} trains on examples of earlier tasks again, which epsilon does not account for; "
+            "allowed: methods that keep none, or method.replay.source=synthetic",
             exit_code=2,
         )
 
 
 def private_gradient(config: PrivacyConfig, accumulate: int, layout: Layout) -> Callable[..., Any]:
-    r"""The noised mean of clipped gradients; serves in place of the plain gradient in the step.
+    r"""The noised mean of clipped gradients, which replaces the plain gradient in the step.
 
     An example's gradient is that of its own loss, $\sum_i w_i s_i / c_i$ over the method's terms with sum and count of
-    this example alone. Gradients of single examples exist for one of `accumulate` micro-batches at a time.
+    this example alone. Per-example gradients exist for one of `accumulate` micro-batches at a time.
 
     Returns:
       `gradient(loss, params, batch, key) -> ((total, means), gradient)`: totals and means over the examples.
@@ -95,17 +95,18 @@ def private_gradient(config: PrivacyConfig, accumulate: int, layout: Layout) -> 
 
 
 def spent(config: PrivacyConfig, *, steps: int, steps_per_epoch: int) -> dict[str, float]:
-    """What training on a task tells about one of its examples.
+    """What training on a task reveals about one of its examples.
 
     Args:
       config: the privacy section.
       steps: optimizer steps of the task.
-      steps_per_epoch: steps in which each example comes once.
+      steps_per_epoch: steps in which each example appears once.
 
     Returns:
-      `epsilon`: of as many Gaussian mechanisms as an example takes part in steps, for data that differ in one example,
-      left blank at its length: every epoch takes each example once, in an order that follows from seed and lengths.
-      `epsilon_poisson`: as usually reported, as if each step drew its examples independently. Infinite without noise.
+      `epsilon`: of one Gaussian mechanism per step with the example, which is one per epoch in an order that depends on
+      seed and lengths only; for data that differ in one example, replaced by a blank one of the same length.
+      `epsilon_poisson`: as usually reported, as if each step drew its examples independently. Both are infinite without
+      noise.
 
     Raises:
       UserError: `dp-accounting` is not installed.

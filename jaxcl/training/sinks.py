@@ -19,10 +19,10 @@ Row = Mapping[str, Any]
 
 
 class Sink(Protocol):
-    """Takes a row of metrics at every logged step."""
+    """Receives the rows of metrics."""
 
     def write(self, row: Row) -> None:
-        """One row: `step`, `task`, `kind` and numbers by name."""
+        """Writes one row: `step`, `task`, `kind` and numbers by name."""
         ...
 
     def close(self, *, finished: bool = True) -> None:
@@ -31,15 +31,15 @@ class Sink(Protocol):
 
 
 class JsonLines:
-    """One JSON object a line."""
+    """One JSON object per line."""
 
     def __init__(self, path: str | os.PathLike[str], *, after: int | None = None) -> None:
         """Opens the file for appending.
 
         Args:
           path: the file.
-          after: the step a run goes on from: rows of later steps, which the interrupted run had already written, are
-            removed. `None` keeps everything.
+          after: the step from which a run is resumed: rows of later steps, from before the interruption, are removed.
+            `None` keeps everything.
 
         Raises:
           UserError: the file cannot be written.
@@ -48,7 +48,7 @@ class JsonLines:
         try:
             if after is not None and self.path.exists():
                 self._truncate(after)
-            # Unbuffered: a row is in the file when `write` returns, and none is left to fail at the end.
+            # Unbuffered: a row is in the file when `write` returns, and `close` has nothing left to write.
             self._file: IO[bytes] = open(self.path, "ab", buffering=0)  # noqa: SIM115
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written: {error.strerror}") from error
@@ -73,7 +73,7 @@ class JsonLines:
         for line in self.path.read_text(encoding="utf-8").splitlines():
             try:
                 row = json.loads(line)
-            except ValueError:  # the last line of a run that was killed while it wrote
+            except ValueError:  # the last line, if the run was killed while writing it
                 continue
             if row.get("step", 0) <= after:
                 kept.append(line + "\n")
@@ -83,7 +83,7 @@ class JsonLines:
 
 
 class TensorBoard:
-    """TensorBoard events, a curve `kind/name` a metric."""
+    """TensorBoard events, one curve `kind/name` per metric."""
 
     def __init__(self, folder: str | os.PathLike[str], *, after: int | None = None) -> None:
         """Opens the folder; events after step `after` are hidden (see `JsonLines`)."""
@@ -126,7 +126,7 @@ def open_sinks(
       folder: the run folder; gets `metrics.jsonl` and, if named, `tensorboard/`.
       names: `training.sinks`. `jsonl` is always among the sinks, as the first one.
       config: the configuration as plain values, for the trackers.
-      after: the step a run goes on from, `None` for a new one.
+      after: the step from which a run is resumed; `None` for a new run.
 
     Raises:
       UserError: the folder cannot be written.
@@ -141,9 +141,9 @@ def open_sinks(
 
 
 class Progress:
-    """Steps, loss, tokens a second and remaining time of one task, on process 0.
+    """Steps, loss, tokens per second and remaining time of one task, on process 0.
 
-    A bar on a terminal; elsewhere a line every half minute, so that log files stay short.
+    A bar on a terminal; otherwise a line every half minute, so that log files stay short.
     """
 
     interval = 30.0
@@ -161,7 +161,7 @@ class Progress:
             self._bar = tqdm(total=total, initial=done, desc=name, unit="step", dynamic_ncols=True, leave=True)
 
     def advance(self, loss: float, tokens: float) -> None:
-        """One step is done.
+        """Counts one finished step.
 
         Args:
           loss: its loss.
@@ -169,7 +169,7 @@ class Progress:
         """
         now = time.monotonic()
         self._done += 1
-        if self._rate_start is None:  # the first step compiles and says nothing about the rate
+        if self._rate_start is None:  # the first step includes compilation and does not count
             self._rate_start = now
         else:
             self._tokens += tokens
@@ -189,13 +189,13 @@ class Progress:
             )
 
     def rate(self, now: float | None = None) -> float:
-        """Tokens a second since the first step was done; 0 before."""
+        """Tokens per second since the first step was finished; 0 before."""
         if self._rate_start is None:
             return 0.0
         seconds = (time.monotonic() if now is None else now) - self._rate_start
         return self._tokens / seconds if seconds > 0 else 0.0
 
     def close(self) -> None:
-        """Leaves the bar as it stands."""
+        """Closes the bar and leaves it on the screen."""
         if self._bar is not None:
             self._bar.close()

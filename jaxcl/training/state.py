@@ -1,4 +1,4 @@
-"""Everything a run carries from step to step."""
+"""The state that a run carries from step to step."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from jaxcl.training.optimizer import Clock
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """What a step takes and gives back, and what a checkpoint holds.
+    """Input and output of a step, and the content of a checkpoint.
 
-    A step donates it: after `new, metrics = step(old, batch)` the arrays of `old` are gone.
+    A step donates it: after `new, metrics = step(old, batch)` the arrays of `old` are deleted.
 
     Attributes:
       step: optimizer steps done in the whole run, int32.
@@ -35,7 +35,7 @@ class TrainState:
     method_state: PyTree
 
     def replace(self, **changes: Any) -> TrainState:
-        """A copy with other values in the named fields."""
+        """A copy with some fields replaced."""
         return dataclasses.replace(self, **changes)
 
 
@@ -47,8 +47,8 @@ def state_shardings(state: TrainState, layout: Layout) -> TrainState:
       layout: the run's layout.
 
     Returns:
-      The same tree with `NamedSharding` leaves: params as the layout says, copies of them in the optimizer's and the
-      method's state likewise, all else replicated.
+      The same tree with `NamedSharding` leaves: params, and copies of them in the optimizer's and the method's state,
+      are sharded as the layout says; everything else is replicated.
     """
     whole: Any = layout.replicated
     return TrainState(
@@ -61,7 +61,7 @@ def state_shardings(state: TrainState, layout: Layout) -> TrainState:
 
 
 def on_host(shapes: PyTree, shardings: PyTree) -> PyTree:
-    """Shardings of arrays that wait in the host's memory; single numbers stay on the devices."""
+    """The shardings, in host memory; those of scalars stay on the devices."""
     return jax.tree.map(
         lambda leaf, sharding: sharding.with_memory_kind("pinned_host") if leaf.ndim else sharding, shapes, shardings
     )
@@ -75,29 +75,29 @@ def abstract(tree: PyTree, shardings: PyTree) -> PyTree:
 
 
 def replace_method_state(state: TrainState, new: PyTree, layout: Layout) -> TrainState:
-    """A state with what `Method.prepare` or `Method.consolidate` returned, put where it lives.
+    """The state with the method state that `Method.prepare` or `Method.consolidate` returned, sharded.
 
     Raises:
       ValueError: structure, a shape or a dtype differs from before; the message names the leaf.
     """
-    new = check_replacement("method state", state.method_state, new, beside=state.params)
+    new = check_replacement("method state", state.method_state, new, shared_with=state.params)
     return state.replace(method_state=layout.place(new))
 
 
 def replace_params(state: TrainState, new: PyTree, layout: Layout) -> TrainState:
-    """A state with what `Method.final_params` returned, put where it lives.
+    """The state with the params that `Method.final_params` returned, sharded.
 
     Raises:
       ValueError: structure, a shape or a dtype differs from before; the message names the leaf.
     """
     if new is state.params:
         return state
-    new = check_replacement("params", state.params, new, beside=state.method_state)
+    new = check_replacement("params", state.params, new, shared_with=state.method_state)
     return state.replace(params=put(new, layout.params))
 
 
-def check_replacement(name: str, old: PyTree, new: PyTree, beside: PyTree = None) -> PyTree:
-    """Checks that `new` has the structure, shapes and dtypes of `old`, and copies buffers that it shares with `beside`.
+def check_replacement(name: str, old: PyTree, new: PyTree, shared_with: PyTree = None) -> PyTree:
+    """Checks that `new` has the structure, shapes and dtypes of `old`; copies buffers shared with `shared_with`.
 
     Raises:
       ValueError: structure, a shape or a dtype differs; the message names the leaf.
@@ -107,7 +107,7 @@ def check_replacement(name: str, old: PyTree, new: PyTree, beside: PyTree = None
     got: Any = jax.tree.structure(new)
     if expected != got:
         raise ValueError(f"{name}: expected structure {expected}, got {got}; {origin} decides it")
-    others = {id(leaf) for leaf in jax.tree.leaves(beside)}
+    others = {id(leaf) for leaf in jax.tree.leaves(shared_with)}
 
     def check(path: Any, before: Array, after: Array) -> Array:
         if before.shape != after.shape or before.dtype != after.dtype:
@@ -116,7 +116,7 @@ def check_replacement(name: str, old: PyTree, new: PyTree, beside: PyTree = None
                 f"{name} {where}: expected {before.dtype}{list(before.shape)}, "
                 f"got {after.dtype}{list(after.shape)}; {origin} decides shapes and dtypes"
             )
-        # A step donates params and method state: they may not share a buffer.
+        # A step donates params and method state, so they must not share a buffer.
         return jnp.copy(after) if id(after) in others else after
 
     return jax.tree_util.tree_map_with_path(check, old, new)

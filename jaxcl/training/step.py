@@ -39,26 +39,26 @@ def make_train_step(
     r"""The training step of a method; pure, not compiled.
 
     It minimises $\sum_i w_i S_i / C_i$ over the method's terms, where $S_i$ and $C_i$ are sum and count over the
-    *whole* batch. With `accumulate > 1` the batch is worked through in micro-batches: counts first (they do not
-    depend on the model, so the compiler drops the forward pass), then gradients of $\sum_i w_i s_i / C_i$ of one
-    micro-batch after the other, added in float32. Clipping, masks and moments see the sum, once.
+    *whole* batch. With `accumulate > 1` the batch is processed in micro-batches: first the counts (they do not depend
+    on the model, so the compiler drops the forward pass), then the gradients of $\sum_i w_i s_i / C_i$ per micro-batch,
+    added in float32. Clipping, masks and moments are applied once, to the sum.
 
-    Where the network has adapters, there are gradients, moments and updates of these alone (`trained`); the method's
-    loss still sees all params.
+    If the network has adapters, only they have gradients, moments and updates (`trained`); the method's loss still sees
+    all params.
 
     Args:
       method: the method.
       transform: what `method.transform` returned.
       optimizer: the optimizer section, for the schedule.
-      accumulate: micro-batches of a batch; the batch size must be a multiple of it.
+      accumulate: micro-batches per batch; divides the batch size.
       layout: the run's layout.
       privacy: clip each example's gradient and add noise; see `private_gradient`.
       opt_shardings: where to bring optimizer state that is offloaded to the host; `None`: it is not offloaded.
 
     Returns:
-      `step(state, batch, key) -> (state, metrics)`. `key` is the run's: it is folded with the step's number. Metrics
-      are float32 scalars: `loss`; `term/<name>`, the mean of each term; `grad_norm` (before clipping), `param_norm`
-      and `update_norm`, of what is trained; `learning_rate`; `tokens`, the number of tokens that are no padding.
+      `step(state, batch, key) -> (state, metrics)`. `key` is the run's; the step's number is folded into it. Metrics
+      are float32 scalars: `loss`; `term/<name>`, the mean of each term; `grad_norm` (before clipping), `param_norm` and
+      `update_norm`, of the trained params; `learning_rate`; `tokens`, the number of tokens that are not padding.
     """
     gradient = _whole if accumulate == 1 else _accumulated(accumulate, layout)
     if privacy is not None:
@@ -74,7 +74,7 @@ def make_train_step(
         (total, means), grads = gradient(loss, params, batch, key)
         rate = learning_rate(optimizer, state.clock)
         with jax.named_scope("optimizer"):
-            # The optimizer works in float32 whatever the params are kept in; see `Trainer.init`.
+            # The optimizer works in float32, whatever the dtype of the params; see `Trainer.init`.
             grads = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), grads)
             extra = method.update_args(state.params, _own(state.method_state), batch, jax.random.fold_in(key, 1))
             opt_state = state.opt_state if opt_shardings is None else jax.device_put(state.opt_state, opt_shardings)
@@ -102,7 +102,7 @@ def make_train_step(
 
 
 def all_terms(method: Method, params: PyTree, state: PyTree, batch: Batch, key: Array) -> Terms:
-    """The method's terms of a batch; those of the remembered rows beside it have `memory_` before their names."""
+    """The method's terms of a batch; those of its remembered rows (`batch.memory`) are prefixed with `memory_`."""
     if batch.memory is None:
         return _terms(method, params, state, batch, key)
     keys = jax.random.split(key)
@@ -123,7 +123,7 @@ def _terms(method: Method, params: PyTree, state: PyTree, batch: Batch, key: Arr
 
 
 def _own(state: PyTree) -> PyTree:
-    """A copy of the containers, so that a method that changes its state in place changes nothing that others see."""
+    """A copy of the containers, so that in-place changes by a method have no effect elsewhere."""
     return jax.tree.map(lambda leaf: leaf, state)
 
 

@@ -1,6 +1,6 @@
 """What a method stores with remembered rows: without padding on disk, in fixed shapes in a batch.
 
-Which axes are padded is declared by `Method.stored`; cutting and padding follow from that.
+`Method.stored` declares which axes are padded; removing and adding the padding follow from it.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def trim(record: Mapping[str, np.ndarray], stored: Mapping[str, Stored], *, leng
     Args:
       record: what `Method.signals` returned for the row.
       stored: how each array is stored.
-      length: the row's tokens.
-      predict: its scored positions.
+      length: number of tokens of the row.
+      predict: number of its scored positions.
 
     Examples:
       >>> record = {"places": np.array([0, 4, -1]), "values": np.arange(12).reshape(3, 4)}
@@ -43,12 +43,12 @@ def trim(record: Mapping[str, np.ndarray], stored: Mapping[str, Stored], *, leng
 
 
 def collate(records: Sequence[Mapping[str, np.ndarray] | None], stored: Mapping[str, Stored], shapes: Shapes) -> Record:
-    """Trimmed records as the arrays of a batch.
+    """Trimmed records, padded to the arrays of a batch.
 
     Args:
-      records: of each row; `None` for rows that only fill the batch.
+      records: record of each row; `None` for filler rows.
       stored: how each array is stored.
-      shapes: of each array, with a leading `batch` axis of any size; see `stored_shapes`.
+      shapes: shape of each array, with a leading `batch` axis of any size; see `stored_shapes`.
     """
     batch = {
         name: np.full((len(records), *shape.shape[1:]), _of(stored, name).fill, shape.dtype)
@@ -62,7 +62,7 @@ def collate(records: Sequence[Mapping[str, np.ndarray] | None], stored: Mapping[
 
 
 def stored_shapes(method: Method[Any], params: Params, state: State, rows: int, shape: Shape) -> Shapes:
-    """What a batch of remembered rows carries as `teacher`, from shapes alone; empty if the method stores nothing.
+    """Shapes of the `teacher` field of a batch of remembered rows; empty if the method stores nothing.
 
     Args:
       method: the method.
@@ -83,14 +83,14 @@ def stored_shapes(method: Method[Any], params: Params, state: State, rows: int, 
 
 
 class Collate:
-    """`collate` for a method. Shapes follow from the batch's shape alone: all processes must agree on them."""
+    """`collate` for a method. Shapes depend on the batch's shape only, so that all processes agree on them."""
 
     def __init__(self, method: Method[Any], params: Params, state: State) -> None:
         self._stored = method.stored
         self._shapes = functools.cache(lambda shape: stored_shapes(method, params, state, 1, shape))
 
     def __call__(self, records: Sequence[Mapping[str, np.ndarray] | None], shape: Shape) -> Record:
-        """The records of a batch's rows as arrays with leading axis `batch`."""
+        """The records of a batch's rows, as arrays with a leading batch axis."""
         return collate(records, self._stored, self._shapes(shape))
 
 

@@ -1,4 +1,4 @@
-"""The task at hand, as methods see it, and the records they keep of its memory."""
+"""The current task as methods see it, and the records that they store with its remembered rows."""
 
 from __future__ import annotations
 
@@ -8,32 +8,33 @@ from typing import Protocol
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from jaxcl.data.rows import HostBatch
 from jaxcl.functional.losses import real_length
 from jaxcl.models.batch import Batch
 from jaxcl.sharding.layout import Layout
 from jaxcl.training.compile import Compiler
-from jaxcl.training.feed import Rows, place_batch
+from jaxcl.training.feed import place_batch
 from jaxcl.training.state import TrainState
 from jaxcl.training.stored import Record, trim
 from jaxcl.training.trainer import Trainer
 
 
-class Pipeline(Protocol):
-    """One pass over examples, this process's rows of each batch, the last batch filled up."""
+class ExampleSource(Protocol):
+    """Examples in batches, this process's rows only; the last batch is completed with filler rows."""
 
-    def once(self, limit: int | None, seed: int) -> Iterator[Rows]:
-        """Rows of (the first `limit` of a shuffle by `seed` of) the examples."""
+    def once(self, limit: int | None, seed: int) -> Iterator[HostBatch]:
+        """One pass over (the first `limit` of a shuffle by `seed` of) the examples."""
         ...
 
 
 class RunningTask:
-    """What a method may ask of the task at hand; implements `jaxcl.methods.base.Task`.
+    """The current task; implements `jaxcl.methods.base.Task`.
 
     Attributes:
       index: position of the task in the sequence.
       name: its name.
       count: number of tasks in the sequence.
-      key: a random key of this task and moment.
+      key: a random key of this task and stage.
       compile: `jax.jit` with the run's shardings.
     """
 
@@ -45,8 +46,8 @@ class RunningTask:
         count: int,
         key: Array,
         seed: int,
-        pipeline: Pipeline,
-        memory: Pipeline | None,
+        pipeline: ExampleSource,
+        memory: ExampleSource | None,
         params_before: Callable[[], PyTree],
         compiler: Compiler,
     ) -> None:
@@ -56,11 +57,11 @@ class RunningTask:
           index: position of the task in the sequence.
           name: its name.
           count: number of tasks in the sequence.
-          key: a random key; give another one to `prepare` than to `consolidate`.
+          key: a random key; `prepare` and `consolidate` get different ones.
           seed: seed of the shuffle of `examples`.
           pipeline: its training examples.
-          memory: its examples that go into the memory, `None` where none do.
-          params_before: reads the params as they were before the task.
+          memory: its examples that go into the memory; `None`: none.
+          params_before: reads the params from before the task.
           compiler: the run's compiler.
         """
         self.index = index
@@ -75,7 +76,7 @@ class RunningTask:
 
     @property
     def layout(self) -> Layout:
-        """Where arrays live."""
+        """The shardings of the run."""
         return self.compile.layout
 
     def examples(self, limit: int | None = None) -> Iterator[Batch]:
@@ -83,23 +84,23 @@ class RunningTask:
         return self._place(self._pipeline, limit)
 
     def memory(self) -> Iterator[Batch]:
-        """One pass over the examples of this task that go into the memory; none without a memory."""
+        """One pass over the examples of this task that go into the memory; empty without a memory."""
         return iter(()) if self._memory is None else self._place(self._memory, None)
 
     def params_before(self) -> PyTree:
-        """The params as they were before this task, read anew at every call."""
+        """The params from before this task, read from the checkpoint at every call."""
         return self._params_before()
 
-    def _place(self, pipeline: Pipeline, limit: int | None) -> Iterator[Batch]:
-        for rows in pipeline.once(limit, self._seed):
+    def _place(self, source: ExampleSource, limit: int | None) -> Iterator[Batch]:
+        for rows in source.once(limit, self._seed):
             yield place_batch(rows, self.layout.batch)
 
 
 def signal_records(trainer: Trainer, state: TrainState, task: RunningTask) -> Iterator[tuple[int, Record]]:
-    """Runs `Method.signals` over the task's memory: what is stored beside each remembered row.
+    """Runs `Method.signals` over the task's memory: the records to store with the remembered rows.
 
-    Each process gets the rows that its own devices hold; the rows of a batch are read while the next batch is computed.
-    Rows that only fill a batch (`example` < 0) are left out.
+    Each process gets the rows on its own devices; the rows of a batch are read while the next batch is computed. Filler
+    rows (`example` < 0) are left out.
 
     Args:
       trainer: the run's trainer.
@@ -107,7 +108,7 @@ def signal_records(trainer: Trainer, state: TrainState, task: RunningTask) -> It
       task: the task just learned.
 
     Yields:
-      The example's number in its task, and its record without its padding; nothing if the method stores nothing.
+      The example's number in its task, and its record without padding; nothing if the method stores nothing.
     """
     signals = trainer.compile.per_row(trainer.method.signals)
     pending: dict[str, Array] | None = None
@@ -121,7 +122,7 @@ def signal_records(trainer: Trainer, state: TrainState, task: RunningTask) -> It
     yield from _real_rows(trainer, pending)
 
 
-# What stands with the signals of a batch on their way to the host.
+# Names of the row sizes that are sent to the host with the signals of a batch.
 _EXAMPLE, _LENGTH, _PREDICT = "/example", "/length", "/predict"
 
 
@@ -138,7 +139,7 @@ def _real_rows(trainer: Trainer, pending: dict[str, Array] | None) -> Iterator[t
 
 
 def _local_rows(array: Array) -> np.ndarray:
-    """The rows on this process's devices, in order, each once (an array may be replicated over `tensor`)."""
+    """The rows on this process's devices, in order, each only once (an array may be replicated over `tensor`)."""
     if array.is_fully_addressable:
         return np.asarray(array)
     parts = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}

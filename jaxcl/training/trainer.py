@@ -1,4 +1,4 @@
-"""One method on one layout: its state, its compiled step."""
+"""One method with one layout: its state and its compiled step."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from jaxcl.training.step import Metrics, make_train_step
 
 
 class Trainer:
-    """What stays the same over all tasks of a run: the method, where arrays live, and the step compiled for them.
+    """What is the same for all tasks of a run: the method, the layout, and the compiled step.
 
     Attributes:
       method: the method.
-      layout: where arrays live.
+      layout: shardings of the run's arrays.
       compile: `jax.jit` with the run's shardings (`Task.compile`).
       shardings: a `TrainState` of `NamedSharding`.
-      target: a `TrainState` of `jax.ShapeDtypeStruct` with shardings: what `Checkpoints.restore` restores to.
+      target: a `TrainState` of `jax.ShapeDtypeStruct` with shardings, for `Checkpoints.restore`.
     """
 
     def __init__(
@@ -47,10 +47,10 @@ class Trainer:
         Args:
           method: the method.
           optimizer: the optimizer section.
-          layout: where arrays live.
-          accumulate: micro-batches of a batch.
+          layout: shardings of the run's arrays.
+          accumulate: micro-batches per batch.
           seed: seed of everything random within steps (dropout, sampled queries).
-          privacy: train with clipped gradients and noise.
+          privacy: clip each example's gradient and add noise; `None`: do not.
         """
         self.method = method
         self.optimizer = optimizer
@@ -59,10 +59,10 @@ class Trainer:
         self._transform = method.transform(make_parts(optimizer))
         shapes = jax.eval_shape(self._init, layout.shapes)
         self.shardings = state_shardings(shapes, layout)
-        moments = None
+        opt_shardings = None
         if optimizer.offload:
-            moments = self.shardings.opt_state
-            self.shardings = self.shardings.replace(opt_state=on_host(shapes.opt_state, moments))
+            opt_shardings = self.shardings.opt_state
+            self.shardings = self.shardings.replace(opt_state=on_host(shapes.opt_state, opt_shardings))
         self.target: TrainState = abstract(shapes, self.shardings)
         self._seed = seed
         self._reset = jax.jit(_fresh(self._init_optimizer), out_shardings=self.shardings.opt_state)
@@ -73,7 +73,7 @@ class Trainer:
             accumulate=accumulate,
             layout=layout,
             privacy=privacy,
-            opt_shardings=moments,
+            opt_shardings=opt_shardings,
         )
         self.jitted_step = jax.jit(
             self.compile.trace(step),
@@ -84,18 +84,18 @@ class Trainer:
 
     @functools.cached_property
     def key(self) -> Array:
-        """What everything random within steps comes from, on all devices; not made before a step runs."""
+        """The key of everything random within steps, replicated; made when first needed."""
         return put(jax.random.key(self._seed), self.layout.replicated)
 
     def init(self, params: PyTree) -> TrainState:
         """The state before the first task.
 
         Args:
-          params: the model's params, sharded as `layout.params` says (others are moved there). The state takes them
-            over: the first step deletes them.
+          params: the model's params; moved to the shardings `layout.params` if necessary. The state owns them: the
+            first step deletes them.
 
         Returns:
-          Step 0, no task begun.
+          The state at step 0.
         """
         params = put(params, self.layout.params)
         method_state = self.init_method(params)
@@ -107,18 +107,18 @@ class Trainer:
         return jax.jit(_fresh(self.method.init), out_shardings=self.shardings.method_state)(params)
 
     def target_of(self, num_tasks: int) -> TrainState:
-        """The `target` of a run of the same method with another number of tasks."""
+        """The `target` of a run of the same method with a different number of tasks."""
         method = type(self.method)(self.method.options, self.method.network, num_tasks)
         shapes = jax.eval_shape(method.init, self.layout.shapes)
         return self.target.replace(method_state=abstract(shapes, self.layout.like_params(shapes)))
 
     def grow(self, state: TrainState) -> TrainState:
-        """The state of a run of fewer tasks, with room for this run's; see `Method.grow`."""
+        """The state of a run of fewer tasks, grown to this run's number of tasks; see `Method.grow`."""
         grow = jax.jit(self.method.grow, out_shardings=self.shardings.method_state)
         return state.replace(method_state=grow(state.params, state.method_state))
 
     def start_task(self, state: TrainState, total: int) -> TrainState:
-        """The state at the start of a task: schedule at 0 of `total` steps, moments forgotten if so configured.
+        """The state at the start of a task: the schedule restarts, and the moments are reset if so configured.
 
         Args:
           state: the state after the previous task; do not use it any more.
@@ -126,17 +126,17 @@ class Trainer:
         """
         clock = put(Clock.start(self.optimizer, total), self.layout.replicated)
         if self.optimizer.reset_optimizer:
-            # The old moments go before the new ones come: there need not be room for both.
+            # The old moments are deleted before the new ones are created, so that memory never holds both.
             jax.tree.map(lambda leaf: leaf.delete(), state.opt_state)
             state = state.replace(opt_state=self._reset(state.params))
         return state.replace(clock=clock)
 
     def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        """One optimizer step, dispatched and not waited for; `state` is donated. See `make_train_step`."""
+        """Dispatches one optimizer step; `state` is donated. See `make_train_step`."""
         return self.jitted_step(state, batch, self.key)
 
     def with_method_state(self, state: TrainState, new: PyTree) -> TrainState:
-        """The state with what `Method.prepare` or `Method.consolidate` returned.
+        """The state with the method state that `Method.prepare` or `Method.consolidate` returned.
 
         Raises:
           ValueError: structure, shapes or dtypes changed.
@@ -144,7 +144,7 @@ class Trainer:
         return replace_method_state(state, new, self.layout)
 
     def with_params(self, state: TrainState, new: PyTree) -> TrainState:
-        """The state with what `Method.final_params` returned.
+        """The state with the params that `Method.final_params` returned.
 
         Raises:
           ValueError: structure, shapes or dtypes changed.
@@ -152,7 +152,7 @@ class Trainer:
         return replace_params(state, new, self.layout)
 
     def feed(self, rows: RowIterator, *, prefetch: int) -> Feed:
-        """Batches from rows, on this run's devices."""
+        """Batches on this run's devices."""
         return Feed(rows, self.layout.batch, prefetch=prefetch)
 
     def _init(self, params: PyTree) -> TrainState:
@@ -162,10 +162,10 @@ class Trainer:
         )
 
     def _init_optimizer(self, params: PyTree) -> PyTree:
-        """Moments in float32, also where the params are bfloat16: a second moment in bfloat16 stops moving."""
+        """Moments in float32 even if the params are bfloat16: a second moment in bfloat16 would stop changing."""
         return self._transform.init(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), trained(params)))
 
 
 def _fresh(function: Callable[[PyTree], PyTree]) -> Callable[[PyTree], PyTree]:
-    """`function`, whose results share no buffer with its argument: a step could not donate such a buffer twice."""
+    """`function` with copied results: a step cannot donate a buffer that they share with the argument."""
     return lambda params: jax.tree.map(jnp.copy, function(params))

@@ -1,4 +1,4 @@
-"""How the axes of a tensor in a file become the axes of a parameter, and back, one slice at a time."""
+"""Rearranges axes between a tensor in a file and a parameter, in both directions, also for slices."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 Index = tuple[slice, ...]
 Group = tuple[str, ...]
 
-# Axes whose size the layout itself says.
+# Axes of fixed size.
 _FIXED = {"pair": 2}
 
 
@@ -33,7 +33,7 @@ def _groups(side: str) -> tuple[Group, ...]:
 
 
 def whole(shape: Sequence[int]) -> Index:
-    """The index of everything."""
+    """The index of a whole array."""
     return tuple(slice(0, size) for size in shape)
 
 
@@ -41,13 +41,13 @@ def whole(shape: Sequence[int]) -> Index:
 class Layout:
     """A rearrangement of axes, written as in `"(heads head_dim) embed -> embed heads head_dim"`.
 
-    Axes in parentheses are merged into one dimension, the first varying slowest. Left is the tensor as the file has
-    it, right the parameter. Any part of the parameter can be read without reading more of the file than the
-    dimensions it is cut along allow.
+    Axes in parentheses are merged into one dimension, with the first one slowest. The left side is the tensor in the
+    file, the right side the parameter. A slice of the parameter can be read without reading the whole tensor, as far as
+    the slowest axes of the tensor's dimensions allow.
 
     Attributes:
-      source: axis names of each dimension in the file.
-      target: axis names of each dimension of the parameter.
+      source: axis names per dimension in the file.
+      target: axis names per dimension of the parameter.
     """
 
     source: tuple[Group, ...]
@@ -56,7 +56,7 @@ class Layout:
     @classmethod
     @functools.cache
     def parse(cls, text: str) -> Layout:
-        """The layout of a text.
+        """Parses a layout.
 
         Raises:
           ValueError: the two sides do not name the same axes.
@@ -86,7 +86,7 @@ class Layout:
         return sizes
 
     def source_shape(self, target_shape: Sequence[int]) -> tuple[int, ...]:
-        """Shape the tensor has in the file, for a parameter of a given shape.
+        """The tensor's shape in the file, for a parameter of a given shape.
 
         >>> Layout.parse("(heads head_dim) embed -> embed heads head_dim").source_shape((16, 2, 8))
         (16, 16)
@@ -95,22 +95,22 @@ class Layout:
         return tuple(math.prod(sizes[axis] for axis in group) for group in self.source)
 
     def read(self, fetch: Callable[[Index], np.ndarray], target_shape: Sequence[int], index: Index) -> np.ndarray:
-        """Part of the parameter.
+        """A part of the parameter.
 
         Args:
           fetch: reads a part of the tensor in the file.
           target_shape: shape of the whole parameter.
-          index: the part wanted, a slice with a start and a stop for each dimension.
+          index: the part, a slice with start and stop per dimension.
 
         Returns:
-          That part; a view of what `fetch` returned where the layout allows it.
+          The part; a view of what `fetch` returned if the layout allows it.
         """
         sizes = self._sizes(target_shape)
         bounds = {axis: (0, size) for axis, size in sizes.items()}
         for group, cut in zip(self.target, index, strict=True):
             if len(group) == 1:
                 bounds[group[0]] = (cut.start, cut.stop)
-        # In the file, a dimension can be cut along its slowest axis; the other cuts are made on what was read.
+        # In the file, a dimension is sliced along its slowest axis; the other axes are sliced after reading.
         inner = [math.prod(sizes[axis] for axis in group[1:]) for group in self.source]
         rows = tuple(
             slice(bounds[group[0]][0] * step, bounds[group[0]][1] * step)
@@ -125,7 +125,7 @@ class Layout:
         return part[tuple(slice(None) if len(g) == 1 else i for g, i in zip(self.target, index, strict=True))]
 
     def write(self, parameter: np.ndarray) -> np.ndarray:
-        """The tensor as the file has it, contiguous.
+        """The tensor for the file, contiguous.
 
         >>> Layout.parse("(heads head_dim) embed -> embed heads head_dim").write(np.zeros((16, 2, 8))).shape
         (16, 16)

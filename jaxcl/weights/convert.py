@@ -1,4 +1,4 @@
-"""From any checkpoint that can be read to one that is written."""
+"""Conversion between checkpoint formats."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ def convert(
     dtype: str = "float32",
     write_tokenizer: Callable[[Path], None] | None = None,
 ) -> Path:
-    """Reads a checkpoint and writes it anew.
+    """Reads a checkpoint and writes it in another format.
 
-    Tokenizer files beside the source are carried along.
+    Tokenizer files in the source's folder are copied.
 
     Args:
       source: see `locate`.
       destination: a folder that does not exist yet or is empty.
-      format: `hf`: config.json and safetensors, adapters merged; `orbax`: a folder that loads shard by shard, adapters
-        kept; `peft`: the adapters alone.
-      dtype: `float32`, `bfloat16`, or but for `orbax` `float16`.
-      write_tokenizer: called with the finished folder where no tokenizer files lie beside the source (a GGUF file
-        holds its tokenizer inside).
+      format: `hf`: config.json and safetensors, with merged adapters; `orbax`: a folder that loads shard by shard, with
+        separate adapters; `peft`: the adapters alone.
+      dtype: `float32`, `bfloat16` or, except for `orbax`, `float16`.
+      write_tokenizer: called with the finished folder if the source's folder has no tokenizer files (a GGUF file
+        contains its tokenizer).
 
     Returns:
       The folder.
 
     Raises:
-      UserError: the source cannot be read or the destination not be written.
+      UserError: the source cannot be read, or the destination cannot be written.
     """
     allowed = ("float32", "bfloat16") if format == "orbax" else DTYPES
     if dtype not in allowed:
@@ -55,11 +55,11 @@ def convert(
     folder = place if place.is_dir() else place.parent
     has_tokenizer = any((folder / name).is_file() for name in TOKENIZER_FILES)
     config = read_config(source)
-    # Held in float32 on the way to float16, whose range is checked tensor by tensor.
+    # Kept in float32 until written as float16, whose range is checked per tensor.
     held = "float32" if dtype == "float16" else dtype
     config = config.model_copy(update={"compute": config.compute.model_copy(update={"param_dtype": held})})
     network = Network.create(config)
-    # Classifiers come without the head that predicts tokens, and are none the worse for a fresh one.
+    # Checkpoints of classifiers have no language-model head; they get a randomly initialised one.
     params = load_params(source, network, key=jax.random.key(0) if config.num_labels else None)
     tokenizer_folder = folder if has_tokenizer else None
     if format == "orbax":

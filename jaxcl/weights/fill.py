@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint into params on their devices, without a second copy of the model on the host."""
+"""Reads tensors of a checkpoint into params on devices, without a copy of the model on the host."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from jaxcl.weights.source import Source
 
 
 def read_param(source: Source, found: Match, leaf: jax.ShapeDtypeStruct, sharding: Sharding | None) -> Array:
-    """One parameter where it belongs.
+    """One parameter, sharded.
 
-    A stacked parameter is allocated on its devices and filled there layer by layer, so that the host holds one layer
-    of it at a time; of a layer that is cut for several devices, only the parts needed here are read.
+    A stacked parameter is allocated on its devices and filled layer by layer, so that the host holds only one layer of
+    it; of a layer that is split over devices, only the parts for this process are read.
 
     Args:
       source: the checkpoint.
       found: the tensors.
       leaf: shape and dtype of the parameter.
-      sharding: where it lives; `None`: the default device, not committed to it.
+      sharding: its sharding; `None`: the default device, uncommitted.
 
     Returns:
-      The parameter, complete.
+      The parameter.
     """
     layout = found.row.layout
 
@@ -40,7 +40,7 @@ def read_param(source: Source, found: Match, leaf: jax.ShapeDtypeStruct, shardin
         return _own(_place(leaf.shape, sharding, functools.partial(read, found.names[0], leaf.shape)))
     inner = leaf.shape[1:]
     if sharding is not None and _without_layers(sharding) is None:
-        # The layers themselves are divided among devices: each part is put together on the host.
+        # The layers axis is split over devices: each part is stacked on the host.
         def stack(bounds: Index) -> np.ndarray:
             return np.stack([read(name, inner, bounds[1:]) for name in found.names[bounds[0]]])
 
@@ -53,7 +53,7 @@ def read_param(source: Source, found: Match, leaf: jax.ShapeDtypeStruct, shardin
 
 
 def _place(shape: tuple[int, ...], sharding: Sharding | None, read: Callable[[Index], np.ndarray]) -> Array:
-    """An array of the parts that `read` returns; devices that hold the same part share it."""
+    """An array made of the parts that `read` returns; each part is read once for all devices with it."""
     parts: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
 
     def part(index: Index | None) -> np.ndarray:
@@ -65,17 +65,17 @@ def _place(shape: tuple[int, ...], sharding: Sharding | None, read: Callable[[In
         return parts[name]
 
     array = jax.device_put(part(None)) if sharding is None else jax.make_array_from_callback(shape, sharding, part)
-    # The host's memory may be used again only when the devices have their own.
+    # Wait for the copy to the devices before the host's memory is reused.
     return jax.block_until_ready(array)
 
 
 def _own(array: Array) -> Array:
-    """The array in memory of jax's own: on the CPU it may share numpy's, which cannot be donated to a step."""
+    """The array in memory owned by jax: on the CPU it may share numpy's memory, which a step cannot donate."""
     return jnp.copy(array) if array.platform() == "cpu" else array
 
 
 def _without_layers(sharding: Sharding) -> Sharding | None:
-    """The sharding of one layer of a stacked parameter; `None` where it divides the layers or is of another kind."""
+    """The sharding of one layer of a stacked parameter; `None` if it splits the layers or is of another kind."""
     if isinstance(sharding, SingleDeviceSharding):
         return sharding
     if isinstance(sharding, NamedSharding) and not (sharding.spec and sharding.spec[0]):
@@ -83,7 +83,7 @@ def _without_layers(sharding: Sharding) -> Sharding | None:
     return None
 
 
-# Compiled once for all params of a shape, hence the caches.
+# Cached, so that each shape is compiled once.
 @functools.cache
 def _zeros(sharding: Sharding | None) -> Callable[[tuple[int, ...], np.dtype], Array]:
     return jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=sharding)

@@ -1,4 +1,4 @@
-"""A folder that appears only when everything in it has been written."""
+"""A folder that is written atomically."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ TOKENIZER_FILES = (
 
 @contextlib.contextmanager
 def new_folder(target: Path, tokenizer_folder: str | os.PathLike[str] | None = None) -> Iterator[Path]:
-    """Makes a folder to write into, and gives it its name at the end; after an error nothing is left of it.
+    """Creates a temporary folder and renames it at the end; after an error it is removed.
 
-    Every process enters; process 0 makes and names the folder.
+    All processes must enter; process 0 creates and renames the folder.
 
     Args:
-      target: the name; nothing or an empty folder may be there.
+      target: the final name; must not exist or be an empty folder.
       tokenizer_folder: where tokenizer files are copied from.
 
     Yields:
-      The folder to write into, beside `target`.
+      The folder to write into.
 
     Raises:
       UserError: `target` is in use or cannot be written, or there is no such `tokenizer_folder`.
@@ -45,7 +45,7 @@ def new_folder(target: Path, tokenizer_folder: str | os.PathLike[str] | None = N
     if tokenizer_folder is not None and not Path(tokenizer_folder).is_dir():
         raise UserError(f"{tokenizer_folder}: no such folder to copy the tokenizer from")
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise UserError(f"{target} exists already; name a folder that does not")
+        raise UserError(f"{target} exists already; name a new folder")
     partial = target.with_name(f".{target.name}.partial")
     first = jax.process_index() == 0
     try:
@@ -68,13 +68,13 @@ def new_folder(target: Path, tokenizer_folder: str | os.PathLike[str] | None = N
 
 
 def copy_tokenizer(source: Path, target: Path) -> list[str]:
-    """Copies the tokenizer files that are there; their names are returned."""
+    """Copies the tokenizer files that exist and returns their names."""
     copied = [name for name in TOKENIZER_FILES if (source / name).is_file()]
     for name in copied:
         shutil.copyfile(source / name, target / name)
     return copied
 
 
-def _together(moment: str) -> None:
+def _together(point: str) -> None:
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(moment)
+        multihost_utils.sync_global_devices(point)

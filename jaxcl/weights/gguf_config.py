@@ -1,4 +1,4 @@
-"""The metadata of a GGUF file, to a model configuration."""
+"""From the metadata of a GGUF file to a model configuration."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def from_gguf(file: Gguf) -> dict[str, Any]:
     """Fields of the model configuration that a GGUF file describes.
 
     Raises:
-      UserError: an architecture or a switch that jaxcl has no network for, or missing metadata.
+      UserError: an architecture or setting that jaxcl does not support, or missing metadata.
     """
 
     def need(key: str) -> Any:
@@ -39,7 +39,7 @@ def from_gguf(file: Gguf) -> dict[str, Any]:
     heads, hidden = need("llama.attention.head_count"), need("llama.embedding_length")
     kv_heads = file.get("llama.attention.head_count_kv", heads)
     if isinstance(heads, list) or isinstance(kv_heads, list):
-        raise UserError(f"{file.where}: heads that differ from layer to layer are not supported")
+        raise UserError(f"{file.where}: numbers of heads that differ between layers are not supported")
     head_dim = file.get("llama.attention.key_length", hidden // heads)
     for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
         if (value := file.get(key, head_dim)) != head_dim:
@@ -67,18 +67,18 @@ def from_gguf(file: Gguf) -> dict[str, Any]:
 
 
 def sliding_window(file: Gguf) -> int | None:
-    """The number of tokens each token sees, where the metadata limits it."""
+    """The attention window in tokens; `None` if the metadata does not limit it."""
     return file.get("llama.attention.sliding_window")
 
 
 def token_ids(file: Gguf) -> dict[str, int]:
-    """Special token ids under the names they have in `config.json`."""
+    """Special token ids, by their names in `config.json`."""
     found = {ours: file.get(theirs) for ours, theirs in _TOKEN_IDS.items()}
     return {name: int(value) for name, value in found.items() if value is not None}
 
 
 def _rope_scaling(file: Gguf, head_dim: int, theta: float) -> dict[str, Any] | None:
-    """The rule of the rotary frequencies; the llama3 rule is in the file only as the factors that follow from it."""
+    """The scaling of the rotary frequencies; GGUF stores the llama3 rule only as the resulting factors."""
     if _FREQUENCIES in file.shapes:
         factors = file.read(_FREQUENCIES, whole(file.shapes[_FREQUENCIES]))
         scaling = RopeScaling(type="llama3", factor=float(factors.max()))

@@ -1,4 +1,4 @@
-"""The tensors and metadata of a GGUF file, dequantised in parts."""
+"""The metadata and tensors of a GGUF file; tensors are dequantised in parts."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import numpy as np
 from jaxcl.errors import UserError
 from jaxcl.weights.axes import Index
 
-# Longer lists of the metadata are those of the tokenizer.
+# Longer lists in the metadata belong to the tokenizer.
 _LONGEST = 1024
 
 
 class _Contents(NamedTuple):
-    """What a file holds: its short metadata, and tensors that are still on disk."""
+    """The content of a file: its metadata without long lists, and its tensors, which stay on disk."""
 
     metadata: dict[str, Any]
     tensors: dict[str, Any]
@@ -39,24 +39,24 @@ class Gguf:
             self._contents = _contents(path, stat.st_mtime_ns, stat.st_size)
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-        # A file cut short shows as an index or a shape that does not fit, somewhere inside the reader.
+        # For a truncated file the reader fails with one of these.
         except (ValueError, IndexError, KeyError, OverflowError) as error:
             raise UserError(f"{path} is not a complete GGUF file: {error}") from None
         tensors = self._contents.tensors
         self.shapes = {name: tuple(int(n) for n in reversed(t.shape)) for name, t in tensors.items()}
 
     def get(self, key: str, default: Any = None) -> Any:
-        """A value of the metadata; float32 values as the shortest decimal that stands for them."""
+        """A value of the metadata; float32 values are rounded to their shortest decimal representation."""
         return self._contents.metadata.get(key, default)
 
     def read(self, name: str, index: Index) -> np.ndarray:
         """Part of a tensor, float32.
 
         Raises:
-          UserError: the quantisation is one that the gguf package cannot undo.
+          UserError: the gguf package cannot dequantise the tensor.
         """
         tensor = self._contents.tensors[name]
-        # Only the last axis is quantised in blocks; the others can be cut before dequantising.
+        # Only the last axis is quantised in blocks; the others are sliced before dequantising.
         rows = tensor.data[index[:-1]] if len(index) > 1 else tensor.data
         try:
             values = gguf.quants.dequantize(rows, tensor.tensor_type)
@@ -72,12 +72,12 @@ class Gguf:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Nothing is held open: tensors are views of the file's memory map."""
+        """Does nothing: tensors are views of the file's memory map."""
 
 
 @functools.lru_cache(maxsize=2)
 def _contents(path: Path, modified: int, size: int) -> _Contents:
-    """Parsed once for the configuration and the tensors: a vocabulary in the metadata makes it take seconds."""
+    """Cached for the configuration and the tensors: parsing a vocabulary in the metadata takes seconds."""
     reader = gguf.GGUFReader(path)
     metadata = {key: _value(field) for key, field in reader.fields.items() if len(field.data) <= _LONGEST}
     return _Contents(metadata, {tensor.name: tensor for tensor in reader.tensors})

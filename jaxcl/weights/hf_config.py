@@ -1,4 +1,4 @@
-"""`config.json` of a Hugging Face checkpoint, to a model configuration and back."""
+"""From the `config.json` of a Hugging Face checkpoint to a model configuration, and back."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jaxcl.models.rotary import RopeScaling
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "cls_token_id", "sep_token_id", "mask_token_id")
 
-# transformers' names of the activations, the one written first.
+# transformers' names of the activations; the first one is written.
 _ACTIVATIONS = {
     "gelu": ("gelu",),
     "gelu_tanh": ("gelu_pytorch_tanh", "gelu_new"),
@@ -30,7 +30,7 @@ class HfConfig:
         self.where = where
 
     def need(self, key: str) -> Any:
-        """A value that has no default here.
+        """A value without a default.
 
         Raises:
           UserError: the key is missing.
@@ -41,15 +41,15 @@ class HfConfig:
         return value
 
     def get(self, key: str, default: Any = None) -> Any:
-        """A value, or `default` where it is missing or null."""
+        """A value, or `default` if it is missing or null."""
         value = self.content.get(key)
         return default if value is None else value
 
     def refuse(self, key: str, allowed: Any) -> None:
-        """Checks a key whose other values mean a network that jaxcl does not have.
+        """Checks a key of which jaxcl supports only one value.
 
         Raises:
-          UserError: the value is not the allowed one.
+          UserError: the key has another value.
         """
         if (value := self.get(key, allowed)) != allowed:
             raise UserError(f"{self.where}: {key}={value} is not supported; allowed is {allowed}")
@@ -66,7 +66,7 @@ def from_hf(content: Mapping[str, Any], where: str) -> dict[str, Any]:
       Keyword arguments of `LlamaConfig` or `RobertaConfig`.
 
     Raises:
-      UserError: a model type or a switch that jaxcl has no network for, or a missing key.
+      UserError: a model type or setting that jaxcl does not support, or a missing key.
     """
     config = HfConfig(content, where)
     kind = config.need("model_type")
@@ -76,7 +76,7 @@ def from_hf(content: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise UserError(f"{where}: quantised checkpoints are read from GGUF only; this one has a quantization_config")
     fields = _READERS[kind](config)
     if any(str(name).endswith(_CLASSIFIER) for name in config.get("architectures", ())):
-        # transformers leaves out two labels, its default.
+        # transformers does not write its default of two labels.
         fields["num_labels"] = len(config.get("id2label", {0: "", 1: ""}))
     return fields
 
@@ -110,7 +110,7 @@ def _llama(config: HfConfig) -> dict[str, Any]:
 
 
 def _rope_scaling(config: HfConfig, rope: Mapping[str, Any], max_length: int) -> dict[str, Any] | None:
-    # The key was called type in older files; in newer ones the rule stands beside the base of the frequencies.
+    # The key is called `type` in older files; newer ones keep it in `rope_parameters`, together with `rope_theta`.
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default":
         return None
@@ -160,7 +160,7 @@ def _encoder(config: HfConfig, *, bert: bool) -> dict[str, Any]:
 
 _READERS = {
     "llama": _llama,
-    # Without its sliding window, Mistral is a LLaMA.
+    # Mistral without its sliding window is a LLaMA.
     "mistral": _llama,
     "roberta": lambda config: _encoder(config, bert=False),
     "bert": lambda config: _encoder(config, bert=True),
@@ -168,19 +168,19 @@ _READERS = {
 
 
 def sliding_window(content: Mapping[str, Any]) -> int | None:
-    """The number of tokens each token sees, where a `config.json` limits it."""
+    """The attention window in tokens; `None` if a `config.json` does not limit it."""
     if content.get("model_type") == "mistral":
         return content.get("sliding_window")
     return None
 
 
 def is_bert(config: RobertaConfig) -> bool:
-    """Whether an encoder's positions are counted as BERT does, from row 0 of the table."""
+    """Whether an encoder's positions start at row 0 of the table, as in BERT."""
     return config.position_offset == 0
 
 
 def to_hf(config: LlamaConfig | RobertaConfig, token_ids: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """The `config.json` under which transformers computes the same network.
+    """The `config.json` with which transformers computes the same network.
 
     Args:
       config: the model.
@@ -188,10 +188,10 @@ def to_hf(config: LlamaConfig | RobertaConfig, token_ids: Mapping[str, Any], dty
       dtype: precision of the tensors.
 
     Raises:
-      UserError: transformers has no network with this configuration.
+      UserError: transformers has no such network.
     """
     fields = _llama_to_hf(config) if isinstance(config, LlamaConfig) else _encoder_to_hf(config)
-    # Written as null where unknown: leaving them out would mean transformers' defaults.
+    # Unknown ids are written as null: leaving them out would mean transformers' defaults.
     ids = {key: token_ids.get(key) for key in TOKEN_IDS[:3]} | dict(token_ids)
     fields = {key: value for key, value in ids.items() if key in TOKEN_IDS} | fields
     if config.num_labels:
@@ -214,7 +214,7 @@ def _llama_to_hf(config: LlamaConfig) -> dict[str, Any]:
         "head_dim": config.head_dim,
         "hidden_act": "silu",
         "max_position_embeddings": config.max_length,
-        # The keys that every release of transformers understands, old and new.
+        # Keys that all releases of transformers understand.
         "rope_theta": config.rope_theta,
         "rope_scaling": _rope_to_hf(config.rope_scaling),
         "rms_norm_eps": config.norm_eps,

@@ -1,4 +1,4 @@
-"""Checkpoints into the stacked, sharded params of a network."""
+"""Reads checkpoints into the stacked, sharded params of a network."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ _CONFIG: TypeAdapter[Any] = TypeAdapter(ModelConfig)
 
 
 def read_config(path: str | os.PathLike[str], **changes: Any) -> ModelConfig:
-    """The configuration of the network that a checkpoint was made for.
+    """The model configuration of a checkpoint.
 
     Args:
       path: see `locate`: a Hugging Face, GGUF or Orbax checkpoint, or `package:NAME`.
-      **changes: fields that shall differ from what the checkpoint says, such as `max_length` or `num_labels`.
+      **changes: fields that replace those of the checkpoint, such as `max_length` or `num_labels`.
 
     Returns:
       A `LlamaConfig` or `RobertaConfig`.
 
     Raises:
-      UserError: no readable checkpoint, or a network that jaxcl does not have.
+      UserError: no readable checkpoint, or a network that jaxcl does not support.
     """
     kind, place = locate(path)
     window = None
@@ -59,14 +59,14 @@ def read_config(path: str | os.PathLike[str], **changes: Any) -> ModelConfig:
         raise UserError(f"{where}: {key + ': ' if key else ''}{first['msg']}") from None
     if window and window < config.max_length:
         raise UserError(
-            f"{where}: attention over a sliding window of {window} tokens is not supported; with max_length at most "
-            f"{window} (now {config.max_length}) the window changes nothing"
+            f"{where}: attention over a sliding window of {window} tokens is not supported; max_length (now "
+            f"{config.max_length}) must be at most {window}, so that the window has no effect"
         )
     return config
 
 
 def read_token_ids(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Special token ids that a checkpoint's configuration names, by transformers' names (`bos_token_id`, ...)."""
+    """Special token ids in a checkpoint's configuration, by transformers' names (`bos_token_id`, ...)."""
     kind, place = locate(path)
     if kind == "gguf":
         with Gguf(place) as file:
@@ -86,23 +86,22 @@ def load_params(
 ) -> Params:
     """Reads the params of a network.
 
-    Params are filled on their devices layer by layer: beside them, the host holds one layer of one parameter, or the
-    embedding, at a time. Of tensors that are cut for several devices, only the parts needed here are read.
+    Params are filled on their devices layer by layer, so that the host holds at most one layer of one parameter, or the
+    embedding. Of tensors that are split over devices, only the parts for this process are read.
 
     Args:
       path: see `locate`: a Hugging Face, GGUF or Orbax checkpoint, or `package:NAME`.
       network: the network; `Network.create(read_config(path))` for the checkpoint's own.
-      dtype: precision of the params; that of the network's configuration if not given.
-      shardings: where each param lives, a tree like `network.shapes()` or one `Sharding` for all; the default device
-        if not given.
-      key: from which heads and adapters are drawn that the network has and the checkpoint has not; without it they are
-        an error. A head of the checkpoint that the network does not have is left out.
+      dtype: dtype of the params; default: that of the network's configuration.
+      shardings: a tree like `network.shapes()` or one `Sharding` for all params; default: the default device.
+      key: random key for heads, adapters and soft tokens that the checkpoint lacks; without it, these are an error. A
+        head of the checkpoint that the network lacks is ignored.
 
     Returns:
       The params.
 
     Raises:
-      UserError: no readable checkpoint; a tensor that is missing, left over or of a wrong shape; pickle files.
+      UserError: no readable checkpoint; a tensor that is missing, unexpected or of a wrong shape; pickle files.
     """
     kind, place = locate(path)
     shapes = {
@@ -119,7 +118,7 @@ def load_params(
     else:
         with _open(kind, place) as source:
             plan = match(source, _table(kind, network), shapes, draw=draw)
-            # Those without layers pass through the host whole, so they come first, while little else is there.
+            # Unstacked params pass through the host as a whole, so they come first, while little memory is used.
             order = sorted(plan.matches, key=lambda path: plan.matches[path].row.stacked)
             flat = {path: read_param(source, plan.matches[path], shapes[path], places[path]) for path in order}
     if plan.fresh and key is not None:
@@ -151,7 +150,7 @@ def _table(kind: Kind, network: Network) -> Table:
 def _draw(
     network: Network, key: Array, shapes: dict[str, jax.ShapeDtypeStruct], places: dict[str, Sharding | None]
 ) -> dict[str, Array]:
-    """Fresh values for some params; the rest of the network is never computed."""
+    """Randomly initialised values of some params; the others are not computed."""
 
     def draw(key: Array) -> dict[str, Array]:
         flat = flatten(network.init(key))

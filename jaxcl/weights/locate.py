@@ -1,4 +1,4 @@
-"""From what a user names to the files of a checkpoint."""
+"""From a path or package name to the files of a checkpoint."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from jaxcl.weights.source import INDEX_FILE, SINGLE_FILE
 Kind = Literal["hf", "gguf", "orbax"]
 
 PACKAGE = "package:"
-# Beside the params of an Orbax folder; written last, so that a folder without it is not complete.
+# In an Orbax folder; written last, so that a folder without it is incomplete.
 ORBAX_CONFIG = "jaxcl_model.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def locate(path: str | os.PathLike[str]) -> tuple[Kind, Path]:
-    """What kind of checkpoint a path is, and where exactly it lies.
+    """The kind of a checkpoint, and its folder or file.
 
     Args:
-      path: a folder (Hugging Face, Orbax, or holding a single `.gguf`), a `.safetensors` or `.gguf` file, or
-        `package:NAME` for the `.gguf` file inside an installed Python package.
+      path: a folder (Hugging Face, Orbax, or with a single `.gguf`), a `.safetensors` or `.gguf` file, or
+        `package:NAME` for the `.gguf` file in an installed Python package.
 
     Returns:
       The kind, and the folder or file.
 
     Raises:
-      UserError: nothing there, nothing that is known, or pickle files only.
+      UserError: the path does not exist, or holds no supported checkpoint.
     """
     if str(path).startswith(PACKAGE):
         return "gguf", _in_package(str(path).removeprefix(PACKAGE))
@@ -63,19 +63,19 @@ def _file_kind(path: Path) -> Kind:
         return "gguf"
     if path.suffix == ".safetensors":
         return "hf"
-    raise UserError(f"{path} is no model; allowed are a folder, a .safetensors or a .gguf file")
+    raise UserError(f"{path} is not a model; allowed are a folder, a .safetensors or a .gguf file")
 
 
 def _pickle(path: Path) -> UserError:
     return UserError(
-        f"{path} is a pickle file, and unpickling can run any code that is in it, so it is not read; get the "
-        "model's .safetensors files, or convert it where you trust it: transformers' "
+        f"{path} is a pickle file, which can run any code when it is read, so it is refused; get the model's "
+        ".safetensors files, or, if you trust the file, convert it with transformers: "
         "AutoModel.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER) writes safetensors"
     )
 
 
 def _in_package(name: str) -> Path:
-    # Only looked up, never imported: what a package does on import, or needs for it, is of no concern here.
+    # Only looked up, not imported, so that the package's imports are not needed.
     spec = importlib.util.find_spec(name) if name.isidentifier() else None
     if spec is None:
         hint = f"`pip install --no-deps {name.replace('_', '-')}`"

@@ -1,4 +1,4 @@
-"""Which tensor of a checkpoint fills which parameter; what is missing, left over or of a wrong shape."""
+"""Matches tensors of a checkpoint with parameters; finds missing and unexpected tensors and wrong shapes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _log = logging.getLogger(__name__)
 
 
 class Names(Protocol):
-    """What a checkpoint holds, before anything is read."""
+    """The tensors of a checkpoint, before any is read."""
 
     @property
     def where(self) -> str:
@@ -33,8 +33,8 @@ class Match(NamedTuple):
     """A parameter and the tensors that fill it.
 
     Attributes:
-      row: how the axes lie.
-      names: one tensor, or one for each layer.
+      row: name and layout.
+      names: one tensor, or one per layer.
     """
 
     row: Row
@@ -42,11 +42,11 @@ class Match(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What to read and what to draw.
+    """Which params are read and which are randomly initialised.
 
     Attributes:
-      matches: by path of the parameter.
-      fresh: paths of params of heads, adapters and soft tokens that the checkpoint does not have.
+      matches: the tensors by path of the parameter.
+      fresh: paths of params of heads, adapters and soft tokens that the checkpoint lacks.
     """
 
     matches: dict[str, Match]
@@ -58,12 +58,12 @@ def match(source: Names, table: Table, shapes: Mapping[str, Any], *, draw: bool)
 
     Args:
       source: the checkpoint.
-      table: its names.
+      table: its names and layouts.
       shapes: objects with a `shape` by path of the parameter.
-      draw: whether params of heads, adapters and soft tokens may be absent from the checkpoint.
+      draw: whether params of heads, adapters and soft tokens may be missing in the checkpoint.
 
     Raises:
-      UserError: a tensor is missing, left over or of a wrong shape; the message names it.
+      UserError: a tensor is missing, unexpected or of a wrong shape; the message names it.
     """
     present = {table.modern(name): name for name in source.shapes}
     prefixed = any(name.startswith(table.prefix) for name in present)
@@ -83,7 +83,7 @@ def match(source: Names, table: Table, shapes: Mapping[str, Any], *, draw: bool)
     _check_extra(source, table, [name for name in present if name not in used], prefixed)
     _check_shapes(source, matches, shapes)
     if fresh:
-        _log.info("%s has no %s: drawn anew", source.where, ", ".join(fresh))
+        _log.info("%s has no %s: randomly initialised", source.where, ", ".join(fresh))
     return Plan(matches, fresh)
 
 
@@ -102,7 +102,7 @@ def _check_missing(source: Names, missing: dict[str, str], fresh: Iterable[str],
         part = "an adapter" if is_adapter(first) else "the soft tokens" if is_soft(first) else "a head"
         raise UserError(
             f"{source.where}: the tensor {drawable[0]} is missing{_more(drawable)}: the checkpoint lacks {part} that "
-            "the model has (load_params draws what is missing if it is given a key)"
+            "the model has (load_params initialises it randomly if given a key)"
         )
 
 
@@ -111,11 +111,11 @@ def _check_extra(source: Names, table: Table, extra: list[str], prefixed: bool) 
     heads = {name for row in table.rows if row.path.startswith(_HEADS) for name in _names(row, table, prefixed, 0)}
     for name in sorted(extra):
         if name in heads:
-            _log.info("%s: %s belongs to a head that the model does not have: left out", source.where, name)
+            _log.info("%s: %s belongs to a head that the model does not have: ignored", source.where, name)
         elif not table.ignores(name):
             unknown.append(name)
     if unknown:
-        raise UserError(f"{source.where}: the model has no place for the tensor {unknown[0]}{_more(unknown)}")
+        raise UserError(f"{source.where}: the model has no parameter for the tensor {unknown[0]}{_more(unknown)}")
 
 
 def _check_shapes(source: Names, matches: Mapping[str, Match], shapes: Mapping[str, Any]) -> None:

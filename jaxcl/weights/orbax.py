@@ -34,14 +34,14 @@ def save_orbax(
     *,
     tokenizer_folder: str | os.PathLike[str] | None = None,
 ) -> Path:
-    """Writes params as they are, every process its own shards, with the network's configuration beside them.
+    """Writes params, every process its own shards, and the network's configuration.
 
     The configuration's `compute.param_dtype` becomes that of the params.
 
     Args:
       folder: a folder that does not exist yet or is empty.
       network: the network.
-      params: its params, sharded in any way.
+      params: its params, with any sharding.
       tokenizer_folder: where tokenizer files are copied from.
 
     Returns:
@@ -56,7 +56,7 @@ def save_orbax(
             checkpointer.save(partial / _PARAMS, params)
         if jax.process_index() == 0:
             config = network.config.model_dump(mode="json")
-            # What is read back is what was written, also where the params were cast since they were made.
+            # The params may have been cast: they are read back with the dtype they are written with.
             config["compute"]["param_dtype"] = str(jax.tree.leaves(params)[0].dtype)
             (partial / ORBAX_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return target
@@ -64,7 +64,7 @@ def save_orbax(
 
 @contextlib.contextmanager
 def _disk_errors() -> Iterator[None]:
-    """Orbax's storage reports a full disk as a ValueError that carries the system's error code in its text."""
+    """Turns Orbax's ValueError for a full disk, which has the system's error code in its text, into an OSError."""
     try:
         yield
     except ValueError as error:
@@ -94,7 +94,7 @@ class Orbax:
         self.shapes = {path: tuple(leaf.shape) for path, leaf in flatten(tree).items()}
 
     def table(self, paths: Iterable[str]) -> Table:
-        """Every param under its own path; `paths` are those that a network has."""
+        """A table in which every param is named by its path; `paths` are those of the network."""
         rows = []
         for path in sorted({*paths, *self.shapes}):
             axes = " ".join(f"axis{number}" for number in range(len(self.shapes.get(path, ()))))
@@ -104,9 +104,9 @@ class Orbax:
     def restore(
         self, shapes: Mapping[str, jax.ShapeDtypeStruct], places: Mapping[str, Sharding | None]
     ) -> dict[str, Array]:
-        """Reads params by path, in the dtype of `shapes`, each to its place."""
+        """Reads params by path, with the dtypes of `shapes`, to their shardings."""
         flat = {}
-        # One at a time: a param without a sharding passes through the host's memory.
+        # One at a time: a param without a sharding passes through host memory.
         for path, leaf in shapes.items():
             sharding = places[path]
             if sharding is None:

@@ -1,4 +1,4 @@
-"""Adapters alone, in the folder that Hugging Face PEFT reads and writes."""
+"""Adapters alone, in the format of Hugging Face PEFT."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def save_peft(
 ) -> Path:
     """Writes `adapter_config.json` and `adapter_model.safetensors`; `peft.PeftModel.from_pretrained` reads them.
 
-    With several processes all of them call, and process 0 writes.
+    With several processes, all must call it; process 0 writes.
 
     Args:
       folder: a folder that does not exist yet or is empty.
       network: a network with adapters.
-      params: its params, sharded in any way; only adapters are written.
-      base: the model that the adapters belong to, as the configuration will name it.
-      dtype: precision in the file, `float32`, `bfloat16` or `float16`.
+      params: its params, with any sharding; only adapters are written.
+      base: name of the model that the adapters belong to, for the configuration.
+      dtype: dtype in the file, `float32`, `bfloat16` or `float16`.
       tokenizer_folder: where tokenizer files are copied from.
 
     Returns:
@@ -46,7 +46,7 @@ def save_peft(
 
     Raises:
       UserError: the network has no adapters; the folder is in use or cannot be written.
-      ValueError: params that are not those of the network, or an unknown dtype.
+      ValueError: the params do not belong to the network, or unknown dtype.
     """
     if network.config.lora is None or network.num_soft_tokens:
         found = "soft tokens" if network.num_soft_tokens else "no adapters (model.lora)"
@@ -83,7 +83,7 @@ def _config(network: Network, table: Table, paths: Iterable[str], base: str | No
 
 
 def _modules(table: Table, projections: set[str], layers: int) -> list[str]:
-    """Names by which PEFT finds the projections: the last word where no other module has it, else the whole names."""
+    """Names by which PEFT finds the projections: their last word if it is unique to them, else their full names."""
     kernels = {
         row.path.removesuffix("/kernel"): row.name.removesuffix(".weight")
         for row in table.rows

@@ -1,4 +1,4 @@
-"""Params to a Hugging Face checkpoint that transformers loads. Adapters are added to their kernels on the way."""
+"""Writes params as a Hugging Face checkpoint that transformers loads. Adapters are merged into their kernels."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FILE_BYTES = 5 * 10**9
 
 
 class Tensor(NamedTuple):
-    """A tensor of the file to be, and the part of the params it is made of."""
+    """A tensor of the file, and the part of the params that it is made from."""
 
     name: str
     shape: tuple[int, ...]
@@ -38,7 +38,7 @@ class Tensor(NamedTuple):
     layer: int | None
 
     def bytes(self, itemsize: int) -> int:
-        """Its size in the file."""
+        """Size in the file, in bytes."""
         return int(np.prod(self.shape, dtype=np.int64)) * itemsize
 
 
@@ -54,29 +54,29 @@ def save_hf(
 ) -> Path:
     """Writes `config.json` and safetensors; transformers computes the same logits from them.
 
-    Tensors are written one after another, so that beside the params no more than one layer's tensor is held; adapters
-    become part of the weights. With several processes all of them call, and process 0 writes.
+    Tensors are written one after another, so that no more than one is held on the host; adapters are merged into the
+    weights. With several processes, all must call it; process 0 writes.
 
     Args:
       folder: a folder that does not exist yet or is empty.
       network: the network.
-      params: its params, sharded in any way.
-      dtype: precision in the file, `float32`, `bfloat16` or `float16`; that of the params if not given.
+      params: its params, with any sharding.
+      dtype: dtype in the file, `float32`, `bfloat16` or `float16`; default: that of the params.
       tokenizer_folder: where tokenizer files are copied from.
       token_ids: special token ids for `config.json`, by transformers' names (`bos_token_id`, ...).
-      file_bytes: size above which the tensors are divided into several files.
+      file_bytes: largest size of a file; the tensors are split into several files if necessary.
 
     Returns:
       The folder.
 
     Raises:
-      UserError: the folder is in use or cannot be written; transformers has no such network (one with soft
-        tokens, for example); a value that float16 cannot hold.
-      ValueError: params that are not those of the network, or an unknown dtype.
+      UserError: the folder is in use or cannot be written; transformers has no such network (one with soft tokens, for
+        example); a value exceeds the range of float16.
+      ValueError: the params do not belong to the network, or unknown dtype.
     """
     if network.num_soft_tokens:
         raise UserError(
-            "the model has soft tokens (model.soft_tokens), which a Hugging Face folder has no place for; "
+            "the model has soft tokens (model.soft_tokens), which a Hugging Face folder cannot hold; "
             "the allowed format is orbax",
             exit_code=2,
         )
@@ -99,7 +99,7 @@ def checked(network: Network, params: Params) -> dict[str, Array]:
     """Params by path.
 
     Raises:
-      ValueError: they are not those of the network.
+      ValueError: they do not belong to the network.
     """
     flat = flatten(params)
     found = {path: tuple(leaf.shape) for path, leaf in flat.items()}
@@ -118,7 +118,7 @@ def table_of(network: Network) -> Table:
 
 
 def tensors_of(table: Table, flat: Mapping[str, Array]) -> Iterator[Tensor]:
-    """The tensors of a file for some params by path."""
+    """The tensors of a file with these params."""
     for path, leaf in flat.items():
         row = table.row(path)
         if not row.stacked:
@@ -130,13 +130,13 @@ def tensors_of(table: Table, flat: Mapping[str, Array]) -> Iterator[Tensor]:
 
 
 def param_of(flat: Mapping[str, Array], tensor: Tensor) -> Array:
-    """The part of the params that a tensor is made of."""
+    """The part of the params that a tensor is made from."""
     array = flat[tensor.row.path]
     return array if tensor.layer is None else _layer(array, tensor.layer)
 
 
 def _merging(network: Network, flat: Mapping[str, Array]) -> Callable[[Tensor], Array]:
-    """As `param_of`, with adapters added to the kernels they stand beside."""
+    """Like `param_of`, with adapters merged into their kernels."""
     lora = network.config.lora
 
     def part(tensor: Tensor) -> Array:
@@ -150,7 +150,7 @@ def _merging(network: Network, flat: Mapping[str, Array]) -> Callable[[Tensor], 
 
 
 def _divide(tensors: list[Tensor], dtype: str, limit: int) -> list[list[Tensor]]:
-    """Consecutive tensors, in parts of at most `limit` bytes (or a single tensor)."""
+    """Splits tensors into consecutive parts of at most `limit` bytes (or a single tensor)."""
     itemsize = jnp.dtype(dtype).itemsize
     parts: list[list[Tensor]] = [[]]
     size = 0
@@ -178,19 +178,19 @@ def _write_files(folder: Path, parts: list[list[Tensor]], part: Callable[[Tensor
 
 
 def write_file(path: Path, tensors: list[Tensor], part: Callable[[Tensor], Array], dtype: str) -> int:
-    """Writes one safetensors file tensor by tensor, which the safetensors package does only for a whole file at once.
+    """Writes a safetensors file tensor by tensor; the safetensors package needs all tensors at once.
 
     The format: length of the header (8 bytes, little endian), the header (JSON, padded with spaces to a multiple of
     8 bytes), the tensors.
 
     Args:
       path: the file; process 0 writes it.
-      tensors: what it holds.
-      part: gives the part of the params that a tensor is made of.
-      dtype: precision in the file.
+      tensors: its tensors.
+      part: returns the part of the params that a tensor is made from.
+      dtype: dtype in the file.
 
     Returns:
-      Bytes of all tensors.
+      Total bytes of the tensors.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     itemsize = jnp.dtype(dtype).itemsize
@@ -200,7 +200,7 @@ def write_file(path: Path, tensors: list[Tensor], part: Callable[[Tensor], Array
         header[tensor.name] = {"dtype": DTYPES[dtype], "shape": tensor.shape, "data_offsets": (start, end)}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    # Every process takes part in gathering, one writes.
+    # All processes take part in gathering; one writes.
     values = (_gather(part(tensor), tensor, dtype) for tensor in tensors)
     if jax.process_index() != 0:
         for _ in values:
@@ -215,7 +215,7 @@ def write_file(path: Path, tensors: list[Tensor], part: Callable[[Tensor], Array
 
 
 def _gather(part: Array, tensor: Tensor, dtype: str) -> np.ndarray:
-    """One tensor on the host, as the file has it."""
+    """One tensor on the host, with the file's layout."""
     if isinstance(part, jax.Array) and not part.is_fully_addressable:
         host = multihost_utils.process_allgather(part, tiled=True)
     else:
@@ -231,16 +231,16 @@ def _gather(part: Array, tensor: Tensor, dtype: str) -> np.ndarray:
 
 @jax.jit
 def _layer(array: Array, layer: int) -> Array:
-    """One layer's part; compiled once for all layers."""
+    """One layer of a stacked array; compiled once for all layers."""
     return jax.lax.dynamic_index_in_dim(array, layer, keepdims=False)
 
 
 @jax.jit
 def _add(kernel: Array, a: Array, b: Array, scale: float) -> Array:
-    """A kernel with its adapter, rounded to the file's precision only afterwards."""
+    """A kernel plus its adapter, in float32; rounded to the file's dtype only afterwards."""
     return kernel.astype(jnp.float32) + product(a, b, scale)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a JSON file for people to read."""
+    """Writes indented JSON."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint, read in parts: safetensors in one file or many."""
+"""The tensors of a checkpoint, read in parts: safetensors in one or several files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-# numpy has no bfloat16 of its own; importing this is what lets safetensors return it.
+# numpy has no bfloat16; safetensors can return it if this is imported.
 import ml_dtypes  # noqa: F401
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -23,7 +23,7 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class Source(Protocol):
-    """Named tensors somewhere on disk; none is read before it is asked for."""
+    """Named tensors on disk, read on request."""
 
     @property
     def where(self) -> str:
@@ -36,7 +36,7 @@ class Source(Protocol):
         ...
 
     def read(self, name: str, index: Index) -> np.ndarray:
-        """Part of a tensor, in the precision it has in the file or float32."""
+        """Part of a tensor, with its dtype in the file or in float32."""
         ...
 
     def __enter__(self) -> Source: ...
@@ -50,7 +50,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-      UserError: the file cannot be read or holds no JSON object.
+      UserError: the file cannot be read or is not a JSON object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -98,10 +98,10 @@ class Safetensors:
             self.shapes[name] = tuple(part.get_shape())
 
     def read(self, name: str, index: Index) -> np.ndarray:
-        """Part of a tensor, in the precision it has in the file.
+        """Part of a tensor, with its dtype in the file.
 
         Raises:
-          UserError: the tensor holds no floating-point numbers.
+          UserError: the tensor does not hold floating-point numbers.
         """
         part = self._slices[name]
         if part.get_dtype() not in _FLOATS:
@@ -134,6 +134,8 @@ def _files(path: Path) -> list[tuple[Path, set[str] | None]]:
     files: dict[str, set[str]] = {}
     for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file:
-            raise UserError(f"{index}: weight_map: {name} points to {file!r}; expected the name of a file beside it")
+            raise UserError(
+                f"{index}: weight_map: {name} points to {file!r}; expected the name of a file in the same folder"
+            )
         files.setdefault(file, set()).add(name)
     return [(path / file, names) for file, names in sorted(files.items())]

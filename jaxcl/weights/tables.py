@@ -1,7 +1,7 @@
-"""What every parameter is called in a checkpoint, and how its axes lie there. One table serves reading and writing.
+"""Name and layout of every parameter in a checkpoint. The same tables serve reading and writing.
 
-A row is (path of the parameter, name in the file, layout). `{layer}` in a name stands for the layer; the parameter
-then has a leading `layers` axis that the layout leaves out.
+A row is (path of the parameter, name in the file, layout). `{layer}` in a name is the number of the layer; the
+parameter then has a leading `layers` axis that is not in the layout.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from jaxcl.models.lora import is_adapter
 from jaxcl.models.soft_tokens import is_soft
 from jaxcl.weights.axes import Layout
 
-# What PEFT puts before the names of the model that it wraps.
+# PEFT's prefix of the names of the wrapped model.
 ADAPTER_PREFIX = "base_model.model."
 
 _VECTOR = "embed -> embed"
@@ -39,24 +39,24 @@ class Row(NamedTuple):
 
     @property
     def layout(self) -> Layout:
-        """How the axes of the two correspond."""
+        """The correspondence of the axes."""
         return Layout.parse(self.text)
 
     @property
     def stacked(self) -> bool:
-        """Whether the file holds a tensor for each layer."""
+        """Whether the file has one tensor per layer."""
         return "{layer}" in self.name
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """The names of one architecture in one kind of file.
+    """The names of one architecture in one file format.
 
     Attributes:
-      prefix: what names of the body start with; checkpoints of a model without a head leave it out.
-      rows: a row a parameter.
-      ignored: regular expressions of tensors that hold nothing the model needs, whatever their prefix.
-      renamed: older names (regular expressions) and what they stand for.
+      prefix: prefix of the names of the body; checkpoints of a model without a head leave it out.
+      rows: one row per parameter.
+      ignored: regular expressions of tensors that the model does not need, whatever their prefix.
+      renamed: regular expressions of older names, and their replacements.
     """
 
     prefix: str
@@ -65,10 +65,10 @@ class Table:
     renamed: tuple[tuple[str, str], ...] = ()
 
     def row(self, path: str) -> Row:
-        """The row of a parameter. Parts of adapters without a row of their own are called as in a file of PEFT's.
+        """The row of a parameter. Parts of adapters are named as in PEFT's files.
 
         Raises:
-          ValueError: the table has none.
+          ValueError: the table has no row for it.
         """
         for row in self.rows:
             if row.path == path:
@@ -81,11 +81,11 @@ class Table:
         raise ValueError(f"path: no checkpoint name is known for the parameter {path!r}")
 
     def ignores(self, name: str) -> bool:
-        """Whether a tensor that the model has no place for is harmless."""
+        """Whether a tensor without a parameter in the model can be ignored."""
         return any(re.fullmatch(pattern, name) for pattern in self.ignored)
 
     def modern(self, name: str) -> str:
-        """The name as transformers writes it today."""
+        """The name in current versions of transformers."""
         for old, new in self.renamed:
             name = re.sub(old, new, name)
         return name
@@ -189,7 +189,7 @@ def _encoder_rows(prefix: str, head: str, bias: str, norm: str, classifier: tupl
 
 
 _OLD_LAYER_NORM = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
-# Buffers that follow from the configuration.
+# Buffers that are computed from the configuration.
 _BUFFERS = (r".*rotary_emb\.inv_freq", r".*embeddings\.(position_ids|token_type_ids)")
 
 LLAMA = Table(
@@ -202,7 +202,7 @@ ROBERTA = Table(
     rows=_encoder_rows(
         "roberta.", "lm_head.", "lm_head.bias", "layer_norm", ("classifier.dense", "classifier.out_proj")
     ),
-    # The decoder is the word embedding and its bias is lm_head.bias; the pooler is used by no head jaxcl has.
+    # The decoder is the word embedding and its bias is lm_head.bias; no head of jaxcl uses the pooler.
     ignored=(*_BUFFERS, r"lm_head\.decoder\.(weight|bias)", r"(roberta\.)?pooler\.dense\.(weight|bias)"),
     renamed=_OLD_LAYER_NORM,
 )
@@ -222,6 +222,6 @@ BERT = Table(
 LLAMA_GGUF = Table(
     prefix="",
     rows=_llama_rows("blk.{layer}.", _LLAMA_GGUF, _SPLIT_PAIRS, _SPLIT_PAIRS_BIAS),
-    # The stretched rotary frequencies are read with the configuration.
+    # The scaled rotary frequencies are read with the configuration.
     ignored=(r"rope_freqs\.weight",),
 )

@@ -1,4 +1,4 @@
-"""Nested dicts of params as flat ones, by paths such as `blocks/mlp/up/kernel`."""
+"""Conversion between nested dicts of params and flat ones with paths such as `blocks/mlp/up/kernel`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The nested dict of leaves by path.
+    """The nested dict of these leaves.
 
     >>> unflatten({"embed/embedding": 1, "bias": 2})
     {'embed': {'embedding': 1}, 'bias': 2}

@@ -20,8 +20,8 @@ def test_every_field_is_described(section):
     [
         ({"template": "no place"}, "contain {prompt} exactly once"),
         ({"template": "{prompt} {prompt}"}, "exactly once"),
-        ({"bucket_lengths": [64, 32]}, "rising lengths"),
-        ({"bucket_lengths": []}, "rising lengths"),
+        ({"bucket_lengths": [64, 32]}, "increasing lengths"),
+        ({"bucket_lengths": []}, "increasing lengths"),
         ({"mask_replace": 0.8, "mask_random": 0.3}, "must not exceed 1"),
         ({"on_long_answer": "drop"}, "'error' or 'cut'"),
         ({"lenght": 3}, "not permitted"),
@@ -69,5 +69,5 @@ def test_a_write_never_touches_the_old_file(tmp_path):
 
 def test_a_file_where_a_folder_should_be_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot write .*what was there before is intact"):
+    with pytest.raises(UserError, match=r"cannot write .*the previous file is intact"):
         write_json(tmp_path / "file" / "x.json", 1)

@@ -86,7 +86,7 @@ def test_the_files_of_several_processes_read_as_one(tmp_path):
     with pytest.raises(UserError, match="hold an example twice"):
         TeacherStore.open([tmp_path / "0", tmp_path / "0"])
     write_records(tmp_path / "other", [(99, {"y": np.array([1])})])
-    with pytest.raises(UserError, match="holds other fields"):
+    with pytest.raises(UserError, match="has other fields"):
         TeacherStore.open([tmp_path / "0", tmp_path / "other"])
 
 

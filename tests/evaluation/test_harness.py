@@ -176,7 +176,7 @@ def test_sampling_follows_the_seed() -> None:
 
 
 def test_what_cannot_be_done_is_one_line() -> None:
-    with pytest.raises(UserError, match="a continuation has 82 tokens, the model's window holds 40"):
+    with pytest.raises(UserError, match="a continuation has 82 tokens, the model's window has 40"):
         model().loglikelihood(requests([("the", " x" * 41)]))
     with pytest.raises(UserError, match=r"settings \['num_beams'\] are not known; allowed: until, max_gen_toks"):
         model().generate_until(requests([("the", {"num_beams": 4})]))

@@ -60,7 +60,7 @@ def test_the_page_is_sound_and_links_to_every_run(page: Path, runs: list[Path]) 
     content = read_comparison(page.parent)
     assert spread(content["methods"]["seekr"]["op"]) in shown.text
     assert "sequential, seekr and joint" in shown.text
-    for heading in ("Summary", "What stays of each task", "Each task at the end", "The runs"):
+    for heading in ("Summary", "Retention of each task", "Each task at the end", "The runs"):
         assert heading in shown.text
     assert shown.counts["svg"] == 3
     json.loads((page.parent / "comparison.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)

@@ -37,7 +37,7 @@ def test_report_of_a_task_sequence(seekr: Path) -> None:
         for score in row:
             assert score is None or f"{score:.1f}" in page.text
     for heading in (
-        "Every task after every task", "What stays of each task", "Training", "Sensitivity", "Forgettability",
+        "Every task after every task", "Retention of each task", "Training", "Sensitivity", "Forgettability",
         "Heads selected by each task", "What the model answers", "How it ran", "Configuration and versions",
     ):  # fmt: skip
         assert heading in page.text
@@ -67,7 +67,7 @@ def test_report_of_joint_training(tmp_path: Path) -> None:
     page = check_page(report_of(make_run(tmp_path / "joint", "joint", tasks=2)))
     assert "after all tasks" in page.text
     assert "none: all tasks were learned at once" in page.text
-    assert "What stays of each task" not in page.text
+    assert "Retention of each task" not in page.text
 
 
 def test_hostile_text_stays_text(tmp_path: Path) -> None:
@@ -125,9 +125,9 @@ def test_an_unfinished_run_says_so(seekr: Path, tmp_path: Path) -> None:
     [
         (None, "no results.json"),
         ("[", "cannot be read"),
-        ("[]", "not a jaxcl result: no 'method'"),
-        ('{"method":"x","seed":0,"tasks":["a"],"metric":["accuracy"],"matrix":[["x"]]}', "no list of rows of numbers"),
-        ('{"method":"x","seed":0,"tasks":["a"],"metric":["accuracy"],"matrix":[[1,2]]}', "no list of rows of numbers"),
+        ("[]", "not a jaxcl result: 'method' is missing"),
+        ('{"method":"x","seed":0,"tasks":["a"],"metric":["accuracy"],"matrix":[["x"]]}', "matrix is not a list"),
+        ('{"method":"x","seed":0,"tasks":["a"],"metric":["accuracy"],"matrix":[[1,2]]}', "matrix is not a list"),
     ],
 )
 def test_a_folder_without_usable_results_is_one_clear_line(tmp_path: Path, content: str | None, message: str) -> None:

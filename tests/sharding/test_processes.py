@@ -12,16 +12,16 @@ import pytest
 
 from jaxcl.errors import UserError
 from jaxcl.sharding import processes
-from jaxcl.sharding.clusters import Place
+from jaxcl.sharding.clusters import ProcessId
 from jaxcl.sharding.processes import initialize
 
 KEYS = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "JAXCL_HOSTS", "SLURM_STEP_NUM_TASKS")
 
 
 @pytest.fixture
-def joined(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Place, float]]:
+def joined(monkeypatch: pytest.MonkeyPatch) -> list[tuple[ProcessId, float]]:
     """The places and timeouts that roll calls were made for; jax's runtime is not started."""
-    made: list[tuple[Place, float]] = []
+    made: list[tuple[ProcessId, float]] = []
     for key in (*KEYS, "TPU_WORKER_HOSTNAMES", "JAXCL_START_TIMEOUT"):
         monkeypatch.delenv(key, raising=False)
     monkeypatch.setattr(processes, "_joined", False)
@@ -42,13 +42,13 @@ def test_arguments_come_before_the_environment(joined: list, monkeypatch: pytest
         monkeypatch.setenv(key, value)
     assert initialize(process_id=3, timeout=7)
     assert initialize()
-    assert joined == [(Place("host", 1, 4, 3), 7)]
+    assert joined == [(ProcessId("host", 1, 4, 3), 7)]
 
 
 def test_the_time_to_wait_is_a_setting(joined: list, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JAXCL_START_TIMEOUT", "12.5")
     assert initialize("host:1", 2, 0)
-    assert joined == [(Place("host", 1, 2, 0), 12.5)]
+    assert joined == [(ProcessId("host", 1, 2, 0), 12.5)]
     monkeypatch.setattr(processes, "_joined", False)
     for wrong in ("soon", "0", "nan"):
         monkeypatch.setenv("JAXCL_START_TIMEOUT", wrong)
@@ -74,7 +74,7 @@ def test_a_runtime_that_does_not_start_is_one_line(joined: list, monkeypatch: py
     monkeypatch.setattr(jax.distributed, "initialize", refuse)
     monkeypatch.setattr(jax.config, "update", lambda *_: None)
     with pytest.raises(UserError, match=r"could not join the run's other processes at host:1: UNAVAILABLE: lost$"):
-        processes._start_runtime(Place("host", 1, 2, 0))
+        processes._start_runtime(ProcessId("host", 1, 2, 0))
 
 
 def run_two(file: Path, devices: tuple[int, int]) -> list[tuple[int, str]]:
@@ -110,7 +110,7 @@ def run_two(file: Path, devices: tuple[int, int]) -> list[tuple[int, str]]:
 
 
 def test_different_numbers_of_devices_are_one_line_in_both(tmp_path: Path) -> None:
-    told = "processes must have equally many devices: process 0 has 1, process 1 has 2\n"
+    told = "processes must have equal numbers of devices: process 0 has 1, process 1 has 2\n"
     assert run_two(tmp_path / "file", (1, 2)) == [(1, told), (1, told)]
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import pytest
 
 from jaxcl.errors import UserError
-from jaxcl.sharding.clusters import Place
+from jaxcl.sharding.clusters import ProcessId
 from jaxcl.sharding.roll_call import roll_call
 
 VERSIONS = {"jax": "1", "jaxcl": "2"}
@@ -23,10 +23,10 @@ def port() -> int:
         return int(free.getsockname()[1])
 
 
-def call(places: Sequence[tuple[Place, dict[str, str]]], timeout: float) -> list[str | None]:
+def call(places: Sequence[tuple[ProcessId, dict[str, str]]], timeout: float) -> list[str | None]:
     """What each process is told: nothing, or an error."""
 
-    def one(place: Place, versions: dict[str, str]) -> str | None:
+    def one(place: ProcessId, versions: dict[str, str]) -> str | None:
         try:
             roll_call(place, versions, timeout=timeout)
         except UserError as error:
@@ -37,8 +37,8 @@ def call(places: Sequence[tuple[Place, dict[str, str]]], timeout: float) -> list
         return list(threads.map(lambda given: one(*given), places))
 
 
-def places(port: int, count: int, indices: Sequence[int]) -> list[tuple[Place, dict[str, str]]]:
-    return [(Place("127.0.0.1", port, count, index), VERSIONS) for index in indices]
+def places(port: int, count: int, indices: Sequence[int]) -> list[tuple[ProcessId, dict[str, str]]]:
+    return [(ProcessId("127.0.0.1", port, count, index), VERSIONS) for index in indices]
 
 
 def test_all_there(port: int) -> None:
@@ -52,19 +52,19 @@ def test_a_peer_that_never_comes_is_named_to_all(port: int) -> None:
     started = time.monotonic()
     told = call(places(port, 4, [0, 2]), 0.5)
     assert time.monotonic() - started < 5
-    expected = f"process 1, 3 of 4 did not come to 127.0.0.1:{port} within 0.5 s; see its own output"
+    expected = f"process 1, 3 of 4 did not report to 127.0.0.1:{port} within 0.5 s; see its own output"
     assert told == [expected] * 2
 
 
 def test_a_coordinator_that_never_comes(port: int) -> None:
     (told,) = call(places(port, 2, [1]), 0.3)
-    assert told == f"process 0 was not to be reached at 127.0.0.1:{port} within 0.3 s: connection refused"
+    assert told == f"process 0 could not be reached at 127.0.0.1:{port} within 0.3 s: connection refused"
 
 
 def test_a_port_in_use(port: int) -> None:
     with socket.create_server(("127.0.0.1", port)):
         (told,) = call(places(port, 2, [0]), 5)
-    assert told == f"port {port} of process 0 is in use: end what uses it, or choose another coordinator port"
+    assert told == f"port {port} of process 0 is in use: stop what uses it, or choose another coordinator port"
 
 
 def test_something_else_at_the_port(port: int) -> None:
@@ -100,21 +100,21 @@ def test_strangers_are_not_counted(port: int) -> None:
     ("other", "message"),
     [
         ((2, 0, VERSIONS), None),
-        ((3, 1, VERSIONS), "process 1 was told of 3 processes, process 0 of 2"),
+        ((3, 1, VERSIONS), "process 1 expects 3 processes, process 0 expects 2"),
         ((2, 1, VERSIONS | {"jax": "0"}), "process 1 runs jax 0, process 0 jax 1"),
     ],
 )
 def test_contradictions_are_told_to_both(port: int, other: tuple, message: str | None) -> None:
     count, index, versions = other
     if message is None:
-        message = f"port {port} of process 0 is in use: end what uses it, or choose another coordinator port"
-        told = call([*places(port, 2, [0]), (Place("127.0.0.1", port, 2, 0), versions)], 0.5)
+        message = f"port {port} of process 0 is in use: stop what uses it, or choose another coordinator port"
+        told = call([*places(port, 2, [0]), (ProcessId("127.0.0.1", port, 2, 0), versions)], 0.5)
         assert message in told
         return
-    told = call([*places(port, 2, [0]), (Place("127.0.0.1", port, count, index), versions)], 10)
+    told = call([*places(port, 2, [0]), (ProcessId("127.0.0.1", port, count, index), versions)], 10)
     assert told == [message] * 2
 
 
 def test_one_place_taken_twice(port: int) -> None:
     told = call(places(port, 3, [0, 1, 1]), 10)
-    assert told == ["two processes say that they are process 1 of 3"] * 3
+    assert told == ["two processes have the index 1 of 3"] * 3

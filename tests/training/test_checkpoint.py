@@ -168,7 +168,7 @@ def test_a_state_of_another_structure_is_told_to_be_the_methods(tmp_path: Path) 
         saved = checkpoints.latest()
         assert saved is not None
         changed = trainer.target.replace(method_state={"snapshot": trainer.target.method_state["snapshot"]})
-        with pytest.raises(UserError, match=r"another structure; what Method.init returns has changed since$"):
+        with pytest.raises(UserError, match=r"another structure; Method.init has changed since they were written$"):
             checkpoints.restore(changed, saved)
 
 

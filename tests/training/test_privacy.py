@@ -117,7 +117,7 @@ def test_what_cannot_be_private_is_refused() -> None:
 
     check_private(method(), "sequential")
     check_private(method(replay=SimpleNamespace(source="synthetic")), "replay")
-    with pytest.raises(UserError, match="the loss of das holds the examples of a batch against each other"):
+    with pytest.raises(UserError, match="the loss of das compares the examples of a batch with each other"):
         check_private(method(couples_examples=True), "das")
     with pytest.raises(UserError, match="source=synthetic"):
         check_private(method(replay=SimpleNamespace(source="kept")), "replay")

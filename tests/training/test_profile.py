@@ -46,5 +46,5 @@ def test_nothing_is_written_without_steps(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("steps", [(0, 3), (4, 3)])
 def test_steps_out_of_order_are_refused(steps: tuple[int, int]) -> None:
-    with pytest.raises(ValueError, match="profile must be a first and a last step from 1 on"):
+    with pytest.raises(ValueError, match="profile must be a first and a last step, both from 1"):
         TrainingConfig(profile=steps)

@@ -191,7 +191,7 @@ def test_networks_that_jaxcl_does_not_have(change: dict[str, Any], message: str,
     ("extra", "message"),
     [
         ({"blk.1.ffn_up.weight": None}, r"the tensor blk\.1\.ffn_up\.weight is missing$"),
-        ({"blk.1.ffn_up_exps.weight": np.ones((2, 2))}, r"no place for the tensor blk\.1\.ffn_up_exps\.weight$"),
+        ({"blk.1.ffn_up_exps.weight": np.ones((2, 2))}, r"no parameter for the tensor blk\.1\.ffn_up_exps\.weight$"),
         ({"blk.2.attn_q.weight": np.ones((32, 25))}, r"attn_q\.weight has shape \[32, 25\]; .* needs \[32, 24\]"),
     ],
 )

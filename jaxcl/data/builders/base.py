@@ -1,4 +1,4 @@
-"""What the builders share: rows read from a folder that the user filled, kept in their order."""
+"""The builders' base class: rows are read from a folder that the user filled, and keep their order."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ Row = Mapping[str, str]
 
 
 class ManualBuilder(tfds.core.GeneratorBasedBuilder):
-    """A data set whose files are checked before anything is written, and whose rows keep their order."""
+    """A data set whose files are checked before anything is written and whose rows keep their order."""
 
     VERSION = tfds.core.Version("1.0.0")
-    MANUAL_DOWNLOAD_INSTRUCTIONS = "docs/data.md of jaxcl says where the files come from and how they must lie."
+    MANUAL_DOWNLOAD_INSTRUCTIONS = "docs/data.md of jaxcl says where to get the files and where to put them."
 
     @property
     def published(self) -> Mapping[str, int]:
-        """Number of rows by split that the benchmark's paper states, where it does."""
+        """Number of rows by split in the benchmark's paper; empty if it states none."""
         return {}
 
     @property
     @abc.abstractmethod
     def layouts(self) -> Sequence[Layout]:
-        """The ways in which this configuration's files may lie in the manual folder."""
+        """The possible layouts of this configuration's files in the manual folder."""
 
     @abc.abstractmethod
     def read(self, files: Mapping[str, Sequence[Path]]) -> dict[str, list[Row]]:
         """Rows by split (`train`, `validation`, `test`), from the files found by split.
 
         Raises:
-          UserError: a file is not what it should be.
+          UserError: a file has the wrong format.
         """
 
     @property
     def prepared(self) -> bool:
-        """Whether the ArrayRecord files are there already."""
+        """Whether the ArrayRecord files exist."""
         return bool(self.data_path.exists())
 
     def missing(self, folder: Path) -> list[str]:
@@ -51,7 +51,7 @@ class ManualBuilder(tfds.core.GeneratorBasedBuilder):
     def download_and_prepare(
         self, *, download_dir: Any = None, download_config: Any = None, file_format: Any = None, **options: Any
     ) -> None:
-        """Reads the manual folder and writes the record files, unless they are there.
+        """Reads the manual folder and writes the record files, unless they exist.
 
         Args:
           download_dir: see TFDS.
@@ -60,8 +60,8 @@ class ManualBuilder(tfds.core.GeneratorBasedBuilder):
           **options: see TFDS.
 
         Raises:
-          MissingFiles: the folder lacks files; nothing is written.
-          UserError: a file is not what it should be.
+          MissingFiles: files are missing in the folder; nothing is written.
+          UserError: a file has the wrong format.
         """
         given = download_config.manual_dir if download_config else None
         folder = Path(given or Path(download_dir or self.data_dir_root / "downloads") / "manual").expanduser()
@@ -84,7 +84,7 @@ class ManualBuilder(tfds.core.GeneratorBasedBuilder):
         yield from enumerate(rows)
 
     def described(self, description: str, homepage: str, features: Mapping[str, Any]) -> Any:
-        """The data set's information, for `_info`."""
+        """The data set's information; `_info` returns it."""
         return tfds.core.DatasetInfo(
             builder=self,
             description=description,

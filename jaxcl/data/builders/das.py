@@ -17,7 +17,7 @@ from jaxcl.data.files import parse_json, read_text
 from jaxcl.errors import UserError
 
 _SENTIMENTS = {"+": "positive", "-": "negative"}
-# Aspects of which a sentence says good and bad: left out by all who use this data, the paper among them.
+# Aspects that a sentence both praises and criticises; usually left out of this data, also in the paper.
 _LEFT_OUT = "conflict"
 _ROWS = 'lines of {"text": ..., "label": ...}'
 _ASPECT_ROWS = 'lines of {"text": ..., "aspect": ..., "label": ...}'
@@ -29,15 +29,15 @@ class Domain:
     """One row of the paper's table.
 
     Attributes:
-      corpus: file of unlabelled passages: by its own name, and as the authors' archive calls it.
+      corpus: file of unlabelled passages: its name here, and in the authors' archive.
       size: size of the corpus in the paper.
-      task: what the end task asks.
+      task: name of the end task.
       labels: its classes.
-      layouts: where its files may lie.
-      moved: percent of the training rows that the paper moves to its test set, see `repartition`; 0: it takes the
-        splits as they are.
-      published: training and test rows in the paper.
-      aspect: whether a row has an aspect beside its text.
+      layouts: possible layouts of its files.
+      moved: percent of the training rows that the paper moves to its test set, see `repartition`; 0: the splits are
+        used as they are.
+      published: number of training and test rows in the paper.
+      aspect: whether a row has an aspect in addition to its text.
     """
 
     corpus: tuple[str, str]
@@ -56,14 +56,14 @@ def _own(folder: str, splits: Sequence[str], what: str, optional: frozenset[str]
 
 
 def _science(own: str, archive: str) -> tuple[Layout, Layout]:
-    """Train, dev and test of a science task, by both names of its folder."""
+    """Train, dev and test of a science task, under both names of its folder."""
     splits = ("train", "validation", "test")
     names = {"train": "train", "validation": "dev", "test": "test"}
     return _own(own, splits, _ROWS), Layout({split: [f"{archive}/{names[split]}.jsonl"] for split in splits}, _ROWS)
 
 
 def _products(own: str, train: Sequence[str], test: Sequence[str]) -> tuple[Layout, Layout]:
-    """Reviews of some products to learn from, of others to be judged by; the archive splits each once more."""
+    """Reviews of some products to train on, of others to test on; the archive splits both into three files each."""
     archive = {"train": train, "test": test}
     files = {split: [f"absa/dat/{path}.json" for path in paths] for split, paths in archive.items()}
     return _own(own, ("train", "test"), _ASPECT_ROWS), Layout(files, _ASPECT_OBJECT)
@@ -164,7 +164,7 @@ DOMAINS: dict[str, Domain] = {
 
 
 class _Das(ManualBuilder):
-    """A domain's passages (`domain`) and its end task, in the paper's splits or in those of its source."""
+    """A domain's passages (`domain`) and its end task, in the splits of the paper or of its source."""
 
     BUILDER_CONFIGS = (
         tfds.core.BuilderConfig(name="domain", description="unlabelled passages"),
@@ -175,20 +175,20 @@ class _Das(ManualBuilder):
     @property
     @abc.abstractmethod
     def domain(self) -> Domain:
-        """Which domain it is. Abstract, so that TFDS takes the six below it for data sets, and not this class."""
+        """The domain. Abstract, so that TFDS registers the six subclasses, not this class."""
 
     @property
     def layouts(self) -> Sequence[Layout]:
-        """The authors' archive as it is, or names that say what a file holds."""
+        """The authors' archive as it is, or more descriptive names."""
         own, archive = self.domain.corpus
         if self.builder_config.name == "domain":
-            what = f"plain text, one passage a line ({archive} in the authors' archive)"
+            what = f"plain text, one passage per line ({archive} in the authors' archive)"
             return [Layout({"train": [path]}, what) for path in (f"domains/{own}", archive)]
         return self.domain.layouts
 
     @property
     def published(self) -> Mapping[str, int]:
-        """The sizes in the paper's table, which are those of `end_task`."""
+        """The sizes in the paper's table, which belong to `end_task`."""
         names = ("train", "test") if self.builder_config.name == "end_task" else ()
         return dict(zip(names, self.domain.published, strict=False))
 
@@ -254,15 +254,15 @@ class DasPubmed(_Das):
 
 
 def repartition(splits: Mapping[str, Sequence[Row]], labels: Sequence[str], percent: int) -> dict[str, list[Row]]:
-    """The paper's splits, made from those of the source: a smaller training set, no development set.
+    """The paper's splits, made from those of the source: a smaller training set, and no development set.
 
-    The test set gets the development rows, and of each class the first `percent` of all training rows divided by the
-    number of classes (fewer where a class has fewer).
+    The test set gets the development rows. It also gets `percent` of the training rows, in equal shares per class: the
+    first ones of each class (fewer, if a class has fewer).
 
     Args:
-      splits: rows of `train`, `test` and perhaps `validation`.
+      splits: rows of `train`, `test` and optionally `validation`.
       labels: the classes.
-      percent: how much of the training set is moved.
+      percent: share of the training set that is moved.
 
     >>> rows = [{"label": label} for label in "aaab"]
     >>> parts = repartition({"train": rows, "test": []}, "ab", 50)
@@ -281,7 +281,7 @@ def repartition(splits: Mapping[str, Sequence[Row]], labels: Sequence[str], perc
 
 
 def _labelled(path: Path, domain: Domain) -> Iterator[Row]:
-    """Rows of a file: JSON lines with text and label, or an object of sentences by id as the archive has them."""
+    """Rows of a file: JSON lines with text and label, or, as in the archive, an object of sentences by id."""
     fields = {"text": "text", "label": "label"} | ({"aspect": "aspect"} if domain.aspect else {})
     if ".jsonl" in path.suffixes:
         lines = enumerate(read_text(path).split("\n"), 1)

@@ -1,4 +1,4 @@
-"""Instruction benchmarks: TRACE and the SuperNI continual benchmark, a folder of JSON lists for each task."""
+"""Instruction benchmarks: TRACE and the SuperNI continual benchmark, with a folder of JSON lists per task."""
 
 from __future__ import annotations
 
@@ -55,19 +55,19 @@ _SPLITS = {"train": "train.json", "validation": "eval.json", "test": "test.json"
 
 
 class _Instructions(ManualBuilder):
-    """Rows of prompt and answer, one configuration a task."""
+    """Rows of prompt and answer, one configuration per task."""
 
-    # Splits that a task's folder may lack.
+    # Splits that may be missing in a task's folder.
     optional: frozenset[str] = frozenset()
 
     @property
     def folder(self) -> str:
-        """The task's folder below the manual folder."""
+        """The task's folder in the manual folder."""
         return str(self.builder_config.description)
 
     @property
     def layouts(self) -> Sequence[Layout]:
-        """A folder a task."""
+        """One folder per task."""
         files = {split: [f"{self.folder}/{name}"] for split, name in _SPLITS.items()}
         return [Layout(files, 'a JSON list of {"prompt": ..., "answer": ...}', self.optional)]
 
@@ -86,7 +86,7 @@ class Trace(_Instructions):
 
     @property
     def published(self) -> Mapping[str, int]:
-        """The paper's number of training rows of every task."""
+        """The number of training rows per task in the paper."""
         return {"train": 5000}
 
     def _info(self) -> Any:

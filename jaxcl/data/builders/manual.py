@@ -1,4 +1,4 @@
-"""Files that a user puts into a folder by hand: where they may lie, and which are missing."""
+"""Files that a user puts into a folder by hand: possible layouts, and what is missing."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from jaxcl.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """One way in which the files of a data set lie in their folder.
+    """A possible layout of a data set's files in their folder.
 
     Attributes:
-      files: paths below the folder by split; any may also be there as gzip, with `.gz` behind its name.
-      what: what a user has to put there, for messages.
+      files: relative paths by split; each file may also be gzip, with `.gz` appended to its name.
+      what: what a file contains, for messages.
       optional: splits that may be absent.
     """
 
@@ -24,12 +24,12 @@ class Layout:
     optional: frozenset[str] = frozenset()
 
     def found(self, folder: Path) -> dict[str, list[Path]]:
-        """The files that are there, by split."""
+        """The existing files, by split."""
         paths = {split: [_existing(folder, name) for name in names] for split, names in self.files.items()}
         return {split: [path for path in found if path] for split, found in paths.items() if any(found)}
 
     def missing(self, folder: Path) -> list[str]:
-        """One line for each missing file: its path below `folder`, and what to put there."""
+        """One line per missing file: its path relative to `folder`, and what it contains."""
         present = self.found(folder)
         return [
             f"{name}: {self.what}"
@@ -40,7 +40,7 @@ class Layout:
 
 
 class MissingFiles(UserError):
-    """Files are missing: a first line that says where, then a line for each.
+    """Files are missing: a first line that says where, then one line per file.
 
     >>> print(MissingFiles("tfds:trace/fomc", Path("data"), ["FOMC/train.json: a JSON list"]))
     tfds:trace/fomc: 1 file is missing in data (docs/data.md says where to get it):
@@ -55,7 +55,7 @@ class MissingFiles(UserError):
 
 
 def choose(layouts: Sequence[Layout], folder: Path) -> Layout:
-    """The layout of which `folder` holds the most files; the first one where it holds none."""
+    """The layout with the most files in `folder`; the first one if there are none."""
     return max(layouts, key=lambda layout: sum(map(len, layout.found(folder).values())))
 
 

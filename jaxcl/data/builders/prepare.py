@@ -1,4 +1,4 @@
-"""From a folder filled by hand to ArrayRecord files, by name: what `jaxcl prepare` does."""
+"""`jaxcl prepare`: from a folder filled by hand to ArrayRecord files."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ _DAS = (das.DasRestaurant, das.DasPhone, das.DasCamera, das.DasAcl, das.DasAi, d
 BUILDERS: dict[str, type[ManualBuilder]] = {
     builder.name: builder for builder in (*_DAS, instructions.Trace, instructions.Superni)
 }
-#: Names that stand for several data sets.
+#: Names of groups of data sets.
 GROUPS: dict[str, tuple[str, ...]] = {"das": tuple(builder.name for builder in _DAS)}
 
 
 class Prepared(NamedTuple):
-    """A data set that is ready.
+    """A prepared data set.
 
     Attributes:
-      name: as after `tfds:`.
+      name: the name that follows `tfds:` in a source.
       rows: number of rows by split.
-      published: number of rows by split in the benchmark's paper, where it says so.
-      folder: where the records lie.
+      published: number of rows by split in the benchmark's paper, if stated.
+      folder: folder of the records.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Prepared(NamedTuple):
     folder: Path
 
     def line(self) -> str:
-        """Name, sizes, and the published sizes where they are others."""
+        """Name, sizes, and the published sizes if they differ."""
         sizes = ", ".join(f"{split} {count}" for split, count in self.rows.items())
         other = {split: count for split, count in self.published.items() if self.rows.get(split) != count}
         paper = ", ".join(f"{split} {count}" for split, count in other.items())
@@ -47,15 +47,15 @@ class Prepared(NamedTuple):
 
 
 def prepare(names: Sequence[str], manual_dir: Path, data_dir: Path | None = None) -> Iterator[Prepared]:
-    """Prepares data sets, one after the other. All files are checked before the first is written.
+    """Prepares data sets one by one. All files are checked before the first record is written.
 
     Args:
-      names: `builder`, which means all its configurations, `builder/config`, or a name from `GROUPS`.
+      names: `builder` for all its configurations, `builder/config`, or a name from `GROUPS`.
       manual_dir: the folder that was filled by hand.
-      data_dir: where the records go; none: TFDS's own folder.
+      data_dir: where the records go; none: TFDS's default folder.
 
     Raises:
-      UserError: no such data set, or a file is not what it should be.
+      UserError: no such data set, or a file has the wrong format.
       MissingFiles: files are missing; nothing is written.
     """
     builders = [
@@ -66,7 +66,7 @@ def prepare(names: Sequence[str], manual_dir: Path, data_dir: Path | None = None
     if missing:
         raise MissingFiles(" ".join(names), manual_dir, list(dict.fromkeys(missing)))
     for builder in builders:
-        with contextlib.redirect_stdout(io.StringIO()):  # its progress goes to stderr as well
+        with contextlib.redirect_stdout(io.StringIO()):  # its progress bars also go to stderr
             builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=manual_dir))
         rows = {name: split.num_examples for name, split in builder.info.splits.items()}
         name = f"{builder.name}/{builder.builder_config.name}"
@@ -74,7 +74,7 @@ def prepare(names: Sequence[str], manual_dir: Path, data_dir: Path | None = None
 
 
 def expand(given: str) -> list[tuple[str, str]]:
-    """Builder and configuration of every data set that a name stands for.
+    """Builder and configuration of every data set that a name refers to.
 
     >>> expand("das_acl")
     [('das_acl', 'domain'), ('das_acl', 'end_task'), ('das_acl', 'end_task_original')]
