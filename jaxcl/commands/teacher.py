@@ -165,6 +165,12 @@ class KeptModels:
     """The models of a run that can still be had: those after some tasks, and the one it began with."""
 
     def __init__(self, parts: Components, checkpoints: Checkpoints) -> None:
+        """Opens nothing yet.
+
+        Args:
+          parts: the parts of the run.
+          checkpoints: its checkpoints.
+        """
         self.parts = parts
         self._checkpoints = checkpoints
 

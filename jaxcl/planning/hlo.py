@@ -116,6 +116,11 @@ def trips(program: Program, loop: Instruction, unknown: int = 1) -> int:
     """Turns of a `while`: what the compiler noted, else what follows from its counter, else `unknown`.
 
     A loop that may end early (writing text) is counted to its bound.
+
+    Args:
+      program: the compiled program.
+      loop: the `while` instruction.
+      unknown: the number for loops whose trip count the program does not say.
     """
     if noted := _TRIPS.search(loop.text):
         return int(noted[1])

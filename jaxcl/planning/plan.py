@@ -125,6 +125,10 @@ def plan(config: ExperimentConfig, topology_name: str, steps: Sequence[str] | No
 def programs(config: ExperimentConfig, mesh: Mesh) -> dict[str, Program]:
     """The programs of a run, at their largest shape.
 
+    Args:
+      config: the configuration.
+      mesh: the devices that the programs are for.
+
     Returns:
       `train`; `replay`, a step on remembered rows, for methods that have such; what the method measures between tasks;
       `generate`, for decoders whose tasks are prompts and answers.
@@ -168,7 +172,12 @@ def programs(config: ExperimentConfig, mesh: Mesh) -> dict[str, Program]:
 
 
 def row_shape(config: ExperimentConfig, causal: bool) -> Shape:
-    """The largest shape of a batch's rows, told from the configuration alone."""
+    """The largest shape of a batch's rows, told from the configuration alone.
+
+    Args:
+      config: the configuration.
+      causal: the network is a decoder.
+    """
     data = config.data
     if not causal:
         return Shape(data.length, round(data.length * data.mask_rate))
@@ -179,6 +188,10 @@ def row_shape(config: ExperimentConfig, causal: bool) -> Shape:
 
 def topology_mesh(config: ExperimentConfig, topology: Topology) -> tuple[Mesh, str]:
     """The configuration's mesh over chips that are not here, and which compiler serves it: see `Plan.compiler`.
+
+    Args:
+      config: the configuration, whose mesh is laid out.
+      topology: the chips.
 
     Raises:
       Unplaceable: the chips cannot be arranged so.

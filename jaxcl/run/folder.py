@@ -71,7 +71,12 @@ class RunFolder:
     teacher = property(lambda self: self.path / "teacher")
 
     def store(self, task: int, process: int) -> Path:
-        """The file of what a process stores beside the remembered rows of a task."""
+        """The file of what a process stores beside the remembered rows of a task.
+
+        Args:
+          task: number of the task.
+          process: number of the process.
+        """
         return self.teacher / f"task{task:02d}_process{process:03d}.array_record"
 
     def stores(self, task: int | None = None) -> list[Path]:

@@ -141,6 +141,10 @@ class Trainer:
     def with_method_state(self, state: TrainState, new: PyTree) -> TrainState:
         """The state with what `Method.prepare` or `Method.consolidate` returned.
 
+        Args:
+          state: the state before.
+          new: the method's new state.
+
         Raises:
           ValueError: structure, shapes or dtypes changed.
         """
@@ -149,13 +153,22 @@ class Trainer:
     def with_params(self, state: TrainState, new: PyTree) -> TrainState:
         """The state with what `Method.finish` returned.
 
+        Args:
+          state: the state before.
+          new: the new params.
+
         Raises:
           ValueError: structure, shapes or dtypes changed.
         """
         return replace_params(state, new, self.layout)
 
     def feed(self, rows: RowIterator, *, prefetch: int) -> Feed:
-        """Batches from rows, on this run's devices."""
+        """Batches from rows, on this run's devices.
+
+        Args:
+          rows: the iterator of a pipeline.
+          prefetch: batches that are brought to the devices ahead.
+        """
         return Feed(rows, self.layout.batch, prefetch=prefetch)
 
     def _init(self, params: PyTree) -> TrainState:
