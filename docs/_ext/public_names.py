@@ -19,6 +19,7 @@ _MODULE = """
 ```
 """
 _MATHS = re.compile(r"\$([^$]+)\$")
+_PROPERTIES: dict[str, list[str]] = {}
 
 
 def write_pages(app: Sphinx) -> None:
@@ -45,8 +46,15 @@ def write(path: Path, content: str) -> None:
         path.write_text(content, encoding="utf-8")
 
 
+def keep_property(app: Sphinx, what: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
+    """Keeps a property's docstring, of which napoleon takes all before a colon for a type."""
+    if what == "property":
+        _PROPERTIES[name] = list(lines)
+
+
 def mend_docstring(app: Sphinx, what: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
     """Marks mathematics, and lists the keys of a section of the configuration."""
+    lines[:] = _PROPERTIES.pop(name, lines)
     lines[:] = _MATHS.sub(r":math:`\1`", "\n".join(lines)).split("\n")
     if is_section(value):
         fields = {key: field.description for key, field in value.model_fields.items() if field.description}
@@ -74,6 +82,7 @@ def is_section(value: Any) -> bool:
 def setup(app: Sphinx) -> dict[str, Any]:
     """Connects all of it."""
     app.connect("builder-inited", write_pages)
+    app.connect("autodoc-process-docstring", keep_property, priority=400)  # napoleon and what follows: 500
     app.connect("autodoc-process-docstring", mend_docstring)
     app.connect("autodoc-process-signature", mend_signature)
     app.connect("autodoc-skip-member", skip)
