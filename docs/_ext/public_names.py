@@ -63,9 +63,12 @@ def mend_docstring(app: Sphinx, what: str, name: str, value: Any, options: Any, 
 
 def mend_signature(
     app: Sphinx, what: str, name: str, value: Any, options: Any, signature: str | None, returns: str | None
-) -> tuple[str | None, str | None] | None:
-    """Leaves out the signature of a section of the configuration: its keys are listed below."""
-    return ("", None) if is_section(value) else None
+) -> tuple[str | None, str | None]:
+    """Shortens jax's arrays to `Array`, and leaves out the signature of a section: its keys are listed below."""
+    if is_section(value):
+        return "", None
+    given, result = (text and text.replace("jaxlib._jax.Array", "Array") for text in (signature, returns))
+    return given, result
 
 
 def skip(app: Sphinx, what: str, name: str, value: Any, skipped: bool, options: Any) -> bool | None:
