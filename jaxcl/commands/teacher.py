@@ -164,6 +164,12 @@ class KeptModels:
     """The models of a run that are still available: those of kept checkpoints, and the initial one."""
 
     def __init__(self, parts: Components, checkpoints: Checkpoints) -> None:
+        """Opens nothing yet.
+
+        Args:
+          parts: the parts of the run.
+          checkpoints: its checkpoints.
+        """
         self.parts = parts
         self._checkpoints = checkpoints
 

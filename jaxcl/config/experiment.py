@@ -104,7 +104,12 @@ def load_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
 
 
 def parse_config(content: dict[str, Any], origin: str = "config") -> ExperimentConfig:
-    """Validates nested plain values; error messages start with `origin`. See `load_config`."""
+    """Validates nested plain values; error messages start with `origin`. See `load_config`.
+
+    Args:
+      content: the configuration.
+      origin: where it comes from; opens the error messages.
+    """
     content = dict(content)
     if root := os.environ.get("JAXCL_DATA"):
         content["data_root"] = root

@@ -77,14 +77,29 @@ class Memory(Schema):
     tasks: tuple[TaskMemory, ...] = Field((), description="kept examples by task")
 
     def with_task(self, task: int, name: str, *, count: int, fraction: float, minimum: int) -> Memory:
-        """A copy with the examples drawn from one more task; a task already in the memory is drawn again."""
+        """A copy with the examples drawn from one more task; a task already in the memory is drawn again.
+
+        Args:
+          task: number of the task.
+          name: name of the task.
+          count: examples there are to choose from.
+          fraction: share of them to keep.
+          minimum: smallest number to keep.
+        """
         examples = draw_examples(count, fraction, minimum, seed=self.seed, task=task)
         return self._with(TaskMemory(task=task, name=name, count=count, examples=tuple(examples)))
 
     def with_written(
         self, task: int, name: str, rows: Sequence[Mapping[str, str]], dropped: Mapping[str, int]
     ) -> Memory:
-        """A copy with the samples that the model wrote for one more task."""
+        """A copy with the samples that the model wrote for one more task.
+
+        Args:
+          task: number of the task.
+          name: name of the task.
+          rows: the samples, with `prompt` and `answer`.
+          dropped: how many were dropped, by reason.
+        """
         texts = tuple(dict(row) for row in rows)
         numbers = tuple(range(len(texts)))
         new = TaskMemory(task=task, name=name, count=len(texts), examples=numbers, written=texts, dropped=dict(dropped))

@@ -64,7 +64,14 @@ class Interleaved:
         return steps - periods * int(self.order.sum()) - int(self.order[:rest].sum())
 
     def batch_at(self, step: int, *, seed: int, process_index: int = 0, process_count: int = 1) -> HostBatch:
-        """One process's rows of the batch of a step; a pure function of its arguments."""
+        """One process's rows of the batch of a step; a pure function of its arguments.
+
+        Args:
+          step: number of the batch, counted over all epochs.
+          seed: seed of the shuffle and the masking.
+          process_index: which process asks.
+          process_count: number of processes.
+        """
         period, place = divmod(step, len(self.order))
         before = int(self._before[place])
         memories = int(self.order.sum())
@@ -97,6 +104,12 @@ class Mixed:
     """
 
     def __init__(self, task: Pipeline, memory: Pipeline) -> None:
+        """Joins two pipelines.
+
+        Args:
+          task: the task's pipeline.
+          memory: the memory's pipeline.
+        """
         self.task = task
         self.memory = memory
         self.prefetch = task.prefetch
@@ -108,7 +121,14 @@ class Mixed:
         return self.task.steps_per_epoch
 
     def batch_at(self, step: int, *, seed: int, process_index: int = 0, process_count: int = 1) -> HostBatch:
-        """One process's rows of the batch of a step; a pure function of its arguments."""
+        """One process's rows of the batch of a step; a pure function of its arguments.
+
+        Args:
+          step: number of the batch, counted over all epochs.
+          seed: seed of the shuffle and the masking.
+          process_index: which process asks.
+          process_count: number of processes.
+        """
         of_task, of_memory = (
             stream.batch_at(step, seed=seed, process_index=process_index, process_count=process_count)
             for stream in (self.task, self.memory)

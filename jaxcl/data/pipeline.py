@@ -69,7 +69,14 @@ class Stream(Protocol):
         ...
 
     def describe(self) -> dict[str, Any]:
-        """Counts for the log and the report."""
+        """Counts for the log and the report.
+
+        Args:
+          step: number of the batch, counted over all epochs.
+          seed: seed of the shuffle and the masking.
+          process_index: which process asks.
+          process_count: number of processes.
+        """
         ...
 
 
@@ -186,7 +193,14 @@ class Pipeline:
         return iterate(self, seed, process_index, process_count)
 
     def batch_at(self, step: int, *, seed: int, process_index: int = 0, process_count: int = 1) -> HostBatch:
-        """One process's rows of the batch of a step; a pure function of its arguments."""
+        """One process's rows of the batch of a step; a pure function of its arguments.
+
+        Args:
+          step: number of the batch, counted over all epochs.
+          seed: seed of the shuffle and the masking.
+          process_index: which process asks.
+          process_count: number of processes.
+        """
         epoch, place = divmod(step, self.steps_per_epoch)
         plan = self._plan(seed, epoch)
         noise = (seed, epoch) if self._fixed_noise is None else (self._fixed_noise, 0)
@@ -288,6 +302,17 @@ class PairPipeline(Pipeline):
         name: str = "task",
         shapes: Sequence[Shape] | None = None,
     ) -> None:
+        """Encodes all pairs.
+
+        Args:
+          texts: rows with `prompt` and `answer`.
+          tokenizer: the model's tokenizer.
+          config: the `data` section of the configuration.
+          batch_size: rows of a batch.
+          task: number of the task.
+          name: name of the task, for messages.
+          shapes: shapes that batches may have; none: chosen from the data.
+        """
         rows = PairRows(texts, tokenizer, config, task=task, name=name)
         super().__init__([rows], batch_size, config, shapes=shapes)
 
@@ -306,6 +331,17 @@ class TextPipeline(Pipeline):
         task: int = 0,
         name: str = "task",
     ) -> None:
+        """Encodes and packs all passages.
+
+        Args:
+          texts: rows with `text`.
+          tokenizer: the model's tokenizer.
+          config: the `data` section of the configuration.
+          objective: `causal` or `masked`.
+          batch_size: rows of a batch.
+          task: number of the task.
+          name: name of the task, for messages.
+        """
         rows = TextRows(texts, tokenizer, config, objective=objective, task=task, name=name)
         super().__init__([rows], batch_size, config)
 
@@ -326,6 +362,19 @@ class LabelledPipeline(Pipeline):
         name: str = "task",
         token_types: int = 1,
     ) -> None:
+        """Encodes all texts.
+
+        Args:
+          texts: rows with `text`, `label` and perhaps `pair`.
+          labels: class names.
+          tokenizer: the model's tokenizer.
+          config: the `data` section of the configuration.
+          masked: the model is an encoder.
+          batch_size: rows of a batch.
+          task: number of the task.
+          name: name of the task, for messages.
+          token_types: token types that the model knows.
+        """
         rows = LabelledRows(
             texts, labels, tokenizer, config, masked=masked, task=task, name=name, token_types=token_types
         )

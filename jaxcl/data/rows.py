@@ -94,7 +94,13 @@ class EncodedRows(abc.ABC):
 
     @abc.abstractmethod
     def row(self, index: int, shape: Shape, noise: Noise) -> RowFields:
-        """The fields of one row, without a batch axis; `index` -1 gives a filler row."""
+        """The fields of one row, without a batch axis; `index` -1 gives a filler row.
+
+        Args:
+          index: number of the example; -1 gives a filler row.
+          shape: lengths of the row.
+          noise: seed of what is random in the row: the same numbers give the same row.
+        """
 
     @abc.abstractmethod
     def describe(self) -> dict[str, Any]:

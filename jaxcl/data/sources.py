@@ -103,7 +103,13 @@ def load_task(spec: TaskSpec, seed: int = 0) -> TaskData:
 
 
 def load_end_task(spec: EndTaskSpec, name: str, seed: int = 0) -> TaskData:
-    """Reads the labelled task that belongs to the text domain `name`; see `load_task`."""
+    """Reads the labelled task that belongs to the text domain `name`; see `load_task`.
+
+    Args:
+      spec: the end task's section of the configuration.
+      name: name of the text domain.
+      seed: see `load_task`.
+    """
     return _load(spec, spec.name or name, "labelled", None, seed)
 
 

@@ -47,6 +47,14 @@ class Tokenizer:
         add_bos: bool,
         chat_template: str | None = None,
     ) -> None:
+        """Wraps a tokenizer.
+
+        Args:
+          backend: what cuts text into tokens.
+          ids: ids of the special tokens, by role; `None` or missing: it has none.
+          add_bos: texts begin with the `bos` token.
+          chat_template: Jinja template that frames a prompt, if it has one.
+        """
         backend.no_padding()
         backend.no_truncation()
         self.backend = backend
@@ -233,7 +241,12 @@ class Tokenizer:
         return [self._encode_continued(text, specials) for text in texts]
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
-        """The text of token ids; bytes that are not UTF-8 become the replacement character."""
+        """The text of token ids; bytes that are not UTF-8 become the replacement character.
+
+        Args:
+          ids: token ids.
+          skip_special: leave out special tokens.
+        """
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
     def _encode(self, texts: Sequence[str], specials: bool) -> list[list[int]]:

@@ -59,6 +59,10 @@ class EvaluationConfig(Schema):
     def metric_for(self, kind: Kind, name: str | None = None) -> str:
         """The metric of a task of that kind: `name`, or this section's default.
 
+        Args:
+          kind: the kind of the task.
+          name: the metric that the task names.
+
         Raises:
           UserError: the metric does not exist or cannot score such tasks.
         """
@@ -76,7 +80,12 @@ class EvaluationConfig(Schema):
         return self.end_tasks == "each" or after in (-1, index, last)
 
     def tasks_after(self, learned: int, num_tasks: int) -> range:
-        """Indices of the tasks to score when the first `learned` tasks have been learned; 0: before any training."""
+        """Indices of the tasks to score when the first `learned` tasks have been learned; 0: before any training.
+
+        Args:
+          learned: number of tasks learned so far; 0: before any training.
+          num_tasks: number of tasks of the run.
+        """
         if learned == 0:
             return range(num_tasks if self.before else 0)
         end = {"none": learned, "next": learned + 1, "all": num_tasks}[self.future]

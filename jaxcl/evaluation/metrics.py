@@ -75,7 +75,13 @@ class Metric:
     def each(
         self, predictions: Sequence[str], answers: Sequence[str], sources: Sequence[str] | None = None
     ) -> list[float]:
-        """Score per example in percent; for a metric that is not a mean over examples, 100 if the texts are equal."""
+        """Score per example in percent; for a metric that is not a mean over examples, 100 if the texts are equal.
+
+        Args:
+          predictions: what the model answered.
+          answers: what was expected.
+          sources: the texts that were to be answered, for metrics that read them.
+        """
         if self.needs_source and sources is None:
             raise ValueError(f"metric {self.name}: expected sources, got None")
         given = sources if sources is not None else [""] * len(answers)

@@ -38,7 +38,13 @@ class ContinualMatrix:
 
     @classmethod
     def empty(cls, num_tasks: int, higher_is_better: Sequence[bool], *, joint: bool = False) -> ContinualMatrix:
-        """A matrix without rows."""
+        """A matrix without rows.
+
+        Args:
+          num_tasks: number of tasks.
+          higher_is_better: direction of each task's metric.
+          joint: all tasks are learned at once.
+        """
         if len(higher_is_better) != num_tasks:
             raise ValueError(f"higher_is_better: expected {num_tasks} values, got {len(higher_is_better)}")
         return cls(np.zeros((0, num_tasks)), np.full(num_tasks, np.nan), tuple(higher_is_better), joint)
@@ -52,7 +58,14 @@ class ContinualMatrix:
         *,
         joint: bool = False,
     ) -> ContinualMatrix:
-        """A matrix from lists; `None` is a score that was not measured, and short rows are filled up with it."""
+        """A matrix from lists; `None` is a score that was not measured, and short rows are filled up with it.
+
+        Args:
+          rows: scores on the tasks, a row per task learned.
+          initial: scores before any training.
+          higher_is_better: direction of each task's metric.
+          joint: all tasks were learned at once.
+        """
         num_tasks = len(higher_is_better)
         too_long = [len(row) for row in (*rows, initial or ()) if len(row) > num_tasks]
         if too_long or len(rows) > num_tasks:

@@ -1,1 +1,36 @@
-"""What a network computes: decoder, encoder, gates, attention and its probe, generation."""
+"""What a network computes: one decoder and one encoder as pure functions of params, with gates, probes and taps.
+
+A `Network` is made from a configuration and holds no params: `Network.init` draws them, all else takes them. Models know
+no mesh and no method.
+"""
+
+from etils import epy
+
+with epy.lazy_api_imports(globals()):
+    from jaxcl.models.batch import Batch
+    from jaxcl.models.compute import Compute
+    from jaxcl.models.gates import Gates
+    from jaxcl.models.generation import Generator
+    from jaxcl.models.llama import LlamaConfig
+    from jaxcl.models.lora import LoraConfig
+    from jaxcl.models.network import Hidden, Network
+    from jaxcl.models.probe import Probe, Tap
+    from jaxcl.models.roberta import RobertaConfig
+    from jaxcl.models.trainable import Params, overlay, trained
+
+__all__ = [
+    "Batch",
+    "Compute",
+    "Gates",
+    "Generator",
+    "Hidden",
+    "LlamaConfig",
+    "LoraConfig",
+    "Network",
+    "Params",
+    "Probe",
+    "RobertaConfig",
+    "Tap",
+    "overlay",
+    "trained",
+]

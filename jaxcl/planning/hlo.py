@@ -116,6 +116,11 @@ def trips(program: Program, loop: Instruction, unknown: int = 1) -> int:
     """Trip count of a `while`: as noted by the compiler, else inferred from its counter, else `unknown`.
 
     A loop that can end early (generation) counts with its bound.
+
+    Args:
+      program: the compiled program.
+      loop: the `while` instruction.
+      unknown: the number for loops whose trip count the program does not say.
     """
     if noted := _TRIPS.search(loop.text):
         return int(noted[1])

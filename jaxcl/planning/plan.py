@@ -129,6 +129,10 @@ def plan(config: ExperimentConfig, topology_name: str, steps: Sequence[str] | No
 def programs(config: ExperimentConfig, mesh: Mesh) -> dict[str, Program]:
     """The programs of a run, with their largest shapes.
 
+    Args:
+      config: the configuration.
+      mesh: the devices that the programs are for.
+
     Returns:
       `train`; `replay`, a step on remembered rows, for methods with replay; the method's measurements between tasks;
       `generate`, for decoders whose tasks are prompts and answers.
@@ -193,6 +197,10 @@ def row_shape(config: ExperimentConfig, causal: bool) -> Shape:
 
 def topology_mesh(config: ExperimentConfig, topology: Topology) -> tuple[Mesh, str]:
     """The configuration's mesh over the topology's chips, and the compiler for it (`Plan.compiler`).
+
+    Args:
+      config: the configuration, whose mesh is laid out.
+      topology: the chips.
 
     Raises:
       Unplaceable: the chips cannot be arranged as the mesh.

@@ -93,7 +93,12 @@ def search(config: ExperimentConfig, topology_name: str, step: str, compile_at_m
 
 
 def arranged(config: ExperimentConfig, one: Arrangement) -> ExperimentConfig:
-    """The configuration with this arrangement."""
+    """The configuration with this arrangement.
+
+    Args:
+      config: the configuration.
+      one: mesh, rematerialisation and accumulation.
+    """
     compute = config.model.compute.model_copy(update={"remat": one.remat})
     return config.model_copy(
         update={
@@ -105,7 +110,12 @@ def arranged(config: ExperimentConfig, one: Arrangement) -> ExperimentConfig:
 
 
 def arrangements(config: ExperimentConfig, chips: int) -> Iterator[Arrangement]:
-    """Arrangements that split heads, mlp and batch evenly, with one copy of the params, or one per `tensor` group."""
+    """Arrangements that split heads, mlp and batch evenly, with one copy of the params, or one per `tensor` group.
+
+    Args:
+      config: the configuration.
+      chips: number of chips.
+    """
     model, rows = config.model, config.training.batch_size
     for tensor in (size for size in range(1, chips + 1) if chips % size == 0):
         if model.num_heads % tensor or model.intermediate_size % tensor:
@@ -126,6 +136,11 @@ def estimate(config: ExperimentConfig, one: Arrangement, chip: Chip) -> Estimate
     its input (`full`), also its matrix products (`dots`), or all of its activations (`none`). Time: the larger of
     compute, with 6 operations per param and token (8 with `full`, which repeats the forward pass), and communication:
     gathering the params for each pass, scattering the gradient, and two sums over `tensor` per layer and pass.
+
+    Args:
+      config: the configuration, already arranged.
+      one: its arrangement.
+      chip: what a chip can do.
     """
     model, network = config.model, Network.create(config.model)
     shape = row_shape(config, network.causal)

@@ -117,7 +117,13 @@ class Components:
         return {"task": self.phase_name(index), **sizes}
 
     def encode_written(self, rows: Sequence[Mapping[str, str]], index: int, name: str) -> PairRows:
-        """Prompts and answers that a model wrote for a task, encoded; too long answers are cut."""
+        """Prompts and answers that a model wrote for a task, encoded; too long answers are cut.
+
+        Args:
+          rows: rows with `prompt` and `answer`.
+          index: number of the task.
+          name: name of the task.
+        """
         data = self.config.data.model_copy(update={"on_long_answer": "cut"})
         return self._pairs(rows, index, name, data)
 
@@ -127,7 +133,12 @@ class Components:
         )
 
     def pipeline(self, sources: list[EncodedRows], *, batch_size: int | None = None) -> Pipeline:
-        """Training batches of encoded examples; see `Pipeline`."""
+        """Training batches of encoded examples; see `Pipeline`.
+
+        Args:
+          sources: encoded examples.
+          batch_size: rows of a batch; none: `training.batch_size`.
+        """
         size = batch_size or self.config.training.batch_size
         return Pipeline(sources, size, self.config.data, shapes=self.shapes)
 

@@ -72,7 +72,12 @@ class RunFolder:
     teacher = property(lambda self: self.path / "teacher")
 
     def store(self, task: int, process: int) -> Path:
-        """The file of one process's stored signals of a task's remembered rows."""
+        """The file of one process's stored signals of a task's remembered rows.
+
+        Args:
+          task: number of the task.
+          process: number of the process.
+        """
         return self.teacher / f"task{task:02d}_process{process:03d}.array_record"
 
     def stores(self, task: int | None = None) -> list[Path]:

@@ -54,7 +54,12 @@ class Compiler:
         )
 
     def trace(self, function: Callable[..., Any], name_of: Callable[..., Any] | None = None) -> Callable[..., Any]:
-        """`function`, with logical axis names mapped to this run's mesh while it is traced; not compiled."""
+        """`function`, with logical axis names mapped to this run's mesh while it is traced; not compiled.
+
+        Args:
+          function: a pure function.
+          name_of: the function that the program is named after, if it is not `function`.
+        """
 
         @functools.wraps(name_of or function)
         def traced(*args: Any, **kwargs: Any) -> Any:

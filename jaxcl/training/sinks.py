@@ -86,7 +86,12 @@ class TensorBoard:
     """TensorBoard events, one curve `kind/name` per metric."""
 
     def __init__(self, folder: str | os.PathLike[str], *, after: int | None = None) -> None:
-        """Opens the folder; events after step `after` are hidden (see `JsonLines`)."""
+        """Opens the folder.
+
+        Args:
+          folder: where the event files go.
+          after: the step a run goes on from; events of later steps are hidden (see `JsonLines`).
+        """
         from tensorboardX import SummaryWriter
 
         self._writer = SummaryWriter(str(folder), purge_step=None if after is None else after + 1)

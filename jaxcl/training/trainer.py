@@ -138,6 +138,10 @@ class Trainer:
     def with_method_state(self, state: TrainState, new: PyTree) -> TrainState:
         """The state with the method state that `Method.prepare` or `Method.consolidate` returned.
 
+        Args:
+          state: the state before.
+          new: the method's new state.
+
         Raises:
           ValueError: structure, shapes or dtypes changed.
         """
@@ -146,13 +150,22 @@ class Trainer:
     def with_params(self, state: TrainState, new: PyTree) -> TrainState:
         """The state with the params that `Method.final_params` returned.
 
+        Args:
+          state: the state before.
+          new: the new params.
+
         Raises:
           ValueError: structure, shapes or dtypes changed.
         """
         return replace_params(state, new, self.layout)
 
     def feed(self, rows: RowIterator, *, prefetch: int) -> Feed:
-        """Batches on this run's devices."""
+        """Batches on this run's devices.
+
+        Args:
+          rows: the iterator of a pipeline.
+          prefetch: batches that are brought to the devices ahead.
+        """
         return Feed(rows, self.layout.batch, prefetch=prefetch)
 
     def _init(self, params: PyTree) -> TrainState:

@@ -129,7 +129,14 @@ def load_params(
 def load_weights(
     path: str | os.PathLike[str], *, dtype: str | None = None, key: Array | None = None, **changes: Any
 ) -> tuple[Network, Params]:
-    """A checkpoint's network and params, on the default device; see `read_config` and `load_params`."""
+    """A checkpoint's network and params, on the default device; see `read_config` and `load_params`.
+
+    Args:
+      path: what `locate` finds.
+      dtype: see `load_params`.
+      key: see `load_params`.
+      **changes: see `read_config`.
+    """
     network = Network.create(read_config(path, **changes))
     return network, load_params(path, network, dtype=dtype, key=key)
 
