@@ -200,16 +200,16 @@ def test_search_says_when_nothing_can_be_split() -> None:
 
 
 def test_the_loop_over_heads_is_counted_as_the_method_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four heads a layer select: 12 in 3 layers."""
-    turns: list[int] = []
+    """12 heads in 3 layers: four per layer."""
+    trips: list[int] = []
 
-    def record(*args: Any, unknown_turns: int, **kwargs: Any) -> StepPlan:
-        turns.append(unknown_turns)
+    def record(*args: Any, loop_trips: int, **kwargs: Any) -> StepPlan:
+        trips.append(loop_trips)
         return StepPlan(fits=True, bytes_per_chip=1.0, arguments={}, compile_seconds=0.0)
 
     monkeypatch.setattr(plan_module, "plan_step", record)
     plan(config_of({**SEEKR, "layer_budget": 3, "head_budget": 12}), "v5e:1x1", ["replay"])
-    assert turns == [4]
+    assert trips == [4]
 
 
 def test_a_step_that_is_not_there_is_one_line() -> None:

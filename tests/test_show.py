@@ -186,7 +186,7 @@ def test_a_run_that_has_moved_goes_on_where_it_is(other: Any) -> None:
 def test_the_table_has_every_param_once_with_its_shape_and_totals(told: dict[str, Any]) -> None:
     lines = lines_of(params_table(told["folder"]))
     network = Network.create(parse_config({**CONFIG, "output": "x"}).model)
-    assert "blocks/mlp/up/kernel 1 x 16 x 32 float32 layers, embed, mlp 2.0 kB" in lines
+    assert "blocks/mlp/up/kernel 1 x 16 x 32 float32 layers, embed, mlp intermediate 2.0 kB" in lines
     names = [line.split()[0] for line in lines[1:-1]]
     assert len(names) == len(set(names))
     assert lines[-1] == f"trained: {network.num_params:,} params, {4 * network.num_params / 1000:.1f} kB"
@@ -195,11 +195,9 @@ def test_the_table_has_every_param_once_with_its_shape_and_totals(told: dict[str
 def test_the_table_shows_what_is_frozen_and_how_a_mesh_splits(other: Any) -> None:
     folder = other(model={"lora": {"rank": 2, "targets": ["query"]}}, mesh={"fsdp": 2, "tensor": 2})
     lines = lines_of(params_table(folder))
-    kernel = (
-        "blocks/attention/query/kernel 1 x 16 x 2 x 8 float32 layers, embed, heads, head_dim embed/fsdp, heads/tensor"
-    )
+    kernel = "blocks/attention/query/kernel 1 x 16 x 2 x 8 float32 layers, embed, heads, head_dim heads embed/fsdp, heads/tensor"
     assert f"{kernel} 1.0 kB" in lines
-    assert "blocks/attention/query/lora_a 1 x 16 x 2 float32 layers, embed, rank embed/fsdp yes 128 B" in lines
+    assert "blocks/attention/query/lora_a 1 x 16 x 2 float32 layers, embed, rank layer embed/fsdp yes 128 B" in lines
     whole = Network.create(parse_config({**CONFIG, "output": "x"}).model).num_params
     assert lines[-3:-1] == ["trained: 64 params, 256 B", f"frozen: {whole:,} params, {4 * whole / 1000:.1f} kB"]
     # By 2: norms (fsdp) and both adapters; by 4: all else.

@@ -91,7 +91,7 @@ def test_bytes_are_those_on_disk(folder: Path, report: str, index: int, task: st
 
 def test_loss_of_information_is_that_of_each_form(report: str) -> None:
     first, last = (block(report, name) for name in ("direction", "category"))
-    assert "the run's latest model held against" in first
+    assert "the run's latest model compared with" in first
     assert "the run's initial model compared with" in last
     for text in (first, last):
         found = changes(text)

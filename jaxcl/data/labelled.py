@@ -103,7 +103,7 @@ class LabelledRows(EncodedRows):
         return [Shape(self.config.length, 1)]
 
     def row(self, index: int, shape: Shape, noise: Noise) -> RowFields:
-        """One row, as the class describes; `noise` is not used."""
+        """One row, see `EncodedRows.row`; `noise` is not used."""
         row = blank(shape, self.pad_id)
         row["labels"] = np.int32(0)
         if self._pair_type > 0:

@@ -163,7 +163,7 @@ class PairRows(EncodedRows):
         return pair_shapes([self, *others], self.config)
 
     def row(self, index: int, shape: Shape, noise: Noise) -> RowFields:
-        """One row, as the class describes; `noise` is not used."""
+        """One row, see `EncodedRows.row`; `noise` is not used."""
         row = blank(shape, self.pad_id)
         if index < 0:
             return row

@@ -154,7 +154,7 @@ class TextRows(EncodedRows):
         return [Shape(self.config.length, math.ceil(self.config.mask_rate * self.config.length) if masked else None)]
 
     def row(self, index: int, shape: Shape, noise: Noise) -> RowFields:
-        """One row, as the class describes; the same `noise` masks the same tokens."""
+        """One row, see `EncodedRows.row`; the same `noise` masks the same tokens."""
         row = blank(shape, self.pad_id)
         if index < 0:
             return row

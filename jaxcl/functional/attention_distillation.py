@@ -110,6 +110,10 @@ def example_divergence(
     The authors' code sums over the layers that any example of the batch selected and divides by their number, so that
     the term shrinks as tasks add layers. Where all examples select heads in the same layers the two agree; with two
     tasks that share two of six layers, this one is 1.5 times as large. The paper's weight of 1000 belongs to theirs.
+
+    Args:
+      layer_means: what `attention_divergence` gave for each layer.
+      present: whether the example has a selected head there, likewise.
     """
     layers = jnp.sum(present, axis=0)
     return jnp.sum(jnp.where(present, layer_means, 0.0), axis=0) / jnp.maximum(layers, 1), layers > 0

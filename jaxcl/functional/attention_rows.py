@@ -61,7 +61,7 @@ def selected_pairs(
 
 
 def visible_keys(view: AttentionView, queries: Int[Array, "batch queries"]) -> Bool[Array, "batch queries length"]:
-    """Which keys some query positions see; none for a query that is -1 or padding."""
+    """Which keys of a layer's `view` some `queries` see; none for a query that is -1 or padding."""
     position = jnp.maximum(queries, 0)
     own = jnp.take_along_axis(view.segments, position, axis=1)
     seen = (own[:, :, None] == view.segments[:, None, :]) & (own != 0)[:, :, None] & (queries >= 0)[:, :, None]

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 def pool(
     states: Float[Array, "batch length embed"], segments: Int[Array, "batch length"]
 ) -> Float[Array, "batch embed"]:
-    """Mean state of each row over its real tokens, float32; 0 for rows that are all padding.
+    """Mean of each row's `states` over its real tokens (`segments` not 0), float32; 0 for rows that are all padding.
 
     The authors' code averages over padding too.
     """

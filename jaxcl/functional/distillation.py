@@ -68,7 +68,7 @@ def top_scores(
 
 @jax.named_scope("distil")
 def top_divergence(teacher: TopScores, logits: Float[Array, "... vocab"]) -> Float[Array, "..."]:
-    r"""KL over the teacher's likeliest tokens, and over the rest as far as it is known.
+    r"""KL of `teacher` and student `logits` over the likeliest tokens, and over the rest as far as it is known.
 
     $\sum_{k} p_k (\log p_k - \log s_k)$ over the likeliest, plus for the rest, with the remainder
     $p_r = 1 - \sum_k p_k$, one of

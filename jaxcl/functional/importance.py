@@ -109,7 +109,7 @@ def normalise_tanh(scores: Float[Array, "layers units"]) -> Float[Array, "layers
 
 
 def normalise_quantile(scores: Float[Array, "layers units"], share: float) -> Float[Array, "layers units"]:
-    """`max(0, (u - (1 - share)) / share)` with the rank `u` in (0, 1) of a unit in its layer.
+    """`max(0, (u - (1 - share)) / share)` with the rank `u` in (0, 1) that a unit's `scores` have in its layer.
 
     The rank of a unit is the share of units below it; units equal to it count half.
 
@@ -128,5 +128,5 @@ def normalise_quantile(scores: Float[Array, "layers units"], share: float) -> Fl
 
 
 def accumulate(before: PyTree, now: PyTree) -> PyTree:
-    """What all domains so far need: the element-wise maximum (DAS, equation 4)."""
+    """What all domains so far need: the element-wise maximum of `before` and `now` (DAS, equation 4)."""
     return jax.tree.map(jnp.maximum, before, now)

@@ -66,7 +66,7 @@ def over_positions(function: Callable[[PyTree], PyTree], inputs: PyTree, chunk: 
 
 
 def token_losses(logits: Float[Array, "... vocab"], targets: Int[Array, "..."]) -> Float[Array, "..."]:
-    """`-log softmax(logits)[target]` in nats.
+    """`-log softmax(logits)[target]` for each of the `targets`, in nats.
 
     Left to automatic differentiation on purpose: that keeps the exponentials for the backward pass, and measured
     faster on CPUs than hand-written gradients that compute them again or subtract a one-hot array.
@@ -111,6 +111,6 @@ def cross_entropy(
 def example_means(
     values: Float[Array, "batch predict"], weights: Float[Array, "batch predict"]
 ) -> Float[Array, " batch"]:
-    """Each row's weighted mean; 0 where all weights are 0."""
+    """Each row's mean of `values` by `weights`; 0 where all weights are 0."""
     total = jnp.sum(weights, axis=1)
     return jnp.sum(values * weights, axis=1) / jnp.where(total == 0, 1.0, total)

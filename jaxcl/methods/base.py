@@ -145,7 +145,7 @@ class Method(ToolHooks, Generic[OptionsT]):
         return {}
 
     def grow(self, params: Params, state: State) -> State:
-        """The state of a run of fewer tasks, with room for this one's `num_tasks`; pure.
+        """The `state` of a run of fewer tasks, with room for this one's `num_tasks`; pure. `params` are the run's.
 
         Arrays whose shape depends on the number of tasks keep the first entries of their first axis; the new entries
         are as `init` gives them.
@@ -157,7 +157,7 @@ class Method(ToolHooks, Generic[OptionsT]):
         return jax.tree.map(wider, self.init(params), state)
 
     def prepare(self, params: Params, state: State, task: Task) -> State:
-        """The state before training on `task`."""
+        """The `state` before training on `task`, which begins with `params`."""
         return state
 
     def track(self, params: Params, state: State, before: Params, gradient: Params) -> State:
@@ -172,13 +172,20 @@ class Method(ToolHooks, Generic[OptionsT]):
         return state
 
     def consolidate(self, params: Params, state: State, task: Task) -> State:
-        """The state after training on `task`."""
+        """The `state` after training on `task`, which ended with `params`."""
         return state
 
     # The step
 
     def loss(self, params: Params, state: State, batch: Batch, key: Array) -> Terms:
-        """The terms whose weighted sum is minimised; pure. `key` is new at every step."""
+        """The terms whose weighted sum is minimised; pure.
+
+        Args:
+          params: the model's params, of which `jaxcl.models.trained` are differentiated.
+          state: the method's state.
+          batch: token rows, of the task at hand or remembered (`Batch.origin`).
+          key: new at every step.
+        """
         return language_model_terms(self.network, params, batch, key, self.options.loss_chunk)
 
     def transform(self, parts: OptimizerParts) -> optax.GradientTransformationExtraArgs:
@@ -188,8 +195,13 @@ class Method(ToolHooks, Generic[OptionsT]):
     def update_args(self, params: Params, state: State, batch: Batch, key: Array) -> dict[str, Any]:
         """Keyword arguments of the optimizer's update (the soft masks, for example); pure.
 
-        The optimizer sees only what is trained: cut a tree over all params with `jaxcl.models.trainable.trained`.
-        `batch` is the step's whole batch, `key` a different one from that of the loss.
+        The optimizer sees only what is trained: cut a tree over all params with `jaxcl.models.trained`.
+
+        Args:
+          params: the model's params.
+          state: the method's state.
+          batch: the step's whole batch.
+          key: another one than the loss gets.
         """
         return {}
 
@@ -200,9 +212,9 @@ class Method(ToolHooks, Generic[OptionsT]):
         return params
 
     def params_for(self, params: Params, state: State, index: Array) -> Params:
-        """The params that answer task `index`, for methods that know the task at inference; pure.
+        """The params that answer task `index`, from `params` and `state`; for methods that know the task at inference.
 
-        Evaluation asks for them, also for tasks that are scored before they are learned. Shapes are those of `params`.
+        Pure. Evaluation asks for them, also for tasks that are scored before they are learned. Shapes are those of `params`.
         """
         return params
 
@@ -216,8 +228,14 @@ class Method(ToolHooks, Generic[OptionsT]):
     def signals(self, params: Params, state: State, batch: Batch, key: Array) -> dict[str, Array] | None:
         """What is stored with each remembered row, leading axis `batch`; pure. `None` stores nothing.
 
-        Called after `final_params`. Remembered batches carry it as `batch.teacher`. `key` is the task's, the same for
-        all batches: draw by `Batch.keys`, so that what is stored of an example does not depend on its batch.
+        Called after `final_params`. Remembered batches carry it as `batch.teacher`.
+
+        Args:
+          params: the params after the task.
+          state: the method's state after the task.
+          batch: remembered rows of the task.
+          key: the task's, the same for all batches: draw by `Batch.keys`, so that what is stored of an example does not
+            depend on its batch.
         """
         return None
 

@@ -227,13 +227,19 @@ class Network:
 
     @jax.named_scope("logits")
     def logits(self, params: Params, states: Float[Array, "... embed"]) -> Float[Array, "... vocab"]:
-        """Token scores, float32: of the next token for decoders, of the token itself for encoders."""
+        """Token scores of `states` under `params`, float32: of the next token for decoders, of the token for encoders."""
         return self._merge(params).logits(states)
 
     def classify(
         self, params: Params, states: Float[Array, "batch length embed"], batch: Batch, dropout_key: Array | None = None
     ) -> Float[Array, "batch labels"]:
         """Class scores of each row, float32. Encoders read the first token, decoders the last real one.
+
+        Args:
+          params: as from `init`.
+          states: what `hidden` gave for the batch.
+          batch: token rows.
+          dropout_key: as in `hidden`.
 
         Raises:
           ValueError: the configuration has no classes.
@@ -248,7 +254,7 @@ class Network:
     def embed(
         self, params: Params, batch: Batch, *, dropout_key: Array | None = None, dropout_rate: float | None = None
     ) -> Float[Array, "batch length embed"]:
-        """The input of the first layer, compute dtype."""
+        """The input of the first layer, compute dtype; arguments as in `hidden`, see `Network.hidden`."""
         x = self._merge(params).start(batch, self._noise(dropout_key, dropout_rate))
         return constrain(x, "batch", "length", "embed")
 
@@ -295,7 +301,7 @@ class Network:
         return nnx.merge(_abstract(self.config).block, nnx.State(layer_params))
 
     def finish(self, params: Params, x: Float[Array, "batch length embed"]) -> Float[Array, "batch length embed"]:
-        """From the last layer's output to `Hidden.states`: the final norm of decoders."""
+        """From the last layer's output `x` to `Hidden.states`: the final norm of decoders, with its `params`."""
         return self._merge(params).finish(x)
 
     def _merge(self, params: Params) -> Llama | Roberta:

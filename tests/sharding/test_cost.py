@@ -149,7 +149,7 @@ def test_a_loop_whose_length_the_program_computes_counts_as_told() -> None:
 
     shapes = jax.ShapeDtypeStruct((1,), jnp.int32), jax.ShapeDtypeStruct((8, 8), jnp.float32)
     program = parse(jax.jit(function).lower(*shapes).compile().as_text())
-    assert count_cost(program, causal=False, unknown_turns=3).flops == 3 * 2 * 8 * 8 * 8
+    assert count_cost(program, causal=False, loop_trips=3).flops == 3 * 2 * 8 * 8 * 8
 
 
 def test_a_collective_beside_other_work_counts_once() -> None:
