@@ -195,7 +195,8 @@ def test_the_table_has_every_param_once_with_its_shape_and_totals(told: dict[str
 def test_the_table_shows_what_is_frozen_and_how_a_mesh_splits(other: Any) -> None:
     folder = other(model={"lora": {"rank": 2, "targets": ["query"]}}, mesh={"fsdp": 2, "tensor": 2})
     lines = lines_of(params_table(folder))
-    kernel = "blocks/attention/query/kernel 1 x 16 x 2 x 8 float32 layers, embed, heads, head_dim heads embed/fsdp, heads/tensor"
+    axes = "layers, embed, heads, head_dim"
+    kernel = f"blocks/attention/query/kernel 1 x 16 x 2 x 8 float32 {axes} heads embed/fsdp, heads/tensor"
     assert f"{kernel} 1.0 kB" in lines
     assert "blocks/attention/query/lora_a 1 x 16 x 2 float32 layers, embed, rank layer embed/fsdp yes 128 B" in lines
     whole = Network.create(parse_config({**CONFIG, "output": "x"}).model).num_params

@@ -212,9 +212,10 @@ class Method(ToolHooks, Generic[OptionsT]):
         return params
 
     def params_for(self, params: Params, state: State, index: Array) -> Params:
-        """The params that answer task `index`, from `params` and `state`; for methods that know the task at inference.
+        """The params that answer task `index`, for methods that know the task at inference; from `params` and `state`.
 
-        Pure. Evaluation asks for them, also for tasks that are scored before they are learned. Shapes are those of `params`.
+        Pure. Evaluation asks for them, also for tasks that are scored before they are learned. Shapes are those of
+        `params`.
         """
         return params
 

@@ -227,7 +227,7 @@ class Network:
 
     @jax.named_scope("logits")
     def logits(self, params: Params, states: Float[Array, "... embed"]) -> Float[Array, "... vocab"]:
-        """Token scores of `states` under `params`, float32: of the next token for decoders, of the token for encoders."""
+        """Token scores of `states` under `params`, float32: decoders score the next token, encoders the token."""
         return self._merge(params).logits(states)
 
     def classify(
