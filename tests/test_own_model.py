@@ -19,17 +19,16 @@ def run(number: int) -> dict[str, Any]:
     return module
 
 
-def test_there_are_three_programs_of_less_than_forty_statements() -> None:
-    lines = [[line for line in block.splitlines() if line.strip() and "import" not in line] for block in BLOCKS]
+def test_there_are_three_programs_of_less_than_forty_lines() -> None:
+    lines = [[line for line in block.splitlines() if line.strip()] for block in BLOCKS]
     assert [len(block) < 40 for block in lines] == [True] * 3
 
 
 def test_das_on_dictionaries_learns_and_protects() -> None:
     found = run(0)
-    history = found["history"]
-    assert history[59] < 0.5 * history[0]
-    assert history[-1] < 0.7 * history[60]
     importance = found["importance"]
+    shared = jax.tree.map(lambda one: one[:, None], found["ones"])
+    assert float(jnp.mean(found["losses"](found["params"], found["tokens"], shared))) < 0.7 * np.log(128)
     masks = found["F"].soft_masks(found["units"], found["params"], importance)
     # One backward pass gives what single examples give, one unit at a time.
     tokens, params, ones = found["tokens"][:3], found["params"], found["ones"]
