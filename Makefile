@@ -56,7 +56,7 @@ format: $(VENV)/.installed  ## let ruff rewrite what it can
 	$(BIN)/ruff format .
 
 test: lint  ## lint, types, unit and property tests, doctests
-	JAX_PLATFORMS=cpu $(BIN)/pytest -n $(JOBS) --dist loadfile
+	JAX_PLATFORMS=cpu $(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # Installed anew each time, since what is newest changes without pyproject.toml.
 test-newest:  ## the tests under the newest Python here and the newest packages that pyproject.toml allows
@@ -67,14 +67,14 @@ test-newest:  ## the tests under the newest Python here and the newest packages 
 		'$(NEWEST_PYTHON)' -m venv $(NEWEST_VENV); \
 		$(NEWEST_VENV)/bin/python -m pip install --quiet --upgrade pip; \
 		$(NEWEST_VENV)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager -e '.[dev]'; \
-		JAX_PLATFORMS=cpu $(NEWEST_VENV)/bin/pytest -n $(JOBS) --dist loadfile $(NEWEST_TESTS); \
+		JAX_PLATFORMS=cpu $(NEWEST_VENV)/bin/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(NEWEST_TESTS); \
 	fi
 
 test-slow: $(VENV)/.installed  ## the tests marked slow: the methods on more meshes and over two processes, the notebooks
-	JAX_PLATFORMS=cpu $(BIN)/pytest -n $(JOBS) --dist loadfile -m slow
+	JAX_PLATFORMS=cpu $(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m slow
 
 test-parity: $(VENV)/.installed-parity  ## against torch and transformers, SmolLM2, real data and the TPU compiler
-	JAX_PLATFORMS=cpu $(BIN)/pytest -n $(JOBS) --dist loadfile -o addopts="--import-mode=importlib --strict-markers -ra" tests/parity
+	JAX_PLATFORMS=cpu $(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -o addopts="--import-mode=importlib --strict-markers -ra" tests/parity
 
 test-system: $(VENV)/.installed  ## a real run under SLURM on this machine, as root; installs Debian's slurm-wlm
 	PYTHON=$(abspath $(BIN))/python tests/system/slurm_run.sh

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import pytest
@@ -12,6 +13,8 @@ from hypothesis import settings
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 os.environ |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
+
+WHOLE_RUNS = Path(__file__).parent
 
 # How long an example takes is the machine's affair.
 settings.register_profile("jaxcl", deadline=None)
@@ -27,6 +30,8 @@ def optimisation(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Whole runs take longest: with two workers, a module of them at the end would leave one waiting.
+    items.sort(key=lambda item: item.path.parent != WHOLE_RUNS)
     for item in items:
         if any(mark.name == "optimised" for mark in item.own_markers):
             raise pytest.UsageError(f"{item.nodeid}: optimised is a mark of modules: fixtures compile for all tests")

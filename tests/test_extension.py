@@ -24,8 +24,6 @@ from tests.tiny import runs
 from tests.tiny.faults import killed_at_save
 from tests.tiny.runs import DECODER, ENCODER, SEEKR
 
-pytestmark = pytest.mark.optimised  # bits are compared
-
 # Neither tokenizer nor row lengths are given by the tasks: both would know the third one from the start.
 PAIRS: dict[str, Any] = {
     "model": DECODER,

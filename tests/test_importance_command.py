@@ -16,8 +16,6 @@ from jaxcl.run import sequence
 from jaxcl.training.task import RunningTask
 from tests.tiny import runs
 
-pytestmark = pytest.mark.optimised  # bits are compared
-
 COMMON: dict[str, Any] = {
     "optimizer": {"learning_rate": 1e-30},  # too little to move any weight
     "training": {"batch_size": 8, "steps": 1},
