@@ -4,7 +4,8 @@
 backward passes that several methods use. The mathematics is in `jaxcl.functional`.
 """
 
-from jaxcl.functional.terms import Term, Terms
+from jaxcl.functional.terms import Term as Term
+from jaxcl.functional.terms import Terms as Terms
 from jaxcl.methods.base import Method, OptimizerParts, Params, State, Stored, Task
 from jaxcl.methods.options import MethodOptions, ReplayConfig, ReplayOptions
 from jaxcl.methods.registry import METHODS, find_method
@@ -22,8 +23,6 @@ __all__ = [
     "State",
     "Stored",
     "Task",
-    "Term",
-    "Terms",
     "ToolHooks",
     "find_method",
 ]

@@ -59,7 +59,7 @@ class Batch:
 
     @classmethod
     def abstract(cls, rows: int, length: int, predict: int | None, *, sharding: Any = None, **fields: Any) -> Batch:
-        """A batch of `jax.ShapeDtypeStruct`s, for tracing and compiling without data.
+        """A batch whose arrays are `jax.ShapeDtypeStruct`, for tracing and compiling without data.
 
         Args:
           rows: number of rows.

@@ -26,9 +26,9 @@ class Gates:
       output: factor on each unit of the feed-forward output, before the residual sum.
     """
 
-    heads: Float[Array, "layers *batch heads"]
-    intermediate: Float[Array, "layers *batch mlp"]
-    output: Float[Array, "layers *batch embed"]
+    heads: Float[Array, "layers ... heads"]
+    intermediate: Float[Array, "layers ... mlp"]
+    output: Float[Array, "layers ... embed"]
 
     @classmethod
     def ones(cls, *, layers: int, heads: int, intermediate: int, output: int, batch: int | None = None) -> Gates:

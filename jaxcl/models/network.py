@@ -137,7 +137,7 @@ class Network:
         return nnx.to_pure_dict(nnx.state(_build(self.config, rngs), nnx.Param))
 
     def shapes(self) -> Params:
-        """The params' tree with `jax.ShapeDtypeStruct`s as leaves; computes nothing."""
+        """The params' tree with a `jax.ShapeDtypeStruct` for each leaf; computes nothing."""
         return nnx.to_pure_dict(_abstract(self.config).state)
 
     def axes(self) -> Params:
