@@ -93,8 +93,11 @@ def attention_divergence(
       teacher: stored rows; no gradient flows into them.
 
     Returns:
-      Each example's mean over its (head, query) pairs, 0 if it has none, and whether it has any.
+      Each example's mean over its (head, query) pairs, 0 if it has none, and whether it has any. A query that comes
+      twice counts once.
     """
+    again = jnp.pad(teacher.queries[:, 1:] == teacher.queries[:, :-1], ((0, 0), (1, 0)))
+    teacher = teacher._replace(queries=jnp.where(again, -1, teacher.queries))
     real = jnp.any(visible_keys(view, teacher.queries), axis=2)
     count = jnp.sum(teacher.heads >= 0, axis=1) * jnp.sum(real, axis=1)
     sums = _sums(_Attention(view.causal, view.scale), view.query, view.key, view.segments, teacher)

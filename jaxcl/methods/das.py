@@ -199,16 +199,25 @@ class Das(Method[DasOptions]):
     def _contrast(self, params: Params, importance: Gates, batch: Batch, anchor: Array | None, key: Array) -> Term:
         """One pass each for the positives, the past and, if there is none yet, the anchors.
 
+        Before anything is known (all importance is 0, as in the first domain with `general_knowledge: false`), the
+        gates of the past would all be closed: there is nothing to contrast with, and no pass.
+
         One batch of all their rows, with gates of 1 where none are needed, is no faster (`benchmarks/das_cost.py`).
         """
         anchor_key, positive_key, past_key = jax.random.split(key, 3)
-        anchor = self._pooled(params, batch, None, anchor_key) if anchor is None else anchor
-        positive = self._pooled(params, batch, None, positive_key)
-        known = jax.lax.stop_gradient(params) if self.options.negatives == "fixed" else params
-        past = self._pooled(known, batch, importance, past_key)
+        known = jnp.any(jnp.stack([jnp.any(leaf > 0) for leaf in jax.tree.leaves(importance)]))
         real = jnp.any(batch.segments != 0, axis=1)
-        total, count = contrast(anchor, positive, past, real, self.options.temperature)
-        return Term(total, count, self.options.contrast_weight)
+
+        def total() -> Array:
+            own = self._pooled(params, batch, None, anchor_key) if anchor is None else anchor
+            positive = self._pooled(params, batch, None, positive_key)
+            fixed = self.options.negatives == "fixed"
+            past = self._pooled(jax.lax.stop_gradient(params) if fixed else params, batch, importance, past_key)
+            return contrast(own, positive, past, real, self.options.temperature)[0]
+
+        # The count is taken outside: where it alone is asked for, the compiler drops the passes.
+        count = jnp.sum(real.astype(jnp.float32)) * known
+        return Term(jax.lax.cond(known, total, lambda: jnp.float32(0)), count, self.options.contrast_weight)
 
     def _pooled(self, params: Params, batch: Batch, gates: Gates | None, key: Array) -> Array:
         rate = self._noise_rate()

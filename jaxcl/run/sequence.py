@@ -32,6 +32,7 @@ from jaxcl.sharding.processes import initialize, on_first, wait_for_all
 from jaxcl.training.checkpoint import START_MARK, Checkpoints, Saved, mark_after
 from jaxcl.training.compile import enable_compilation_cache
 from jaxcl.training.config import task_steps
+from jaxcl.training.keys import run_key
 from jaxcl.training.loop import train_task
 from jaxcl.training.privacy import spent
 from jaxcl.training.profile import Profiler
@@ -261,7 +262,7 @@ class TaskSequence:
         replay = self.parts.method.replay
         if replay is None or replay.source == "kept":
             return remember(self.parts, self.memory, index)
-        key = jax.random.fold_in(jax.random.key(self.config.seed), index)
+        key = jax.random.fold_in(run_key(self.config.seed, "samples"), index)
         begun = replay.synthetic.writer == "start"
         opened_by = initial_params(self.parts) if begun else self._params_before(index)
         rows, dropped = write_samples(Writer(self.parts, index, opened_by, state.params), key)

@@ -12,6 +12,7 @@ from jaxcl.data.rows import EncodedRows
 from jaxcl.models.trainable import Params
 from jaxcl.run.components import Components, ProcessShare
 from jaxcl.training.config import micro_batch_size
+from jaxcl.training.keys import run_key
 from jaxcl.training.task import RunningTask
 
 Stage = Literal["before", "after"]
@@ -72,7 +73,7 @@ def running_task(
         index=index,
         name=parts.phase_name(index),
         count=parts.phases,
-        key=jax.random.fold_in(jax.random.key(parts.config.seed), 2 * index + (stage == "after")),
+        key=jax.random.fold_in(run_key(parts.config.seed, "tasks"), 2 * index + (stage == "after")),
         seed=parts.config.seed + index,
         pipeline=ProcessShare(parts.pipeline(sources, batch_size=size)),
         memory=ProcessShare(memory_pipeline(parts, memory, [index], batch_size=size)) if remembered else None,

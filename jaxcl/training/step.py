@@ -65,18 +65,20 @@ def make_train_step(
         gradient = private_gradient(privacy, accumulate, layout)
 
     def step(state: TrainState, batch: Batch, key: Array) -> tuple[TrainState, Metrics]:
-        params, key = trained(state.params), jax.random.fold_in(key, state.step)
+        params = trained(state.params)
+        # A key that was split is not used again: its parts would come back, as `split(key)[i]` is `fold_in(key, i)`.
+        loss_key, update_key = jax.random.split(jax.random.fold_in(key, state.step))
 
         def loss(params: PyTree, batch: Batch, key: Array) -> Terms:
             with jax.named_scope("loss"):
                 return all_terms(method, overlay(state.params, params), _own(state.method_state), batch, key)
 
-        (total, means), grads = gradient(loss, params, batch, key)
+        (total, means), grads = gradient(loss, params, batch, loss_key)
         rate = learning_rate(optimizer, state.clock)
         with jax.named_scope("optimizer"):
             # The optimizer works in float32, whatever the dtype of the params; see `Trainer.init`.
             grads = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), grads)
-            extra = method.update_args(state.params, _own(state.method_state), batch, jax.random.fold_in(key, 1))
+            extra = method.update_args(state.params, _own(state.method_state), batch, update_key)
             opt_state = state.opt_state if opt_shardings is None else jax.device_put(state.opt_state, opt_shardings)
             updates, opt_state = transform.update(grads, opt_state, params, learning_rate=rate, **extra)
             before, params = params, optax.apply_updates(params, updates)

@@ -15,6 +15,7 @@ from jaxcl.models.trainable import trained
 from jaxcl.sharding.layout import Layout, put
 from jaxcl.training.compile import Compiler
 from jaxcl.training.feed import Feed, RowIterator
+from jaxcl.training.keys import run_key
 from jaxcl.training.optimizer import Clock, OptimizerConfig, make_parts
 from jaxcl.training.privacy import PrivacyConfig
 from jaxcl.training.state import TrainState, abstract, on_host, replace_method_state, replace_params, state_shardings
@@ -85,7 +86,7 @@ class Trainer:
     @functools.cached_property
     def key(self) -> Array:
         """The key of everything random within steps, replicated; made when first needed."""
-        return put(jax.random.key(self._seed), self.layout.replicated)
+        return put(run_key(self._seed, "steps"), self.layout.replicated)
 
     def init(self, params: PyTree) -> TrainState:
         """The state before the first task.

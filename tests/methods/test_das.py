@@ -173,7 +173,8 @@ def test_passes_of_the_contrast_draw_noise_of_their_own() -> None:
     for rate in (0.0, 0.3):
         method = Das(DasOptions(proxy_dropout=rate), network, 1)
         loss = jax.jit(method.loss)
-        terms = [loss(params, method.init(params), batch, jax.random.key(seed)) for seed in (0, 1)]
+        state = {**method.init(params), "importance": filled(network, 0.5)}
+        terms = [loss(params, state, batch, jax.random.key(seed)) for seed in (0, 1)]
         sums[rate] = {float(one["contrast"].sum) for one in terms}
         # The decoder's own loss stays free of noise.
         assert len({float(one["loss"].sum) for one in terms}) == 1
@@ -218,3 +219,40 @@ def test_options_are_held_against_the_model() -> None:
     Das.check(DasOptions(proxy_dropout=0.0), tiny_roberta(hidden_dropout=0.1).config)
     Das.check(DasOptions(proxy_dropout=0.0, general_knowledge=False, contrast_weight=0.0), tiny_llama().config)
     Das.check(DasOptions(), tiny_llama().config)
+
+
+def test_there_is_no_contrast_before_anything_is_known() -> None:
+    network = tiny_llama(num_layers=1)
+    params, batch = init(network), make_batch()
+    method = Das(DasOptions(general_knowledge=False), network, 2)
+    empty = method.init(params)
+
+    def term(params: Any, state: Any) -> Any:
+        return method.loss(params, state, batch, jax.random.key(0))["contrast"]
+
+    assert [float(value) for value in jax.jit(term)(params, empty)] == [0, 0, 1]
+    slope = jax.jit(jax.grad(lambda params: term(params, empty).sum))(params)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(slope))
+    known = jax.jit(term)(params, method.consolidate(params, empty, StandInTask([batch])))
+    assert float(known.sum) > 0
+    assert float(known.count) == 3
+
+
+def test_the_past_has_dropout_of_its_own() -> None:
+    """With every gate open, the past is one more pass of the whole network: it draws other noise than the positive."""
+    network = tiny_roberta(num_layers=1, hidden_dropout=0.3)
+    params, batch = init(network), make_batch((6, 6))
+    method = Das(DasOptions(temperature=1.0), network, 1)
+    state = {**method.init(params), "importance": network.gates()}
+    seen: list[jax.Array] = []
+    pooled = method._pooled
+
+    def record(*args: Any) -> jax.Array:
+        seen.append(pooled(*args))
+        return seen[-1]
+
+    method._pooled = record  # type: ignore[method-assign]
+    with jax.disable_jit():
+        method.loss(params, state, batch, jax.random.key(0))
+    positive, past = seen
+    assert float(jnp.abs(positive - past).max()) > 1e-3

@@ -189,3 +189,21 @@ def test_the_last_token_keeps_its_gradient_where_fewer_queries_are_asked_than_th
     exact = slope([0, 1, 2, 3, 4, 5])
     assert np.all(np.abs(exact[0, 5]).sum(axis=-1) > 0)
     np.testing.assert_allclose(slope([0, 1, 2, 3, 4, 5, -1, -1]), exact, rtol=1e-5, atol=1e-7)
+
+
+def test_a_query_that_comes_twice_counts_once() -> None:
+    segments, heads = jnp.ones((1, 6), jnp.int32), jnp.array([[0, 1]])
+    query, key = (jnp.asarray(RNG.normal(size=(1, 6, 2, 4)), jnp.float32) for _ in range(2))
+
+    def both(queries: list[int]) -> tuple[jax.Array, jax.Array]:
+        asked = jnp.array([queries])
+        rows = selected_rows(AttentionView(query + 1.0, key, segments, True, 0.5), heads, asked)
+        teacher = AttentionTeacher(rows, heads, asked)
+
+        def total(query: jax.Array) -> jax.Array:
+            return attention_divergence(AttentionView(query, key, segments, True, 0.5), teacher)[0].sum()
+
+        return jax.value_and_grad(total)(query)
+
+    for one, other in zip(both([2, 4, 4]), both([2, 4]), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-7)

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from jaxcl.errors import UserError
@@ -362,3 +363,57 @@ def test_moments_may_wait_on_the_host_and_change_nothing() -> None:
     kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(states[1].opt_state) if leaf.ndim}
     assert kinds == {"pinned_host"}
     assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(states[1].params)} == {"device"}
+
+
+class Drawing(TinyMethod):
+    """Reports what it draws: in the loss as a term without a gradient, in the update as the whole update."""
+
+    def loss(self, params: Any, state: Any, batch: Batch, key: Any) -> Terms:
+        return {"drawn": Term(jax.random.uniform(key) + 0.0 * params["head"]["bias"].sum(), jnp.float32(1))}
+
+    def transform(self, parts: Any) -> Any:
+        def update(gradient: Any, state: Any, params: Any = None, *, drawn: Any, **_: Any) -> Any:
+            return jax.tree.map(lambda leaf: jnp.full_like(leaf, drawn), gradient), state
+
+        return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+    def update_args(self, params: Any, state: Any, batch: Batch, key: Any) -> dict[str, Any]:
+        return {"drawn": jax.random.uniform(key)}
+
+
+def draws(accumulate: int, steps: int = 2) -> tuple[list[float], list[float]]:
+    """What the loss and the update of each step draw, over two tasks; of the loss the mean of its micro-batches."""
+    trainer = make_trainer(Drawing(), accumulate=accumulate)
+    state, losses, updates = trainer.init(make_params()), [], []
+    for _ in range(2):
+        state = trainer.start_task(state, steps)
+        for _ in range(steps):
+            before = float(state.params["head"]["bias"][0])
+            state, metrics = trainer.step(state, place_batch(make_rows(0), trainer.layout.batch))
+            losses.append(float(metrics["term/drawn"]))
+            updates.append(float(state.params["head"]["bias"][0]) - before)
+    return losses, updates
+
+
+def test_steps_of_two_tasks_draw_different_noise() -> None:
+    losses, updates = draws(1)
+    assert len({round(value, 5) for value in losses}) == len({round(value, 5) for value in updates}) == 4
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 4])
+def test_micro_batches_and_the_update_draw_from_keys_of_their_own(accumulate: int) -> None:
+    seen: list[float] = []
+
+    class Telling(Drawing):
+        def loss(self, params: Any, state: Any, batch: Batch, key: Any) -> Terms:
+            jax.debug.callback(lambda value: seen.append(round(float(value), 5)), jax.random.uniform(key))
+            return super().loss(params, state, batch, key)
+
+    trainer = make_trainer(Telling(), accumulate=accumulate)
+    state = trainer.start_task(trainer.init(make_params()), 3)
+    before = float(state.params["head"]["bias"][0])
+    state, _ = trainer.step(state, place_batch(make_rows(0), trainer.layout.batch))
+    update = float(state.params["head"]["bias"][0]) - before
+    jax.effects_barrier()
+    assert len(set(seen)) == accumulate
+    assert min(abs(update - value) for value in set(seen)) > 1e-4
