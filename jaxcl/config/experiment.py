@@ -49,7 +49,7 @@ class ExperimentConfig(Schema):
     """Everything that determines a run."""
 
     seed: int = Field(0, ge=0, description="seed of everything random: params, order of examples, dropout, memory")
-    output: str = Field(min_length=1, description="the run folder")
+    output: str = Field(min_length=1, description="the run folder; `~` is the home folder, here and in all paths")
     data_root: str = Field(
         ".", description="folder for relative paths in task sources; the environment variable JAXCL_DATA replaces it"
     )

@@ -40,7 +40,11 @@ class SourceSpec(Schema):
     pair_field: str | None = Field(None, description="field that holds a second text, for labelled rows")
     label_field: str = Field("label", description="field that holds the label")
     heldout: float = Field(
-        0.05, gt=0, lt=0.5, description="share held out for each of dev and test if the source has no such split"
+        0.05,
+        gt=0,
+        lt=0.5,
+        description="about the share held out, by a hash of each row, for each of dev and test if the source has no such "
+        "split",
     )
     data_dir: str | None = Field(None, description="folder in which tfds: and hf: keep their data; none: their default")
 
