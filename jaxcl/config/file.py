@@ -68,9 +68,9 @@ class _Dumper(yaml.SafeDumper):
 
 
 _Loader.add_constructor(_INT, _Loader.construct_yaml_int)
-for _tag, (_pattern, _first) in _PLAIN.items():
-    _Loader.add_implicit_resolver(_tag, _pattern, _first)
-    _Dumper.add_implicit_resolver(_tag, _pattern, _first)
+for _kind, (_pattern, _first) in _PLAIN.items():
+    _Loader.add_implicit_resolver(_kind, _pattern, _first)
+    _Dumper.add_implicit_resolver(_kind, _pattern, _first)
 
 
 def dump_yaml(content: Mapping[str, Any]) -> str:
