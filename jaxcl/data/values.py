@@ -42,7 +42,7 @@ def as_text(value: Any, field: str, where: str, number: int) -> str:
     if isinstance(value, float | np.floating):
         if not math.isfinite(value):
             raise UserError(f"{where} row {number}: field {field!r} is {json_kind(value)}; expected text or a number")
-        return str(int(value)) if float(value).is_integer() and abs(value) < 2**53 else str(value)
+        return str(int(value)) if float(value).is_integer() and abs(float(value)) < 2**53 else str(value)
     raise UserError(f"{where} row {number}: field {field!r} is {json_kind(value)}; expected text")
 
 
