@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from jaxcl.cli import _ACTIONS, main
+from jaxcl.commands.parser import build_parser
 
 COMMANDS = tuple(_ACTIONS)
 
@@ -52,6 +53,10 @@ def test_every_command_shows_an_example(command: str, capsys: pytest.CaptureFixt
         ["extend", "run"],
         ["extend", "run", "name=x", "--length", "long"],
         ["importance"],
+        ["convert", "run", "gs://bucket/model"],
+        ["compare", "x.yaml", "--methods", "a", "--out", "s3://bucket"],
+        ["show", "~no_such_user_here/run"],
+        ["generate", "model", "caf\udce9"],
     ],
 )
 def test_bad_usage_is_one_line_and_exit_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -66,6 +71,40 @@ def test_bad_usage_is_one_line_and_exit_code_2(arguments: list[str], capsys: pyt
 def test_bad_configuration_is_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", str(tmp_path / "no.yaml")]) == 2
     assert capsys.readouterr().err == f"jaxcl run: {tmp_path}/no.yaml: No such file or directory\n"
+
+
+def test_a_url_as_output_is_refused_before_anything_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", "quickstart_seekr", "output=gs://bucket/run"]) == 2
+    error = capsys.readouterr().err
+    assert "output: is a URL, which is not supported yet" in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (["convert", "run", "~/x"], "destination"),
+        (["convert", "~/x", "model"], "source"),
+        (["importance", "run", "--out=~/x"], "out"),
+        (["compare", "c", "--methods=a", "--out=~/x"], "out"),
+        (["run", "~/x"], "config"),
+        (["extend", "~/x", "name=a"], "run"),
+        (["generate", "~/x", "hi"], "model"),
+        (["prepare", "trace", "--manual-dir=~/x"], "manual_dir"),
+        (["prepare", "trace", "--manual-dir=y", "--data-dir=~/x"], "data_dir"),
+        (["configs", "--copy", "a", "~/x"], "destination"),
+        (["show", "~/x"], "run"),
+        (["report", "~/x"], "runs"),
+    ],
+)
+def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch, arguments: list[str], name: str) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    value = getattr(build_parser().parse_args(arguments), name)
+    assert value == (["/home/me/x"] if name == "runs" else "/home/me/x")
 
 
 def test_failure_is_exit_code_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

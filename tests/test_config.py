@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from jaxcl.config import ExperimentConfig, load_config, parse_config
-from jaxcl.config.file import ConfigError, apply_overrides, read_yaml, validate
+from jaxcl.config.file import ConfigError, apply_overrides, dump_yaml, read_yaml, validate
 from jaxcl.config.reference import reference
 from jaxcl.methods import find_method
 from jaxcl.methods.base import Method
@@ -49,8 +49,62 @@ def test_a_resolved_configuration_reads_back_as_itself(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("output=runs/exp #2", "runs/exp #2"),
+        ("output=runs/a: b", "runs/a: b"),
+        ("output=2024", "2024"),
+        ("output='runs/x y'", "runs/x y"),
+        (r'data.template="{prompt}\n"', "{prompt}\n"),
+        ("data.template=<|user|>{prompt} # x", "<|user|>{prompt} # x"),
+        ("tasks.0.name=no", "no"),
+        ("tasks.*.name=2024-01-01", "2024-01-01"),
+        ("tasks.0.pair_field=null", None),
+        ("tasks.0.pair_field=010", "010"),
+        ("weights=", None),
+        ("method.replay.synthetic.prefix=[INST] #", "[INST] #"),
+        ("seed=010", 10),
+        ("seed=0x1F", 31),
+        ("optimizer.learning_rate=1e-4", 1e-4),
+        ("optimizer.learning_rate=.5", 0.5),
+        ("evaluation.before=yes", True),
+        ("evaluation.before=false", False),
+        ("training.keep_tasks=null", None),
+        ("training.sinks=[jsonl]", ("jsonl",)),
+    ],
+)
+def test_values_of_overrides(tmp_path: Path, override: str, expected: Any) -> None:
+    content = {**MINIMAL, "method": {"name": "seekr", "layer_budget": 1, "head_budget": 1}}
+    value: Any = load_config(write(tmp_path, content), [override]).plain()
+    for part in override.partition("=")[0].split("."):
+        value = value[0 if part in "0*" else part]
+    expected = list(expected) if isinstance(expected, tuple) else expected
+    assert value == expected
+    assert type(value) is type(expected)
+
+
+@pytest.mark.parametrize(
     ("overrides", "expected"),
     [
+        (["optimizer.learning_rate=true"], ["optimizer.learning_rate: must be a number, got True"]),
+        (["training.batch_size=true"], ["training.batch_size: must be a number, got True"]),
+        (["data.bucket_lengths=[true, 64]"], ["data.bucket_lengths: must be a number, got [True, 64]"]),
+        (["method.name=das", "method.importance_examples=false"], ["importance_examples: must be a number, got False"]),
+        (["seed=1 #2"], ["'seed=1 #2'", "comment"]),
+        (["seed=2024-99-99"], ["seed", "valid integer", "2024-99-99"]),
+        (["seed=1:30"], ["seed", "valid integer", "1:30"]),
+        (["seed=!!int x"], ["seed=!!int x", "not valid YAML"]),
+        (["seed=!!int ''"], ["not valid YAML"]),
+        (["seed=!!bool maybe"], ["not valid YAML"]),
+        (["seed=!!timestamp 2024-99-99"], ["not valid YAML"]),
+        (["seed=" + "9" * 5000], ["not valid YAML"]),
+        (["seed=" + "[" * 5000], ["not valid YAML"]),
+        (["optimizer.learning_rate=.nan"], ["optimizer.learning_rate", "got nan"]),
+        (["output=gs://bucket/run"], ["output", "is a URL, which is not supported yet", "gs://bucket/run"]),
+        (["data_root=s3://bucket"], ["data_root", "is a URL"]),
+        (["tokenizer.path=hf://x/y"], ["tokenizer.path", "is a URL"]),
+        (["tasks.0.source=jsonl:gs://bucket/x"], ["tasks.0.source", "is a URL"]),
+        (["output=~no_such_user_here/x"], ["output", "home folder is not known"]),
         (["training.batch_sise=8"], ["training.batch_sise", "unknown key", "did you mean batch_size?", "accumulate"]),
         (["model.hiden_size=8"], ["model.hiden_size", "did you mean hidden_size?"]),
         (["model.architecture=lama"], ["model.architecture", "'lama'", "did you mean llama?", "roberta"]),
@@ -152,3 +206,43 @@ def test_validate_names_union_members_by_their_key_alone() -> None:
 def test_the_reference_in_the_docs_is_current() -> None:
     written = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
     assert written == reference(ExperimentConfig), "run `make docs`"
+
+
+@pytest.mark.parametrize("text", ["seed: 2024-99-99", "seed: !!int x", "seed: 1" + "0" * 5000, "seed: " + "[" * 5000])
+def test_odd_values_in_files_are_one_line(tmp_path: Path, text: str) -> None:
+    path = write(tmp_path, text + "\n" + yaml.safe_dump(MINIMAL))
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert "config.yaml" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_text_in_stored_configurations_stays_text(tmp_path: Path) -> None:
+    plain = {
+        "a": "1e-4",
+        "b": "010",
+        "c": "no",
+        "d": "2024-01-01",
+        "e": 1e-5,
+        "f": "0o7",
+        "g": 8,
+        "h": "1:30",
+        "i": "~",
+    }
+    assert read_yaml(write(tmp_path, dump_yaml(plain))) == plain
+    assert yaml.safe_load(dump_yaml(plain)) == plain
+
+
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    task = {"name": "one", "source": "jsonl:~/rows", "data_dir": "~/kept"}
+    end_task = {"source": "text:~/end", "data_dir": "~/kept"}
+    content = {**MINIMAL, "output": "~/run", "data_root": "~", "tokenizer": {"path": "~/tokens"}}
+    config = parse_config({**content, "tasks": [{**task, "end_task": end_task}]})
+    assert (config.output, config.data_root) == (f"{tmp_path}/run", str(tmp_path))
+    assert config.tokenizer.path == f"{tmp_path}/tokens"
+    assert (config.tasks[0].source, config.tasks[0].data_dir) == (f"jsonl:{tmp_path}/rows", f"{tmp_path}/kept")
+    assert config.tasks[0].end_task is not None
+    assert config.tasks[0].end_task.source == f"text:{tmp_path}/end"
+    monkeypatch.setenv("JAXCL_DATA", "~/elsewhere")
+    assert parse_config(content).data_root == f"{tmp_path}/elsewhere"

@@ -136,6 +136,11 @@ def test_das_over_text_domains_with_an_end_task(tmp_path: Path) -> None:
         (PAIRS, {"model": {**PAIRS["model"], "vocab_size": 280}}, "280"),
         (TEXT, {"tasks": PAIRS["tasks"]}, "need a decoder"),
         (PAIRS, {"weights": "nowhere"}, "nowhere"),
+        (
+            PAIRS,
+            {"evaluation": {"pairs_metric": "choice_accuracy"}},
+            "task direction: test row 1: by the metric choice_accuracy the right answer",
+        ),
     ],
 )
 def test_what_cannot_work_is_said_in_one_line(

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxcl.config import ExperimentConfig, find_config, parse_config
-from jaxcl.config.file import ConfigError, apply_overrides, read_yaml
+from jaxcl.config.experiment import override
+from jaxcl.config.file import ConfigError, read_yaml
 from jaxcl.methods import find_method
 from jaxcl.reporting.comparison import comparison_table, read_comparison, write_comparison
 from jaxcl.run.sequence import run
@@ -36,7 +37,7 @@ def compare(
       UserError: the configuration is invalid for one of the methods (raised before any run), or a run fails.
     """
     initialize()
-    content = apply_overrides(read_yaml(find_config(config)), overrides)
+    content = override(read_yaml(find_config(config)), overrides)
     seeds = [int(content.get("seed", 0))] if seeds is None else seeds
     runs = [
         (name, seed, _variant(content, config, name, seed, out / f"{name.replace(':', '.')}-seed{seed}"))

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxcl.config import ExperimentConfig
-from jaxcl.config.file import ConfigError, apply_overrides, validate
+from jaxcl.config.file import ConfigError, apply_overrides, takes_text, validate
+from jaxcl.data.spec import TaskSpec
 from jaxcl.errors import UserError
 from jaxcl.evaluation.results import Results
 from jaxcl.methods import find_method
@@ -41,7 +42,7 @@ def extend(folder: Path, task: Sequence[str], length: float | None = None, *, da
     before = validate(ExperimentConfig, content, str(stored))
     if find_method(before.method.name).joint:
         raise UserError(f"{folder}: {before.method.name} learns all tasks at once; there is no next one to learn")
-    added = apply_overrides({}, task)
+    added = apply_overrides({}, task, lambda path, _: takes_text(TaskSpec, path))
     names = [one.name for one in before.tasks]
     if names[-1] == added.get("name") and len(names) > 1:
         # Either the same call again, to be resumed or already finished, or another task with the same name.

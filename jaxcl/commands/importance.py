@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jaxcl.config import ExperimentConfig, load_config, parse_config
-from jaxcl.config.file import apply_overrides
+from jaxcl.config.experiment import override
 from jaxcl.data.memory import Memory
 from jaxcl.errors import UserError
 from jaxcl.evaluation.results import write_arrays
@@ -115,7 +115,7 @@ def _subject(source: str, overrides: Sequence[str], scratch: Path) -> tuple[Expe
         words = config.weights or "a model from scratch"
         return config, _Subject(RunFolder(scratch), initial_params, None, words)
     folder = RunFolder.open(Path(source))
-    config = parse_config(apply_overrides(folder.content(), overrides), str(folder.config_file))
+    config = parse_config(override(folder.content(), overrides), str(folder.config_file))
 
     def latest(parts: Components) -> Params:
         return latest_params(folder, parts.trainer.target.params)

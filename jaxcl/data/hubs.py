@@ -8,6 +8,8 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from jaxcl.errors import UserError
 
 Splits = dict[str, Sequence[Mapping[str, Any]]]
@@ -98,7 +100,9 @@ class _Named:
         if not 0 <= index < len(self):
             raise IndexError(index)
         row = dict(self._rows[index])
-        number = int(row[self._field])
+        number = row[self._field]
+        if not isinstance(number, int | np.integer):  # null, for example; refused with the row's number
+            return row
         return row | {self._field: self._labels[number] if 0 <= number < len(self._labels) else str(number)}
 
 

@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxcl.data.files import parse_json, read_text
+from jaxcl.data.files import parse_json, read_text, split_lines
+from jaxcl.data.heldout import hold_out
 from jaxcl.data.hubs import read_hf, read_tfds
 from jaxcl.data.spec import EndTaskSpec, Kind, SourceSpec, TaskSpec
+from jaxcl.data.values import as_text, class_names, json_kind, same_class
 from jaxcl.errors import UserError
 
 Record = Mapping[str, Any]
@@ -155,14 +157,20 @@ def _load(spec: SourceSpec, name: str, kind: Kind | None, template: str | None, 
 
 
 def _labels(raw: Raw, found: Splits, source: str) -> tuple[str, ...]:
-    """Class names: the source's, or all that occur; rows of a class that only the evaluation has count as wrong."""
-    labels = raw.labels or tuple(sorted({row["label"] for rows in found.values() for row in rows}))
+    """Class names: the source's, or all that occur; rows of a class that only the evaluation has count as wrong.
+
+    Rows get the class's name as their label, however they spell it.
+    """
+    names = class_names((row["label"] for rows in found.values() for row in rows), raw.labels, source)
     for split, rows in found.items():
         for number, row in enumerate(rows, 1):
-            if row["label"] not in labels:
-                where = raw.where.get(split, source)
-                raise UserError(f"{where} row {number}: label {row['label']!r} is not one of {', '.join(labels)}")
-    return labels
+            where = f"{raw.where.get(split, source)} row {number}"
+            if not row["label"].strip():
+                raise UserError(f"{where}: the label is empty; expected a class")
+            if same_class(row["label"]) not in names:
+                raise UserError(f"{where}: label {row['label']!r} is not one of {', '.join(names.values())}")
+            row["label"] = names[same_class(row["label"])]
+    return tuple(names.values())
 
 
 def _read(spec: SourceSpec) -> Raw:
@@ -197,7 +205,7 @@ def _read_json(rest: str, spec: SourceSpec) -> Raw:
         where[split] = str(folder / name)
         rows = parse_json(read_text(folder / name), folder / name)
         if not isinstance(rows, list):
-            raise UserError(f"{folder / name}: expected a JSON list of objects, got {_json_kind(rows)}")
+            raise UserError(f"{folder / name}: expected a JSON list of objects, got {json_kind(rows)}")
         splits[split] = _objects(rows, folder / name)
     return Raw(splits, where, _labels_file(folder))
 
@@ -224,12 +232,12 @@ def _first_file(folder: Path, split: str) -> Path | None:
 def _json_lines(path: Path) -> Sequence[Record]:
     rows = [
         (number, parse_json(line, path, number))
-        for number, line in enumerate(read_text(path).split("\n"), 1)
+        for number, line in enumerate(split_lines(read_text(path)), 1)
         if line.strip()
     ]
     for number, row in rows:
         if not isinstance(row, dict):
-            raise UserError(f"{path} line {number}: expected a JSON object, got {_json_kind(row)}")
+            raise UserError(f"{path} line {number}: expected a JSON object, got {json_kind(row)}")
     return [row for _, row in rows]
 
 
@@ -237,7 +245,7 @@ def _read_lines(rest: str, spec: SourceSpec) -> Raw:
     path = _existing(rest)
     if path.is_dir():
         raise UserError(f"source text:{rest}: {path} is a folder; expected a text file, plain or gzip")
-    lines = [line.strip() for line in read_text(path).splitlines()]
+    lines = [line.strip() for line in split_lines(read_text(path))]
     rows: list[Record] = [{spec.text_field: line} for line in lines if line]
     return Raw({"all": rows}, {"all": str(path), **dict.fromkeys(SPLITS, str(path))})
 
@@ -320,28 +328,18 @@ def _convert(records: Iterable[Record], fields: _Fields, template: str | None, w
         for field in (*fields.names.values(), *wanted):
             if field not in record:
                 raise UserError(f"{where} row {number}: no field {field!r}; its fields are {_listed(record)}")
-        row = {name: _text(record[field], field, where, number) for name, field in fields.names.items()}
+        row = {name: as_text(record[field], field, where, number) for name, field in fields.names.items()}
         if template:
-            values = {field: _text(record[field], field, where, number) for field in wanted}
+            values = {field: as_text(record[field], field, where, number) for field in wanted}
             row["prompt"] = string.Formatter().vformat(template, (), values)
         rows.append(row)
     return rows
 
 
-def _text(value: Any, field: str, where: str, number: int) -> str:
-    if isinstance(value, bytes):
-        value = value.decode("utf-8", errors="replace")
-    if isinstance(value, str):
-        return value
-    if isinstance(value, bool | int | float | np.integer | np.floating):
-        return str(value)
-    raise UserError(f"{where} row {number}: field {field!r} is {_json_kind(value)}; expected text")
-
-
 def _objects(rows: Sequence[Any], path: Path) -> Sequence[Record]:
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
-            raise UserError(f"{path} row {number}: expected a JSON object, got {_json_kind(row)}")
+            raise UserError(f"{path} row {number}: expected a JSON object, got {json_kind(row)}")
     return rows
 
 
@@ -355,12 +353,8 @@ def _split(found: Splits, heldout: float, seed: int) -> Splits:
     dev, test = found.get("dev", []), found.get("test")
     if test is not None:
         return {"train": train, "dev": dev, "test": test}
-    order = np.random.default_rng(seed).permutation(len(train))
-    count = max(1, round(heldout * len(train))) if len(train) > 1 else 0
-    spare = min(count, len(train) - count - 1) if "all" in found else 0
-    parts = {"test": order[:count], "dev": order[count : count + spare], "train": order[count + spare :]}
-    rows = {split: [train[index] for index in sorted(part)] for split, part in parts.items()}
-    return rows if "all" in found else {**rows, "dev": dev}
+    held = hold_out(train, heldout, seed, dev="all" in found)
+    return held if "all" in found else {**held, "dev": dev}
 
 
 def _limit(rows: list[dict[str, str]], limit: int | None, seed: int) -> list[dict[str, str]]:
@@ -392,11 +386,6 @@ def _labels_file(folder: Path) -> tuple[str, ...]:
 
 def _listed(record: Record) -> str:
     return ", ".join(map(str, record)) or "none"
-
-
-def _json_kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "text", bool: "a truth value", type(None): "null"}
-    return names.get(type(value), type(value).__name__)
 
 
 __all__ = ["SPLITS", "Raw", "TaskData", "expected_kind", "load_end_task", "load_source", "load_task", "source_kind"]

@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from jaxcl.places import place
 from jaxcl.schema import Schema
 
 Kind = Literal["pairs", "text", "labelled"]
@@ -39,9 +40,25 @@ class SourceSpec(Schema):
     pair_field: str | None = Field(None, description="field that holds a second text, for labelled rows")
     label_field: str = Field("label", description="field that holds the label")
     heldout: float = Field(
-        0.05, gt=0, lt=0.5, description="share held out for each of dev and test if the source has no such split"
+        0.05,
+        gt=0,
+        lt=0.5,
+        description="about the share held out, by a hash of each row, for each of dev and test if the source has no "
+        "such split",
     )
     data_dir: str | None = Field(None, description="folder in which tfds: and hf: keep their data; none: their default")
+
+    @field_validator("source")
+    @classmethod
+    def _source_is_place(cls, value: str) -> str:
+        scheme, colon, rest = value.partition(":")
+        files = scheme in ("json", "jsonl", "text")
+        return f"{scheme}:{place(rest)}" if colon and (files or rest.startswith("~")) else value
+
+    @field_validator("data_dir")
+    @classmethod
+    def _is_place(cls, value: str | None) -> str | None:
+        return value and place(value)
 
 
 class EndTaskSpec(SourceSpec):
@@ -145,3 +162,8 @@ class TokenizerConfig(Schema):
     train_rows: int | None = Field(
         None, ge=1, description="maximal number of training rows per task that the tokenizer is trained on; none: all"
     )
+
+    @field_validator("path")
+    @classmethod
+    def _is_place(cls, value: str | None) -> str | None:
+        return value and place(value)

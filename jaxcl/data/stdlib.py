@@ -299,7 +299,7 @@ def _topic_passages() -> tuple[tuple[str, str], ...]:
     for topic, text in sorted(topics.items(), key=lambda item: (len(item[1]), item[0])):
         passage = ""
         for paragraph in text.split("\n\n"):
-            lines = [line.rstrip() for line in paragraph.splitlines()]
+            lines = [line.rstrip() for line in paragraph.split("\n")]
             kept = "\n".join(line for line in lines if len(set(line.strip())) > 1)  # drops lines of * or =
             passage = f"{passage}\n\n{kept}".strip("\n")
             if len(passage) >= _PASSAGE:

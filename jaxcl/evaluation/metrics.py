@@ -8,13 +8,14 @@ import functools
 import re
 import string
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 
 from jaxcl.errors import UserError
 from jaxcl.evaluation.sari import sari_score
+from jaxcl.evaluation.words import words
 
 Kind = Literal["pairs", "text", "labelled"]
 ExampleScore = Callable[[str, str, str], float]
@@ -104,21 +105,52 @@ def normalise(text: str) -> str:
     return " ".join(bare.split()) or folded
 
 
-# A single letter at the start of an answer, not the first letter of a word.
-_CHOICE = re.compile(r"\s*([^\W\d_])(?![A-Za-z])")
+# A full stop at the end of a sentence, not the last of several dots.
+_STOP = re.compile(r"(?<=[^.。\s])[.。]$")
+# A single letter or a whole number at the start of an answer, not the start of a word or of a decimal number; brackets,
+# quotes and marks of bold type before it do not count.
+_CHOICE = re.compile(r"[\s(\[{<\uff08\u3010*_\"'`$\\]*(?:([^\W\d_])(?![A-Za-z])|([0-9]+)(?![0-9]|[.,/][0-9]))")
 _LITERAL = re.compile(r"<(STR|NUM|CHAR)_LIT(?::(.*?))?>", re.DOTALL)
 
 
+def _composed(text: str) -> str:
+    """Text without outer white space, its accented letters as single characters (NFC)."""
+    return unicodedata.normalize("NFC", text.strip())
+
+
+def _plain(text: str) -> str:
+    """An answer as `exact_match` compares it: without outer white space, case and one final full stop.
+
+    >>> _plain(" Yes. "), _plain("-5"), _plain("C#")
+    ('yes', '-5', 'c#')
+    """
+    return _STOP.sub("", _composed(_composed(text).casefold())).rstrip()
+
+
 def _accuracy(prediction: str, answer: str, source: str) -> float:
-    return 100.0 * (prediction.strip() == answer.strip())
+    return 100.0 * (_composed(prediction) == _composed(answer))
+
+
+def choice(text: str) -> str | None:
+    """The letter or number that opens an answer to a multiple-choice question; none if no such thing does.
+
+    >>> choice("(B) because ..."), choice("**C**"), choice("2. Paris"), choice("Paris"), choice("2.5")
+    ('B', 'C', '2', None, None)
+    """
+    found = _CHOICE.match(text)
+    return (found[1] or found[2]) if found else None
 
 
 def _choice_accuracy(prediction: str, answer: str, source: str) -> float:
-    chosen, right = _CHOICE.match(prediction), _CHOICE.match(answer)
-    return 100.0 * (chosen is not None and right is not None and chosen[1] == right[1])
+    right = choice(answer)
+    return 100.0 * (right is not None and choice(prediction) == right)
 
 
 def _exact_match(prediction: str, answer: str, source: str) -> float:
+    return 100.0 * (_plain(prediction) == _plain(answer))
+
+
+def _lenient_match(prediction: str, answer: str, source: str) -> float:
     return 100.0 * (normalise(prediction) == normalise(answer))
 
 
@@ -139,26 +171,15 @@ def _text_f1(average: Literal["macro", "micro"], predictions: Sequence[str], ans
     A class that the model invents is a miss of the right class, not an additional class; with `micro` it lowers recall,
     not precision.
     """
-    given, wanted = ([normalise(text) for text in texts] for texts in (predictions, answers))
+    given, wanted = ([_plain(text) for text in texts] for texts in (predictions, answers))
     return _f1(average, given, wanted, sorted(set(wanted)))
 
 
 class _Words:
-    """Words of any script. rouge-score's tokenizer drops all characters but a-z and 0-9, and is used for these."""
-
-    # A run of letters and digits; in scripts without spaces between words, every character is a word.
-    _word = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9fff]+")
-
-    def __init__(self) -> None:
-        from rouge_score.tokenizers import DefaultTokenizer
-
-        self._latin = DefaultTokenizer(use_stemmer=True)
+    """Words of any script, for rouge-score, whose own tokenizer drops all characters but a-z and 0-9."""
 
     def tokenize(self, text: str) -> list[str]:
-        words: list[str] = []
-        for word in self._word.findall(text.lower()):
-            words += self._latin.tokenize(word) if word.isascii() else [word]
-        return words
+        return words(text)
 
 
 @functools.cache
@@ -169,13 +190,15 @@ def _rouge_scorer() -> Any:
 
 
 def _rouge_l(prediction: str, answer: str, source: str) -> float:
+    if prediction == answer:  # the table of common subsequences takes long for long texts
+        return 100.0 * bool(words(answer))
     return 100.0 * float(_rouge_scorer().score(answer, prediction)["rougeL"].fmeasure)
 
 
 def _fuzzy(prediction: str, answer: str, source: str) -> float:
     from rapidfuzz import fuzz
 
-    return float(fuzz.ratio(prediction.strip(), answer.strip()))
+    return float(fuzz.ratio(_composed(prediction), _composed(answer)))
 
 
 def _edit_similarity(prediction: str, answer: str, source: str) -> float:
@@ -203,11 +226,22 @@ METRICS: dict[str, Metric] = {
         Metric("accuracy", "share of equal answers, ignoring outer space", _BOTH, example=_accuracy),
         Metric(
             "choice_accuracy",
-            "share of equal first letters, ignoring the reasons that follow",
+            "share of equal first letters or numbers, ignoring brackets, bold type and the reasons that follow",
             _PAIRS,
             example=_choice_accuracy,
         ),
-        Metric("exact_match", "share of equal answers, ignoring case and punctuation", _PAIRS, example=_exact_match),
+        Metric(
+            "exact_match",
+            "share of equal answers, ignoring outer space, case and a final full stop",
+            _PAIRS,
+            example=_exact_match,
+        ),
+        Metric(
+            "lenient_match",
+            "share of equal answers, ignoring case, space and all punctuation",
+            _PAIRS,
+            example=_lenient_match,
+        ),
         Metric("macro_f1", "F1 averaged over classes", _BOTH, corpus=functools.partial(_text_f1, "macro")),
         Metric("micro_f1", "F1 over all decisions together", _BOTH, corpus=functools.partial(_text_f1, "micro")),
         Metric("rouge_l", "longest common subsequence of words (ROUGE-L, F-measure)", _PAIRS, example=_rouge_l),
@@ -252,3 +286,27 @@ def find_metric(name: str, kind: Kind | None = None) -> Metric:
     guess = f"; did you mean {close[0]}?" if close else ""
     problem = f"does not score {kind} tasks" if name in METRICS else "is not a metric"
     raise UserError(f"metric {name!r} {problem}{guess} allowed: {', '.join(valid)}", exit_code=2)
+
+
+def check_answers(name: str, rows: Sequence[Mapping[str, str]], where: str) -> None:
+    """Checks that a model which gives every expected answer would score 100.
+
+    Args:
+      name: name of a metric of answers.
+      rows: the rows to be scored, with `prompt` and `answer`.
+      where: task and split, for the message.
+
+    Raises:
+      UserError: the metric does not recognise an answer as right; exit code 2.
+    """
+    metric = find_metric(name, "pairs")
+    answers = [row["answer"] for row in rows]
+    values = metric.each(answers, answers, [row.get("source", row["prompt"]) for row in rows])
+    for number, (answer, value) in enumerate(zip(answers, values, strict=True), 1):
+        if value < 100 - 1e-6:
+            shown = answer if len(answer) <= 60 else f"{answer[:60]}..."
+            raise UserError(
+                f"{where} row {number}: by the metric {name} the right answer {shown!r} itself scores {value:.0f}, not "
+                f"100; choose another metric",
+                exit_code=2,
+            )

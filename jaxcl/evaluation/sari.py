@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
+
+from jaxcl.evaluation.words import tokens
 
 _LONGEST = 4  # n-grams of 1 to 4 words, as in the paper
 
@@ -44,7 +45,7 @@ def sari_score(source: str, prediction: str, references: Sequence[str]) -> float
     """
     if not references:
         raise ValueError("references: expected at least one, got none")
-    texts = [_words(text) for text in (source, prediction, *references)]
+    texts = [tokens(text) for text in (source, prediction, *references)]
     longest = max(1, min(_LONGEST, max(map(len, texts))))
     total = Fraction(0)
     for n in range(1, longest + 1):
@@ -56,10 +57,6 @@ def sari_score(source: str, prediction: str, references: Sequence[str]) -> float
         total += _harmonic(*_precision_recall(_common(given, written), _common(given, mean_wanted)))
         total += _precision_recall(_minus(given, written), _minus(given, mean_wanted))[0]
     return float(100 * total / (3 * longest))
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+|[^\w\s]", text.lower())
 
 
 def _count(words: Sequence[str], n: int) -> Counter[tuple[str, ...]]:

@@ -20,6 +20,7 @@ from jaxcl.data.spec import DataConfig, SourceSpec, TaskSpec, TokenizerConfig
 from jaxcl.data.text import Objective, TextRows
 from jaxcl.data.tokenizer import Tokenizer, prepare_tokenizer
 from jaxcl.errors import UserError
+from jaxcl.evaluation.metrics import check_answers
 from jaxcl.methods.base import Method
 from jaxcl.models.network import Network
 from jaxcl.models.soft_tokens import SOFT_TOKENS, start_from_words
@@ -181,6 +182,7 @@ def build(config: ExperimentConfig, folder: RunFolder) -> Components:
     tasks = tuple(_load(spec, config.data_root) for spec in config.tasks)
     method = config.method.build(network, len(tasks))
     _check_tasks(config, tasks, method)
+    _check_metrics(config, tasks)
     tokenizer = load_tokenizer(config, tasks, folder.tokenizer)
     tokenizer.check_vocab(network.vocab_size)
     return Components(config, tasks, tokenizer, network, method, layout, make_trainer(config, method, layout))
@@ -264,6 +266,15 @@ def _check_tasks(config: ExperimentConfig, tasks: tuple[TaskData, ...], method: 
             "method.replay.synthetic.writer: start is an untrained model here (no weights); allowed: before",
             exit_code=2,
         )
+
+
+def _check_metrics(config: ExperimentConfig, tasks: tuple[TaskData, ...]) -> None:
+    """Checks that a perfect model would score 100 on each task."""
+    settings = config.evaluation
+    for spec, task in zip(config.tasks, tasks, strict=True):
+        if task.kind == "pairs":
+            metric = settings.metric_for("pairs", spec.metric)
+            check_answers(metric, getattr(task, settings.split), f"task {task.name}: {settings.split}")
 
 
 Spec = TypeVar("Spec", bound=SourceSpec)

@@ -11,7 +11,7 @@ from typing import IO, Any
 import yaml
 
 from jaxcl.config import ExperimentConfig
-from jaxcl.config.file import ConfigError, read_yaml, validate
+from jaxcl.config.file import ConfigError, dump_yaml, read_yaml, validate
 from jaxcl.errors import UserError
 
 # Keys that may change when a run is resumed: they do not affect results.
@@ -112,7 +112,7 @@ class RunFolder:
     def describe(self, resolved: Mapping[str, Any]) -> None:
         """Writes `config.yaml`, atomically."""
         partial = self.config_file.with_suffix(".partial")
-        partial.write_text(yaml.safe_dump(dict(resolved), sort_keys=False, allow_unicode=True), encoding="utf-8")
+        partial.write_text(dump_yaml(resolved), encoding="utf-8")
         os.replace(partial, self.config_file)
 
     def release(self) -> None:

@@ -70,7 +70,7 @@ class JsonLines:
 
     def _truncate(self, after: int) -> None:
         kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
+        for line in self.path.read_text(encoding="utf-8").split("\n"):
             try:
                 row = json.loads(line)
             except ValueError:  # the last line, if the run was killed while writing it

@@ -60,6 +60,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not a text file in UTF-8") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from None
+    except (ValueError, RecursionError):  # a number of thousands of digits
+        raise UserError(f"{path}: not usable JSON") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(content).__name__}")
     return content

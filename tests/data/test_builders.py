@@ -79,7 +79,7 @@ def test_instruction_tasks_have_the_rows_of_their_files_in_order(tmp_path, sourc
 @pytest.mark.parametrize("name", ["domains/acl_papers.txt", "acl_anthology.txt", "acl_anthology.txt.gz"])
 def test_domains_are_the_lines_of_their_file(tmp_path, name):
     path = manual(tmp_path) / name
-    lines = [f"passage {i} · {'long ' * i}" for i in range(40)]
+    lines = [f"passage\u2028{i} ·\f{'long ' * i}" for i in range(40)]
     text = "\n\n".join(f"  {line}" for line in lines) + "\n"
     write(path, text)
     if path.suffix == ".gz":
@@ -90,7 +90,8 @@ def test_domains_are_the_lines_of_their_file(tmp_path, name):
     assert sorted(found) == sorted(line.strip() for line in lines)
     # Nothing is said of test rows: some are held out, as of any text.
     plain = load_source(f"text:{path}", heldout=0.05)
-    assert len(task.test) == len(plain.test) == 2
+    assert task.test
+    assert task.test == plain.test
 
 
 @pytest.mark.parametrize("folder", ["end_tasks/aclarc", "citation_intent"])
@@ -187,7 +188,12 @@ def test_what_files_hold_is_checked_with_place(tmp_path):
     refused(acl[0], line + '{"label": 3}', acl[1], r"train.jsonl line 2: expected text in text, label")
     refused(acl[0], line + "{", acl[1], r"train.jsonl line 2 column 2 is not valid JSON")
     refused(acl[0], "", acl[1], r"tfds:das_acl/end_task: no train rows in ")
+    half = r"train.jsonl line 2: text holds half of a surrogate pair \(U\+D83D\) at character 1"
+    refused(acl[0], line + '{"text": "\\ud83d", "label": "Uses"}', acl[1], half)
     write_pairs(folder / "FOMC", {"eval": 1, "test": 1})
+    odd = '[{"prompt": "x", "answer": %s}]'
+    refused("trace/fomc", odd % "null", "FOMC/train.json", r"train.json row 1: field 'answer' is null")
+    refused("trace/fomc", odd % "NaN", "FOMC/train.json", r"train.json row 1: field 'answer' is NaN")
     refused("trace/fomc", "{}", "FOMC/train.json", r"train.json: expected a JSON list of")
     refused("trace/fomc", '[{"prompt": "x"}]', "FOMC/train.json", r"train.json row 1: expected an object with prompt")
     write(folder / "SemEval14-res/test.json", "{}")

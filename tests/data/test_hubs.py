@@ -73,6 +73,24 @@ def test_hf_splits_and_class_names(monkeypatch):
     assert (len(task.dev), len(task.test), task.labels) == (1, 2, ("no", "yes"))
 
 
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": "a", "label": None}, "hf:owner/name train row 2: field 'label' is null"),
+        ({"text": float("nan"), "label": 1}, "hf:owner/name train row 2: field 'text' is NaN"),
+        ({"text": "\ud83d", "label": 1}, "hf:owner/name train row 2: field 'text' holds half of a surrogate pair"),
+    ],
+)
+def test_values_that_are_no_text_are_named_with_their_row(monkeypatch, row, message):
+    class Split(list):
+        features = types.MappingProxyType({"label": types.SimpleNamespace(names=["no", "yes"])})
+
+    found = {"train": Split([{"text": "a", "label": 0}, row])}
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=lambda *_, **__: found))
+    with pytest.raises(UserError, match=message):
+        load_source("hf:owner/name")
+
+
 def test_hub_failures_and_missing_splits_are_one_line(monkeypatch):
     def fails(name, config, cache_dir):
         raise ConnectionError("no network\nand a long story")

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxcl.errors import UserError
-from jaxcl.evaluation.metrics import METRICS, f1, find_metric, normalise
+from jaxcl.evaluation.metrics import METRICS, check_answers, f1, find_metric, normalise
 from jaxcl.evaluation.sari import sari_score
 
 
@@ -49,12 +49,41 @@ def test_f1_counts_an_invented_class_as_a_miss_only() -> None:
         ("exact_match", "(", ")", 0.0),
         ("exact_match", "ﬁne", "fine", 100.0),
         ("exact_match", "", "", 100.0),
+        ("exact_match", "Yes.", "yes", 100.0),
+        ("exact_match", "yes", " Yes. ", 100.0),
+        ("exact_match", "5", "-5", 0.0),
+        ("exact_match", "C", "C++", 0.0),
+        ("exact_match", "C#", "C++", 0.0),
+        ("exact_match", "a<b", "a>b", 0.0),
+        ("exact_match", "1/2", "1 2", 0.0),
+        ("exact_match", "50%", "$50", 0.0),
+        ("exact_match", "3.5", "35", 0.0),
+        ("exact_match", "x²", "x2", 0.0),
+        ("exact_match", "...", "..", 0.0),
+        ("exact_match", ".", "", 0.0),
+        ("exact_match", "yes!", "yes", 0.0),
+        ("exact_match", "Cafe\u0301", "caf\u00e9", 100.0),
+        ("lenient_match", "Paris, France!", "paris france", 100.0),
+        ("lenient_match", "-5", "5", 100.0),
+        ("lenient_match", "Paris, France", "Paris", 0.0),
+        ("accuracy", "cafe\u0301", "caf\u00e9", 100.0),
+        ("macro_f1", "5", "-5", 0.0),
+        ("macro_f1", "Yes.", "yes", 100.0),
         # Longest common subsequence "the sat mat" of 3 words; precision 3/4, recall 3/5.
         ("rouge_l", "the sat the mat", "the cat sat on mat", 100 * 2 * 0.75 * 0.6 / 1.35),
         ("rouge_l", "running", "runs", 100.0),  # same stem
         ("rouge_l", "schöne Grüße", "schöne Tage", 50.0),
         ("rouge_l", "东京", "东京都", 100 * 2 * 1 * (2 / 3) / (5 / 3)),
         ("rouge_l", "", "word", 0.0),
+        ("rouge_l", "का", "कि", 0.0),  # another vowel sign
+        ("rouge_l", "हिन्दी है", "हिन्दी था", 50.0),
+        ("rouge_l", "กา", "กี", 0.0),
+        ("rouge_l", "กาดี", "กามี", 200 / 3),  # three characters, the last with its sign; no space between words
+        ("rouge_l", "cafe\u0301", "caf\u00e9", 100.0),
+        ("rouge_l", "cafe\u0301", "cafe", 0.0),
+        ("rouge_l", "が", "か\u3099", 100.0),
+        ("rouge_l", "snake_case", "snake case", 100.0),  # as by rouge-score
+        ("fuzzy", "cafe\u0301", "caf\u00e9", 100.0),
         # Indel: 2 of 3 letters common on each side: 2*2/6.
         ("fuzzy", "abc", "abd", 100 * 4 / 6),
         # Both become "x = 2"; then "f ( 0 )" against "f ( 1 )": 6 of 7 characters common on each side.
@@ -65,6 +94,15 @@ def test_f1_counts_an_invented_class_as_a_miss_only() -> None:
         ("choice_accuracy", "B", "B", 100.0),
         ("choice_accuracy", " B. Because of the wax", "B\nBecause snow", 100.0),
         ("choice_accuracy", "C支持", "C", 100.0),
+        ("choice_accuracy", "(A)", "(A)", 100.0),
+        ("choice_accuracy", "A", "(A)", 100.0),
+        ("choice_accuracy", "**B**", "[B]", 100.0),
+        ("choice_accuracy", "2", "2", 100.0),
+        ("choice_accuracy", "2. Paris", "2) Rome", 100.0),
+        ("choice_accuracy", "1", "12", 0.0),
+        ("choice_accuracy", "2.5", "2", 0.0),
+        ("choice_accuracy", "-2", "2", 0.0),
+        ("choice_accuracy", "(B)", "(A)", 0.0),
         ("choice_accuracy", "A", "B", 0.0),
         ("choice_accuracy", "Answer: B", "A", 0.0),
         ("choice_accuracy", "b", "B", 0.0),
@@ -103,6 +141,41 @@ def test_perplexity_is_the_one_where_lower_is_better() -> None:
 @pytest.mark.parametrize("normal", ["the answer 42", "!", "", "naïve"])
 def test_normalise_is_idempotent(normal: str) -> None:
     assert normalise(normal) == normal
+
+
+@pytest.mark.parametrize(
+    ("metric", "answer"),
+    [
+        ("choice_accuracy", "Paris"),
+        ("choice_accuracy", "-2"),
+        ("rouge_l", "!"),
+        ("rouge_l", ""),
+    ],
+)
+def test_a_right_answer_that_cannot_score_is_an_error(metric: str, answer: str) -> None:
+    rows = [{"prompt": "q", "answer": "A"}, {"prompt": "q", "answer": answer}]
+    check_answers(metric, rows[:1], "task x: test")
+    with pytest.raises(
+        UserError, match=f"task x: test row 2: by the metric {metric} the right answer .*scores 0"
+    ) as caught:
+        check_answers(metric, rows, "task x: test")
+    assert caught.value.exit_code == 2
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.text(max_size=12), min_size=1, max_size=3), st.text(max_size=12))
+def test_right_answers_score_full_by_every_other_metric(answers: list[str], prompt: str) -> None:
+    rows = [{"prompt": prompt, "answer": answer} for answer in answers]
+    for name, metric in METRICS.items():
+        if "pairs" in metric.kinds and name not in ("choice_accuracy", "rouge_l"):
+            check_answers(name, rows, "task x: test")
+            assert metric(answers, answers, [prompt] * len(answers)) == pytest.approx(100)
+
+
+def test_sari_counts_letters_with_their_signs() -> None:
+    assert sari_score("x", "का", ["का"]) == 100
+    assert sari_score("x", "का", ["कि"]) < 100
+    assert sari_score("x", "cafe\u0301", ["caf\u00e9"]) == 100
 
 
 def test_sari_of_a_case_computed_by_hand() -> None:

@@ -13,7 +13,8 @@ import tensorflow_datasets as tfds
 
 from jaxcl.data.builders.base import ManualBuilder, Row
 from jaxcl.data.builders.manual import Layout
-from jaxcl.data.files import parse_json, read_text
+from jaxcl.data.files import parse_json, read_text, split_lines
+from jaxcl.data.values import lone_surrogate
 from jaxcl.errors import UserError
 
 _SENTIMENTS = {"+": "positive", "-": "negative"}
@@ -196,7 +197,7 @@ class _Das(ManualBuilder):
         """Passages, or labelled rows; see `ManualBuilder.read`."""
         if self.builder_config.name == "domain":
             (path,) = files["train"]
-            lines = (line.strip() for line in read_text(path).splitlines())
+            lines = (line.strip() for line in split_lines(read_text(path)))
             return {"train": [{"text": line} for line in lines if line]}
         splits = {
             split: [row for path in paths for row in _labelled(path, self.domain)] for split, paths in files.items()
@@ -284,7 +285,7 @@ def _labelled(path: Path, domain: Domain) -> Iterator[Row]:
     """Rows of a file: JSON lines with text and label, or, as in the archive, an object of sentences by id."""
     fields = {"text": "text", "label": "label"} | ({"aspect": "aspect"} if domain.aspect else {})
     if ".jsonl" in path.suffixes:
-        lines = enumerate(read_text(path).split("\n"), 1)
+        lines = enumerate(split_lines(read_text(path)), 1)
         rows = [(f"line {number}", parse_json(line, path, number)) for number, line in lines if line.strip()]
     else:
         fields = {"text": "sentence", "label": "polarity", "aspect": "term"}
@@ -297,6 +298,9 @@ def _labelled(path: Path, domain: Domain) -> Iterator[Row]:
         if absent:
             raise UserError(f"{path} {where}: expected text in {', '.join(absent)}")
         found = {name: row[field] for name, field in fields.items()}
+        for name, text in found.items():
+            if half := lone_surrogate(text):
+                raise UserError(f"{path} {where}: {fields[name]} holds {half}")
         found["label"] = _SENTIMENTS.get(found["label"], found["label"])
         if found["label"] == _LEFT_OUT:
             continue

@@ -11,6 +11,7 @@ import tensorflow_datasets as tfds
 from jaxcl.data.builders.base import ManualBuilder, Row
 from jaxcl.data.builders.manual import Layout
 from jaxcl.data.files import parse_json, read_text
+from jaxcl.data.values import as_text
 from jaxcl.errors import UserError
 
 #: TRACE's task sequences (Wang et al., 2023, arXiv 2310.06762), as SEEKR's paper uses them.
@@ -113,5 +114,5 @@ def _pairs(path: Path) -> list[Row]:
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict) or not {"prompt", "answer"} <= row.keys():
             raise UserError(f"{path} row {number}: expected an object with prompt and answer")
-        found.append({"prompt": str(row["prompt"]), "answer": str(row["answer"])})
+        found.append({field: as_text(row[field], field, str(path), number) for field in ("prompt", "answer")})
     return found
