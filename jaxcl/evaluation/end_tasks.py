@@ -210,7 +210,7 @@ def _programs(network: Network, config: EndTaskConfig, compile: Compile) -> _Pro
     optimizer = _optimizer(config)
 
     def start(pretrained: Params, key: Array, total: Int[Array, ""]) -> _State:
-        # In float32, moments too, even if the model is held in bfloat16, whose steps are too coarse. The copy is temporary.
+        # Params and moments in float32 even if the model is held in bfloat16, whose steps are too coarse.
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), with_body(network.init(key), pretrained))
         return _State(params, optimizer.init(params), jnp.int32(0), total)
 

@@ -59,7 +59,8 @@ def make_train_step(
     Returns:
       `step(state, batch, key) -> (state, metrics)`. `key` is the run's; the step's number is folded into it. Metrics
       are float32 scalars: `loss`; `term/<name>`, the mean of each term; `grad_norm` (before clipping), `param_norm` and
-      `update_norm`, of the trained params in float32; `learning_rate`; `tokens`, the number of tokens that are not padding.
+      `update_norm`, of the trained params in float32; `learning_rate`; `tokens`, the number of tokens that are not
+      padding.
     """
     gradient = _whole if accumulate == 1 else _accumulated(accumulate, layout)
     if privacy is not None:

@@ -81,7 +81,8 @@ def test_models_saved_by_transformers_load_with_equal_outputs(name: str, tmp_pat
     assert (tmp_path / "model" / "model.safetensors.index.json").is_file()
     # A body alone and a classifier come without the head that predicts tokens.
     lacks_head = kind.endswith(("Model", "ForSequenceClassification"))
-    network, params = load_weights(tmp_path / "model", key=jax.random.key(0) if lacks_head else None)
+    key = jax.random.key(0) if lacks_head else None
+    network, params = load_weights(tmp_path / "model", key=key, fresh_head=lacks_head)
     check(outputs_of_transformers(model), network, params)
 
 
