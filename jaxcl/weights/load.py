@@ -44,7 +44,6 @@ def read_config(path: str | os.PathLike[str], **changes: Any) -> ModelConfig:
     Raises:
       UserError: no readable checkpoint, or a network that jaxcl does not support.
     """
-    # As in transformers, a head of its own in the file counts more than `tie_word_embeddings`.
     kind, place = locate(path)
     window = None
     if kind == "orbax":
@@ -56,6 +55,7 @@ def read_config(path: str | os.PathLike[str], **changes: Any) -> ModelConfig:
         config_file = (place if place.is_dir() else place.parent) / "config.json"
         where, content = str(config_file), read_json(config_file)
         fields, window = hf_config.from_hf(content, where), hf_config.sliding_window(content)
+        # As in transformers, a head of its own in the file counts more than `tie_word_embeddings`.
         if fields.get("tie_embeddings") and "tie_embeddings" not in changes and _has_own_head(place):
             _log.warning(
                 "%s: tie_word_embeddings is true, but the file's lm_head.weight differs from its embedding: not tied",

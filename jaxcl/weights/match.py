@@ -57,9 +57,8 @@ class Plan(NamedTuple):
 
     def tell(self, where: str) -> None:
         """Logs in one line what is read and what is not."""
-        listed = ", ".join(self.fresh[:_LISTED]) + (
-            f" and {more} more" if (more := len(self.fresh) - _LISTED) > 0 else ""
-        )
+        more = len(self.fresh) - _LISTED
+        listed = ", ".join(self.fresh[:_LISTED]) + (f" and {more} more" if more > 0 else "")
         # A head that starts at random is worth a warning; adapters and soft tokens always do.
         surprising = any(path.startswith((_HEAD, _CLASSIFIER)) for path in self.fresh)
         _log.log(
