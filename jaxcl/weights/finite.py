@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from jaxcl.errors import UserError
 from jaxcl.weights.tree import flatten
@@ -22,11 +23,15 @@ def refuse_not_finite(params: Mapping[str, Any], where: str) -> None:
     Raises:
       UserError: a param holds NaN or infinite values; the message names it.
     """
-    flat = flatten(params)
-    found = jax.device_get(jax.jit(lambda flat: {path: jnp.isfinite(leaf).all() for path, leaf in flat.items()})(flat))
-    for path, leaf in flat.items():
-        if not found[path]:
+    # One at a time, because params may be on different devices.
+    for path, leaf in flatten(params).items():
+        if not _all_finite(leaf):
             raise not_finite(where, path, str(leaf.dtype))
+
+
+@jax.jit
+def _all_finite(leaf: Array) -> Array:
+    return jnp.isfinite(leaf).all()
 
 
 def not_finite(where: str, name: str, dtype: str) -> UserError:
