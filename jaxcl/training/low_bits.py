@@ -11,6 +11,7 @@ would end only near where float32 ends; this way the optimizer's arithmetic is t
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from jaxcl.models.trainable import Params, overlay
 _HALF = 0x8000
 
 
-def no_low_bits(params: Params) -> Params:
+def no_low_bits(params: Mapping[str, Any]) -> Params:
     """Low parts of params that are exactly bfloat16: int16 zeros for every bfloat16 param; the others have none.
 
     Args:
@@ -66,7 +67,7 @@ def split(wide: Params, low_bits: Params) -> tuple[Params, Params]:
     return overlay(wide, high), jax.tree.map(_low, chosen, high)
 
 
-def _like(part: Params, tree: Params) -> Params:
+def _like(part: Mapping[str, Any], tree: Mapping[str, Any]) -> Params:
     return {k: _like(node, tree[k]) if isinstance(node, Mapping) else tree[k] for k, node in part.items()}
 
 
