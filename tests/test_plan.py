@@ -192,6 +192,33 @@ def test_estimates_know_what_saves_memory() -> None:
     assert estimate(config, twice, chip).seconds > estimate(config, once, chip).seconds
 
 
+def test_low_bits_count_as_much_as_bfloat16_saves() -> None:
+    """Without accumulation the gradient is bfloat16, too."""
+
+    def needs(dtype: str, accumulate: int) -> float:
+        compute = {"param_dtype": dtype, "dtype": "bfloat16"}
+        config = config_of({"name": "sequential"}, training={"batch_size": 8}, model={**LLAMA, "compute": compute})
+        return estimate(config, Arrangement(1, 1, 1, "full", accumulate), CHIPS["v5e"]).bytes
+
+    params = Network.create(config_of({"name": "sequential"}, model=LLAMA).model).num_params
+    assert needs("float32", 2) == needs("bfloat16", 2)
+    assert needs("float32", 1) - needs("bfloat16", 1) == 2 * params
+
+
+def test_a_plan_counts_low_bits_to_the_optimizer() -> None:
+    sizes = {}
+    for dtype in ("float32", "bfloat16"):
+        config = config_of({"name": "sequential"}, model={**LLAMA, "compute": {"param_dtype": dtype}})
+        found = programs(config, make_mesh(config.mesh, jax.devices()[:1]))["train"].arguments
+        sizes[dtype] = {
+            name: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(found[name]))
+            for name in ("params", "optimizer")
+        }
+    params = sizes["bfloat16"]["params"]
+    assert sizes["float32"]["params"] == 2 * params
+    assert sizes["bfloat16"]["optimizer"] - sizes["float32"]["optimizer"] == params  # 2 bytes each
+
+
 def test_search_says_when_nothing_can_be_split() -> None:
     from jaxcl.planning.search import search
 

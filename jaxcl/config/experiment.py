@@ -57,6 +57,9 @@ class ExperimentConfig(Schema):
         None,
         description="pre-trained model: Hugging Face folder, .gguf file, Orbax folder or package:NAME; none: random",
     )
+    fresh_head: bool = Field(
+        False, description="whether a head that predicts tokens may start at random if `weights` has none"
+    )
     model: ModelConfig = Field(
         description="the network; with `weights`, only keys that differ from those of the weights"
     )

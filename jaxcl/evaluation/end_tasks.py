@@ -210,7 +210,8 @@ def _programs(network: Network, config: EndTaskConfig, compile: Compile) -> _Pro
     optimizer = _optimizer(config)
 
     def start(pretrained: Params, key: Array, total: Int[Array, ""]) -> _State:
-        params = with_body(network.init(key), pretrained)
+        # Params and moments in float32 even if the model is held in bfloat16, whose steps are too coarse.
+        params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), with_body(network.init(key), pretrained))
         return _State(params, optimizer.init(params), jnp.int32(0), total)
 
     def loss(params: Params, batch: Batch, key: Array) -> Float[Array, ""]:
@@ -225,7 +226,7 @@ def _programs(network: Network, config: EndTaskConfig, compile: Compile) -> _Pro
         grads = jax.grad(loss)(state.params, batch, jax.random.fold_in(key, state.step))
         direction, moments = optimizer.update(grads, state.moments, state.params)
         rate = learning_rate(config, state.step, state.total)
-        params = jax.tree.map(lambda leaf, by: (leaf - rate * by).astype(leaf.dtype), state.params, direction)
+        params = jax.tree.map(lambda leaf, by: leaf - rate * by, state.params, direction)
         return _State(params, moments, state.step + 1, state.total)
 
     def classify(params: Params, batch: Batch) -> tuple[Array, Array | None, Array]:

@@ -164,9 +164,9 @@ class Method(ToolHooks, Generic[OptionsT]):
         """The state after a step; pure.
 
         Args:
-          params: what is trained, after the step.
+          params: what is trained, after the step; float32 even if the model holds bfloat16.
           state: the state that the step began with.
-          before: what is trained, before the step.
+          before: what is trained, before the step; likewise.
           gradient: of the step's loss, float32, before clipping.
         """
         return state

@@ -229,4 +229,4 @@ class Das(Method[DasOptions]):
 
 
 def _own_dropout(model: ModelConfig) -> float:
-    return max(model.hidden_dropout, model.attention_dropout)
+    return max(model.dropout_rates)

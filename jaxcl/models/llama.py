@@ -44,7 +44,12 @@ class LlamaConfig(Schema):
     tie_embeddings: bool = Field(False, description="whether the output head is the token embedding")
     attention_bias: bool = Field(False, description="biases on query, key, value and output projections")
     mlp_bias: bool = Field(False, description="biases on gate, up and down projections")
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on attention probabilities and residual branches")
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="dropout on residual branches and, unless that has its own, on attention"
+    )
+    attention_dropout: float | None = Field(
+        None, ge=0, lt=1, description="dropout on attention probabilities; none: as dropout"
+    )
     num_labels: int = Field(0, ge=0, description="classes of the classification head; 0: no such head")
     init_std: float = Field(0.02, gt=0, description="standard deviation of initial weights")
     lora: LoraConfig | None = Field(None, description="low-rank adapters, which are then all that is trained")
@@ -75,14 +80,9 @@ class LlamaConfig(Schema):
         return self
 
     @property
-    def hidden_dropout(self) -> float:
-        """Dropout rate on residual branches."""
-        return self.dropout
-
-    @property
-    def attention_dropout(self) -> float:
-        """Dropout rate on attention probabilities."""
-        return self.dropout
+    def dropout_rates(self) -> tuple[float, float]:
+        """Dropout rates on residual branches and on attention probabilities."""
+        return self.dropout, self.dropout if self.attention_dropout is None else self.attention_dropout
 
 
 class LlamaAttention(nnx.Module):

@@ -310,7 +310,7 @@ class Network:
     def _noise(self, key: Array | None, rate: float | None) -> Noise | None:
         if key is None:
             return None
-        hidden, attention = (self.config.hidden_dropout, self.config.attention_dropout) if rate is None else (rate, 0.0)
+        hidden, attention = self.config.dropout_rates if rate is None else (rate, 0.0)
         return Noise(key, hidden, attention) if hidden > 0 or attention > 0 else None
 
 

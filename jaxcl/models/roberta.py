@@ -69,6 +69,11 @@ class RobertaConfig(Schema):
         return self
 
     @property
+    def dropout_rates(self) -> tuple[float, float]:
+        """Dropout rates on hidden states and on attention probabilities."""
+        return self.hidden_dropout, self.attention_dropout
+
+    @property
     def head_dim(self) -> int:
         """Width of a head."""
         return self.hidden_size // self.num_heads

@@ -148,7 +148,8 @@ def programs(config: ExperimentConfig, mesh: Mesh) -> dict[str, Program]:
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=layout.replicated)
     target, batch = trainer.target, _batch(training.batch_size, shape, layout)
-    parts = {"params": target.params, "optimizer": target.opt_state, "method": target.method_state}
+    optimizer = target.opt_state, target.low_bits
+    parts = {"params": target.params, "optimizer": optimizer, "method": target.method_state}
 
     def step(batch: Batch) -> Program:
         return Program(
@@ -162,7 +163,7 @@ def programs(config: ExperimentConfig, mesh: Mesh) -> dict[str, Program]:
     processes = len({device.process_index for device in mesh.devices.flat})
     measured = _batch(micro_batch_size(training, layout.batch_ways, processes), shape, layout)
     given = (target.params, target.params, target.method_state, measured, key)
-    moments = {"optimizer": target.opt_state}
+    moments = {"optimizer": optimizer}
     for name in jax.eval_shape(method.measurements, *given):
 
         def measure(before: Any, params: Any, state: Any, batch: Batch, key: Any, name: str = name) -> Any:
@@ -250,11 +251,11 @@ def _generation(config: ExperimentConfig, network: Network, trainer: Trainer) ->
     )
     tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=trainer.layout.batch)
     lengths = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=trainer.layout.batch)
-    params = trainer.target.params
+    target = trainer.target
     return Program(
-        lambda: generator.jitted.lower(params, tokens, lengths, None),
-        {"params": params, "batch": (tokens, lengths)},
-        resident={"optimizer": trainer.target.opt_state, "method": trainer.target.method_state},
+        lambda: generator.jitted.lower(target.params, tokens, lengths, None),
+        {"params": target.params, "batch": (tokens, lengths)},
+        resident={"optimizer": (target.opt_state, target.low_bits), "method": target.method_state},
     )
 
 

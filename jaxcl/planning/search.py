@@ -146,13 +146,13 @@ def estimate(config: ExperimentConfig, one: Arrangement, chip: Chip) -> Estimate
     shape = row_shape(config, network.causal)
     params = network.num_params
     width = 2 if model.compute.dtype == "bfloat16" else 4
-    kept = 2 if model.compute.param_dtype == "bfloat16" else 4
     first = 2 if config.optimizer.moment_dtype == "bfloat16" else 4
     moments = {"adamw": first + 4, "lion": first, "rmsprop": 4}.get(
         config.optimizer.name, first if config.optimizer.b1 else 0
     )
-    gradient = 4 if one.accumulate > 1 else kept
-    state = params * (kept + moments + gradient) / (one.fsdp * one.tensor)
+    gradient = 2 if one.accumulate == 1 and model.compute.param_dtype == "bfloat16" else 4
+    # Of a bfloat16 param, its low bits are kept as well; see `jaxcl.training.low_bits`.
+    state = params * (4 + moments + gradient) / (one.fsdp * one.tensor)
 
     rows = config.training.batch_size // (one.data * one.fsdp * one.accumulate)
     tokens = rows * shape.length

@@ -329,7 +329,7 @@ def initial_params(components: Components) -> Params:
     if config.weights is not None:
         from jaxcl.weights import load_params
 
-        params = load_params(config.weights, network, shardings=layout.params, key=key)
+        params = load_params(config.weights, network, shardings=layout.params, key=key, fresh_head=config.fresh_head)
     else:
         params = jax.jit(network.init, out_shardings=layout.params)(key)
     if network.num_soft_tokens:

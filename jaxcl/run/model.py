@@ -15,6 +15,7 @@ from jaxcl.models.network import Network, Params
 from jaxcl.run.folder import RunFolder
 from jaxcl.training.checkpoint import Checkpoints
 from jaxcl.weights import load_params, locate, read_config
+from jaxcl.weights.finite import refuse_not_finite
 
 
 class Model(NamedTuple):
@@ -63,10 +64,12 @@ def latest_params(folder: RunFolder, target: Params) -> Params:
       target: their shapes, dtypes and shardings, as `jax.ShapeDtypeStruct`.
 
     Raises:
-      UserError: there is no checkpoint yet.
+      UserError: there is no checkpoint yet, or its params are not finite.
     """
     with Checkpoints.reading(folder.checkpoints) as checkpoints:
         saved = checkpoints.latest()
         if saved is None:
             raise UserError(f"{folder.path}: the run has no checkpoint yet")
-        return checkpoints.params(target, saved)
+        params = checkpoints.params(target, saved)
+    refuse_not_finite(params, str(folder.path))
+    return params

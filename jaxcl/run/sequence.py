@@ -235,7 +235,7 @@ class TaskSequence:
         """The initial state of the run, except that the count of steps continues."""
         step = state.step
         # The old arrays are deleted before the new ones are created, so that memory never holds both.
-        jax.tree.map(lambda leaf: leaf.delete(), (state.params, state.opt_state, state.method_state))
+        jax.tree.map(lambda leaf: leaf.delete(), (state.params, state.opt_state, state.method_state, state.low_bits))
         return self.parts.trainer.init(initial_params(self.parts)).replace(step=step)
 
     def _conclude(self, state: TrainState, index: int) -> TrainState:

@@ -224,7 +224,7 @@ class Checkpoints:
         self._kept.marks.pop(number, None)  # may remain from a failed save
         if mark is not None:
             self._kept.marks[number] = mark
-        rest = {field: getattr(state, field) for field in ("step", "clock", "opt_state", "method_state")}
+        rest = _all_but_params(state)
         with self._writing():
             self._manager.save(
                 number,
@@ -250,7 +250,7 @@ class Checkpoints:
         Raises:
           UserError: it cannot be read, or does not match the target.
         """
-        rest = {field: getattr(target, field) for field in ("step", "clock", "opt_state", "method_state")}
+        rest = _all_but_params(target)
         with self._reading():
             restored = self._manager.restore(
                 saved.number,
@@ -330,6 +330,12 @@ class Checkpoints:
             if "tree structures do not match" in reason:
                 reason = "their state has another structure; Method.init has changed since they were written"
             raise UserError(f"checkpoints {self.folder}: cannot be read: {reason}") from error
+
+
+def _all_but_params(state: TrainState) -> dict[str, Any]:
+    """What a checkpoint holds besides the params; low bits only if there are any."""
+    fields = ("step", "clock", "opt_state", "method_state", *(["low_bits"] if state.low_bits else []))
+    return {field: getattr(state, field) for field in fields}
 
 
 def _is_full(error: BaseException | None) -> bool:

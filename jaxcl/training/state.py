@@ -26,6 +26,7 @@ class TrainState:
       params: the model's params.
       opt_state: state of the method's optimizer.
       method_state: state of the method.
+      low_bits: what bfloat16 leaves out of the trained params, int16; empty if none is bfloat16. See `low_bits`.
     """
 
     step: Int[Array, ""]
@@ -33,6 +34,7 @@ class TrainState:
     params: PyTree
     opt_state: PyTree
     method_state: PyTree
+    low_bits: PyTree = dataclasses.field(default_factory=dict)
 
     def replace(self, **changes: Any) -> TrainState:
         """A copy with some fields replaced."""
@@ -57,6 +59,7 @@ def state_shardings(state: TrainState, layout: Layout) -> TrainState:
         params=layout.params,
         opt_state=layout.like_params(state.opt_state),
         method_state=layout.like_params(state.method_state),
+        low_bits=layout.like_params(state.low_bits),
     )
 
 

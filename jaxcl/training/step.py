@@ -16,6 +16,7 @@ from jaxcl.methods.base import Method
 from jaxcl.models.batch import Batch
 from jaxcl.models.trainable import overlay, trained
 from jaxcl.sharding.layout import Layout
+from jaxcl.training.low_bits import split, widen
 from jaxcl.training.micro_batches import micro_batches
 from jaxcl.training.optimizer import OptimizerConfig, learning_rate
 from jaxcl.training.privacy import PrivacyConfig, private_gradient
@@ -53,12 +54,13 @@ def make_train_step(
       accumulate: micro-batches per batch; divides the batch size.
       layout: the run's layout.
       privacy: clip each example's gradient and add noise; see `private_gradient`.
-      opt_shardings: where to bring optimizer state that is offloaded to the host; `None`: it is not offloaded.
+      opt_shardings: where to bring optimizer state and low bits that are offloaded to the host; `None`: they are not.
 
     Returns:
       `step(state, batch, key) -> (state, metrics)`. `key` is the run's; the step's number is folded into it. Metrics
       are float32 scalars: `loss`; `term/<name>`, the mean of each term; `grad_norm` (before clipping), `param_norm` and
-      `update_norm`, of the trained params; `learning_rate`; `tokens`, the number of tokens that are not padding.
+      `update_norm`, of the trained params in float32; `learning_rate`; `tokens`, the number of tokens that are not
+      padding.
     """
     gradient = _whole if accumulate == 1 else _accumulated(accumulate, layout)
     if privacy is not None:
@@ -79,11 +81,14 @@ def make_train_step(
             # The optimizer works in float32, whatever the dtype of the params; see `Trainer.init`.
             grads = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), grads)
             extra = method.update_args(state.params, _own(state.method_state), batch, update_key)
-            opt_state = state.opt_state if opt_shardings is None else jax.device_put(state.opt_state, opt_shardings)
-            updates, opt_state = transform.update(grads, opt_state, params, learning_rate=rate, **extra)
-            before, params = params, optax.apply_updates(params, updates)
+            held = state.opt_state, state.low_bits
+            opt_state, low_bits = held if opt_shardings is None else jax.device_put(held, opt_shardings)
+            before = widen(params, low_bits)
+            updates, opt_state = transform.update(grads, opt_state, before, learning_rate=rate, **extra)
+            after = optax.apply_updates(before, updates)
+            params, low_bits = split(after, low_bits)
         with jax.named_scope("track"):
-            tracked = method.track(params, _own(state.method_state), before, grads)
+            tracked = method.track(after, _own(state.method_state), before, grads)
             method_state = check_replacement("method state", state.method_state, tracked)
         with jax.named_scope("metrics"):
             both = [batch] if batch.memory is None else [batch, batch.memory]
@@ -91,14 +96,15 @@ def make_train_step(
                 "loss": total,
                 **{f"term/{name}": mean for name, mean in means.items()},
                 "grad_norm": global_norm(grads),
-                "param_norm": global_norm(params),
+                "param_norm": global_norm(after),
                 "update_norm": global_norm(updates),
                 "learning_rate": rate,
                 "tokens": sum((jnp.sum(one.segments > 0) for one in both), jnp.int32(0)),
             }
             metrics = {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
         clock = state.clock._replace(step=state.clock.step + 1)
-        return TrainState(state.step + 1, clock, overlay(state.params, params), opt_state, method_state), metrics
+        params = overlay(state.params, params)
+        return TrainState(state.step + 1, clock, params, opt_state, method_state, low_bits), metrics
 
     return step
 

@@ -16,6 +16,7 @@ from jaxcl.sharding.layout import Layout, put
 from jaxcl.training.compile import Compiler
 from jaxcl.training.feed import Feed, RowIterator
 from jaxcl.training.keys import run_key
+from jaxcl.training.low_bits import no_low_bits
 from jaxcl.training.optimizer import Clock, OptimizerConfig, make_parts
 from jaxcl.training.privacy import PrivacyConfig
 from jaxcl.training.state import TrainState, abstract, on_host, replace_method_state, replace_params, state_shardings
@@ -62,11 +63,13 @@ class Trainer:
         self.shardings = state_shardings(shapes, layout)
         opt_shardings = None
         if optimizer.offload:
-            opt_shardings = self.shardings.opt_state
-            self.shardings = self.shardings.replace(opt_state=on_host(shapes.opt_state, opt_shardings))
+            opt_shardings = self.shardings.opt_state, self.shardings.low_bits
+            opt_state, low_bits = on_host((shapes.opt_state, shapes.low_bits), opt_shardings)
+            self.shardings = self.shardings.replace(opt_state=opt_state, low_bits=low_bits)
         self.target: TrainState = abstract(shapes, self.shardings)
         self._seed = seed
         self._reset = jax.jit(_fresh(self._init_optimizer), out_shardings=self.shardings.opt_state)
+        self._no_low_bits = jax.jit(_no_low_bits, out_shardings=self.shardings.low_bits)
         step = make_train_step(
             method,
             self._transform,
@@ -101,7 +104,7 @@ class Trainer:
         params = put(params, self.layout.params)
         method_state = self.init_method(params)
         step, clock = put((jnp.int32(0), Clock.start(self.optimizer, 0)), self.layout.replicated)
-        return TrainState(step, clock, params, self._reset(params), method_state)
+        return TrainState(step, clock, params, self._reset(params), method_state, self._no_low_bits(params))
 
     def init_method(self, params: PyTree) -> PyTree:
         """The method's state before the first task, sharded."""
@@ -158,7 +161,9 @@ class Trainer:
         Raises:
           ValueError: structure, shapes or dtypes changed.
         """
-        return replace_params(state, new, self.layout)
+        replaced = replace_params(state, new, self.layout)
+        # Low bits complete the params that the optimizer left, no others.
+        return replaced if new is state.params else replaced.replace(low_bits=self._no_low_bits(replaced.params))
 
     def feed(self, rows: RowIterator, *, prefetch: int) -> Feed:
         """Batches on this run's devices.
@@ -172,12 +177,21 @@ class Trainer:
     def _init(self, params: PyTree) -> TrainState:
         method_state = self.method.init(params)
         return TrainState(
-            jnp.int32(0), Clock.start(self.optimizer, 0), params, self._init_optimizer(params), method_state
+            jnp.int32(0),
+            Clock.start(self.optimizer, 0),
+            params,
+            self._init_optimizer(params),
+            method_state,
+            _no_low_bits(params),
         )
 
     def _init_optimizer(self, params: PyTree) -> PyTree:
         """Moments in float32 even if the params are bfloat16: a second moment in bfloat16 would stop changing."""
         return self._transform.init(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), trained(params)))
+
+
+def _no_low_bits(params: PyTree) -> PyTree:
+    return no_low_bits(trained(params))
 
 
 def _fresh(function: Callable[[PyTree], PyTree]) -> Callable[[PyTree], PyTree]:

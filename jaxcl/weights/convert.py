@@ -60,7 +60,8 @@ def convert(
     config = config.model_copy(update={"compute": config.compute.model_copy(update={"param_dtype": held})})
     network = Network.create(config)
     # Checkpoints of classifiers have no language-model head; they get a randomly initialised one.
-    params = load_params(source, network, key=jax.random.key(0) if config.num_labels else None)
+    labels = config.num_labels > 0
+    params = load_params(source, network, key=jax.random.key(0) if labels else None, fresh_head=labels)
     tokenizer_folder = folder if has_tokenizer else None
     if format == "orbax":
         target = save_orbax(destination, network, params, tokenizer_folder=tokenizer_folder)

@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 from jaxtyping import Array
 
 from jaxcl.weights.axes import Index, whole
+from jaxcl.weights.finite import not_finite
 from jaxcl.weights.match import Match
 from jaxcl.weights.source import Source
 
@@ -30,11 +31,18 @@ def read_param(source: Source, found: Match, leaf: jax.ShapeDtypeStruct, shardin
 
     Returns:
       The parameter.
+
+    Raises:
+      UserError: a tensor holds NaN or infinite values.
     """
     layout = found.row.layout
 
     def read(name: str, shape: tuple[int, ...], bounds: Index) -> np.ndarray:
-        return layout.read(functools.partial(source.read, name), shape, bounds).astype(leaf.dtype)
+        with np.errstate(over="ignore"):  # found below
+            value = layout.read(functools.partial(source.read, name), shape, bounds).astype(leaf.dtype)
+        if not np.isfinite(value).all():
+            raise not_finite(source.where, name, str(leaf.dtype))
+        return value
 
     if not found.row.stacked:
         return _own(_place(leaf.shape, sharding, functools.partial(read, found.names[0], leaf.shape)))

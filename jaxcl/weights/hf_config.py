@@ -20,6 +20,7 @@ _ACTIVATIONS = {
     "silu": ("silu", "swish"),
 }
 _CLASSIFIER = "ForSequenceClassification"
+_RESIDUAL_DROPOUT = "residual_dropout"
 
 
 class HfConfig:
@@ -72,7 +73,7 @@ def from_hf(content: Mapping[str, Any], where: str) -> dict[str, Any]:
     kind = config.need("model_type")
     if kind not in _READERS:
         raise UserError(f"{where}: model_type={kind} is not supported; allowed are {', '.join(_READERS)}")
-    if "quantization_config" in content:
+    if config.get("quantization_config") is not None:
         raise UserError(f"{where}: quantised checkpoints are read from GGUF only; this one has a quantization_config")
     fields = _READERS[kind](config)
     if any(str(name).endswith(_CLASSIFIER) for name in config.get("architectures", ())):
@@ -104,9 +105,15 @@ def _llama(config: HfConfig) -> dict[str, Any]:
         "tie_embeddings": config.get("tie_word_embeddings", False),
         "attention_bias": config.get("attention_bias", False),
         "mlp_bias": config.get("mlp_bias", False),
-        "dropout": config.get("attention_dropout", 0.0),
+        **_llama_dropout(config),
         "init_std": config.get("initializer_range", 0.02),
     }
+
+
+def _llama_dropout(config: HfConfig) -> dict[str, float | None]:
+    # transformers drops attention probabilities only; the rate on residual branches is jaxcl's own key.
+    hidden, attention = config.get(_RESIDUAL_DROPOUT, 0.0), config.get("attention_dropout", 0.0)
+    return {"dropout": hidden, "attention_dropout": None if attention == hidden else attention}
 
 
 def _rope_scaling(config: HfConfig, rope: Mapping[str, Any], max_length: int) -> dict[str, Any] | None:
@@ -202,6 +209,7 @@ def to_hf(config: LlamaConfig | RobertaConfig, token_ids: Mapping[str, Any], dty
 
 
 def _llama_to_hf(config: LlamaConfig) -> dict[str, Any]:
+    hidden, attention = config.dropout_rates
     return {
         "architectures": [f"Llama{_CLASSIFIER if config.num_labels else 'ForCausalLM'}"],
         "model_type": "llama",
@@ -221,8 +229,8 @@ def _llama_to_hf(config: LlamaConfig) -> dict[str, Any]:
         "tie_word_embeddings": config.tie_embeddings,
         "attention_bias": config.attention_bias,
         "mlp_bias": config.mlp_bias,
-        "attention_dropout": config.dropout,
-    }
+        "attention_dropout": attention,
+    } | ({_RESIDUAL_DROPOUT: hidden} if hidden else {})
 
 
 def _rope_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,18 @@ from jaxcl.models.network import ModelConfig, Network, Params
 from jaxcl.models.roberta import RobertaConfig
 from jaxcl.weights import gguf_config, hf_config
 from jaxcl.weights.fill import read_param
+from jaxcl.weights.finite import refuse_not_finite
 from jaxcl.weights.gguf_source import Gguf
 from jaxcl.weights.locate import ORBAX_CONFIG, Kind, locate
-from jaxcl.weights.match import match
+from jaxcl.weights.match import Plan, match
 from jaxcl.weights.orbax import Orbax
-from jaxcl.weights.source import Safetensors, Source, read_json
+from jaxcl.weights.source import Safetensors, Source, read_json, same_values
 from jaxcl.weights.tables import BERT, LLAMA, LLAMA_GGUF, ROBERTA, Table
 from jaxcl.weights.tree import flatten, unflatten
 
 _CONFIG: TypeAdapter[Any] = TypeAdapter(ModelConfig)
+_HEAD = "head/kernel"
+_log = logging.getLogger(__name__)
 
 
 def read_config(path: str | os.PathLike[str], **changes: Any) -> ModelConfig:
@@ -51,6 +55,13 @@ def read_config(path: str | os.PathLike[str], **changes: Any) -> ModelConfig:
         config_file = (place if place.is_dir() else place.parent) / "config.json"
         where, content = str(config_file), read_json(config_file)
         fields, window = hf_config.from_hf(content, where), hf_config.sliding_window(content)
+        # As in transformers, a head of its own in the file counts more than `tie_word_embeddings`.
+        if fields.get("tie_embeddings") and "tie_embeddings" not in changes and _has_own_head(place):
+            _log.warning(
+                "%s: tie_word_embeddings is true, but the file's lm_head.weight differs from its embedding: not tied",
+                where,
+            )
+            fields["tie_embeddings"] = False
     try:
         config = _CONFIG.validate_python(fields | changes)
     except ValidationError as error:
@@ -83,6 +94,7 @@ def load_params(
     dtype: str | None = None,
     shardings: Any = None,
     key: Array | None = None,
+    fresh_head: bool = False,
 ) -> Params:
     """Reads the params of a network.
 
@@ -94,14 +106,16 @@ def load_params(
       network: the network; `Network.create(read_config(path))` for the checkpoint's own.
       dtype: dtype of the params; default: that of the network's configuration.
       shardings: a tree like `network.shapes()` or one `Sharding` for all params; default: the default device.
-      key: random key for heads, adapters and soft tokens that the checkpoint lacks; without it, these are an error. A
-        head of the checkpoint that the network lacks is ignored.
+      key: random key for a classifier, adapters and soft tokens that the checkpoint lacks; without it, these are an
+        error. A classifier of the checkpoint that the network lacks is ignored.
+      fresh_head: whether `key` also serves for the head that predicts tokens.
 
     Returns:
       The params.
 
     Raises:
-      UserError: no readable checkpoint; a tensor that is missing, unexpected or of a wrong shape; pickle files.
+      UserError: no readable checkpoint; a tensor that is missing, unexpected, of a wrong shape or not finite; a head
+        that differs from the embedding in a network whose head is the embedding; pickle files.
     """
     kind, place = locate(path)
     shapes = {
@@ -113,11 +127,15 @@ def load_params(
     draw = key is not None
     if kind == "orbax":
         with Orbax(place) as saved:
-            plan = match(saved, saved.table(shapes), shapes, draw=draw)
+            if _HEAD in saved.shapes and _HEAD not in shapes:
+                raise _two_heads(saved.where, _HEAD, "embedding")
+            plan = match(saved, saved.table(shapes), shapes, draw=draw, fresh_head=fresh_head)
             flat = saved.restore({path: shapes[path] for path in plan.matches}, places)
+            refuse_not_finite(flat, saved.where)
     else:
         with _open(kind, place) as source:
-            plan = match(source, _table(kind, network), shapes, draw=draw)
+            plan = match(source, _table(kind, network), shapes, draw=draw, fresh_head=fresh_head)
+            _check_twins(source, plan)
             # Unstacked params pass through the host as a whole, so they come first, while little memory is used.
             order = sorted(plan.matches, key=lambda path: plan.matches[path].row.stacked)
             flat = {path: read_param(source, plan.matches[path], shapes[path], places[path]) for path in order}
@@ -127,7 +145,12 @@ def load_params(
 
 
 def load_weights(
-    path: str | os.PathLike[str], *, dtype: str | None = None, key: Array | None = None, **changes: Any
+    path: str | os.PathLike[str],
+    *,
+    dtype: str | None = None,
+    key: Array | None = None,
+    fresh_head: bool = False,
+    **changes: Any,
 ) -> tuple[Network, Params]:
     """A checkpoint's network and params, on the default device; see `read_config` and `load_params`.
 
@@ -135,10 +158,34 @@ def load_weights(
       path: what `locate` finds.
       dtype: see `load_params`.
       key: see `load_params`.
+      fresh_head: see `load_params`.
       **changes: see `read_config`.
     """
     network = Network.create(read_config(path, **changes))
-    return network, load_params(path, network, dtype=dtype, key=key)
+    return network, load_params(path, network, dtype=dtype, key=key, fresh_head=fresh_head)
+
+
+def _check_twins(source: Source, plan: Plan) -> None:
+    for one, other in plan.twins:
+        if not same_values(source, one, other):
+            raise _two_heads(source.where, other, one)
+
+
+def _two_heads(where: str, head: str, used: str) -> UserError:
+    return UserError(
+        f"{where}: the tensor {head} differs from {used}, in whose place the model cannot use it; a decoder can with "
+        "model.tie_embeddings=false"
+    )
+
+
+def _has_own_head(place: Path) -> bool:
+    """Whether a decoder's head differs from its embedding; false if the files cannot be read, which is found later."""
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    try:
+        with Safetensors(place) as source:
+            return all(name in source.shapes for name in names) and not same_values(source, *names)
+    except UserError:
+        return False
 
 
 def _open(kind: Kind, place: Path) -> Source:

@@ -11,7 +11,8 @@ from jaxcl.models.lora import is_adapter
 from jaxcl.models.soft_tokens import is_soft
 from jaxcl.weights.tables import Row, Table
 
-_HEADS = ("head/", "classifier/")
+_HEAD, _CLASSIFIER = "head/", "classifier/"
+_LISTED = 8
 _log = logging.getLogger(__name__)
 
 
@@ -47,27 +48,46 @@ class Plan(NamedTuple):
     Attributes:
       matches: the tensors by path of the parameter.
       fresh: paths of params of heads, adapters and soft tokens that the checkpoint lacks.
+      twins: pairs of tensors that must hold the same values.
     """
 
     matches: dict[str, Match]
     fresh: tuple[str, ...]
+    twins: tuple[tuple[str, str], ...]
+
+    def tell(self, where: str) -> None:
+        """Logs in one line what is read and what is not."""
+        more = len(self.fresh) - _LISTED
+        listed = ", ".join(self.fresh[:_LISTED]) + (f" and {more} more" if more > 0 else "")
+        # A head that starts at random is worth a warning; adapters and soft tokens always do.
+        surprising = any(path.startswith((_HEAD, _CLASSIFIER)) for path in self.fresh)
+        _log.log(
+            logging.WARNING if surprising else logging.INFO,
+            "%s: %d params read; randomly initialised: %s",
+            where,
+            len(self.matches),
+            listed or "none",
+        )
 
 
-def match(source: Names, table: Table, shapes: Mapping[str, Any], *, draw: bool) -> Plan:
+def match(source: Names, table: Table, shapes: Mapping[str, Any], *, draw: bool, fresh_head: bool = False) -> Plan:
     """Assigns every tensor of a checkpoint to a parameter.
 
     Args:
       source: the checkpoint.
       table: its names and layouts.
       shapes: objects with a `shape` by path of the parameter.
-      draw: whether params of heads, adapters and soft tokens may be missing in the checkpoint.
+      draw: whether params of classifiers, adapters and soft tokens may be missing in the checkpoint.
+      fresh_head: whether those of the head that predicts tokens may be missing, too.
 
     Raises:
       UserError: a tensor is missing, unexpected or of a wrong shape; the message names it.
     """
     present = {table.modern(name): name for name in source.shapes}
     prefixed = any(name.startswith(table.prefix) for name in present)
-    used: set[str] = set()
+    own = {name for path in shapes for name in _names(table.row(path), table, prefixed, 0)}
+    twins = _twins(table, present, own, prefixed)
+    used: set[str] = {name for _, name in twins}
     matches: dict[str, Match] = {}
     missing: dict[str, str] = {}
     for path, leaf in shapes.items():
@@ -78,13 +98,26 @@ def match(source: Names, table: Table, shapes: Mapping[str, Any], *, draw: bool)
             missing[path] = lost[0]
         else:
             matches[path] = Match(row, tuple(present[name] for name in names))
-    fresh = tuple(path for path in missing if path.startswith(_HEADS) or is_adapter(path) or is_soft(path))
+    drawn = (_HEAD, _CLASSIFIER) if fresh_head or not draw else (_CLASSIFIER,)
+    fresh = tuple(path for path in missing if path.startswith(drawn) or is_adapter(path) or is_soft(path))
     _check_missing(source, missing, fresh, draw)
     _check_extra(source, table, [name for name in present if name not in used], prefixed)
     _check_shapes(source, matches, shapes)
-    if fresh:
-        _log.info("%s has no %s: randomly initialised", source.where, ", ".join(fresh))
-    return Plan(matches, fresh)
+    both = tuple((present[one], present[other]) for one, other in twins if present[one] != present[other])
+    plan = Plan(matches, fresh, both)
+    plan.tell(source.where)
+    return plan
+
+
+def _twins(table: Table, present: dict[str, str], own: set[str], prefixed: bool) -> list[tuple[str, str]]:
+    """The table's twins that are present and not params of their own; where the first is missing, the second serves."""
+    found = []
+    for first, second in table.twins:
+        first = first if prefixed else first.removeprefix(table.prefix)
+        if second in present and second not in own:
+            present.setdefault(first, present[second])
+            found.append((first, second))
+    return found
 
 
 def _names(row: Row, table: Table, prefixed: bool, layers: int) -> list[str]:
@@ -93,9 +126,16 @@ def _names(row: Row, table: Table, prefixed: bool, layers: int) -> list[str]:
 
 
 def _check_missing(source: Names, missing: dict[str, str], fresh: Iterable[str], draw: bool) -> None:
-    body = [name for path, name in missing.items() if path not in fresh]
+    body = [name for path, name in missing.items() if path not in fresh and not path.startswith(_HEAD)]
     if body:
         raise UserError(f"{source.where}: the tensor {body[0]} is missing{_more(body)}")
+    head = [name for path, name in missing.items() if path not in fresh]
+    if head:
+        raise UserError(
+            f"{source.where}: the tensor {head[0]} is missing{_more(head)}: the checkpoint lacks a head that the model "
+            "has; to train one that starts at random, set fresh_head to true"
+            + ("; if the head is the embedding, model.tie_embeddings" if "head/kernel" in missing else "")
+        )
     drawable = list(missing.values())
     if drawable and not draw:
         first = next(iter(missing))
@@ -108,7 +148,12 @@ def _check_missing(source: Names, missing: dict[str, str], fresh: Iterable[str],
 
 def _check_extra(source: Names, table: Table, extra: list[str], prefixed: bool) -> None:
     unknown = []
-    heads = {name for row in table.rows if row.path.startswith(_HEADS) for name in _names(row, table, prefixed, 0)}
+    heads = {
+        name
+        for row in table.rows
+        if row.path.startswith((_HEAD, _CLASSIFIER))
+        for name in _names(row, table, prefixed, 0)
+    }
     for name in sorted(extra):
         if name in heads:
             _log.info("%s: %s belongs to a head that the model does not have: ignored", source.where, name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +20,7 @@ from jaxcl.weights.axes import Index
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_PART = 2**24  # numbers of a tensor that are compared at a time
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -121,6 +123,17 @@ class Safetensors:
     ) -> None:
         self._slices.clear()
         self._stack.close()
+
+
+def same_values(source: Source, one: str, other: str) -> bool:
+    """Whether two tensors of a checkpoint hold the same values; read in parts."""
+    shape = source.shapes[one]
+    if source.shapes[other] != shape:
+        return False
+    step = max(1, _PART // max(1, math.prod(shape[1:])))
+    rest = tuple(slice(0, size) for size in shape[1:])
+    parts = ((slice(start, min(start + step, shape[0])), *rest) for start in range(0, shape[0], step))
+    return all(np.array_equal(source.read(one, part), source.read(other, part), equal_nan=True) for part in parts)
 
 
 def _files(path: Path) -> list[tuple[Path, set[str] | None]]:

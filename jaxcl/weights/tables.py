@@ -57,12 +57,15 @@ class Table:
       rows: one row per parameter.
       ignored: regular expressions of tensors that the model does not need, whatever their prefix.
       renamed: regular expressions of older names, and their replacements.
+      twins: pairs of names of one parameter. A file may hold either, or both with the same values; the second name may
+        also be a parameter of its own.
     """
 
     prefix: str
     rows: tuple[Row, ...]
     ignored: tuple[str, ...] = ()
     renamed: tuple[tuple[str, str], ...] = ()
+    twins: tuple[tuple[str, str], ...] = ()
 
     def row(self, path: str) -> Row:
         """The row of a parameter. Parts of adapters are named as in PEFT's files.
@@ -196,15 +199,20 @@ LLAMA = Table(
     prefix="model.",
     rows=_llama_rows("model.layers.{layer}.", _LLAMA, _SPLIT, _SPLIT_BIAS),
     ignored=_BUFFERS,
+    twins=(("model.embed_tokens.weight", "lm_head.weight"),),
 )
 ROBERTA = Table(
     prefix="roberta.",
     rows=_encoder_rows(
         "roberta.", "lm_head.", "lm_head.bias", "layer_norm", ("classifier.dense", "classifier.out_proj")
     ),
-    # The decoder is the word embedding and its bias is lm_head.bias; no head of jaxcl uses the pooler.
-    ignored=(*_BUFFERS, r"lm_head\.decoder\.(weight|bias)", r"(roberta\.)?pooler\.dense\.(weight|bias)"),
+    # No head of jaxcl uses the pooler.
+    ignored=(*_BUFFERS, r"(roberta\.)?pooler\.dense\.(weight|bias)"),
     renamed=_OLD_LAYER_NORM,
+    twins=(
+        ("roberta.embeddings.word_embeddings.weight", "lm_head.decoder.weight"),
+        ("lm_head.bias", "lm_head.decoder.bias"),
+    ),
 )
 BERT = Table(
     prefix="bert.",
@@ -215,13 +223,18 @@ BERT = Table(
         "LayerNorm",
         ("bert.pooler.dense", "classifier"),
     ),
-    # The decoder is the word embedding; next-sentence prediction has no counterpart.
-    ignored=(*_BUFFERS, r"cls\.predictions\.decoder\.(weight|bias)", r"cls\.seq_relationship\.(weight|bias)"),
+    # Next-sentence prediction has no counterpart.
+    ignored=(*_BUFFERS, r"cls\.seq_relationship\.(weight|bias)"),
     renamed=_OLD_LAYER_NORM,
+    twins=(
+        ("bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"),
+        ("cls.predictions.bias", "cls.predictions.decoder.bias"),
+    ),
 )
 LLAMA_GGUF = Table(
     prefix="",
     rows=_llama_rows("blk.{layer}.", _LLAMA_GGUF, _SPLIT_PAIRS, _SPLIT_PAIRS_BIAS),
     # The scaled rotary frequencies are read with the configuration.
     ignored=(r"rope_freqs\.weight",),
+    twins=(("token_embd.weight", "output.weight"),),
 )

@@ -2,12 +2,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxcl.evaluation import end_tasks
 from jaxcl.evaluation.config import EndTaskConfig
 from jaxcl.evaluation.end_tasks import EndTaskScore, class_scores, score_end_task, with_body, with_labels
+from jaxcl.evaluation.scoring import as_batch
 from jaxcl.models.network import Network
 from tests.tiny.networks import llama_config, plain_params, roberta_config
 
@@ -202,3 +204,19 @@ def test_deviation_of_the_repetitions() -> None:
     score = EndTaskScore(0.0, 0.0, 70.0, runs, none, none, 0.0)
     assert score.deviation("accuracy") == 10.0  # (100 + 0 + 100) / 2
     assert EndTaskScore(0.0, 0.0, 60.0, runs[:1], none, none, 0.0).deviation("accuracy") is None
+
+
+def test_a_model_held_in_bfloat16_is_tuned_in_float32() -> None:
+    """At a rate of 1e-5 hardly a weight would move in bfloat16."""
+    held = LLAMA.model_copy(update={"compute": LLAMA.compute.model_copy(update={"param_dtype": "bfloat16"})})
+    network = Network.create(held)
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), plain_params(network, 0))
+    config = CONFIG.model_copy(update={"learning_rate": 1e-5, "warmup": 0.0})
+    programs = end_tasks._programs(with_labels(network, 3), config, jax.jit)
+    before = programs.start(params, jax.random.key(0), jnp.int32(100))
+    after = programs.train(before, as_batch(Rows(8, 0).batch_at(0, seed=0)), jax.random.key(1))
+    for state in (before, after):
+        floats = [leaf.dtype for leaf in jax.tree.leaves((state.params, state.moments)) if leaf.ndim]
+        assert set(floats) == {jnp.dtype("float32")}
+    moved = jax.tree.map(lambda a, b: float((a != b).mean()), before.params["blocks"], after.params["blocks"])
+    assert min(jax.tree.leaves(moved)) > 0.9

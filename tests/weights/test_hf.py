@@ -65,6 +65,7 @@ def test_every_field_of_the_configuration_survives(tmp_path: Path) -> None:
         attention_bias=True,
         mlp_bias=True,
         dropout=0.25,
+        attention_dropout=0.125,
         num_labels=4,
         init_std=0.07,
     )
@@ -162,7 +163,11 @@ def test_model_without_head_has_no_prefix_and_its_heads_are_drawn_if_a_key_is_gi
     with pytest.raises(UserError, match=r"lm_head\..* is missing, and 4 more: .* lacks a head"):
         load_params(tmp_path / "model", network)
     labelled = Network.create(network.config.model_copy(update={"num_labels": 3}))
-    found = load_params(tmp_path / "model", labelled, key=jax.random.key(1))
+    with pytest.raises(
+        UserError, match=r"lm_head\..* is missing, and 4 more: .* lacks a head .*set fresh_head to true$"
+    ):
+        load_params(tmp_path / "model", labelled, key=jax.random.key(1))
+    found = load_params(tmp_path / "model", labelled, key=jax.random.key(1), fresh_head=True)
     expected = random_params(network)
     assert_equal_bits(found["blocks"], expected["blocks"])
     assert_equal_bits(found["embed"], expected["embed"])
@@ -191,7 +196,8 @@ def test_heads_that_the_network_lacks_are_left_out_and_logged(tmp_path: Path, ca
 def test_known_extras_are_harmless(tmp_path: Path) -> None:
     network = saved(tmp_path / "a", "llama-tied")
     extras = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32) for i in range(3)}
-    edit_tensors(tmp_path / "a", **extras, **{"lm_head.weight": np.ones((40, 24), np.float32)})
+    embedding = np.asarray(random_params(network)["embed"]["embedding"])
+    edit_tensors(tmp_path / "a", **extras, **{"lm_head.weight": embedding})
     assert_equal_bits(load_params(tmp_path / "a", network), random_params(network))
     network = saved(tmp_path / "b", "bert")
     square = np.ones((24, 24), np.float32)
@@ -200,7 +206,7 @@ def test_known_extras_are_harmless(tmp_path: Path) -> None:
         **{
             "bert.embeddings.position_ids": np.arange(30),
             "bert.pooler.dense.weight": square,
-            "cls.predictions.decoder.weight": np.ones((40, 24), np.float32),
+            "cls.predictions.decoder.weight": np.asarray(random_params(network)["embed"]["word"]["embedding"]),
             "cls.seq_relationship.weight": square[:2],
         },
     )

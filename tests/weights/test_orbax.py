@@ -44,7 +44,8 @@ def test_heads_as_with_other_checkpoints(tmp_path: Path) -> None:
     assert found["classifier"]["out"]["kernel"].shape == (24, 3)
     assert_equal_bits(found["blocks"], random_params(network)["blocks"])
     tied = Network.create(network.config.model_copy(update={"tie_embeddings": True}))
-    assert "head" not in load_params(tmp_path / "model", tied)
+    with pytest.raises(UserError, match=r"head/kernel differs from embedding.*tie_embeddings=false"):
+        load_params(tmp_path / "model", tied)
 
 
 def test_params_of_another_network_are_named(tmp_path: Path) -> None:

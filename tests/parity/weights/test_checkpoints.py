@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +82,26 @@ def test_models_saved_by_transformers_load_with_equal_outputs(name: str, tmp_pat
     assert (tmp_path / "model" / "model.safetensors.index.json").is_file()
     # A body alone and a classifier come without the head that predicts tokens.
     lacks_head = kind.endswith(("Model", "ForSequenceClassification"))
-    network, params = load_weights(tmp_path / "model", key=jax.random.key(0) if lacks_head else None)
+    key = jax.random.key(0) if lacks_head else None
+    network, params = load_weights(tmp_path / "model", key=key, fresh_head=lacks_head)
     check(outputs_of_transformers(model), network, params)
+
+
+@pytest.mark.parametrize("equal", [False, True])
+def test_a_decoder_with_two_heads_is_what_transformers_makes_of_it(equal: bool, tmp_path: Path) -> None:
+    """The configuration says tied; the file has a head of its own, which differs from the embedding or does not."""
+    _, _, fields = MODELS["llama"]
+    model = random_model("LlamaForCausalLM", transformers.LlamaConfig(**fields, tie_word_embeddings=False))
+    if equal:
+        with torch.no_grad():
+            model.lm_head.weight.copy_(model.model.embed_tokens.weight)
+    model.save_pretrained(tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tie_word_embeddings": True}))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    network, params = load_weights(tmp_path / "model")
+    assert network.config.tie_embeddings == equal
+    check(outputs_of_transformers(theirs), network, params)
 
 
 @pytest.mark.parametrize("name", sorted(OURS))
