@@ -73,8 +73,8 @@ def test_files_win_over_the_setting(tmp_path: Path) -> None:
         ("{% for %}", "Expected an expression"),
         ("{{ raise_exception('only\nfor\nsystems') }}", "only for systems"),
         ("{{ 'a' + 1 }}", "can only concatenate str"),
-        ("{{ 1 // 0 }}", "division by zero"),
-        ("{{ messages.append(1) }}", "is not safely callable"),
+        ("{{ 1 // 0 }}", "modulo by zero"),
+        ("{{ messages.append(1) }}", "is unsafe; use"),
         ({"tool_use": "TOOL"}, r"none of the model's chat templates \(tool_use\) is called default"),
     ],
 )

@@ -39,6 +39,6 @@ def as_chat(template: ChatTemplate, prompt: str, special_tokens: Mapping[str, st
             [conversation], chat_template=template, add_generation_prompt=True, **(special_tokens or {})
         )
     except Exception as error:  # a template runs any expression, which can fail in any way
-        message = " ".join(str(error).split()) or type(error).__name__
+        message = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise UserError(f"the model's chat template cannot be used: {message}; use --raw to do without it") from None
     return rendered[0]
