@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from collections.abc import Mapping
 
+from jaxcl.data.tokenizer_settings import ChatTemplate
 from jaxcl.errors import UserError
 
 
-def as_chat(template: str, prompt: str, *, bos: str = "", eos: str = "") -> str:
-    """The text that a chat model continues with its answer.
+def as_chat(template: ChatTemplate, prompt: str, special_tokens: Mapping[str, str] | None = None) -> str:
+    """The text that a chat model continues with its answer, as `apply_chat_template` of transformers renders it.
 
     Args:
-      template: a Jinja chat template, as in Hugging Face tokenizers.
+      template: a Jinja chat template, as in Hugging Face tokenizers, or several by name; `default` is taken.
       prompt: the user's message.
-      bos: text of the bos token, which some templates write.
-      eos: text of the end token.
+      special_tokens: texts of special tokens by transformers' names (`bos_token`, ...), which some templates write.
 
     Returns:
       The conversation up to the answer.
@@ -25,19 +25,20 @@ def as_chat(template: str, prompt: str, *, bos: str = "", eos: str = "") -> str:
     >>> as_chat("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>", "Hello")
     '<user>Hello<assistant>'
     """
-    from jinja2 import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from transformers.utils.chat_template_utils import render_jinja_template
 
-    def refuse(message: str) -> NoReturn:
-        raise TemplateError(message)
-
-    # Templates come with downloaded models, so they run in a sandbox.
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["raise_exception"] = refuse
-    messages: list[dict[str, Any]] = [{"role": "user", "content": prompt}]
+    if not isinstance(template, str):
+        if "default" not in template:
+            raise UserError(
+                f"none of the model's chat templates ({', '.join(template)}) is called default; use --raw to do without"
+            )
+        template = template["default"]
+    conversation = [{"role": "user", "content": prompt}]
     try:
-        return environment.from_string(template).render(
-            messages=messages, add_generation_prompt=True, bos_token=bos, eos_token=eos
+        rendered, _ = render_jinja_template(
+            [conversation], chat_template=template, add_generation_prompt=True, **(special_tokens or {})
         )
-    except TemplateError as error:
-        raise UserError(f"the model's chat template cannot be used: {error}; use --raw to do without it") from None
+    except Exception as error:  # a template runs any expression, which can fail in any way
+        message = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        raise UserError(f"the model's chat template cannot be used: {message}; use --raw to do without it") from None
+    return rendered[0]

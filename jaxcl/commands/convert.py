@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -43,22 +44,27 @@ def convert(source: str, destination: Path, format: str, dtype: str) -> Path:
     model = load_model(source)
     ids: dict[str, Any] = {
         "bos_token_id": model.tokenizer.bos_id,
-        "eos_token_id": model.tokenizer.eos_id,
+        "eos_token_id": _one_or_list(model.tokenizer.end_ids),
         "pad_token_id": model.tokenizer.pad_id,
     }
-    tokenizer_folder = RunFolder(Path(source)).tokenizer
-    if format == "hf":
-        return save_hf(
-            destination, model.network, model.params, dtype=dtype, tokenizer_folder=tokenizer_folder, token_ids=ids
-        )
-    if format == "peft":
-        _check_base(model, source)
-        base = None if model.config is None else model.config.weights
-        return save_peft(
-            destination, model.network, model.params, base=base, dtype=dtype, tokenizer_folder=tokenizer_folder
-        )
-    params = jax.tree.map(lambda leaf: leaf.astype(dtype), model.params)
-    return save_orbax(destination, model.network, params, tokenizer_folder=tokenizer_folder)
+    with tempfile.TemporaryDirectory() as folder:
+        # Written anew, not copied, so that transformers frames a text as the run did.
+        model.tokenizer.frame_texts(masked=not model.network.causal)
+        model.tokenizer.save(folder)
+        if format == "hf":
+            return save_hf(
+                destination, model.network, model.params, dtype=dtype, tokenizer_folder=folder, token_ids=ids
+            )
+        if format == "peft":
+            _check_base(model, source)
+            base = None if model.config is None else model.config.weights
+            return save_peft(destination, model.network, model.params, base=base, dtype=dtype, tokenizer_folder=folder)
+        params = jax.tree.map(lambda leaf: leaf.astype(dtype), model.params)
+        return save_orbax(destination, model.network, params, tokenizer_folder=folder)
+
+
+def _one_or_list(ids: tuple[int, ...]) -> int | list[int] | None:
+    return list(ids) if len(ids) > 1 else next(iter(ids), None)
 
 
 def _check_base(model: Model, source: str) -> None:

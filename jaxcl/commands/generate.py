@@ -64,7 +64,7 @@ def generate_text(
         batch_size=1,
         prompt_length=-(-len(ids) // _BUCKET) * _BUCKET,
         max_new_tokens=max_new_tokens,
-        eos_id=model.tokenizer.eos_id,
+        eos_id=model.tokenizer.end_ids,
         pad_id=model.tokenizer.pad_id,
     )
     (answer,) = generator(model.params, [ids], key=jax.random.key(seed), temperature=temperature, top_p=top_p)
@@ -95,11 +95,8 @@ def _prompt_ids(model: Model, prompt: str, raw: bool) -> list[int]:
     if model.config is not None and not raw:
         return encode_prompts([prompt], tokenizer, model.config.data).ids[0]
     if tokenizer.chat_template is not None and not raw:
-        special = {
-            role: (tokenizer.backend.id_to_token(number) or "") if number is not None else ""
-            for role, number in (("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id))
-        }
-        return tokenizer.encode(as_chat(tokenizer.chat_template, prompt, **special), specials=True)
+        text = as_chat(tokenizer.chat_template, prompt, tokenizer.special_tokens)
+        return tokenizer.encode(text, specials=True)
     opening = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
     ids = opening + tokenizer.encode(prompt)
     if not ids:

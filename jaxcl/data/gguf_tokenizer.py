@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,7 +10,10 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from jaxcl.data.files import reason
+from jaxcl.data.tokenizer_settings import ChatTemplate
 from jaxcl.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 # GGUF stores the name of the pre-tokenizer, not its rules; the named models were trained with the rules below. There
 # are three families: GPT-2's pattern, the same after splitting numbers into digits, and a pattern of their own.
@@ -25,6 +29,8 @@ _PATTERNS = {
     "llama-v3": _PATTERN.format(digits="{1,3}"),
     "qwen2": _PATTERN.format(digits=""),
 }
+# Names by which llama.cpp finds tokens that end a turn, because older files do not give their ids.
+_ENDS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<EOT>", "_<EOT>")
 # Values of tokenizer.ggml.token_type.
 _CONTROL, _USER_DEFINED = 3, 4
 
@@ -35,7 +41,8 @@ class GgufTokenizer(NamedTuple):
     backend: tokenizers.Tokenizer
     ids: dict[str, int | None]
     add_bos: bool
-    chat_template: str | None
+    chat_template: ChatTemplate | None
+    end_ids: tuple[int, ...]
 
 
 def read_gguf_tokenizer(path: str | Path) -> GgufTokenizer:
@@ -59,6 +66,13 @@ def read_gguf_tokenizer(path: str | Path) -> GgufTokenizer:
         raise UserError(f"{path}: tokenizer.ggml.{missing[0]} is missing from the GGUF metadata")
     tokens: list[str] = fields["tokenizer.ggml.tokens"]
     pre = str(fields.get("tokenizer.ggml.pre", "default"))
+    if pre == "default":
+        logger.warning(
+            "%s: tokenizer.ggml.pre does not name the rules that split text into words, so GPT-2's are assumed; if the "
+            "model has others, its tokens are wrong: set tokenizer.path to the model's Hugging Face tokenizer.json, or "
+            "write the file anew with a recent llama.cpp",
+            path,
+        )
     pre_tokenizer = _pre_tokenizer(pre, path)
     backend = tokenizers.Tokenizer(
         models.BPE(
@@ -81,7 +95,18 @@ def read_gguf_tokenizer(path: str | Path) -> GgufTokenizer:
     names = {"pad": "padding", "bos": "bos", "eos": "eos", "mask": "mask", "cls": "cls", "sep": "seperator"}
     ids = {name: fields.get(f"tokenizer.ggml.{key}_token_id") for name, key in names.items()}
     add_bos = bool(fields.get("tokenizer.ggml.add_bos_token", pre in _PATTERNS and pre != "qwen2"))
-    return GgufTokenizer(backend, ids, add_bos, fields.get("tokenizer.chat_template"))
+    ends = [fields.get(f"tokenizer.ggml.{key}_token_id") for key in ("eot", "eom")]
+    marked = {token: index for index, token in enumerate(tokens) if types[index] in (_CONTROL, _USER_DEFINED)}
+    ends += [marked[token] for token in _ENDS if token in marked]
+    end_ids = tuple(dict.fromkeys(index for index in ends if index is not None))
+    return GgufTokenizer(backend, ids, add_bos, _chat_template(fields), end_ids)
+
+
+def _chat_template(fields: dict[str, Any]) -> ChatTemplate | None:
+    default = fields.get("tokenizer.chat_template")
+    named = {name: fields.get(f"tokenizer.chat_template.{name}") for name in fields.get("tokenizer.chat_templates", ())}
+    found = {name: text for name, text in {"default": default, **named}.items() if text is not None}
+    return found if set(found) - {"default"} else default
 
 
 def _metadata(path: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ and answer are tokenised separately, so the answer's first token never depends o
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +19,11 @@ from jaxcl.data.rows import EncodedRows, Noise, Ragged, RowFields, blank, place
 from jaxcl.data.spec import TEMPLATES, DataConfig
 from jaxcl.data.tokenizer import Tokenizer
 from jaxcl.errors import UserError
+
+# Marks of chat templates: special tokens of their models. `[INST]` is plain text for Llama 2.
+_MARK = re.compile(
+    r"<[|\uff5c][^<>|\uff5c\s]+[|\uff5c]>|</?s>|<(?:bos|eos|sep|cls|pad|mask|start_of_turn|end_of_turn)>"
+)
 
 
 class EncodedPrompts(NamedTuple):
@@ -39,11 +45,16 @@ def encode_prompts(prompts: Sequence[str], tokenizer: Tokenizer, config: DataCon
       config: `prompt_length` and `template` are used.
 
     Raises:
-      UserError: the template alone fills `prompt_length`.
+      UserError: the template alone fills `prompt_length`, or the tokenizer lacks one of its marks.
     """
     head_text, tail_text = _template(config)
-    opening = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
-    head = opening + (tokenizer.encode(head_text, specials=True) if head_text else [])
+    check_marks(tokenizer, head_text + tail_text)
+    # In running text, a space belongs to the word after it: that before the prompt is tokenised with the prompt.
+    head_kept = head_text.rstrip(" \t")
+    gap = head_text[len(head_kept) :]
+    head = tokenizer.encode(head_kept, specials=True) if head_kept else []
+    if tokenizer.add_bos and tokenizer.bos_id is not None and head[:1] != [tokenizer.bos_id]:
+        head = [tokenizer.bos_id, *head]
     tail = tokenizer.encode(tail_text.rstrip(" \t"), continued=True, specials=True) if tail_text else []
     room = config.prompt_length - len(head) - len(tail)
     if room < 1:
@@ -51,7 +62,7 @@ def encode_prompts(prompts: Sequence[str], tokenizer: Tokenizer, config: DataCon
             f"data.template takes {len(head) + len(tail)} tokens and leaves no room for the prompt; "
             f"data.prompt_length is {config.prompt_length}"
         )
-    bodies = tokenizer.encode_batch([_body(prompt) for prompt in prompts], continued=bool(head_text))
+    bodies = tokenizer.encode_batch([_body(gap + prompt) for prompt in prompts], continued=bool(head_kept))
     cut = sum(len(body) > room for body in bodies)
     ids = [head + body[-room:] + tail for body in bodies]
     # The first answer token needs a position that predicts it, so an empty prompt has one token, too.
@@ -82,6 +93,21 @@ def encode_answers(
         before = (_body(prompt) + tail).rstrip(" \t")
         texts.append(("" if before.endswith("\n") else " ") + answer.strip())
     return tokenizer.encode_batch([text if text.strip() else "" for text in texts], continued=True)
+
+
+def check_marks(tokenizer: Tokenizer, template: str) -> None:
+    """Checks that the marks of a template, such as `<|im_start|>` or `<s>`, are single tokens.
+
+    Raises:
+      UserError: the tokenizer would spell some of them out.
+    """
+    marks = dict.fromkeys(_MARK.findall(template))
+    missing = [mark for mark in marks if len(tokenizer.encode(mark, continued=True, specials=True)) != 1]
+    if missing:
+        raise UserError(
+            f"data.template: the tokenizer has no token for {', '.join(missing)}, and would spell it out; allowed are "
+            "templates of the model that the tokenizer belongs to, or without such marks"
+        )
 
 
 def _template(config: DataConfig) -> tuple[str, str]:

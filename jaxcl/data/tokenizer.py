@@ -5,16 +5,17 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from jaxcl.data.files import parse_json, read_text, replacing, write_json
+from jaxcl.data.files import read_text, replacing, write_json
 from jaxcl.data.gguf_tokenizer import read_gguf_tokenizer
 from jaxcl.data.spec import TokenizerConfig
+from jaxcl.data.tokenizer_settings import ChatTemplate, read_settings, write_end_ids
 from jaxcl.errors import UserError
 
 ROLES = ("pad", "bos", "eos", "mask", "cls", "sep")
@@ -36,7 +37,9 @@ class Tokenizer:
       cls_id: token at the start of an encoder's row, or `None`.
       sep_id: token at the end of an encoder's row, or `None`.
       add_bos: whether the model expects `bos_id` before every text.
-      chat_template: the model's chat template (Jinja), as text.
+      chat_template: the model's chat template (Jinja), or several by name.
+      end_ids: every token that ends a generated text: `eos_id`, and those of the model's configuration.
+      special_tokens: texts of special tokens by transformers' names (`bos_token`, ...), as chat templates use them.
     """
 
     def __init__(
@@ -45,7 +48,9 @@ class Tokenizer:
         ids: dict[str, int | None],
         *,
         add_bos: bool,
-        chat_template: str | None = None,
+        chat_template: ChatTemplate | None = None,
+        end_ids: Iterable[int] = (),
+        special_tokens: Mapping[str, str] | None = None,
     ) -> None:
         """Wraps a tokenizer.
 
@@ -53,7 +58,9 @@ class Tokenizer:
           backend: what cuts text into tokens.
           ids: ids of the special tokens, by role; `None` or missing: it has none.
           add_bos: texts begin with the `bos` token.
-          chat_template: Jinja template that frames a prompt, if it has one.
+          chat_template: Jinja template that frames a prompt, or several by name, if it has any.
+          end_ids: further tokens that end a generated text, besides the `eos` token.
+          special_tokens: texts of special tokens by transformers' names; default: those of `ids`.
         """
         backend.no_padding()
         backend.no_truncation()
@@ -67,6 +74,9 @@ class Tokenizer:
         self.pad_id: int = next((i for i in (pad, self.eos_id, self.bos_id) if i is not None), 0)
         self.add_bos = add_bos and self.bos_id is not None
         self.chat_template = chat_template
+        self.end_ids = tuple(dict.fromkeys(i for i in (self.eos_id, *end_ids) if i is not None))
+        named = {f"{role}_token": backend.id_to_token(i) for role, i in ids.items() if i is not None}
+        self.special_tokens = {key: text for key, text in named.items() if text} | dict(special_tokens or {})
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
@@ -82,7 +92,15 @@ class Tokenizer:
         path = Path(path)
         if path.suffix == ".gguf":
             found = read_gguf_tokenizer(path)
-            return cls(found.backend, found.ids, add_bos=found.add_bos, chat_template=found.chat_template)
+            tokenizer = cls(
+                found.backend,
+                found.ids,
+                add_bos=found.add_bos,
+                chat_template=found.chat_template,
+                end_ids=found.end_ids,
+            )
+            tokenizer.frame_texts(masked=False)
+            return tokenizer
         folder, file = (path, path / "tokenizer.json") if path.is_dir() else (path.parent, path)
         if path.is_dir() and not file.exists():
             raise UserError(f"{path} has no tokenizer.json; give a folder with one, a tokenizer.json or a .gguf file")
@@ -91,18 +109,18 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"{file} is not a usable tokenizer: {error}") from error
-        settings: dict[str, Any] = {}
-        for name in ("special_tokens_map.json", "tokenizer_config.json"):
-            if (folder / name).exists():
-                found_settings = parse_json(read_text(folder / name), folder / name)
-                settings |= found_settings if isinstance(found_settings, dict) else {}
-        ids = {role: _special_id(backend, settings, role) for role in ROLES}
+        settings = read_settings(folder)
+        ids = {role: _special_id(backend, settings.content, role) for role in ROLES}
         opening = backend.encode("a", add_special_tokens=True).ids[:1]
-        add_bos = bool(settings.get("add_bos_token")) or (ids["bos"] is not None and opening == [ids["bos"]])
-        template = settings.get("chat_template")
-        if template is None and (folder / "chat_template.jinja").exists():
-            template = read_text(folder / "chat_template.jinja")
-        return cls(backend, ids, add_bos=add_bos, chat_template=template if isinstance(template, str) else None)
+        add_bos = bool(settings.content.get("add_bos_token")) or (ids["bos"] is not None and opening == [ids["bos"]])
+        return cls(
+            backend,
+            ids,
+            add_bos=add_bos,
+            chat_template=settings.chat_template,
+            end_ids=settings.end_ids,
+            special_tokens=settings.special_tokens,
+        )
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -143,20 +161,52 @@ class Tokenizer:
     def save(self, folder: str | Path) -> None:
         """Writes `tokenizer.json` and `tokenizer_config.json`, which `load` and `transformers` read.
 
+        The tokens that end a text go to `generation_config.json`, so that `transformers` stops there, too.
+
         Raises:
           UserError: the folder cannot be written.
         """
         folder = Path(folder)
         settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": self.add_bos}
+        settings |= self.special_tokens
         for role in ROLES:
             index = getattr(self, f"{role}_id")
             if index is not None:
                 settings[f"{role}_token"] = self.backend.id_to_token(index)
-        if self.chat_template is not None:
+        # `decode` changes no spaces before punctuation; some releases of transformers would.
+        settings["clean_up_tokenization_spaces"] = False
+        if isinstance(self.chat_template, dict):
+            settings["chat_template"] = [{"name": name, "template": t} for name, t in self.chat_template.items()]
+        elif self.chat_template is not None:
             settings["chat_template"] = self.chat_template
         with replacing(folder / "tokenizer.json") as temporary:
             temporary.write_text(self.backend.to_str(pretty=False), encoding="utf-8")
         write_json(folder / "tokenizer_config.json", settings)
+        write_end_ids(folder, self.end_ids, {"bos_token_id": self.bos_id, "pad_token_id": self.pad_id})
+
+    def frame_texts(self, masked: bool) -> None:
+        """Makes `backend` put the special tokens around a text that the model expects, for `transformers`.
+
+        An encoder's text gets those of `frame`; a decoder's text the first ones only, because it is continued.
+
+        Args:
+          masked: for an encoder.
+        """
+        before, after = self.frame(masked)
+        after = after if masked else []
+        alone, framed = (self.backend.encode("a", add_special_tokens=add).ids for add in (False, True))
+        if framed == [*before, *alone, *after]:
+            return
+        ids = {"before": before, "after": after}
+        named = [
+            {"id": name, "ids": found, "tokens": [self.backend.id_to_token(i) for i in found]}
+            for name, found in ids.items()
+            if found
+        ]
+        start, end = ["before"] * bool(before), ["after"] * bool(after)
+        self.backend.post_processor = processors.TemplateProcessing(
+            single=[*start, "$A", *end], pair=[*start, "$A", *end, "$B", *end], special_tokens=named
+        )
 
     @functools.cached_property
     def vocab_size(self) -> int:
@@ -267,23 +317,30 @@ class Tokenizer:
         return self._encode([text], specials)[0]
 
 
-def prepare_tokenizer(config: TokenizerConfig, texts: Callable[[], Iterable[str]], folder: str | Path) -> Tokenizer:
+def prepare_tokenizer(
+    config: TokenizerConfig, texts: Callable[[], Iterable[str]], folder: str | Path, *, masked: bool = False
+) -> Tokenizer:
     """The run's tokenizer: the configured one, the one already in the run folder, or a newly trained one.
 
     Args:
       config: the configuration's section.
       texts: returns the texts to train on; called only if a tokenizer has to be trained.
       folder: where a trained tokenizer is saved, and found again when the run is resumed.
+      masked: for an encoder; see `Tokenizer.frame_texts`.
 
     Raises:
       UserError: a tokenizer cannot be read, trained or written.
     """
+    trained = (Path(folder) / "tokenizer.json").exists()
     if config.path is not None:
-        return Tokenizer.load(config.path)
-    if (Path(folder) / "tokenizer.json").exists():
-        return Tokenizer.load(folder)
-    tokenizer = Tokenizer.train(texts(), config.vocab_size)
-    tokenizer.save(folder)
+        tokenizer = Tokenizer.load(config.path)
+    elif trained:
+        tokenizer = Tokenizer.load(folder)
+    else:
+        tokenizer = Tokenizer.train(texts(), config.vocab_size)
+    tokenizer.frame_texts(masked)
+    if config.path is None and not trained:
+        tokenizer.save(folder)
     return tokenizer
 
 

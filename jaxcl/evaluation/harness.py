@@ -238,7 +238,7 @@ class HarnessModel(LM):
         # A stop text of one token ends the generation; longer ones are cut off afterwards.
         ids = (self.tokenizer.encode(text, continued=True) for text in settings.until)
         stops = {found[0] for found in ids if len(found) == 1 and self.tokenizer.decode(found) in settings.until}
-        ends = tuple(sorted(stops | ({self.tokenizer.eos_id} if self.tokenizer.eos_id is not None else set())))
+        ends = tuple(sorted(stops.union(self.tokenizer.end_ids)))
         generator = self._generators.setdefault(
             (settings.max_new_tokens, ends),
             Generator(

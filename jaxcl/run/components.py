@@ -306,7 +306,8 @@ def _load_tokenizer(config: ExperimentConfig, tasks: tuple[TaskData, ...], folde
         from jaxcl.weights import locate
 
         settings = TokenizerConfig(path=str(locate(config.weights)[1]))
-    tokenizer = prepare_tokenizer(settings, lambda: _texts(tasks, settings.train_rows), folder)
+    texts = functools.partial(_texts, tasks, settings.train_rows)
+    tokenizer = prepare_tokenizer(settings, texts, folder, masked=not Network.create(config.model).causal)
     if settings.path is not None and not (folder / "tokenizer.json").exists():
         tokenizer.save(folder)
     return tokenizer

@@ -125,7 +125,7 @@ class Evaluator:
             batch_size=self.settings.batch_size,
             prompt_length=data.prompt_length + longest_prefix(self.parts.method),
             max_new_tokens=self.settings.max_new_tokens,
-            eos_id=tokenizer.eos_id,
+            eos_id=tokenizer.end_ids,
             pad_id=tokenizer.pad_id,
             trace=self.parts.trainer.compile.trace,
         )

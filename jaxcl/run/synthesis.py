@@ -123,7 +123,7 @@ class Writer:
             batch_size=parts.config.evaluation.batch_size,
             prompt_length=prompt_length,
             max_new_tokens=max_new_tokens,
-            eos_id=parts.tokenizer.eos_id,
+            eos_id=parts.tokenizer.end_ids,
             pad_id=parts.tokenizer.pad_id,
             buckets=[prompt_length],
             trace=parts.trainer.compile.trace,

@@ -11,12 +11,12 @@ import jax
 
 from jaxcl.errors import UserError
 from jaxcl.models.network import Network
-from jaxcl.weights.folder import TOKENIZER_FILES
+from jaxcl.weights.folder import GENERATION_FILE, TOKENIZER_FILES
 from jaxcl.weights.load import load_params, read_config, read_token_ids
 from jaxcl.weights.locate import locate
 from jaxcl.weights.orbax import save_orbax
 from jaxcl.weights.peft import save_peft
-from jaxcl.weights.save import DTYPES, save_hf
+from jaxcl.weights.save import DTYPES, save_hf, write_json
 
 Format = Literal["hf", "orbax", "peft"]
 
@@ -31,7 +31,7 @@ def convert(
 ) -> Path:
     """Reads a checkpoint and writes it in another format.
 
-    Tokenizer files in the source's folder are copied.
+    Tokenizer files and `generation_config.json` in the source's folder are copied.
 
     Args:
       source: see `locate`.
@@ -51,7 +51,7 @@ def convert(
     allowed = ("float32", "bfloat16") if format == "orbax" else DTYPES
     if dtype not in allowed:
         raise UserError(f"dtype={dtype} cannot be written as {format}; allowed are {', '.join(allowed)}", exit_code=2)
-    _, place = locate(source)
+    kind, place = locate(source)
     folder = place if place.is_dir() else place.parent
     has_tokenizer = any((folder / name).is_file() for name in TOKENIZER_FILES)
     config = read_config(source)
@@ -62,7 +62,9 @@ def convert(
     # Checkpoints of classifiers have no language-model head; they get a randomly initialised one.
     labels = config.num_labels > 0
     params = load_params(source, network, key=jax.random.key(0) if labels else None, fresh_head=labels)
-    tokenizer_folder = folder if has_tokenizer else None
+    # A GGUF file's neighbours belong to it only if they are a tokenizer.
+    tokenizer_folder = folder if has_tokenizer or kind != "gguf" else None
+    token_ids = read_token_ids(source)
     if format == "orbax":
         target = save_orbax(destination, network, params, tokenizer_folder=tokenizer_folder)
     elif format == "peft":
@@ -74,8 +76,12 @@ def convert(
             params,
             dtype=dtype,
             tokenizer_folder=tokenizer_folder,
-            token_ids=read_token_ids(source),
+            token_ids=token_ids,
         )
     if not has_tokenizer and write_tokenizer is not None:
         write_tokenizer(target)
+    generation = target / GENERATION_FILE
+    if format == "orbax" and token_ids and not generation.exists() and jax.process_index() == 0:
+        # The other formats keep these ids in their configuration, or with the base model.
+        write_json(generation, token_ids)
     return target

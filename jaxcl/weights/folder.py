@@ -24,6 +24,9 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "tokenizer.model",
 )
+# Copied with them: further chat templates, and the tokens that end a text.
+_TEMPLATE_FOLDER = "additional_chat_templates"
+GENERATION_FILE = "generation_config.json"
 
 
 @contextlib.contextmanager
@@ -67,12 +70,13 @@ def new_folder(target: Path, tokenizer_folder: str | os.PathLike[str] | None = N
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def copy_tokenizer(source: Path, target: Path) -> list[str]:
-    """Copies the tokenizer files that exist and returns their names."""
-    copied = [name for name in TOKENIZER_FILES if (source / name).is_file()]
-    for name in copied:
-        shutil.copyfile(source / name, target / name)
-    return copied
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copies the tokenizer files that exist, with chat templates and `generation_config.json`."""
+    for name in (*TOKENIZER_FILES, GENERATION_FILE):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+    if (source / _TEMPLATE_FOLDER).is_dir():
+        shutil.copytree(source / _TEMPLATE_FOLDER, target / _TEMPLATE_FOLDER, copy_function=shutil.copyfile)
 
 
 def _together(point: str) -> None:

@@ -18,6 +18,7 @@ from jaxcl.models.roberta import RobertaConfig
 from jaxcl.weights import gguf_config, hf_config
 from jaxcl.weights.fill import read_param
 from jaxcl.weights.finite import refuse_not_finite
+from jaxcl.weights.folder import GENERATION_FILE
 from jaxcl.weights.gguf_source import Gguf
 from jaxcl.weights.locate import ORBAX_CONFIG, Kind, locate
 from jaxcl.weights.match import Plan, match
@@ -82,8 +83,12 @@ def read_token_ids(path: str | os.PathLike[str]) -> dict[str, Any]:
     if kind == "gguf":
         with Gguf(place) as file:
             return gguf_config.token_ids(file)
-    file_path = (place if place.is_dir() else place.parent) / "config.json"
-    content = read_json(file_path) if file_path.is_file() else {}
+    folder = place if place.is_dir() else place.parent
+    content: dict[str, Any] = {}
+    # An Orbax folder has no config.json.
+    for name in (GENERATION_FILE, "config.json"):
+        if (folder / name).is_file():
+            content |= {key: value for key, value in read_json(folder / name).items() if value is not None}
     return {key: content[key] for key in hf_config.TOKEN_IDS if content.get(key) is not None}
 
 

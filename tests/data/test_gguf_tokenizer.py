@@ -1,29 +1,35 @@
+import json
+
 import gguf
 import pytest
+from transformers import AutoTokenizer
 
 from jaxcl.data.tokenizer import Tokenizer
 from jaxcl.errors import UserError
 from tests.tiny.texts import TEXTS, small_tokenizer
 
 
-def write_gguf(path, *, kind="gpt2", pre="smollm", leave_out=()):
+def write_gguf(path, *, kind="gpt2", pre="smollm", leave_out=(), add_bos=False, ends=None, also=(), templates=None):
     """The small tokenizer as GGUF metadata, the way llama.cpp writes it."""
-    import json
-
     source = json.loads(small_tokenizer().backend.to_str())["model"]
     tokens = [token for token, _ in sorted(source["vocab"].items(), key=lambda item: item[1])]
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_tokenizer_model(kind)
-    writer.add_tokenizer_pre(pre)
+    if pre is not None:
+        writer.add_tokenizer_pre(pre)
+    tokens += also
     if "tokens" not in leave_out:
         writer.add_token_list(tokens)
     writer.add_token_merges([" ".join(pair) for pair in source["merges"]])
-    writer.add_token_types([3 if index < 6 else 1 for index in range(len(tokens))])
+    writer.add_token_types([3 if index < 6 or tokens[index] in also else 1 for index in range(len(tokens))])
     writer.add_pad_token_id(0)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
-    writer.add_add_bos_token(False)
-    writer.add_chat_template("{{ messages }}")
+    writer.add_add_bos_token(add_bos)
+    writer.add_chat_template(templates or "{{ messages }}")
+    if ends is not None:
+        writer.add_eot_token_id(ends[0])
+        writer.add_eom_token_id(ends[1])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -42,6 +48,42 @@ def test_the_tokenizer_in_a_gguf_file_encodes_like_its_source(tmp_path):
     assert loaded.chat_template == "{{ messages }}"
     assert loaded.encode("<eos>", specials=True) == [2]
     assert set(range(6)) <= loaded.special_ids
+
+
+def test_every_token_that_ends_a_turn_is_found(tmp_path):
+    assert Tokenizer.load(write_gguf(tmp_path / "plain.gguf")).end_ids == (2,)
+    assert Tokenizer.load(write_gguf(tmp_path / "ids.gguf", ends=(5, 4))).end_ids == (2, 5, 4)
+    named = Tokenizer.load(write_gguf(tmp_path / "names.gguf", also=["<|eot_id|>", "<|fim|>"]))
+    assert named.end_ids == (2, named.backend.token_to_id("<|eot_id|>"))
+
+
+@pytest.mark.parametrize("add_bos", [True, False])
+def test_transformers_opens_a_text_as_the_file_says(tmp_path, add_bos):
+    loaded = Tokenizer.load(write_gguf(tmp_path / "model.gguf", add_bos=add_bos, ends=(5, 4)))
+    loaded.save(tmp_path / "saved")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert theirs("moving reviews").input_ids == [1] * add_bos + loaded.encode("moving reviews")
+    assert Tokenizer.load(tmp_path / "saved").add_bos == add_bos
+    assert json.loads((tmp_path / "saved" / "generation_config.json").read_text())["eos_token_id"] == [2, 5, 4]
+
+
+def test_named_chat_templates_are_read(tmp_path):
+    templates = [{"name": "default", "template": "A"}, {"name": "tool_use", "template": "B"}]
+    loaded = Tokenizer.load(write_gguf(tmp_path / "model.gguf", templates=templates))
+    assert loaded.chat_template == {"default": "A", "tool_use": "B"}
+
+
+@pytest.mark.parametrize("pre", [None, "default", "gpt-2"])
+def test_rules_that_are_only_assumed_are_said(tmp_path, pre, caplog):
+    loaded = Tokenizer.load(write_gguf(tmp_path / "model.gguf", pre=pre))
+    assert [piece for piece, _ in loaded.backend.pre_tokenizer.pre_tokenize_str("in 12345")] == ["in", "Ġ12345"]
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    if pre == "gpt-2":
+        assert not said
+    else:
+        (message,) = said
+        assert "model.gguf: tokenizer.ggml.pre does not name" in message
+        assert "GPT-2's are assumed" in message
 
 
 def test_pre_tokenizers_differ_in_digits(tmp_path):

@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -8,7 +10,7 @@ from jaxcl.data.plan import Shape
 from jaxcl.data.spec import TEMPLATES, DataConfig
 from jaxcl.data.tokenizer import Tokenizer
 from jaxcl.errors import UserError
-from tests.tiny.texts import small_tokenizer, spaced_tokenizer
+from tests.tiny.texts import marked_tokenizer, small_tokenizer, spaced_tokenizer
 
 PROMPT = (
     'Definition: classify a sentence as "POS" or "NEG"\n\nNow complete the following example -\n'
@@ -88,13 +90,13 @@ def test_long_prompts_lose_their_left_part_and_answers_nothing():
 
 @pytest.mark.parametrize("template", ["chatml", "llama2", "vicuna", "<bos>Q: {prompt}\nA: "])
 def test_a_template_survives_the_cut(template):
-    tokenizer = small_tokenizer()
+    tokenizer = marked_tokenizer()
     config = DataConfig(template=template, prompt_length=80)
     head, tail = TEMPLATES.get(template, template).split("{prompt}")
     ids = encode_prompts(["accident " * 60 + "END "], tokenizer, config).ids[0]
     assert len(ids) == 80
     text = tokenizer.decode(ids, skip_special=False)
-    assert text.startswith("<bos>" + head)
+    assert text.startswith("<bos>" + head.removeprefix("<bos>").rstrip(" "))
     assert text.endswith("END" + tail.rstrip(" "))
 
 
@@ -107,7 +109,44 @@ def test_a_prompt_cannot_forge_special_tokens():
 
 def test_a_template_without_room_is_refused():
     with pytest.raises(UserError, match=r"data.template takes \d+ tokens.*data.prompt_length is 8"):
-        encode_prompts(["x"], small_tokenizer(), DataConfig(template="chatml", prompt_length=8))
+        encode_prompts(["x"], marked_tokenizer(), DataConfig(template="chatml", prompt_length=8))
+
+
+@pytest.mark.parametrize("make", [marked_tokenizer, spaced_tokenizer])
+@pytest.mark.parametrize("template", [*TEMPLATES, "Q: {prompt} \nA: ", "<bos> Q:\t{prompt}", "  {prompt}"])
+def test_a_templates_spaces_are_tokenised_as_in_running_text(make, template):
+    tokenizer = make()
+    text = TEMPLATES.get(template, template)
+    if make is spaced_tokenizer and "<" in text:
+        pytest.skip("its tokenizer has no such marks")
+    found = encode_prompts(["moving reviews"], tokenizer, DataConfig(template=template)).ids[0]
+    running = text.replace("{prompt}", "moving reviews").removeprefix("<bos>").rstrip(" ")
+    assert found == [tokenizer.bos_id, *tokenizer.encode(running, specials=True)]
+
+
+def test_a_template_that_writes_its_own_opening_token_gives_one():
+    ids = [
+        encode_prompts(["x"], small_tokenizer(), DataConfig(template=opening + "Q: {prompt}\nA:")).ids[0]
+        for opening in ("", "<bos>")
+    ]
+    assert ids[0] == ids[1]
+    assert ids[0].count(small_tokenizer().bos_id) == 1
+
+
+@pytest.mark.parametrize(
+    ("template", "missing"),
+    [
+        ("chatml", "<|im_start|>, <|im_end|>"),
+        ("smollm2", "<|im_start|>, <|im_end|>"),
+        ("<s>[INST] {prompt} [/INST]", "<s>"),
+        ("{prompt}<end_of_turn>", "<end_of_turn>"),
+        ("<\uff5cUser\uff5c>{prompt}", "<\uff5cUser\uff5c>"),
+    ],
+)
+def test_marks_that_the_tokenizer_would_spell_out_are_named(template, missing):
+    message = f"data.template: the tokenizer has no token for {missing}, and"
+    with pytest.raises(UserError, match=re.escape(message)):
+        rows(template=template)
 
 
 def test_a_long_answer_is_an_error_that_names_the_row_or_is_cut_and_counted():

@@ -5,6 +5,8 @@ import sys
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Backend
+from transformers import AutoTokenizer
 
 from jaxcl.data.spec import TokenizerConfig
 from jaxcl.data.tokenizer import Tokenizer, prepare_tokenizer
@@ -45,6 +47,63 @@ def test_saved_tokenizer_loads_alike_and_transformers_reads_it(tmp_path):
     for role in ("pad", "bos", "eos", "mask", "cls", "sep"):
         assert getattr(loaded, f"{role}_id") == getattr(tokenizer, f"{role}_id")
     assert Tokenizer.load(tmp_path / "tokenizer.json").fingerprint == tokenizer.fingerprint
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_transformers_frames_texts_as_a_run_does(tmp_path, masked):
+    tokenizer = prepare_tokenizer(TokenizerConfig(vocab_size=300), lambda: TEXTS, tmp_path, masked=masked)
+    theirs, words = AutoTokenizer.from_pretrained(tmp_path), tokenizer.encode("moving reviews")
+    before, after = tokenizer.frame(masked)
+    assert theirs("moving reviews").input_ids == before + words + after * masked
+    if masked:
+        assert theirs("a", "b").input_ids == [4, *tokenizer.encode("a"), 5, *tokenizer.encode("b"), 5]
+        assert tokenizer.pair_separator == [5]
+    text = "Input : moving , not . n't"
+    assert theirs.decode(tokenizer.encode(text)) == text
+    again = prepare_tokenizer(TokenizerConfig(vocab_size=300), lambda: TEXTS, tmp_path, masked=masked)
+    assert again.fingerprint == tokenizer.fingerprint
+
+
+def test_a_foreign_tokenizer_is_framed_for_the_network_it_serves(tmp_path):
+    small_tokenizer().save(tmp_path / "foreign")
+    config = TokenizerConfig(path=str(tmp_path / "foreign"))
+    tokenizer = prepare_tokenizer(config, lambda: (), tmp_path / "run", masked=False)
+    assert tokenizer.backend.encode("a").ids == [1, *tokenizer.encode("a")]
+    # RoBERTa's own framing of pairs is left alone.
+    content = json.loads(small_tokenizer().backend.to_str())
+    content["post_processor"] = {"type": "RobertaProcessing", "sep": ["<sep>", 5], "cls": ["<cls>", 4]}
+    content["post_processor"] |= {"trim_offsets": True, "add_prefix_space": False}
+    (tmp_path / "foreign" / "tokenizer.json").write_text(json.dumps(content))
+    assert prepare_tokenizer(config, lambda: (), tmp_path / "run", masked=True).pair_separator == [5, 5]
+
+
+def test_a_framed_tokenizer_without_special_tokens(tmp_path):
+    tokenizer = Tokenizer(Backend.from_str(small_tokenizer().backend.to_str()), {}, add_bos=False)
+    tokenizer.frame_texts(masked=False)
+    assert tokenizer.backend.encode("a", "b").ids == [*tokenizer.encode("a"), *tokenizer.encode("b")]
+
+
+def test_end_tokens_of_all_files_are_kept_together(tmp_path):
+    small_tokenizer().save(tmp_path)
+    assert Tokenizer.load(tmp_path).end_ids == (2,)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 2], "temperature": 0.6}')
+    (tmp_path / "config.json").write_text('{"eos_token_id": 4}')
+    loaded = Tokenizer.load(tmp_path)
+    assert loaded.end_ids == (2, 5, 4)
+    # What a file says already is kept.
+    loaded.save(tmp_path)
+    content = json.loads((tmp_path / "generation_config.json").read_text())
+    assert content == {"eos_token_id": [5, 2, 4], "temperature": 0.6, "bos_token_id": 1, "pad_token_id": 0}
+    loaded.save(tmp_path / "new")
+    assert Tokenizer.load(tmp_path / "new").end_ids == (2, 5, 4)
+
+
+@pytest.mark.parametrize("value", ['"</s>"', "[2, true]", "[[2]]"])
+def test_end_tokens_that_are_not_ids_are_refused(tmp_path, value):
+    small_tokenizer().save(tmp_path)
+    (tmp_path / "config.json").write_text(f'{{"eos_token_id": {value}}}')
+    with pytest.raises(UserError, match=r"config.json: eos_token_id is .*allowed are a token id or a list"):
+        Tokenizer.load(tmp_path)
 
 
 def test_special_tokens_in_text_from_outside_stay_text():

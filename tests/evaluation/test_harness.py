@@ -167,6 +167,15 @@ def test_texts_are_greedy_and_end_at_a_stop() -> None:
     assert {ends for _, ends in writer._generators} == {tuple(sorted((TOKENIZER.eos_id, stop))), (TOKENIZER.eos_id,)}
 
 
+def test_texts_end_at_every_end_token() -> None:
+    written = written_by_hand("the cat", 8)
+    ids = {"bos": TOKENIZER.bos_id, "eos": TOKENIZER.eos_id}
+    several = Tokenizer(TOKENIZER.backend, ids, add_bos=True, end_ids=[written[2]])
+    harness = HarnessModel(NETWORK, PARAMS, several, max_length=40)
+    at = written.index(written[2])
+    assert harness.generate_until(requests([("the cat", {"max_gen_toks": 8})])) == [TOKENIZER.decode(written[:at])]
+
+
 def test_sampling_follows_the_seed() -> None:
     asked = requests([("the cat", {"do_sample": True, "temperature": 2.0, "max_gen_toks": 12})])
     writer = model(seed=3)

@@ -25,6 +25,14 @@ def small_tokenizer() -> Tokenizer:
 
 
 @functools.cache
+def marked_tokenizer() -> Tokenizer:
+    """Like `small_tokenizer`, with the marks of the built-in templates."""
+    backend = Backend.from_str(small_tokenizer().backend.to_str())
+    backend.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    return Tokenizer(backend, {"pad": 0, "bos": 1, "eos": 2, "sep": 5}, add_bos=True)
+
+
+@functools.cache
 def spaced_tokenizer() -> Tokenizer:
     """Of the sentencepiece kind: a space is put before every text."""
     backend = Backend(models.BPE(unk_token="<unk>"))
