@@ -247,6 +247,7 @@ class Checkpoints:
                     print(f"{reason}; removed, the run goes on from checkpoint {number}", file=sys.stderr)
                 self._manager.delete(damaged)
                 self._kept.marks.pop(damaged, None)
+                self._damaged.pop(damaged, None)  # the next save has its number
             return saved
         if reasons:
             raise UserError(f"{reasons[max(reasons)]}; no earlier checkpoint is whole")
@@ -278,6 +279,7 @@ class Checkpoints:
         number = (self._manager.latest_step() if self._manager.all_steps() else -1) + 1
         self._kept.marks.pop(number, None)  # may remain from a failed save
         self._saving = number
+        self._whole.discard(number)
         if mark is not None:
             self._kept.marks[number] = mark
         rest = {field: getattr(state, field) for field in ("step", "clock", "opt_state", "method_state")}

@@ -226,7 +226,10 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
         line = capsys.readouterr().err.strip()
         assert line.startswith("checkpoint 1 cannot be used: ")
         assert line.endswith("; removed, the run goes on from checkpoint 0")
-        checkpoints.save(trained(make_trainer(), 1), progress={"index": 2})
+        checkpoints.save(trained(make_trainer(), 1), progress={"index": 2}, mark="mark 1")
+        again = checkpoints.find("mark 1")
+        assert again is not None
+        assert again.progress == {"index": 2}
     assert numbers(folder) == [0, 1]
 
 
