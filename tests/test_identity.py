@@ -13,7 +13,7 @@ from jaxcl.config import parse_config
 from jaxcl.data.fingerprint import files_print, rows_print
 from jaxcl.errors import UserError
 from jaxcl.evaluation.results import Results
-from jaxcl.run import sequence
+from jaxcl.run import fingerprints, sequence
 from tests.tiny.faults import killed_at_save
 from tests.tiny.runs import DECODER, TOKENIZER
 
@@ -231,6 +231,48 @@ def test_an_impossible_evaluation_is_refused_before_training(
     evaluation = {**TINY["evaluation"], **changes}
     with pytest.raises(UserError, match=message):
         run(tmp_path, tmp_path / "run", tasks=tasks, training=training, evaluation=evaluation)
+
+
+@pytest.mark.usefixtures("untrained")
+@pytest.mark.parametrize(("metric", "said"), [("rouge_l", True), ("choice_accuracy", False)])
+def test_answers_that_score_in_part_are_a_line(
+    tmp_path: Path, metric: str, said: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_data(tmp_path)
+    long = [{"prompt": str(number), "answer": "xylophone quartz"} for number in range(4)]
+    write(tmp_path / "data/one/test.jsonl", [*long, *rows("one", 2, 100)])
+    tasks = [{**TINY["tasks"][0], "metric": metric}]
+    evaluation = {**TINY["evaluation"], "max_new_tokens": 2}
+    with pytest.raises(pytest.fail.Exception, match="trained"):
+        run(tmp_path, tmp_path / "run", tasks=tasks, training={"batch_size": 8, "steps": 1}, evaluation=evaluation)
+    line = "task one: evaluation.max_new_tokens is 2, but 4 of 6 test answers are longer; rouge_l scores"
+    assert (line in capsys.readouterr().err) == said
+
+
+@pytest.mark.usefixtures("untrained")
+def test_an_end_task_without_the_split_is_refused_before_training(tmp_path: Path) -> None:
+    path = tmp_path / "data/domain.txt"
+    path.parent.mkdir()
+    path.write_text("".join(f"line {number} of the domain\n" for number in range(60)))
+    for split in ("train", "test"):
+        write(tmp_path / f"data/end/{split}.jsonl", [{"text": f"t {n}", "label": "ab"[n % 2]} for n in range(8)])
+    end = {"source": "jsonl:data/end"}
+    tasks = [{"name": "domain", "source": "text:data/domain.txt", "end_task": end}]
+    changes: dict[str, Any] = {"tasks": tasks, "training": {"batch_size": 8, "steps": 1}, "method": "sequential"}
+    words = r"end task of domain: no dev rows in .*end/train.jsonl, but evaluation.split is dev; it has: test"
+    with pytest.raises(UserError, match=words):
+        run(tmp_path, tmp_path / "run", **changes, evaluation={"batch_size": 8, "split": "dev"})
+
+
+@pytest.mark.usefixtures("untrained")
+def test_other_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_data(tmp_path)
+    monkeypatch.setattr(fingerprints, "_weights", lambda parts: "those of the first start")
+    with killed_at_save(1):
+        run(tmp_path, tmp_path / "run")
+    monkeypatch.setattr(fingerprints, "_weights", lambda parts: "others")
+    with pytest.raises(UserError, match=r"the weights .* are not those that the run was started with"):
+        run(tmp_path, tmp_path / "run")
 
 
 def test_fingerprints_of_rows_and_files(tmp_path: Path) -> None:
