@@ -72,7 +72,7 @@ def changes(folder: RunFolder, options: argparse.Namespace) -> dict[str, Any]:
     with Checkpoints.reading(folder.checkpoints) as checkpoints:
         kept = KeptModels(parts, checkpoints)
         for task in memory.tasks:
-            stores = {task.task: TeacherStore.open(folder.stores(task.task), parts.about(task.task))}
+            stores = {task.task: TeacherStore.open(folder.stores(task.task), parts.about(task))}
             pipeline = memory_pipeline(parts, memory, [task.task], stores=stores, collate=collate)
             batches = [place_batch(rows, parts.layout.batch) for rows in pipeline.once()]
             teacher, (student, whose) = kept.after(task.task), kept.later(task.task)

@@ -27,7 +27,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 SHORT = {
     **PAIRS,
     "training": {"batch_size": 8, "steps": 3, "log_every": 1},
-    "evaluation": {"batch_size": 4, "limit": 2, "max_new_tokens": 2},
+    "evaluation": {"batch_size": 4, "limit": 2, "max_new_tokens": 24},
 }
 DOMAINS = {**TEXT, "evaluation": {"batch_size": 8}, "tasks": [{**task, "end_task": None} for task in TEXT["tasks"]]}
 

@@ -31,7 +31,7 @@ PAIRS: dict[str, Any] = {
     "tasks": [*runs.PAIRS["tasks"], {"name": "number", "source": "stdlib:unicode_numeric", "train": 24, "test": 4}],
     "training": runs.PAIRS["training"],
     "optimizer": {"learning_rate": 1e-3},
-    "evaluation": {"batch_size": 4, "max_new_tokens": 2, "before": True, "future": "next"},
+    "evaluation": {"batch_size": 4, "max_new_tokens": 24, "before": True, "future": "next"},
     "method": SEEKR,
 }
 TEXT: dict[str, Any] = {

@@ -23,7 +23,7 @@ COMMON: dict[str, Any] = {
 PAIRS: dict[str, Any] = {
     **runs.PAIRS,
     **COMMON,
-    "evaluation": {"batch_size": 4, "max_new_tokens": 1},
+    "evaluation": {"batch_size": 4, "max_new_tokens": 24},
     "method": {"name": "seekr", "layer_budget": 2, "head_budget": 2, "replay": {"fraction": 0.25}},
 }
 TEXT: dict[str, Any] = {

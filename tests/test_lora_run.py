@@ -24,7 +24,7 @@ ADAPTED: dict[str, Any] = {
     **PAIRS,
     "model": {**PAIRS["model"], "lora": LORA},
     "optimizer": {"learning_rate": 3e-2},
-    "evaluation": {"batch_size": 4, "max_new_tokens": 4},
+    "evaluation": {"batch_size": 4, "max_new_tokens": 24},
 }
 PROMPT = "DIGIT ONE\nCategory:"
 

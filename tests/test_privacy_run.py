@@ -20,8 +20,8 @@ def test_results_say_what_each_task_has_told(tmp_path: Path) -> None:
     content = json.loads((tmp_path / "private" / "results.json").read_text())["extra"]["privacy"]
     assert results.finished
     assert set(content) == {"epsilon", "epsilon_poisson"}
-    assert len(content["epsilon"]) == len(results.tasks)
-    assert all(0 < value < 100 for value in content["epsilon"])
+    assert list(content["epsilon"]) == results.tasks
+    assert all(0 < value < 100 for value in content["epsilon"].values())
     assert "epsilon" in (tmp_path / "private" / "report.html").read_text()
 
 

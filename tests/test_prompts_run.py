@@ -21,7 +21,7 @@ CONTENT: dict[str, Any] = {
     "model": {**PAIRS["model"], "soft_tokens": 8},
     "training": {"batch_size": 8, "steps": 3, "log_every": 1},
     "optimizer": {"learning_rate": 3e-2, "weight_decay": 0.1},
-    "evaluation": {"batch_size": 4, "max_new_tokens": 4},
+    "evaluation": {"batch_size": 4, "max_new_tokens": 24},
 }
 METHOD = {"name": "progressive_prompts", "length": 3}
 OPTIONS: dict[str, Any] = {"max_new_tokens": 4, "temperature": 0.0, "top_p": 1.0, "seed": 0, "raw": False}

@@ -37,7 +37,7 @@ CONFIG: dict[str, Any] = {
         {"name": "category", "source": "stdlib:unicode_category", "train": 16, "test": 2},
     ],
     "training": {"batch_size": 8, "steps": 3, "log_every": 1, "checkpoint_every": 2, "sinks": ["wandb"]},
-    "evaluation": {"batch_size": 2, "max_new_tokens": 1, "before": True},
+    "evaluation": {"batch_size": 2, "max_new_tokens": 24, "before": True},
     "method": {"name": "derpp", "replay": {"fraction": 0.25}},
 }
 

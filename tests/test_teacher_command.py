@@ -27,7 +27,7 @@ CONFIG: dict[str, Any] = {
     "tasks": [{**task, "test": 2} for task in PAIRS["tasks"]],
     "training": {"batch_size": 8, "steps": 6, "log_every": 2, "keep_tasks": None},
     "optimizer": {"learning_rate": 3e-2},
-    "evaluation": {"batch_size": 2, "max_new_tokens": 1},
+    "evaluation": {"batch_size": 2, "max_new_tokens": 24},
     "method": {**SEEKR, "layer_budget": 2, "head_budget": 2},
 }
 

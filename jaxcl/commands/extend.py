@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxcl.config import ExperimentConfig
+from jaxcl.config.experiment import with_data_root
 from jaxcl.config.file import ConfigError, apply_overrides, takes_text, validate
 from jaxcl.data.spec import TaskSpec
 from jaxcl.errors import UserError
@@ -38,7 +39,7 @@ def extend(folder: Path, task: Sequence[str], length: float | None = None, *, da
       UserError: the folder does not contain a finished run, or the task cannot be learned; the folder is unchanged.
     """
     opened = RunFolder.open(folder)
-    stored, content = opened.config_file, opened.content()
+    stored, content = opened.config_file, with_data_root(opened.content())
     before = validate(ExperimentConfig, content, str(stored))
     if find_method(before.method.name).joint:
         raise UserError(f"{folder}: {before.method.name} learns all tasks at once; there is no next one to learn")

@@ -123,7 +123,7 @@ def _whereabouts(
     folder: Path, config: Mapping[str, Any], results: Mapping[str, Any] | None, kept: Sequence[Checkpoint]
 ) -> Iterator[str]:
     if results is not None and results.get("finished") and results["tasks"] == config["names"]:
-        steps = sum(results.get("steps") or [])
+        steps = sum((results.get("steps") or {}).values())
         yield f"finished {_time(folder / 'results.json')} after {steps} steps"
         return
     row = _last_row(folder / "metrics.jsonl")

@@ -17,6 +17,7 @@ from jaxcl.errors import UserError
 from jaxcl.methods.base import Method
 from jaxcl.models.trainable import Params
 from jaxcl.run.components import Components, build, initial_params
+from jaxcl.run.fingerprints import load_memory, take_fingerprints
 from jaxcl.run.folder import RunFolder
 from jaxcl.run.tasks import memory_pipeline, remembered_rows
 from jaxcl.sharding.processes import initialize
@@ -78,13 +79,16 @@ def describe_teacher(path: Path) -> str:
     config = parse_config(folder.content(), str(folder.config_file))
     if not folder.memory.is_file() or not folder.stores():
         raise UserError(f"{path}: nothing is stored with remembered samples; the method is {config.method.name}")
-    parts, memory = build(config, folder), Memory.load(folder.memory)
+    parts = build(config, folder)
     lines = [f"{path}: {config.method.name}"]
     with Checkpoints.reading(folder.checkpoints) as checkpoints:
+        saved = checkpoints.latest()
+        take_fingerprints(parts, saved)
+        memory = load_memory(folder.memory, config.seed, saved)
         models = KeptModels(parts, checkpoints)
         for task in memory.tasks:
             if paths := folder.stores(task.task):
-                store = TeacherStore.open(paths, parts.about(task.task))
+                store = TeacherStore.open(paths, parts.about(task))
                 size = measure_size(parts, task, store, sum(path.stat().st_size for path in paths))
                 lines += ["", f"{task.name}: {size.samples} samples", *_size_lines(size)]
                 lines += _loss_lines(models, memory, task, store)

@@ -137,9 +137,7 @@ def parse_config(content: dict[str, Any], origin: str = "config") -> ExperimentC
       content: the configuration.
       origin: where it comes from; opens the error messages.
     """
-    content = dict(content)
-    if root := os.environ.get("JAXCL_DATA"):
-        content["data_root"] = root
+    content = with_data_root(content)
     weights, model = content.get("weights"), content.get("model") or {}
     # A model with an architecture is complete; otherwise its sizes come from the weights.
     if isinstance(weights, str) and isinstance(model, dict) and "architecture" not in model:
@@ -155,6 +153,16 @@ def parse_config(content: dict[str, Any], origin: str = "config") -> ExperimentC
     config = validate(ExperimentConfig, content, origin)
     _check_model(config, origin)
     return config
+
+
+def with_data_root(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a configuration's plain values with the `data_root` of the environment variable JAXCL_DATA, if set.
+
+    Args:
+      content: the configuration.
+    """
+    root = os.environ.get("JAXCL_DATA")
+    return {**content, "data_root": root} if root else dict(content)
 
 
 def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

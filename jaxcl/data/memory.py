@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Int
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from jaxcl.data.files import parse_json, read_text, write_json
+from jaxcl.data.fingerprint import rows_print
 from jaxcl.data.pipeline import Collate, Pipeline
 from jaxcl.data.plan import Shape
 from jaxcl.data.rows import EncodedRows, Noise, RowFields
@@ -62,6 +63,13 @@ class TaskMemory(Schema):
         (), description="prompts and answers written by the model, remembered instead of examples"
     )
     dropped: dict[str, int] = Field({}, description="number of written samples that are not remembered, by reason")
+    rows: str = Field("", description="fingerprint of the rows that the numbers refer to; empty: unknown")
+
+    @model_validator(mode="after")
+    def _examples_exist(self) -> TaskMemory:
+        if list(self.examples) != sorted({one for one in self.examples if 0 <= one < self.count}):
+            raise ValueError(f"task {self.name}: examples must be increasing numbers from 0 to {self.count - 1}")
+        return self
 
 
 class Memory(Schema):
@@ -76,7 +84,7 @@ class Memory(Schema):
     seed: int = Field(ge=0, description="seed of the draws")
     tasks: tuple[TaskMemory, ...] = Field((), description="kept examples by task")
 
-    def with_task(self, task: int, name: str, *, count: int, fraction: float, minimum: int) -> Memory:
+    def with_task(self, task: int, name: str, *, count: int, fraction: float, minimum: int, rows: str = "") -> Memory:
         """A copy with the examples drawn from one more task; a task already in the memory is drawn again.
 
         Args:
@@ -85,9 +93,10 @@ class Memory(Schema):
           count: examples there are to choose from.
           fraction: share of them to keep.
           minimum: smallest number to keep.
+          rows: fingerprint of the examples there are (`ordered` of `rows_print`).
         """
         examples = draw_examples(count, fraction, minimum, seed=self.seed, task=task)
-        return self._with(TaskMemory(task=task, name=name, count=count, examples=tuple(examples)))
+        return self._with(TaskMemory(task=task, name=name, count=count, examples=tuple(examples), rows=rows))
 
     def with_written(
         self, task: int, name: str, rows: Sequence[Mapping[str, str]], dropped: Mapping[str, int]
@@ -102,7 +111,15 @@ class Memory(Schema):
         """
         texts = tuple(dict(row) for row in rows)
         numbers = tuple(range(len(texts)))
-        new = TaskMemory(task=task, name=name, count=len(texts), examples=numbers, written=texts, dropped=dict(dropped))
+        new = TaskMemory(
+            task=task,
+            name=name,
+            count=len(texts),
+            examples=numbers,
+            written=texts,
+            dropped=dict(dropped),
+            rows=rows_print(texts)["ordered"],
+        )
         return self._with(new)
 
     def _with(self, new: TaskMemory) -> Memory:

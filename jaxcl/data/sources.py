@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import re
 import string
@@ -36,6 +37,7 @@ class TaskData:
       dev: development rows; may be empty.
       test: test rows, never empty.
       labels: class names of a labelled task, sorted unless the source gives an order.
+      where: file or name that the rows of each split come from, for messages.
     """
 
     name: str
@@ -44,6 +46,7 @@ class TaskData:
     dev: Sequence[dict[str, str]]
     test: Sequence[dict[str, str]]
     labels: tuple[str, ...] = ()
+    where: Mapping[str, str] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
 
 class Raw(NamedTuple):
@@ -153,7 +156,9 @@ def _load(spec: SourceSpec, name: str, kind: Kind | None, template: str | None, 
             raise UserError(f"task {name}: {raw.where.get(split, spec.source)} has no {split} rows")
     limits = {"train": spec.train, "dev": spec.dev, "test": spec.test}
     chosen = {split: _limit(rows[split], limits[split], seed) for split in SPLITS}
-    return TaskData(name, fields.kind, chosen["train"], chosen["dev"], chosen["test"], labels)
+    # A split that the source lacks is held out from the training rows.
+    where = {split: raw.where.get(split, raw.where.get("train", spec.source)) for split in SPLITS}
+    return TaskData(name, fields.kind, chosen["train"], chosen["dev"], chosen["test"], labels, where)
 
 
 def _labels(raw: Raw, found: Splits, source: str) -> tuple[str, ...]:

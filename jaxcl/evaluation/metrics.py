@@ -35,6 +35,8 @@ class Metric:
       example: score of one `(prediction, answer, source)` in percent, if the metric is a mean over examples.
       corpus: score of all predictions, if it is not.
       needs_source: whether it uses `source` (the text that the prediction rewrites).
+      of_beginning: what the beginning of a right answer can score: `nothing`, `part`, or `all` if only the first token
+        counts.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Metric:
     example: ExampleScore | None = None
     corpus: CorpusScore | None = None
     needs_source: bool = False
+    of_beginning: Literal["nothing", "part", "all"] = "nothing"
 
     def __call__(
         self, predictions: Sequence[str], answers: Sequence[str], sources: Sequence[str] | None = None
@@ -229,6 +232,7 @@ METRICS: dict[str, Metric] = {
             "share of equal first letters or numbers, ignoring brackets, bold type and the reasons that follow",
             _PAIRS,
             example=_choice_accuracy,
+            of_beginning="all",
         ),
         Metric(
             "exact_match",
@@ -244,13 +248,26 @@ METRICS: dict[str, Metric] = {
         ),
         Metric("macro_f1", "F1 averaged over classes", _BOTH, corpus=functools.partial(_text_f1, "macro")),
         Metric("micro_f1", "F1 over all decisions together", _BOTH, corpus=functools.partial(_text_f1, "micro")),
-        Metric("rouge_l", "longest common subsequence of words (ROUGE-L, F-measure)", _PAIRS, example=_rouge_l),
-        Metric("fuzzy", "similarity of characters (normalised indel similarity)", _PAIRS, example=_fuzzy),
+        Metric(
+            "rouge_l",
+            "longest common subsequence of words (ROUGE-L, F-measure)",
+            _PAIRS,
+            example=_rouge_l,
+            of_beginning="part",
+        ),
+        Metric(
+            "fuzzy",
+            "similarity of characters (normalised indel similarity)",
+            _PAIRS,
+            example=_fuzzy,
+            of_beginning="part",
+        ),
         Metric(
             "edit_similarity",
             "similarity of characters of code, with placeholders replaced by literals",
             _PAIRS,
             example=_edit_similarity,
+            of_beginning="part",
         ),
         Metric(
             "sari",
@@ -258,6 +275,7 @@ METRICS: dict[str, Metric] = {
             _PAIRS,
             example=lambda prediction, answer, source: sari_score(source, prediction, [answer]),
             needs_source=True,
+            of_beginning="part",
         ),
         Metric("perplexity", "exp of the mean loss per token; 1 is perfect", _TEXT, higher_is_better=False, unit=""),
         Metric("token_accuracy", "share of correctly predicted tokens", _TEXT),

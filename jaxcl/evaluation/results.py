@@ -56,7 +56,7 @@ class Results(Measure):
     seconds: float = Field(description="wall-clock seconds of the whole run, without pauses between restarts")
     timing: dict[str, float] = Field({}, description="seconds by part: training, evaluation, method, ...")
     task_seconds: list[float] = Field([], description="wall-clock seconds of each task")
-    steps: list[int] = Field([], description="optimizer steps of each task")
+    steps: dict[str, int] = Field({}, description="optimizer steps by task")
     parameters: int | None = Field(None, description="number of parameters of the model")
     stored_bytes: int | None = Field(None, description="bytes kept of earlier tasks: memory and teacher store")
     peak_memory_bytes: int | None = Field(None, description="peak memory in use on a device, if the device reports it")
@@ -68,6 +68,11 @@ class Results(Measure):
     def continual_matrix(self) -> ContinualMatrix:
         """The matrix, to be continued by a resumed run."""
         return ContinualMatrix.from_lists(self.matrix, self.initial, self.higher_is_better, joint=self.joint)
+
+    def plain(self) -> dict[str, Any]:
+        """The content of the file as plain values."""
+        content: dict[str, Any] = _plain(self.model_dump())
+        return content
 
     def write(self, path: Path) -> None:
         """Writes JSON atomically."""

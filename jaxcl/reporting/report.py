@@ -249,8 +249,8 @@ def _time_bar(timing: Mapping[str, float]) -> str:
 def _data_table(run: RunData) -> str:
     """The table of the counts that all kinds of tasks have; `data` nests them by source."""
     rows = []
-    steps = run.results.get("steps") or []
-    for index, (name, described) in enumerate((run.results.get("data") or {}).items()):
+    steps = run.results.get("steps") or {}
+    for name, described in (run.results.get("data") or {}).items():
         if not isinstance(described, Mapping):
             continue
         task = described.get("task", described)
@@ -261,7 +261,7 @@ def _data_table(run: RunData) -> str:
         rows.append(
             [
                 text(name),
-                f"{steps[index]:,}" if index < len(steps) else DASH,
+                _count(steps.get(name) if isinstance(steps, Mapping) else None),
                 _count(_total(task, "examples")),
                 _count(_total(task, "tokens")),
                 _count(sum(found) if found else None),

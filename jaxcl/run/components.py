@@ -11,11 +11,13 @@ from typing import Any, TypeVar
 import jax
 
 from jaxcl.config import ExperimentConfig
+from jaxcl.data.fingerprint import rows_print
+from jaxcl.data.memory import TaskMemory
 from jaxcl.data.pairs import PairRows, pair_shapes
 from jaxcl.data.pipeline import Pipeline
 from jaxcl.data.plan import Shape
 from jaxcl.data.rows import EncodedRows, HostBatch
-from jaxcl.data.sources import TaskData, load_task
+from jaxcl.data.sources import TaskData, load_end_task, load_task
 from jaxcl.data.spec import DataConfig, SourceSpec, TaskSpec, TokenizerConfig
 from jaxcl.data.text import Objective, TextRows
 from jaxcl.data.tokenizer import Tokenizer, prepare_tokenizer
@@ -111,11 +113,26 @@ class Components:
         objective: Objective = "causal" if self.network.causal else "masked"
         return TextRows(rows, self.tokenizer, self.config.data, objective=objective, task=index, name=task.name)
 
-    def about(self, index: int) -> dict[str, str | int]:
-        """What a task's teacher store belongs to: the task, and the sizes of the model."""
+    @functools.cached_property
+    def end_tasks(self) -> Mapping[int, TaskData]:
+        """The end tasks of all domains that have one and can be scored, by index."""
+        config = self.config
+        return {
+            index: load_end_task(rooted(spec.end_task, config.data_root), spec.name)
+            for index, spec in enumerate(config.tasks)
+            if spec.end_task is not None and not spec.data_gone
+        }
+
+    @functools.cached_property
+    def train_prints(self) -> list[str]:
+        """Fingerprint of each task's training rows in their order."""
+        return [rows_print(task.train)["ordered"] for task in self.tasks]
+
+    def about(self, task: TaskMemory) -> dict[str, str | int]:
+        """What a task's teacher store belongs to: the task, its rows and tokenizer, and the sizes of the model."""
         network = self.network
         sizes = {"layers": network.num_layers, "heads": network.num_heads, "vocabulary": network.vocab_size}
-        return {"task": self.phase_name(index), **sizes}
+        return {"task": task.name, "rows": task.rows, "tokenizer": self.tokenizer.fingerprint, **sizes}
 
     def encode_written(self, rows: Sequence[Mapping[str, str]], index: int, name: str) -> PairRows:
         """Prompts and answers that a model wrote for a task, encoded; too long answers are cut.

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax.numpy as jnp
 
-from jaxcl.data.pairs import encode_prompts
+from jaxcl.data.pairs import encode_answers, encode_prompts
 from jaxcl.data.pipeline import LabelledPipeline
 from jaxcl.data.rows import HostBatch
-from jaxcl.data.sources import TaskData, load_end_task
+from jaxcl.data.sources import TaskData
 from jaxcl.errors import UserError
 from jaxcl.evaluation.end_tasks import score_end_task
 from jaxcl.evaluation.metrics import Kind, find_metric
-from jaxcl.evaluation.scoring import score_pairs, text_loss
+from jaxcl.evaluation.scoring import drawn, score_pairs, text_loss
 from jaxcl.methods.base import Method
 from jaxcl.models.batch import Batch
 from jaxcl.models.generation import Generator
 from jaxcl.models.trainable import Params
-from jaxcl.run.components import Components, ProcessShare, longest_prefix, rooted
+from jaxcl.run.components import Components, ProcessShare, longest_prefix
+from jaxcl.sharding.processes import is_first
 from jaxcl.training.feed import place_batch
 from jaxcl.training.state import TrainState
 
@@ -94,6 +96,54 @@ class Evaluator:
         """The metric of each task in the further measure `name`."""
         count = len(self.parts.tasks)
         return [self._end_task_metric(index) for index in range(count)] if name == _END_TASK else [name] * count
+
+    def check(self) -> None:
+        """Checks before the training that all tasks can be evaluated; process 0 prints what is only partly possible.
+
+        Raises:
+          UserError: a task has no rows in the split, a metric does not fit, or answers are longer than those generated
+            while the metric scores whole answers only.
+        """
+        assert len(self.metrics) == len(self.parts.tasks)
+        for index, task in enumerate(self.parts.tasks):
+            if not self.parts.config.tasks[index].data_gone:
+                self._check_split(task, f"task {task.name}")
+                if task.kind == "pairs":
+                    self._check_answers(task, self.metrics[index])
+        for index, task in self.parts.end_tasks.items():
+            self._check_split(task, f"end task of {self.parts.names[index]}")
+            assert self._end_task_metric(index)
+
+    def _check_split(self, task: TaskData, words: str) -> None:
+        split = self.settings.split
+        if not getattr(task, split):
+            held = [other for other in ("test", "dev") if getattr(task, other)]
+            raise UserError(
+                f"{words}: no {split} rows in {task.where.get(split, 'its source')}, but evaluation.split is {split}; "
+                f"it has: {', '.join(held)}",
+                exit_code=2,
+            )
+
+    def _check_answers(self, task: TaskData, metric: str) -> None:
+        """Compares the answers' lengths with `max_new_tokens`."""
+        of_beginning = find_metric(metric).of_beginning
+        if of_beginning == "all":
+            return
+        settings, rows = self.settings, getattr(task, self.settings.split)
+        chosen = [rows[index] for index in drawn(len(rows), settings.limit)]
+        answers, prompts = ([row[name] for row in chosen] for name in ("answer", "prompt"))
+        encoded = encode_answers(answers, prompts, self.parts.tokenizer, self.parts.config.data)
+        long = [len(tokens) for tokens in encoded if len(tokens) > settings.max_new_tokens]
+        if not long:
+            return
+        line = (
+            f"task {task.name}: evaluation.max_new_tokens is {settings.max_new_tokens}, but {len(long)} of "
+            f"{len(chosen)} {settings.split} answers are longer"
+        )
+        if of_beginning == "nothing":
+            raise UserError(f"{line} and can never be right by {metric}; {max(long)} is needed", exit_code=2)
+        if is_first():
+            print(f"{line}; {metric} scores what is generated of them, {max(long)} would be enough", file=sys.stderr)
 
     def score(self, params: Params, index: int, after: int) -> Evaluation:
         """Scores one task.
@@ -176,9 +226,7 @@ class Evaluator:
 
     def _end_task(self, index: int) -> tuple[TaskData, dict[str, ProcessShare]]:
         if index not in self._end_tasks:
-            spec = self.parts.config.tasks[index].end_task
-            assert spec is not None
-            task = load_end_task(rooted(spec, self.parts.config.data_root), self.parts.config.tasks[index].name)
+            task = self.parts.end_tasks[index]
             data = self.parts.config.data.model_copy(update={"length": self.settings.end_task.length})
             self._end_tasks[index] = (
                 task,

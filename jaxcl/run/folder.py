@@ -17,6 +17,7 @@ from jaxcl.errors import UserError
 # Keys that may change when a run is resumed: they do not affect results.
 _FREE_KEYS = (
     "output",
+    "data_root",  # the same data at another place: compared by content, see jaxcl.run.fingerprints
     "training.log_every",
     "training.sinks",
     "training.checkpoint_every",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,12 +25,20 @@ class Scoreboard:
       results: all results so far.
     """
 
-    def __init__(self, parts: Components, folder: RunFolder) -> None:
+    def __init__(self, parts: Components, folder: RunFolder, noted: Mapping[str, Any] | None = None) -> None:
+        """Reads the results so far.
+
+        Args:
+          parts: the parts of the run.
+          folder: its folder.
+          noted: the results as noted in the checkpoint that the run goes on from. They replace those in `results.json`
+            if that is missing or says otherwise, and complete it: it may be older than the checkpoint.
+        """
         self.parts = parts
         self.folder = folder
         self.evaluator = Evaluator(parts)
         self.main = jax.process_index() == 0
-        self.results = self._stored() if folder.results.is_file() else self._blank()
+        self.results = self._so_far(None if noted is None else Results.model_validate(noted))
 
     def missing(self, after: int) -> list[int]:
         """Indices of the tasks that are due after task `after` (-1: before any training) and have no score yet."""
@@ -65,7 +74,7 @@ class Scoreboard:
         """Records the optimizer steps of a task and the counts of its data."""
         stored = sum(path.stat().st_size for path in self.folder.teacher.glob("*.array_record"))
         self._update(
-            steps=[*self.results.steps[:index], steps],
+            steps={**self.results.steps, self.parts.phase_name(index): steps},
             data={**self.results.data, self.parts.phase_name(index): described},
             stored_bytes=stored,
         )
@@ -73,7 +82,8 @@ class Scoreboard:
     def note_privacy(self, index: int, spent: Mapping[str, float]) -> None:
         """Records what training on a task reveals about an example; see `jaxcl.training.privacy.spent`."""
         before = self.results.extra.get("privacy", {})
-        privacy = {name: [*before.get(name, [])[:index], round(value, 4)] for name, value in spent.items()}
+        task = self.parts.phase_name(index)
+        privacy = {name: {**before.get(name, {}), task: round(value, 4)} for name, value in spent.items()}
         self._update(extra={**self.results.extra, "privacy": privacy})
 
     def write(self, timing: Mapping[str, float], *, finished: bool = False) -> None:
@@ -137,9 +147,24 @@ class Scoreboard:
             versions=installed_versions(),
         )
 
-    def _stored(self) -> Results:
-        """The results in the folder, extended to tasks that were added since."""
-        stored = Results.read(self.folder.results)
+    def _so_far(self, noted: Results | None) -> Results:
+        """The results in the folder and in the checkpoint, extended to tasks that were added since."""
+        path = self.folder.results
+        found = Results.read(path) if path.is_file() else None
+        if noted is None:
+            return self._blank() if found is None else self._grown(found)
+        scored = bool(noted.matrix) or noted.initial is not None
+        if found is None or not _agrees(noted, found):
+            if scored and self.main:
+                what = "is missing" if found is None else "says otherwise than the checkpoint"
+                print(f"{path} {what}; scores up to the checkpoint are taken from there", file=sys.stderr)
+            return self._grown(noted)
+        # Written before the checkpoint or after it: of what belongs to tasks, the checkpoint knows as much or more.
+        known = {name: getattr(noted, name) for name in ("steps", "data", "extra", "stored_bytes", "seed", "method")}
+        return self._grown(found.model_copy(update={**known, "finished": False}))
+
+    def _grown(self, stored: Results) -> Results:
+        """Results extended to tasks that were added since."""
         if stored.tasks == self.parts.names:
             return stored
         further = {
@@ -155,6 +180,30 @@ class Scoreboard:
         extended = before.model_copy(update={"higher_is_better": higher_is_better(metrics)})
         matrix, deviation = self._matrices(extended)
         return measure(matrix, metrics, deviation=deviation)
+
+
+def _agrees(noted: Results, found: Results) -> bool:
+    """Whether results have all scores that were noted earlier."""
+    if found.tasks[: len(noted.tasks)] != noted.tasks:
+        return False
+    pairs: list[tuple[Measure, Measure | None]] = [(noted, found)]
+    pairs += [(part, found.further.get(name)) for name, part in noted.further.items()]
+    fields = ("matrix", "initial", "deviation", "initial_deviation")
+    return all(
+        other is not None and _contains(getattr(one, field), getattr(other, field))
+        for one, other in pairs
+        for field in fields
+    )
+
+
+def _contains(noted: Any, found: Any) -> bool:
+    """Whether nested lists have every number of others in its place."""
+    if noted is None:
+        return True
+    if not isinstance(noted, list):
+        return bool(noted == found)
+    longer = isinstance(found, list) and len(found) >= len(noted)
+    return longer and all(map(_contains, noted, found))
 
 
 def _has(measured: Measure, after: int, index: int) -> bool:

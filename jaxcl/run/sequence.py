@@ -15,15 +15,17 @@ import jax
 import numpy as np
 
 from jaxcl.config import ExperimentConfig
-from jaxcl.data.memory import Memory
+from jaxcl.data.memory import Memory, TaskMemory
 from jaxcl.data.mix import Interleaved, Mixed
 from jaxcl.data.pipeline import Stream
 from jaxcl.data.teacher_store import TeacherStore, write_records
 from jaxcl.errors import UserError
 from jaxcl.evaluation.results import Results, write_tables
+from jaxcl.methods.registry import find_method
 from jaxcl.reporting.report import write_report
 from jaxcl.run.components import Components, build, initial_params
 from jaxcl.run.evaluator import answering_params
+from jaxcl.run.fingerprints import load_memory, memory_prints, take_fingerprints
 from jaxcl.run.folder import RunFolder
 from jaxcl.run.scoreboard import Scoreboard
 from jaxcl.run.synthesis import Writer, write_samples
@@ -78,12 +80,18 @@ def run(config: ExperimentConfig, *, grown_from: ExperimentConfig | None = None)
         on_first(lambda: folder.claim((grown_from or config).plain()))
         _check_shared(folder)
         names = [task.name for task in config.tasks]
-        if folder.results.is_file() and (results := Results.read(folder.results)).finished and results.tasks == names:
-            return Outcome(results, _report(folder))
+        moved = folder.content().get("data_root") != config.data_root  # then the data is compared even at the end
+        if not moved and folder.results.is_file():
+            results = Results.read(folder.results)
+            if results.finished and results.tasks == names and _at_the_end(folder, config):
+                return Outcome(results, _report(folder))
         parts = build(config, folder)
         keep = config.training.keep, config.training.keep_tasks
         with Checkpoints(folder.checkpoints, keep=keep[0], keep_marked=keep[1]) as checkpoints:
             sequence = TaskSequence(parts, folder, checkpoints)
+            sequence.board.evaluator.check()
+            if grown_from is not None:
+                sequence.check_finished(grown_from)
             if grown_from is not None:
                 # Only after the new task has been checked.
                 on_first(lambda: folder.describe(config.plain()))
@@ -103,6 +111,16 @@ def _check_shared(folder: RunFolder) -> None:
         f"output {folder.path}: process {jax.process_index()} does not see what process 0 wrote there; "
         "choose a folder on storage that all processes share"
     )
+
+
+def _at_the_end(folder: RunFolder, config: ExperimentConfig) -> bool:
+    """Whether the newest checkpoint is that after the last task; also if all checkpoints were removed since."""
+    if not folder.checkpoints.is_dir():
+        return True
+    last = 0 if find_method(config.method.name).joint else len(config.tasks) - 1
+    with Checkpoints.reading(folder.checkpoints) as checkpoints:
+        notes = checkpoints.notes()
+    return not notes or (notes[-1].progress["task"], notes[-1].progress["phase"]) == (last, "learned")
 
 
 def _report(folder: RunFolder) -> Path:
@@ -126,16 +144,30 @@ class TaskSequence:
         self.config = parts.config
         self.folder = folder
         self.checkpoints = checkpoints
-        self.board = Scoreboard(parts, folder)
+        self.saved = checkpoints.latest_whole()
+        self.fingerprints = take_fingerprints(parts, self.saved)
+        self.memory = load_memory(folder.memory, self.config.seed, self.saved)
+        self.board = Scoreboard(parts, folder, None if self.saved is None else self.saved.progress.get("results"))
         self.main = jax.process_index() == 0
-        self.memory = Memory.load(folder.memory) if folder.memory.is_file() else Memory(seed=self.config.seed)
         self.sinks: list[Sink] = []
         self.profiler = Profiler(folder.tensorboard, self.config.training.profile if self.main else None)
         self.timing: dict[str, float] = dict(self.board.results.timing)
 
+    def check_finished(self, config: ExperimentConfig) -> None:
+        """Checks that the checkpoint is that after the last task of a configuration.
+
+        Raises:
+          UserError: it is not; the run can be finished first.
+        """
+        note = {} if self.saved is None else self.saved.progress
+        if (note.get("task"), note.get("phase")) != (len(config.tasks) - 1, "learned"):
+            raise UserError(
+                f"{self.folder.path}: the run is not finished; finish it first: jaxcl run {self.folder.config_file}"
+            )
+
     def run(self) -> Results:
         """Trains and evaluates from the last checkpoint to the end."""
-        saved = self.checkpoints.latest()
+        saved = self.saved
         if saved is None:
             with self._timed("setup"):
                 state = self.parts.trainer.init(initial_params(self.parts))
@@ -178,6 +210,7 @@ class TaskSequence:
             state = self._learn(state, index, position)
             position = None
             self._evaluate(state, index)
+        self.checkpoints.wait()  # finished only when the model is on disk
         self.board.write(self.timing, finished=True)
         return self.board.results
 
@@ -252,7 +285,8 @@ class TaskSequence:
         records = signal_records(parts.trainer, state, task)
         if (first := next(records, None)) is not None:
             stored = itertools.chain([first], records)
-            write_records(self.folder.store(index, jax.process_index()), stored, parts.about(index))
+            about = parts.about(self._memory_of(index))
+            write_records(self.folder.store(index, jax.process_index()), stored, about)
         wait_for_all(f"signals of task {index} stored")
         if self.main and (tables := method.tables(state.method_state)):
             write_tables(self.folder.importance, index, {name: np.asarray(value) for name, value in tables.items()})
@@ -325,7 +359,10 @@ class TaskSequence:
 
     def _open_store(self, index: int) -> TeacherStore | None:
         paths = self.folder.stores(index)
-        return TeacherStore.open(paths, self.parts.about(index)) if paths else None
+        return TeacherStore.open(paths, self.parts.about(self._memory_of(index))) if paths else None
+
+    def _memory_of(self, index: int) -> TaskMemory:
+        return next(task for task in self.memory.tasks if task.task == index)
 
     # Evaluation and results
 
@@ -342,7 +379,15 @@ class TaskSequence:
 
     def _save(self, state: TrainState, *, task: int, phase: str, data: Any = None, mark: str | None = None) -> None:
         with self._timed("checkpoints"):
-            progress = {"task": task, "phase": phase, "tasks": len(self.parts.tasks), "timing": self.timing}
+            progress = {
+                "task": task,
+                "phase": phase,
+                "tasks": len(self.parts.tasks),
+                "timing": self.timing,
+                "fingerprints": self.fingerprints,
+                "memory": memory_prints(self.memory),
+                "results": self.board.results.plain(),
+            }
             self.checkpoints.save(state, progress=progress, data=data, mark=mark)
 
     @contextlib.contextmanager

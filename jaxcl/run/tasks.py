@@ -9,6 +9,7 @@ import jax
 
 from jaxcl.data.memory import Memory, MemoryPipeline, TaskMemory
 from jaxcl.data.rows import EncodedRows
+from jaxcl.errors import UserError
 from jaxcl.models.trainable import Params
 from jaxcl.run.components import Components, ProcessShare
 from jaxcl.training.config import micro_batch_size
@@ -29,12 +30,22 @@ def remember(parts: Components, memory: Memory, index: int) -> Memory:
         count=len(parts.train_rows(index)),
         fraction=replay.fraction,
         minimum=replay.minimum,
+        rows=parts.train_prints[index],
     )
 
 
 def remembered_rows(parts: Components, task: TaskMemory) -> EncodedRows:
-    """The rows that a task's memory refers to: its training examples, or samples written by the model."""
+    """The rows that a task's memory refers to: its training examples, or samples written by the model.
+
+    Raises:
+      UserError: the training examples are not those that the memory was drawn from.
+    """
     if not task.written:
+        if task.rows not in ("", parts.train_prints[task.task]):
+            raise UserError(
+                f"task {task.name}: its memory was drawn from other training rows than are now in "
+                f"{parts.tasks[task.task].where.get('train', 'its source')}: the data has changed"
+            )
         return parts.train_rows(task.task)
     return parts.encode_written(task.written, task.task, task.name)
 

@@ -20,6 +20,8 @@ import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
 from jaxcl.errors import UserError
+from jaxcl.sharding.processes import is_first, on_first
+from jaxcl.training.checksums import check_checksums, write_checksums
 from jaxcl.training.state import TrainState
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -61,16 +63,19 @@ class ProcessJsonHandler(ocp.CheckpointHandler):
         """Reads this process's file.
 
         Raises:
-          UserError: the checkpoint was written with a different number of processes.
+          UserError: the checkpoint was written with a different number of processes, or the file is missing.
         """
         path = directory / self._name()
         if not path.exists():
-            found = list(directory.glob("process_*.json"))
+            found = sorted(directory.glob("process_*.json"))
+            counts = {other.stem.rpartition("_")[2] for other in found}
+            if counts <= {str(jax.process_count())}:
+                raise UserError(f"checkpoint {directory.parent}: the position in the data is missing ({path})")
             if all(json.loads(other.read_text()) is None for other in found):  # between two tasks
                 return None
             raise UserError(
-                f"checkpoint {directory.parent}: was written within a task by {len(found)} processes and cannot be "
-                f"resumed with {jax.process_count()}; start {len(found)} processes"
+                f"checkpoint {directory.parent}: was written within a task by {max(counts, key=int)} processes and "
+                f"cannot be resumed with {jax.process_count()}; start {max(counts, key=int)} processes"
             )
         return json.loads(path.read_text())
 
@@ -155,8 +160,14 @@ class Checkpoints:
         _ignore_late_writes()
         self.folder = Path(folder).absolute()
         self._kept = _Kept(keep, keep_marked)
+        self._damaged: dict[int, str] = {}
+        self._whole: set[int] = set()
+        self._saving = -1
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=self._kept, cleanup_tmp_directories=True, enable_async_checkpointing=True
+            preservation_policy=self._kept,
+            cleanup_tmp_directories=True,
+            enable_async_checkpointing=True,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
         )
         handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
         for item in ("params", "state"):
@@ -169,7 +180,12 @@ class Checkpoints:
         with self._reading():
             self._manager = ocp.CheckpointManager(self.folder, options=options, handler_registry=handlers)
         for number in self._manager.all_steps():
-            if (mark := self._read(number).mark) is not None:
+            try:
+                mark = self._read(number).mark
+            except UserError as error:  # must not keep the run from one that is whole
+                self._damaged[number] = f"checkpoint {number} cannot be used: {error}"
+                continue
+            if mark is not None:
                 self._kept.marks[number] = mark
 
     @classmethod
@@ -196,16 +212,56 @@ class Checkpoints:
                 raise
 
     def latest(self) -> Saved | None:
-        """The latest complete checkpoint; `None` if there is none."""
+        """The latest complete checkpoint; `None` if there is none.
+
+        Raises:
+          UserError: one of its files is not as it was written; names it.
+        """
         self.wait()
         number = self._manager.latest_step()
-        return None if number is None else self._read(number)
+        return None if number is None else self._checked(number)
+
+    def notes(self) -> list[Saved]:
+        """All checkpoints whose note can be read, oldest first, without comparing their files."""
+        numbers = (number for number in sorted(self._manager.all_steps()) if number not in self._damaged)
+        return [self._read(number) for number in numbers]
+
+    def latest_whole(self) -> Saved | None:
+        """The latest checkpoint without damage, to go on from; `None` if there are no checkpoints.
+
+        Later ones, which are damaged, are removed; process 0 prints a line about each.
+
+        Raises:
+          UserError: all are damaged; nothing is removed.
+        """
+        self.wait()
+        reasons: dict[int, str] = {}
+        for number in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                saved = self._checked(number)
+            except UserError as error:
+                reasons[number] = str(error)
+                continue
+            for damaged, reason in reasons.items():
+                if is_first():
+                    print(f"{reason}; removed, the run goes on from checkpoint {number}", file=sys.stderr)
+                self._manager.delete(damaged)
+                self._kept.marks.pop(damaged, None)
+                self._damaged.pop(damaged, None)  # the next save has its number
+            return saved
+        if reasons:
+            raise UserError(f"{reasons[max(reasons)]}; no earlier checkpoint is whole")
+        return None
 
     def find(self, mark: str) -> Saved | None:
-        """The latest checkpoint with this mark; `None` if there is none."""
+        """The latest checkpoint with this mark; `None` if there is none.
+
+        Raises:
+          UserError: one of its files is not as it was written; names it.
+        """
         self.wait()
         numbers = [number for number in self._manager.all_steps() if self._kept.marks.get(number) == mark]
-        return self._read(max(numbers)) if numbers else None
+        return self._checked(max(numbers)) if numbers else None
 
     def save(self, state: TrainState, *, progress: dict[str, Any], data: Any = None, mark: str | None = None) -> None:
         """Saves a state between two steps; waits only for the previous save.
@@ -222,6 +278,8 @@ class Checkpoints:
         self.wait()
         number = (self._manager.latest_step() if self._manager.all_steps() else -1) + 1
         self._kept.marks.pop(number, None)  # may remain from a failed save
+        self._saving = number
+        self._whole.discard(number)
         if mark is not None:
             self._kept.marks[number] = mark
         rest = _all_but_params(state)
@@ -299,6 +357,25 @@ class Checkpoints:
         finally:
             with contextlib.suppress(Exception):
                 self._manager.close()
+
+    def _seal(self) -> None:
+        """Writes the checksums of the checkpoint that is being saved, just before it appears under its number."""
+        if is_first():
+            for folder in self.folder.glob(f"{self._saving}.orbax-checkpoint-tmp*"):
+                write_checksums(folder)
+
+    def _checked(self, number: int) -> Saved:
+        """A checkpoint's note, after its files have been compared with their checksums, once."""
+        if number in self._damaged:
+            raise UserError(self._damaged[number])
+        if number not in self._whole:
+            try:
+                on_first(lambda: check_checksums(self.folder / str(number)))
+            except UserError as error:
+                self._damaged[number] = f"checkpoint {number} cannot be used: {error}"
+                raise UserError(self._damaged[number]) from None
+            self._whole.add(number)
+        return self._read(number)
 
     def _read(self, number: int) -> Saved:
         with self._reading():

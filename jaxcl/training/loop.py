@@ -57,8 +57,9 @@ def train_task(
       total: optimizer steps of the task.
       task: index of the task, for the log.
       name: name of the task, for messages.
-      log_every: steps between rows given to the sinks. There is one row per kind of batch that occurred, with the means
-        over these steps and `step`, `task`, `task_step`, `kind`, `steps`, `seconds`, `tokens_per_second`.
+      log_every: steps between rows given to the sinks; a checkpoint also ends a row. There is one row per kind of batch
+        that occurred, with the means over these steps and `step`, `task`, `task_step`, `kind`, `steps`, `seconds`,
+        `tokens_per_second`.
       sinks: where rows go; empty on all processes but the first.
       save: writes a checkpoint; `None`: none is written.
       save_every: steps between checkpoints within the task; 0: none. The caller saves the state at the end.
@@ -104,6 +105,7 @@ def train_task(
                 if stop or due:
                     # Only finite states are saved, so this step is read before.
                     stop, pending = read(pending) or stop, None
+                    log.flush()  # a run that goes on from the checkpoint does not log these steps again
                     if save is not None:
                         save(state, feed.get_state())
                 if stop:

@@ -43,7 +43,7 @@ CONFIG: dict[str, Any] = {
     "optimizer": {"learning_rate": 1e-3},
     "evaluation": {
         "batch_size": 4,
-        "max_new_tokens": 4,
+        "max_new_tokens": 24,
         "end_tasks": "last",
         "end_task": {"epochs": 1, "batch_size": 4, "length": 32},
     },

@@ -69,7 +69,7 @@ def make_run(
         seconds=83.4,
         timing={"training": 51.2, "evaluation": 19.9, "method": 8.4, "checkpoints": 2.1, "setup": 1.4, "data": 0.4},
         task_seconds=[],
-        steps=[steps] * tasks,
+        steps=dict.fromkeys(names, steps),
         parameters=4_213_760,
         stored_bytes=182_340 if method == "seekr" else 0,
         device="1 x cpu",

@@ -32,7 +32,7 @@ PAIRS: dict[str, Any] = {
     ],
     "training": {"batch_size": 8, "epochs": 1, "log_every": 1, "checkpoint_every": 2},
     "optimizer": {"learning_rate": 1e-3},
-    "evaluation": {"batch_size": 4, "max_new_tokens": 4, "before": True, "future": "next"},
+    "evaluation": {"batch_size": 4, "max_new_tokens": 24, "before": True, "future": "next"},
 }
 SEEKR = {"name": "seekr", "layer_budget": 1, "head_budget": 1, "query_budget": 8, "replay": {"fraction": 0.25}}
 TEXT: dict[str, Any] = {

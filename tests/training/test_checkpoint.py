@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -172,18 +173,100 @@ def test_a_state_of_another_structure_is_told_to_be_the_methods(tmp_path: Path) 
             checkpoints.restore(changed, saved)
 
 
-def test_a_damaged_checkpoint_is_one_line(tmp_path: Path) -> None:
-    trainer = make_trainer()
-    with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(trained(trainer, 1), progress={})
-    for path in (tmp_path / "0" / "params").rglob("*"):
-        if path.is_file() and path.parent.name == "d":
-            path.write_bytes(b"")
-    with Checkpoints(tmp_path) as checkpoints:
+def flip(path: Path) -> None:
+    """Flips one bit in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    path.write_bytes(bytes(content))
+
+
+def largest(folder: Path) -> Path:
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+DAMAGES: dict[str, Any] = {
+    "a flipped bit of params": lambda folder: flip(largest(folder / "params")),
+    "a flipped bit of state": lambda folder: flip(largest(folder / "state")),
+    "an empty array file": lambda folder: largest(folder / "params").write_bytes(b""),
+    "no position": lambda folder: next((folder / "data").glob("process_*")).unlink(),
+    "a file of another": lambda folder: (folder / "params" / "stray").write_text("x"),
+    "no note": lambda folder: (folder / "progress" / "metadata").unlink(),
+    "a changed note": lambda folder: flip(folder / "progress" / "metadata"),
+    "no checksums": lambda folder: (folder / "checksums.json").unlink(),
+    "half the checksums": lambda folder: (folder / "checksums.json").write_text('{"params'),
+}
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, trainer = tmp_path_factory.mktemp("two") / "checkpoints", make_trainer()
+    with Checkpoints(folder, keep=2) as checkpoints:
+        for index in range(2):
+            checkpoints.save(trained(trainer, 1), progress={"index": index}, data=index, mark=f"mark {index}")
+    return folder
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
+    two_checkpoints: Path, tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(two_checkpoints, tmp_path / "checkpoints"))
+    DAMAGES[damage](folder / "1")
+    with Checkpoints.reading(folder) as checkpoints:  # what only reads takes no other model instead
+        with pytest.raises(UserError, match=r"^checkpoint 1 cannot be used: .*/checkpoints") as caught:
+            checkpoints.latest()
+        assert "\n" not in str(caught.value)
+    assert numbers(folder) == [0, 1]
+    with Checkpoints(folder, keep=2) as checkpoints:
+        saved = checkpoints.latest_whole()
+        assert saved is not None
+        assert (saved.number, saved.progress) == (0, {"index": 0})
+        assert checkpoints.restore(make_trainer().target, saved)[1] == 0
+        assert checkpoints.find("mark 1") is None
+        line = capsys.readouterr().err.strip()
+        assert line.startswith("checkpoint 1 cannot be used: ")
+        assert line.endswith("; removed, the run goes on from checkpoint 0")
+        checkpoints.save(trained(make_trainer(), 1), progress={"index": 2}, mark="mark 1")
+        again = checkpoints.find("mark 1")
+        assert again is not None
+        assert again.progress == {"index": 2}
+    assert numbers(folder) == [0, 1]
+
+
+def test_without_a_whole_checkpoint_nothing_is_removed(two_checkpoints: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(two_checkpoints, tmp_path / "checkpoints"))
+    for number in ("0", "1"):
+        flip(largest(folder / number / "params"))
+    with (
+        Checkpoints(folder, keep=2) as checkpoints,
+        pytest.raises(UserError, match=r"^checkpoint 1 .* is damaged .*; no earlier checkpoint is whole$"),
+    ):
+        checkpoints.latest_whole()
+    assert numbers(folder) == [0, 1]
+
+
+def test_an_older_damaged_checkpoint_does_not_matter(two_checkpoints: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(two_checkpoints, tmp_path / "checkpoints"))
+    shutil.rmtree(folder / "0" / "progress")  # as a kill leaves it while Orbax deletes it
+    with Checkpoints(folder, keep=2) as checkpoints:
+        saved = checkpoints.latest_whole()
+        assert saved is not None
+        assert saved.number == 1
+        assert checkpoints.find("mark 0") is None
+
+
+def test_a_missing_position_is_not_taken_for_a_stop_between_two_tasks(two_checkpoints: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(two_checkpoints, tmp_path / "checkpoints"))
+    with Checkpoints.reading(folder) as checkpoints:
         saved = checkpoints.latest()
         assert saved is not None
-        with pytest.raises(UserError, match="cannot be read"):
-            checkpoints.restore(trainer.target, saved)
+        position = next((folder / "1" / "data").glob("process_*"))
+        position.unlink()  # after the files were compared
+        with pytest.raises(UserError, match="the position in the data is missing"):
+            checkpoints.restore(make_trainer().target, saved)
+        (position.parent / "process_0_of_3.json").write_text("7")
+        with pytest.raises(UserError, match="written within a task by 3 processes"):
+            checkpoints.restore(make_trainer().target, saved)
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
@@ -201,7 +284,7 @@ def test_another_number_of_processes_is_refused_within_a_task(tmp_path: Path, mo
         folder = tmp_path / str(saved.number) / "data"
         next(folder.glob("process_*.json")).rename(folder / "process_0_of_2.json")
         (folder / "process_1_of_2.json").write_text("0")
-        with pytest.raises(UserError, match="written by 2 processes"):
+        with pytest.raises(UserError, match="within a task by 2 processes and cannot be resumed with 1"):
             checkpoints.restore(trainer.target, saved)
         for path in folder.glob("process_*.json"):
             path.write_text("null")  # between two tasks there is no position

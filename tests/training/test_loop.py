@@ -95,6 +95,18 @@ def test_the_last_window_may_be_short() -> None:
     assert [(row["step"], row["steps"]) for row in sink.rows] == [(4, 4), (6, 2)]
 
 
+def test_no_step_before_a_checkpoint_is_without_a_row() -> None:
+    """A kill after the checkpoint loses what is not in the log by then: the steps are not made again."""
+    sink, logged = Collect(), []
+
+    def save(state: Any, data: Any) -> None:
+        logged.append(sum(row["steps"] for row in sink.rows))
+
+    train(make_trainer(), 8, sinks=[sink], log_every=4, save=save, save_every=3)
+    assert logged == [3, 6]
+    assert [(row["step"], row["steps"]) for row in sink.rows] == [(3, 3), (4, 1), (6, 2), (8, 2)]
+
+
 def test_global_steps_go_on_over_tasks() -> None:
     trainer, sink = make_trainer(), Collect()
     state = trainer.init(make_params())
