@@ -6,7 +6,7 @@ import argparse
 from typing import NoReturn, TypeAlias
 
 from jaxcl import __version__
-from jaxcl.places import place
+from jaxcl.data.places import place
 
 EXIT_USAGE = 2
 _CONFIG_HELP = (

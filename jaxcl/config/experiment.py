@@ -10,13 +10,13 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, fi
 
 from jaxcl.config.catalogue import find_config
 from jaxcl.config.file import ConfigError, apply_overrides, read_yaml, takes_text, validate
+from jaxcl.data.places import place
 from jaxcl.data.spec import DataConfig, TaskSpec, TokenizerConfig
 from jaxcl.errors import UserError
 from jaxcl.evaluation.config import EvaluationConfig
 from jaxcl.methods.base import Method
 from jaxcl.methods.registry import METHODS, find_method
 from jaxcl.models.network import ModelConfig, Network
-from jaxcl.places import place
 from jaxcl.schema import Schema
 from jaxcl.sharding.mesh import MeshConfig
 from jaxcl.training.config import TrainingConfig

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from jaxcl.places import place
+from jaxcl.data.places import place
 from jaxcl.schema import Schema
 
 Kind = Literal["pairs", "text", "labelled"]
