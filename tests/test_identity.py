@@ -239,8 +239,8 @@ def test_answers_that_score_in_part_are_a_line(
     tmp_path: Path, metric: str, said: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_data(tmp_path)
-    long = [{"prompt": str(number), "answer": "xylophone quartz"} for number in range(4)]
-    write(tmp_path / "data/one/test.jsonl", [*long, *rows("one", 2, 100)])
+    long = [{"prompt": str(number), "answer": "A) xylophone quartz"} for number in range(4)]
+    write(tmp_path / "data/one/test.jsonl", [*long, *({"prompt": str(number), "answer": "B"} for number in range(2))])
     tasks = [{**TINY["tasks"][0], "metric": metric}]
     evaluation = {**TINY["evaluation"], "max_new_tokens": 2}
     with pytest.raises(pytest.fail.Exception, match="trained"):
@@ -258,7 +258,12 @@ def test_an_end_task_without_the_split_is_refused_before_training(tmp_path: Path
         write(tmp_path / f"data/end/{split}.jsonl", [{"text": f"t {n}", "label": "ab"[n % 2]} for n in range(8)])
     end = {"source": "jsonl:data/end"}
     tasks = [{"name": "domain", "source": "text:data/domain.txt", "end_task": end}]
-    changes: dict[str, Any] = {"tasks": tasks, "training": {"batch_size": 8, "steps": 1}, "method": "sequential"}
+    changes: dict[str, Any] = {
+        "tasks": tasks,
+        "data": {"length": 32},
+        "training": {"batch_size": 8, "steps": 1},
+        "method": "sequential",
+    }
     words = r"end task of domain: no dev rows in .*end/train.jsonl, but evaluation.split is dev; it has: test"
     with pytest.raises(UserError, match=words):
         run(tmp_path, tmp_path / "run", **changes, evaluation={"batch_size": 8, "split": "dev"})

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
 from jaxcl.errors import UserError
 from jaxcl.functional.matrix import ContinualMatrix
@@ -22,6 +22,8 @@ Row = list[float | None]
 
 class Measure(Schema):
     """A matrix of scores and the numbers derived from it; `None`: not measured, or not defined."""
+
+    model_config = ConfigDict(allow_inf_nan=True)  # a perplexity may overflow
 
     metric: list[str] = Field(description="name of each task's metric")
     higher_is_better: list[bool] = Field(description="direction of each task's metric")
