@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypedDict
 
 _BYTES = 16
-# Files up to this size are hashed whole, of larger ones so many blocks, spread evenly.
+# Files up to `_WHOLE` bytes are hashed whole; of larger files, `_BLOCKS` blocks, spread evenly.
 _WHOLE = 32 * 2**20
 _BLOCK, _BLOCKS = 2**16, 512
 
