@@ -72,7 +72,7 @@ def mend_signature(
 
 
 def skip(app: Sphinx, what: str, name: str, value: Any, skipped: bool, options: Any) -> bool | None:
-    """Leaves out docstrings that are not written here: those of named tuples' fields and of members that pydantic adds."""
+    """Leaves out docstrings written elsewhere: those of named tuples' fields and of members that pydantic adds."""
     alias = (inspect.getdoc(value) or "").startswith("Alias for field number")
     return True if alias or name.startswith("model_") or isinstance(value, types.ModuleType) else None
 
