@@ -49,7 +49,10 @@ CONFIG: dict[str, Any] = {
     },
 }
 
-pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+pytestmark = [
+    pytest.mark.slow,  # tests/training/test_two_processes.py has two processes in the fast part
+    pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash"),
+]
 
 
 def run(folder: Path, processes: int) -> tuple[Path, str]:
