@@ -65,7 +65,7 @@ def run(folder: Path, processes: int) -> tuple[Path, str]:
         env={**os.environ, "PYTHON": sys.executable},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return output, done.stdout

@@ -102,7 +102,7 @@ def run_two(file: Path, devices: tuple[int, int]) -> list[tuple[int, str]]:
             )
         )
     try:
-        return [(process.wait(timeout=180), process.stdout.read() if process.stdout else "") for process in running]
+        return [(process.wait(timeout=600), process.stdout.read() if process.stdout else "") for process in running]
     finally:
         for process in running:
             process.kill()

@@ -39,7 +39,7 @@ def start(output: Path, pairs: list[str], devices: int, **settings: str) -> subp
 def finish(running: dict[Path, subprocess.Popen[bytes]]) -> list[dict[str, Any]]:
     try:
         for output, process in running.items():
-            assert process.wait(timeout=300) == 0, output.with_suffix(".err").read_text()[-3000:]
+            assert process.wait(timeout=1200) == 0, output.with_suffix(".err").read_text()[-3000:]
     finally:
         for process in running.values():
             process.kill()

@@ -43,7 +43,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         )
     try:
         for name, process in running.items():
-            assert process.wait(timeout=180) == 0, (folder / f"{name}.err").read_text()[-3000:]
+            assert process.wait(timeout=600) == 0, (folder / f"{name}.err").read_text()[-3000:]
     finally:
         for process in running.values():
             process.kill()

@@ -59,7 +59,7 @@ def test_two_processes_read_and_write_together(tmp_path: Path) -> None:
         for process in range(2)
     ]
     try:
-        errors = [child.communicate(timeout=240)[1] for child in children]
+        errors = [child.communicate(timeout=600)[1] for child in children]
     finally:
         for child in children:
             child.kill()
