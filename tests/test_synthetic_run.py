@@ -106,7 +106,7 @@ def test_likelihood_is_the_mean_log_probability_of_the_answer(tmp_path: Path) ->
     found = Writer(parts, 0, None, params).likelihoods(rows)
     encoded = parts.encode_written(rows, 0, "rows")
     for index in (0, 3, 7):
-        prompt, answer = encoded.prompts[index], encoded.answers[index]
+        prompt, answer = encoded.prompt(index), encoded.answer(index)
         tokens = np.concatenate([prompt, answer])[None]
         ones = np.ones_like(tokens)
         batch = Batch(tokens, ones, np.arange(tokens.shape[1])[None], None, tokens, ones, ones[:, 0], ones[:, 0])

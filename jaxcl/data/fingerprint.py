@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TypedDict
 
 _BYTES = 16
+_PRIME = 2**127 - 1
+_BASE = 0x5BD1E995_9E3779B9_7F4A7C15_F39CC060 % _PRIME
 # Files up to `_WHOLE` bytes are hashed whole; of larger files, `_BLOCKS` blocks, spread evenly.
 _WHOLE = 32 * 2**20
 _BLOCK, _BLOCKS = 2**16, 512
@@ -27,7 +29,41 @@ class RowsPrint(TypedDict):
     content: str
 
 
-def rows_print(rows: Sequence[Mapping[str, str]]) -> RowsPrint:
+class RowsHash:
+    """Fingerprint of rows that are given one after another; those of parts can be joined.
+
+    With digests `d_1 ... d_n` of the rows, `ordered` is `sum_i d_i x^(n-i)` and `content` is `sum_i d_i`, both modulo
+    the prime `2^127 - 1`.
+    """
+
+    def __init__(self, rows: int = 0, ordered: int = 0, content: int = 0) -> None:
+        self.rows, self._ordered, self._content = rows, ordered, content
+
+    def add(self, row: Mapping[str, str]) -> None:
+        """Adds a row."""
+        digest = int.from_bytes(_digest(part for name in sorted(row) for part in (name, row[name])), "big")
+        self._ordered = (self._ordered * _BASE + digest) % _PRIME
+        self._content = (self._content + digest) % _PRIME
+        self.rows += 1
+
+    def join(self, other: RowsHash) -> RowsHash:
+        """The fingerprint of these rows followed by others."""
+        shifted = self._ordered * pow(_BASE, other.rows, _PRIME)
+        return RowsHash(
+            self.rows + other.rows, (shifted + other._ordered) % _PRIME, (self._content + other._content) % _PRIME
+        )
+
+    def result(self) -> RowsPrint:
+        """The fingerprint."""
+        return {"rows": self.rows, "ordered": f"{self._ordered:032x}", "content": f"{self._content:032x}"}
+
+    @classmethod
+    def read(cls, result: RowsPrint) -> RowsHash:
+        """A fingerprint to which rows can be added."""
+        return cls(result["rows"], int(result["ordered"], 16), int(result["content"], 16))
+
+
+def rows_print(rows: Iterable[Mapping[str, str]]) -> RowsPrint:
     """Fingerprint of rows, from the names and values of their fields.
 
     Args:
@@ -39,13 +75,10 @@ def rows_print(rows: Sequence[Mapping[str, str]]) -> RowsPrint:
     >>> rows_print([one, two])["ordered"] == rows_print([two, one])["ordered"]
     False
     """
-    ordered = hashlib.blake2b(digest_size=_BYTES)
-    content = 0
+    found = RowsHash()
     for row in rows:
-        digest = _digest(part for name in sorted(row) for part in (name, row[name]))
-        ordered.update(digest)
-        content += int.from_bytes(digest, "big")
-    return {"rows": len(rows), "ordered": ordered.hexdigest(), "content": f"{content % 2 ** (8 * _BYTES):032x}"}
+        found.add(row)
+    return found.result()
 
 
 def texts_print(texts: Iterable[str]) -> str:

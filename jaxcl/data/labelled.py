@@ -9,7 +9,8 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxcl.data.plan import Shape
-from jaxcl.data.rows import EncodedRows, Noise, Ragged, RowFields, blank, place
+from jaxcl.data.ragged import Ragged
+from jaxcl.data.rows import EncodedRows, Noise, RowFields, blank, place
 from jaxcl.data.spec import DataConfig
 from jaxcl.data.tokenizer import Tokenizer
 from jaxcl.errors import UserError
@@ -70,9 +71,13 @@ class LabelledRows(EncodedRows):
         self.ids: Int[np.ndarray, " examples"] = np.array([known[row["label"]] for row in texts], np.int32)
         self._pair_type = min(tokenizer.pair_type, token_types - 1) if masked else 0
         self._seconds: list[int] = []
-        self.tokens = Ragged(self._encode(texts, tokenizer, masked))
+        self.tokens = Ragged.of(self._encode(texts, tokenizer, masked))
+
+    @property
+    def sizes(self) -> Int[np.ndarray, "examples 2"]:
+        """Tokens per example; one position is scored."""
         lengths = self.tokens.lengths
-        self.sizes: Int[np.ndarray, "examples 2"] = np.stack([lengths, np.ones_like(lengths)], axis=1)
+        return np.stack([lengths, np.ones_like(lengths)], axis=1)
 
     def _encode(self, texts: Sequence[Mapping[str, str]], tokenizer: Tokenizer, masked: bool) -> list[list[int]]:
         before, after = tokenizer.frame(masked)
@@ -109,7 +114,8 @@ class LabelledRows(EncodedRows):
         if self._pair_type > 0:
             row["types"] = np.zeros(shape.length, np.int32)
         if index >= 0:
-            stop = place(row, [self.tokens[index]])
+            tokens = self.tokens[index]
+            stop = place(row, tokens, np.array([len(tokens)]))
             if self._pair_type > 0:
                 row["types"][self._seconds[index] : stop] = self._pair_type
             row["labels"] = self.ids[index]
@@ -121,7 +127,7 @@ class LabelledRows(EncodedRows):
         counts = np.bincount(self.ids, minlength=len(self.labels))
         return {
             "examples": len(self),
-            "tokens": int(self.sizes[:, 0].sum()),
+            "tokens": self.total,
             "cut_examples": int(self.cut),
             "labels": {label: int(count) for label, count in zip(self.labels, counts, strict=True)},
         }

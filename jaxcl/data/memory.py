@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -168,7 +169,11 @@ class SubsetRows(EncodedRows):
         self.group = rows.group
         self.name = rows.name
         self.task = rows.task
-        self.sizes: Int[np.ndarray, "examples 2"] = rows.sizes[self.indices]
+
+    @functools.cached_property
+    def sizes(self) -> Int[np.ndarray, "examples 2"]:
+        """Sizes of the kept examples."""
+        return self.rows.sizes[self.indices]
 
     def number(self, index: int) -> int:
         """Number of the example in the whole set."""
@@ -184,7 +189,7 @@ class SubsetRows(EncodedRows):
 
     def describe(self) -> dict[str, Any]:
         """Number of kept examples, of examples they were drawn from, and of kept tokens."""
-        return {"examples": len(self), "of": len(self.rows), "tokens": int(self.sizes[:, 0].sum())}
+        return {"examples": len(self), "of": len(self.rows), "tokens": self.total}
 
 
 class MemoryPipeline(Pipeline):

@@ -7,16 +7,22 @@ and answer are tokenised separately, so the answer's first token never depends o
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from jaxtyping import Int
 
+from jaxcl.data.cache import Cache
+from jaxcl.data.encode import NumberedRows, batched, encode_rows
+from jaxcl.data.examples import Shard, token_type
 from jaxcl.data.plan import Shape, choose_lengths
-from jaxcl.data.rows import EncodedRows, Noise, Ragged, RowFields, blank, place
+from jaxcl.data.ragged import Ragged
+from jaxcl.data.rows import EncodedRows, Noise, RowFields, blank, place
 from jaxcl.data.spec import TEMPLATES, DataConfig
+from jaxcl.data.split import Rows
 from jaxcl.data.tokenizer import Tokenizer
 from jaxcl.errors import UserError
 
@@ -119,6 +125,56 @@ def _body(prompt: str) -> str:
     return prompt.rstrip(" \t")
 
 
+class PairEncoder:
+    """Prompt-answer pairs to token sequences of two spans, prompt and answer; see `PairRows`."""
+
+    def __init__(self, tokenizer: Tokenizer, config: DataConfig, name: str) -> None:
+        self._tokenizer = tokenizer
+        self._config = config
+        self._name = name
+        self.dtype = token_type(tokenizer.vocab_size)
+        options = ("prompt_length", "answer_length", "template", "on_long_answer")
+        self.key = {
+            "kind": "pairs",
+            "tokenizer": tokenizer.fingerprint,
+            **{one: getattr(config, one) for one in options},
+        }
+
+    def shards(self, rows: NumberedRows) -> Iterator[Shard]:
+        """The examples of pairs; see `Encoder.shards`.
+
+        Raises:
+          UserError: an answer is longer than `answer_length`; names the first one, after all rows were read.
+        """
+        long: list[tuple[int, int]] = []
+        count = 0
+        for batch in batched(rows):
+            count += len(batch)
+            shard = self._shard(batch, long)
+            if not long or self._config.on_long_answer == "cut":
+                yield shard
+        if long and self._config.on_long_answer == "error":
+            number, length = long[0]
+            raise UserError(
+                f"{self._name} row {number + 1}: the answer has {length} tokens with its end token, "
+                f"data.answer_length is {self._config.answer_length} ({len(long)} of {count} answers are longer); "
+                "raise it, or set data.on_long_answer to cut"
+            )
+
+    def _shard(self, batch: Sequence[tuple[int, Mapping[str, str]]], long: list[tuple[int, int]]) -> Shard:
+        prompts = [row["prompt"] for _, row in batch]
+        encoded = encode_prompts(prompts, self._tokenizer, self._config)
+        answers = encode_answers([row["answer"] for _, row in batch], prompts, self._tokenizer, self._config)
+        closed = [[*answer, cast(int, self._tokenizer.eos_id)] for answer in answers]
+        limit = self._config.answer_length
+        over = [(number, len(answer)) for (number, _), answer in zip(batch, closed, strict=True) if len(answer) > limit]
+        long += over
+        closed = [answer[:limit] for answer in closed]
+        tokens = Ragged.of([prompt + answer for prompt, answer in zip(encoded.ids, closed, strict=True)], self.dtype)
+        spans = Ragged.of([(len(prompt), len(answer)) for prompt, answer in zip(encoded.ids, closed, strict=True)])
+        return Shard(tokens, spans, {"cut_prompts": encoded.cut, "cut_answers": len(over)})
+
+
 class PairRows(EncodedRows):
     """Encoded prompt-answer pairs; only the answer and its end token are scored.
 
@@ -126,9 +182,7 @@ class PairRows(EncodedRows):
     tokens, `targets` these tokens.
 
     Attributes:
-      texts: the pairs as given.
-      prompts: prompt tokens per example.
-      answers: answer tokens per example, end token included.
+      table: tokens per example, and the lengths of prompt and answer, end token included.
       cut_prompts: number of prompts cut on the left.
       cut_answers: number of answers cut on the right (only with `on_long_answer: cut`).
     """
@@ -137,13 +191,14 @@ class PairRows(EncodedRows):
 
     def __init__(
         self,
-        texts: Sequence[Mapping[str, str]],
+        texts: Rows | Sequence[Mapping[str, str]],
         tokenizer: Tokenizer,
         config: DataConfig,
         *,
         task: int,
         name: str,
         prompt_prefix: Sequence[int] = (),
+        cache: Cache | None = None,
     ) -> None:
         """Encodes all pairs.
 
@@ -154,35 +209,36 @@ class PairRows(EncodedRows):
           task: index of the task.
           name: name of task and split, for messages.
           prompt_prefix: token ids before every prompt, not counted in `prompt_length`; see `Method.prompt_prefix`.
+          cache: where streamed rows are encoded; see `encode_rows`.
 
         Raises:
           UserError: an answer is longer than `answer_length`, or the tokenizer has no end token.
         """
         if tokenizer.eos_id is None:
             raise UserError("the tokenizer has no end token (eos), which prompt-answer tasks need")
-        self.texts = texts
         self.task = task
         self.name = name
         self.config = config
         self.pad_id = tokenizer.pad_id
-        prompts = [row["prompt"] for row in texts]
-        encoded = encode_prompts(prompts, tokenizer, config)
-        answers = encode_answers([row["answer"] for row in texts], prompts, tokenizer, config)
-        closed = [[*answer, tokenizer.eos_id] for answer in answers]
-        over = [index for index, answer in enumerate(closed) if len(answer) > config.answer_length]
-        if over and config.on_long_answer == "error":
-            raise UserError(
-                f"{name} row {over[0] + 1}: the answer has {len(closed[over[0]])} tokens with its end token, "
-                f"data.answer_length is {config.answer_length} ({len(over)} of {len(texts)} answers are longer); "
-                "raise it, or set data.on_long_answer to cut"
-            )
-        self.cut_prompts = encoded.cut
-        self.cut_answers = len(over)
-        self.prompts = Ragged([*prompt_prefix, *ids] for ids in encoded.ids)
-        self.answers = Ragged(answer[: config.answer_length] for answer in closed)
-        self.sizes: Int[np.ndarray, "examples 2"] = np.stack(
-            [self.prompts.lengths + self.answers.lengths, self.answers.lengths], axis=1
-        )
+        self._prefix: Int[np.ndarray, " prefix"] = np.asarray(prompt_prefix, np.int32)
+        self.table = encode_rows(texts, PairEncoder(tokenizer, config, name), cache)
+        self.cut_prompts = self.table.count("cut_prompts")
+        self.cut_answers = self.table.count("cut_answers")
+
+    @functools.cached_property
+    def sizes(self) -> Int[np.ndarray, "examples 2"]:
+        """Tokens, and tokens of the answer with its end token, per example."""
+        return np.stack([self.table.lengths + len(self._prefix), self.table.every_second_span()], axis=1)
+
+    def prompt(self, index: int) -> Int[np.ndarray, " tokens"]:
+        """Tokens before the first token that is learned."""
+        tokens, spans = self.table[index]
+        return np.concatenate([self._prefix, tokens[: spans[0]].astype(np.int32)])
+
+    def answer(self, index: int) -> Int[np.ndarray, " tokens"]:
+        """The last tokens that are learned, end token included."""
+        tokens, spans = self.table[index]
+        return tokens[len(tokens) - int(spans[1::2][-1]) :].astype(np.int32)
 
     def shapes(self, others: Sequence[PairRows]) -> list[Shape]:
         """See `pair_shapes`."""
@@ -193,19 +249,22 @@ class PairRows(EncodedRows):
         row = blank(shape, self.pad_id)
         if index < 0:
             return row
-        prompt, answer = self.prompts[index], self.answers[index]
-        place(row, [np.concatenate([prompt, answer])])
-        count = len(answer)
-        row["predict"][:count] = np.arange(len(prompt) - 1, len(prompt) + count - 1)
-        row["targets"][:count] = answer
-        row["weights"][:count] = 1
+        tokens, spans = self.table[index]
+        tokens = np.concatenate([self._prefix, tokens]) if len(self._prefix) else tokens
+        place(row, tokens, np.array([len(tokens)]))
+        ends = len(self._prefix) + np.cumsum(spans, dtype=np.int64)
+        scored = [np.arange(start, stop) for start, stop in zip(ends[::2], ends[1::2], strict=False)]
+        at = scored[0] if len(scored) == 1 else np.concatenate(scored)
+        row["predict"][: len(at)] = at - 1
+        row["targets"][: len(at)] = tokens[at]
+        row["weights"][: len(at)] = 1
         return row
 
     def describe(self) -> dict[str, Any]:
         """Examples, tokens, scored tokens and cut examples."""
         return {
             "examples": len(self),
-            "tokens": int(self.sizes[:, 0].sum()),
+            "tokens": self.total,
             "scored_tokens": int(self.sizes[:, 1].sum()),
             "cut_prompts": self.cut_prompts,
             "cut_answers": self.cut_answers,

@@ -165,7 +165,7 @@ class Pipeline:
             raise UserError(f"{self.sources[0].name if self.sources else 'memory'}: no examples")
         self.shapes: list[Shape] = []
         self._groups: list[int] = []
-        self._buckets = np.zeros(self.examples, np.int64)
+        self._buckets = np.zeros(self.examples, np.uint8)
         for number, group in enumerate(dict.fromkeys(rows.group for rows in self.sources)):
             self._add_group(number, group, shapes if group == PairRows.group else None)
         self.steps_per_epoch = plan_steps(self._buckets, self._groups, batch_size)
@@ -176,15 +176,13 @@ class Pipeline:
         first = self.sources[members[0]]
         chosen = list(shapes) if shapes is not None else first.shapes([self.sources[index] for index in members[1:]])
         start = len(self.shapes)
-        limits = np.array([(shape.length, shape.predict or 0) for shape in chosen])
         for index in members:
-            # Shapes increase in both numbers: the first one that fits is the smallest.
-            fits: np.ndarray = np.all(self.sources[index].sizes[:, None, :] <= limits[None], axis=2)
-            if not fits.any(axis=1).all():
+            smallest = self.sources[index].smallest(chosen)
+            if smallest.max(initial=0) >= len(chosen):
                 raise ValueError(
                     f"shapes {chosen}: expected room for every example, one of {self.sources[index].name} does not fit"
                 )
-            self._buckets[self._offsets[index] : self._offsets[index + 1]] = start + fits.argmax(axis=1)
+            self._buckets[self._offsets[index] : self._offsets[index + 1]] = start + smallest
         self.shapes += chosen
         self._groups += [number] * len(chosen)
 
@@ -277,7 +275,7 @@ class Pipeline:
     def describe(self) -> dict[str, Any]:
         """Counts for the log and the report: steps, shapes, share of real tokens, and the counts of each source."""
         padded = sum(int((self._buckets == index).sum()) * shape.length for index, shape in enumerate(self.shapes))
-        tokens = sum(int(rows.sizes[:, 0].sum()) for rows in self.sources)
+        tokens = sum(rows.total for rows in self.sources)
         return {
             "examples": self.examples,
             "batch_size": self.batch_size,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NotRequired, TypedDict
 
 import numpy as np
@@ -41,31 +41,6 @@ class HostBatch(RowFields):
     memory: NotRequired[HostBatch | None]
 
 
-class Ragged:
-    """Integer sequences of different lengths in one flat array.
-
-    >>> ragged = Ragged([[5, 6], [], [7]])
-    >>> len(ragged), ragged[0].tolist(), ragged.lengths.tolist()
-    (3, [5, 6], [2, 0, 1])
-    """
-
-    def __init__(self, sequences: Iterable[Sequence[int]]) -> None:
-        arrays = [np.asarray(sequence, np.int32) for sequence in sequences]
-        self.values = np.concatenate(arrays) if arrays else np.zeros(0, np.int32)
-        self.offsets = np.concatenate([[0], np.cumsum([len(array) for array in arrays], dtype=np.int64)])
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __getitem__(self, index: int) -> Int[np.ndarray, " tokens"]:
-        return self.values[self.offsets[index] : self.offsets[index + 1]]
-
-    @property
-    def lengths(self) -> Int[np.ndarray, " sequences"]:
-        """Length of each sequence."""
-        return np.diff(self.offsets)
-
-
 class EncodedRows(abc.ABC):
     """The encoded examples of one split of one task.
 
@@ -73,16 +48,34 @@ class EncodedRows(abc.ABC):
       group: name of the kind of rows; only rows of the same group share a batch.
       name: name of the task.
       task: index of the task.
-      sizes: tokens and scored positions per example, int `[examples, 2]`.
     """
 
     group: str
     name: str
     task: int
-    sizes: Int[np.ndarray, "examples 2"]
 
     def __len__(self) -> int:
         return len(self.sizes)
+
+    @property
+    @abc.abstractmethod
+    def sizes(self) -> Int[np.ndarray, "examples 2"]:
+        """Tokens and scored positions per example."""
+
+    @property
+    def total(self) -> int:
+        """Tokens of all examples."""
+        return int(self.sizes[:, 0].sum())
+
+    def smallest(self, shapes: Sequence[Shape]) -> Int[np.ndarray, " examples"]:
+        """Number of the smallest shape that each example fits, uint8; `len(shapes)` if it fits none.
+
+        Args:
+          shapes: shapes that increase in both numbers.
+        """
+        limits = np.array([(shape.length, shape.predict or 0) for shape in shapes])
+        needed = [np.searchsorted(limits[:, axis], self.sizes[:, axis]) for axis in (0, 1)]
+        return np.maximum(*needed).astype(np.uint8)
 
     def number(self, index: int) -> int:
         """The example's number within the task's whole set."""
@@ -122,13 +115,15 @@ def blank(shape: Shape, pad_id: int) -> RowFields:
     return row
 
 
-def place(row: RowFields, pieces: Sequence[Int[np.ndarray, " tokens"]]) -> int:
-    """Writes `pieces` one after another into a blank row as segments 1, 2, ...; returns the number of tokens."""
-    start = 0
-    for number, piece in enumerate(pieces, 1):
-        stop = start + len(piece)
-        row["tokens"][start:stop] = piece
-        row["segments"][start:stop] = number
-        row["positions"][start:stop] = np.arange(len(piece))
-        start = stop
-    return start
+def place(row: RowFields, tokens: Int[np.ndarray, " tokens"], lengths: Int[np.ndarray, " segments"]) -> int:
+    """Writes tokens into a blank row as segments 1, 2, ... of the given lengths; returns the number of tokens."""
+    count = len(tokens)
+    row["tokens"][:count] = tokens
+    if len(lengths) == 1:
+        row["segments"][:count] = 1
+        row["positions"][:count] = np.arange(count)
+    else:
+        lengths = lengths.astype(np.int64)
+        row["segments"][:count] = np.repeat(np.arange(1, len(lengths) + 1), lengths)
+        row["positions"][:count] = np.arange(count) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    return count

@@ -5,23 +5,21 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-import string
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
+from jaxcl.data.cache import Cache
 from jaxcl.data.files import parse_json, read_text, split_lines
-from jaxcl.data.heldout import hold_out
+from jaxcl.data.formats.base import ListRecords, Record, Records
 from jaxcl.data.hubs import read_hf, read_tfds
+from jaxcl.data.opening import RowReader, divide, held_out, limited, open_splits, read_rows
 from jaxcl.data.spec import EndTaskSpec, Kind, SourceSpec, TaskSpec
-from jaxcl.data.values import as_text, class_names, json_kind, same_class
+from jaxcl.data.split import ListRows, Rows
+from jaxcl.data.values import class_names, json_kind, same_class
 from jaxcl.errors import UserError
 
-Record = Mapping[str, Any]
-Splits = dict[str, list[dict[str, str]]]
 SPLITS = ("train", "dev", "test")
 
 
@@ -42,17 +40,17 @@ class TaskData:
 
     name: str
     kind: Kind
-    train: Sequence[dict[str, str]]
-    dev: Sequence[dict[str, str]]
-    test: Sequence[dict[str, str]]
+    train: Rows
+    dev: Rows
+    test: Rows
     labels: tuple[str, ...] = ()
     where: Mapping[str, str] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
 
 class Raw(NamedTuple):
-    """What a scheme reads: records by split, where each split came from, class names that the source orders."""
+    """What a scheme finds: records by split, where each split came from, class names that the source orders."""
 
-    splits: dict[str, Sequence[Record]]
+    splits: dict[str, Records]
     where: dict[str, str]
     labels: tuple[str, ...] = ()
 
@@ -94,17 +92,19 @@ def expected_kind(spec: TaskSpec) -> Kind:
     return "pairs" if spec.prompt_template or spec.end_task is None else "text"
 
 
-def load_task(spec: TaskSpec, seed: int = 0) -> TaskData:
-    """Reads a task of the sequence.
+def load_task(spec: TaskSpec, seed: int = 0, cache: Cache | None = None) -> TaskData:
+    """Opens a task of the sequence.
 
     Args:
       spec: the task's section of the configuration.
       seed: seed of held-out splits and of the choice of rows under the limits `train`, `dev` and `test`.
+      cache: with a cache, the rows of files are read whenever they are needed, and what had to be counted is
+        remembered; without, all rows are read into memory.
 
     Raises:
       UserError: the source is unknown, cannot be read, is empty, or lacks a field.
     """
-    return _load(spec, spec.name, spec.kind, spec.prompt_template, seed)
+    return _load(spec, spec.name, spec.kind, spec.prompt_template, seed, cache)
 
 
 def load_end_task(spec: EndTaskSpec, name: str, seed: int = 0) -> TaskData:
@@ -115,7 +115,7 @@ def load_end_task(spec: EndTaskSpec, name: str, seed: int = 0) -> TaskData:
       name: name of the text domain.
       seed: see `load_task`.
     """
-    return _load(spec, spec.name or name, "labelled", None, seed)
+    return _load(spec, spec.name or name, "labelled", None, seed, None)
 
 
 def load_source(source: str, *, seed: int = 0, **options: Any) -> TaskData:
@@ -137,31 +137,43 @@ def load_source(source: str, *, seed: int = 0, **options: Any) -> TaskData:
     return load_task(TaskSpec(name=name, source=source, **options), seed)
 
 
-def _load(spec: SourceSpec, name: str, kind: Kind | None, template: str | None, seed: int) -> TaskData:
+def _load(
+    spec: SourceSpec, name: str, kind: Kind | None, template: str | None, seed: int, cache: Cache | None
+) -> TaskData:
     raw = _read(spec)
-    first = next((rows for rows in raw.splits.values() if len(rows)), None)
+    first = next((record for records in raw.splits.values() for record in _first(records)), None)
     if first is None:
         raise UserError(f"task {name}: {spec.source} is empty")
-    fields = _needed(spec, name, kind or source_kind(spec), template, first[0], raw.where)
-    found = {
-        split: _convert(records, fields, template, raw.where.get(split, spec.source))
-        for split, records in raw.splits.items()
-    }
-    if fields.kind == "text":
-        found = {split: [row for row in rows if row["text"].strip()] for split, rows in found.items()}
-    labels = _labels(raw, found, spec.source) if fields.kind == "labelled" else ()
-    rows = _split(found, spec.heldout, seed)
+    reader = RowReader(*_needed(spec, name, kind or source_kind(spec), template, first, raw.where), template)
+    read: dict[str, ListRows] = {}
+    opened: dict[str, Rows] = {}
+    for given, records in raw.splits.items():
+        if cache is None or reader.kind == "labelled" or isinstance(records, ListRecords):
+            read[given] = read_rows(records, reader)
+        else:
+            held = held_out(given, raw.splits)
+            opened |= open_splits(records, reader, given, held, spec.heldout, seed, cache)
+    labels = _labels(raw, read, spec.source) if reader.kind == "labelled" else ()
+    for given, rows in read.items():
+        opened |= divide(rows, given, held_out(given, raw.splits), spec.heldout, seed)
     for split in ("train", "test"):
-        if not rows[split]:
+        if not opened.get(split):
             raise UserError(f"task {name}: {raw.where.get(split, spec.source)} has no {split} rows")
     limits = {"train": spec.train, "dev": spec.dev, "test": spec.test}
-    chosen = {split: _limit(rows[split], limits[split], seed) for split in SPLITS}
+    chosen = {split: limited(opened.get(split, ListRows()), limits[split], seed, cache) for split in SPLITS}
     # A split that the source lacks is held out from the training rows.
     where = {split: raw.where.get(split, raw.where.get("train", spec.source)) for split in SPLITS}
-    return TaskData(name, fields.kind, chosen["train"], chosen["dev"], chosen["test"], labels, where)
+    return TaskData(name, reader.kind, chosen["train"], chosen["dev"], chosen["test"], labels, where)
 
 
-def _labels(raw: Raw, found: Splits, source: str) -> tuple[str, ...]:
+def _first(records: Records) -> Iterator[Record]:
+    for part in records.parts():
+        for _, record in records.read(part):
+            yield record
+            return
+
+
+def _labels(raw: Raw, found: Mapping[str, Rows], source: str) -> tuple[str, ...]:
     """Class names: the source's, or all that occur; rows of a class that only the evaluation has count as wrong.
 
     Rows get the class's name as their label, however they spell it.
@@ -212,18 +224,20 @@ def _read_json(rest: str, spec: SourceSpec) -> Raw:
         if not isinstance(rows, list):
             raise UserError(f"{folder / name}: expected a JSON list of objects, got {json_kind(rows)}")
         splits[split] = _objects(rows, folder / name)
-    return Raw(splits, where, _labels_file(folder))
+    return Raw({split: ListRecords(rows, where[split]) for split, rows in splits.items()}, where, _labels_file(folder))
 
 
 def _read_jsonl(rest: str, spec: SourceSpec) -> Raw:
     path = _existing(rest)
     if not path.is_dir():
-        return Raw({"all": _json_lines(path)}, {"all": str(path), **dict.fromkeys(SPLITS, str(path))})
+        return Raw(
+            {"all": ListRecords(_json_lines(path), str(path))}, {"all": str(path), **dict.fromkeys(SPLITS, str(path))}
+        )
     files = {split: file for split in SPLITS if (file := _first_file(path, split)) is not None}
     if "train" not in files:
         raise UserError(f"source jsonl:{rest}: {path / 'train.jsonl'} does not exist")
     return Raw(
-        {split: _json_lines(file) for split, file in files.items()},
+        {split: ListRecords(_json_lines(file), str(file)) for split, file in files.items()},
         {split: str(file) for split, file in files.items()},
         _labels_file(path),
     )
@@ -252,7 +266,7 @@ def _read_lines(rest: str, spec: SourceSpec) -> Raw:
         raise UserError(f"source text:{rest}: {path} is a folder; expected a text file, plain or gzip")
     lines = [line.strip() for line in split_lines(read_text(path))]
     rows: list[Record] = [{spec.text_field: line} for line in lines if line]
-    return Raw({"all": rows}, {"all": str(path), **dict.fromkeys(SPLITS, str(path))})
+    return Raw({"all": ListRecords(rows, str(path))}, {"all": str(path), **dict.fromkeys(SPLITS, str(path))})
 
 
 def _read_stdlib(rest: str, spec: SourceSpec) -> Raw:
@@ -266,8 +280,8 @@ def _read_stdlib(rest: str, spec: SourceSpec) -> Raw:
         "text": spec.text_field,
         "label": spec.label_field,
     }
-    splits: dict[str, Sequence[Record]] = {
-        split: [{rename.get(name, name): value for name, value in row.items()} for row in rows]
+    splits: dict[str, Records] = {
+        split: ListRecords([{rename.get(k, k): value for k, value in row.items()} for row in rows], f"stdlib:{rest}")
         for split, rows in found.splits.items()
     }
     return Raw(splits, dict.fromkeys((*SPLITS, "all"), f"stdlib:{rest}"), found.labels)
@@ -282,7 +296,8 @@ def _read_hub(read: Callable[..., Any], scheme: str) -> Callable[[str, SourceSpe
             kept["dev"] = splits["dev"]
         if "train" not in kept:
             raise UserError(f"source {scheme}:{rest}: no split called train; splits: {', '.join(splits) or 'none'}")
-        return Raw(kept, {split: f"{scheme}:{rest} {names[split]}" for split in SPLITS}, labels)
+        where = {split: f"{scheme}:{rest} {names[split]}" for split in SPLITS}
+        return Raw({split: ListRecords(rows, where[split]) for split, rows in kept.items()}, where, labels)
 
     return reader
 
@@ -300,15 +315,10 @@ _SCHEMES: dict[str, Callable[[str, SourceSpec], Raw]] = {
 # ---------------------------------------------------------------- records to rows
 
 
-class _Fields(NamedTuple):
-    kind: Kind
-    names: dict[str, str]  # name in the row -> name in the record
-
-
 def _needed(
     spec: SourceSpec, name: str, kind: Kind | None, template: str | None, sample: Record, where: dict[str, str]
-) -> _Fields:
-    """The fields that a row of the kind needs; an unknown kind is inferred from the fields of the first record."""
+) -> tuple[Kind, dict[str, str]]:
+    """The kind, and the fields that a row of it needs; an unknown kind is inferred from the fields of a record."""
     pairs = {"answer": spec.answer_field} | ({} if template else {"prompt": spec.prompt_field})
     labelled = {"text": spec.text_field, "label": spec.label_field}
     labelled |= {"pair": spec.pair_field} if spec.pair_field else {}
@@ -323,22 +333,10 @@ def _needed(
             f"{spec.prompt_field} and {spec.answer_field}, or {spec.text_field} (and {spec.label_field}); "
             "set prompt_field, answer_field, text_field or label_field to use other names"
         )
-    return _Fields(kind, needs[kind])
+    return kind, needs[kind]
 
 
-def _convert(records: Iterable[Record], fields: _Fields, template: str | None, where: str) -> list[dict[str, str]]:
-    wanted = [f for _, f, _, _ in string.Formatter().parse(template) if f] if template else []
-    rows = []
-    for number, record in enumerate(records, 1):
-        for field in (*fields.names.values(), *wanted):
-            if field not in record:
-                raise UserError(f"{where} row {number}: no field {field!r}; its fields are {_listed(record)}")
-        row = {name: as_text(record[field], field, where, number) for name, field in fields.names.items()}
-        if template:
-            values = {field: as_text(record[field], field, where, number) for field in wanted}
-            row["prompt"] = string.Formatter().vformat(template, (), values)
-        rows.append(row)
-    return rows
+# ---------------------------------------------------------------- helpers
 
 
 def _objects(rows: Sequence[Any], path: Path) -> Sequence[Record]:
@@ -346,30 +344,6 @@ def _objects(rows: Sequence[Any], path: Path) -> Sequence[Record]:
         if not isinstance(row, dict):
             raise UserError(f"{path} row {number}: expected a JSON object, got {json_kind(row)}")
     return rows
-
-
-def _split(found: Splits, heldout: float, seed: int) -> Splits:
-    """Completes the splits: a missing test split is held out from the training rows.
-
-    A source with a single file gets a development split in the same way. A source with splits but without a development
-    split gets none, because nothing depends on it.
-    """
-    train = found.get("all", found.get("train", []))
-    dev, test = found.get("dev", []), found.get("test")
-    if test is not None:
-        return {"train": train, "dev": dev, "test": test}
-    held = hold_out(train, heldout, seed, dev="all" in found)
-    return held if "all" in found else {**held, "dev": dev}
-
-
-def _limit(rows: list[dict[str, str]], limit: int | None, seed: int) -> list[dict[str, str]]:
-    if limit is None or limit >= len(rows):
-        return rows
-    chosen = np.random.default_rng((seed, len(rows))).permutation(len(rows))[:limit]
-    return [rows[index] for index in sorted(chosen)]
-
-
-# ---------------------------------------------------------------- helpers
 
 
 def _existing(rest: str) -> Path:

@@ -3,57 +3,87 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, cast
 
 import numpy as np
 from jaxtyping import Int
 
+from jaxcl.data.cache import Cache
+from jaxcl.data.encode import NumberedRows, batched, encode_rows
+from jaxcl.data.examples import SHARD_TOKENS, Shard, token_type
+from jaxcl.data.packing import pack
 from jaxcl.data.plan import Shape
-from jaxcl.data.rows import EncodedRows, Noise, Ragged, RowFields, blank, place
+from jaxcl.data.ragged import Ragged
+from jaxcl.data.rows import EncodedRows, Noise, RowFields, blank, place
 from jaxcl.data.spec import DataConfig
+from jaxcl.data.split import Rows
 from jaxcl.data.tokenizer import Tokenizer
 from jaxcl.errors import UserError
 
 Objective = Literal["causal", "masked"]
 
 
-def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Packs pieces into few rows by best-fit decreasing.
+class TextEncoder:
+    """Passages to rows of at most `length` tokens, each a sequence of segments; see `TextRows`.
 
-    Long pieces go first, each into the fullest row that still has room. The result depends only on the lengths, so all
-    processes have the same rows, and an iterator's position in them is one number.
-
-    Args:
-      lengths: tokens per piece, from 1 to `capacity`.
-      capacity: tokens per row.
-
-    Returns:
-      The indices of the pieces in each row.
-
-    >>> pack([3, 5, 2, 4], capacity=7)
-    [[1, 2], [3, 0]]
+    Rows are packed shard by shard, so that neither memory nor time grows faster than the text.
     """
-    rows: list[list[int]] = []
-    free: list[list[int]] = [[] for _ in range(capacity + 1)]  # free[n]: rows with n tokens left
-    spaces = 0  # bit n is set if free[n] is not empty
-    for piece in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        length = int(lengths[piece])
-        fitting = spaces >> length
-        if fitting:
-            space = length + (fitting & -fitting).bit_length() - 1
-            row = free[space].pop()
-            if not free[space]:
-                spaces &= ~(1 << space)
-        else:
-            space, row = capacity, len(rows)
-            rows.append([])
-        rows[row].append(piece)
-        left = space - length
-        if left:
-            free[left].append(row)
-            spaces |= 1 << left
-    return rows
+
+    def __init__(self, tokenizer: Tokenizer, config: DataConfig, objective: Objective) -> None:
+        self._tokenizer = tokenizer
+        self._objective = objective
+        self._length = config.length
+        self._packing = config.packing
+        self.dtype = token_type(tokenizer.vocab_size)
+        self.key = {
+            "kind": "text",
+            "tokenizer": tokenizer.fingerprint,
+            "objective": objective,
+            "length": config.length,
+            "packing": config.packing,
+        }
+
+    def shards(self, rows: NumberedRows) -> Iterator[Shard]:
+        """The rows of passages; see `Encoder.shards`."""
+        pieces: list[Ragged] = []
+        counts = {"passages": 0, "cut": 0}
+        for batch in batched(rows):
+            found = self._pieces([row["text"] for _, row in batch], counts)
+            counts["passages"] += len(batch)
+            pieces.append(found)
+            if sum(len(one.values) for one in pieces) >= SHARD_TOKENS:
+                yield self._packed(Ragged.joined(pieces), counts)
+                pieces, counts = [], {"passages": 0, "cut": 0}
+        if pieces:
+            yield self._packed(Ragged.joined(pieces), counts)
+
+    def _pieces(self, texts: Sequence[str], counts: dict[str, int]) -> Ragged:
+        masked = self._objective == "masked"
+        before, after = self._tokenizer.frame(masked)
+        room = self._length - len(before) - len(after)
+        ids = Ragged.of(self._tokenizer.encode_batch(texts), self.dtype)
+        ids = ids.take(np.flatnonzero(ids.lengths))
+        if not self._packing:
+            counts["cut"] += int((ids.lengths > room).sum())
+        if masked:
+            return (ids.split(room) if self._packing else ids.heads(room)).framed(before, after)
+        whole = ids.framed(before, after)
+        # A cut passage gets no end token: a causal model must not learn that it ends here.
+        pieces = whole.split(self._length) if self._packing else whole.heads(self._length)
+        # In a causal piece of one token there is nothing to predict.
+        return pieces.take(np.flatnonzero(pieces.lengths > 1))
+
+    def _packed(self, pieces: Ragged, counts: Mapping[str, int]) -> Shard:
+        lengths = pieces.lengths
+        if not self._packing:
+            return Shard(pieces, Ragged.cut(lengths, np.ones_like(lengths)), counts)
+        rows = pack(lengths.tolist(), self._length)
+        order = np.fromiter((piece for row in rows for piece in row), np.int64, len(lengths))
+        spans = Ragged.cut(lengths[order], np.fromiter(map(len, rows), np.int64, len(rows)))
+        sums = np.concatenate([[0], np.cumsum(spans.values)])
+        tokens = Ragged(pieces.take(order).values, sums[spans.offsets])
+        return Shard(tokens, spans, counts)
 
 
 class TextRows(EncodedRows):
@@ -67,8 +97,7 @@ class TextRows(EncodedRows):
     row continues in another. Without, a row holds one passage; one that is too long is cut and counted.
 
     Attributes:
-      pieces: token ids of the pieces that rows are made of.
-      rows: indices of the pieces in each row.
+      table: token ids of each row, and lengths of its segments.
       cut: number of passages cut on the right.
       fill: share of the rows' tokens that are not padding.
     """
@@ -77,13 +106,14 @@ class TextRows(EncodedRows):
 
     def __init__(
         self,
-        texts: Sequence[Mapping[str, str]],
+        texts: Rows | Sequence[Mapping[str, str]],
         tokenizer: Tokenizer,
         config: DataConfig,
         *,
         objective: Objective,
         task: int,
         name: str,
+        cache: Cache | None = None,
     ) -> None:
         """Encodes and packs all passages.
 
@@ -94,6 +124,7 @@ class TextRows(EncodedRows):
           objective: `causal` for a decoder, `masked` for an encoder.
           task: index of the task.
           name: name of task and split, for messages.
+          cache: where streamed rows are encoded; see `encode_rows`.
 
         Raises:
           UserError: the tokenizer has no mask token, or no passage has a token to predict.
@@ -109,38 +140,29 @@ class TextRows(EncodedRows):
         ordinary = np.setdiff1d(np.arange(tokenizer.vocab_size), list(tokenizer.special_ids))
         self._ordinary = ordinary.astype(np.int32)
         self._is_ordinary = np.isin(np.arange(tokenizer.vocab_size), ordinary)
-        self._passages = len(texts)
-        self.cut = 0
-        self.pieces = Ragged(self._split(texts, tokenizer))
-        lengths = self.pieces.lengths
-        if len(lengths) == 0:
+        self.table = encode_rows(texts, TextEncoder(tokenizer, config, objective), cache)
+        if not len(self.table):
             raise UserError(f"{name}: no passage has a token to predict")
-        self.rows = pack(lengths.tolist(), config.length) if config.packing else [[i] for i in range(len(lengths))]
-        tokens = np.array([lengths[row].sum() for row in self.rows], np.int64)
-        self.sizes: Int[np.ndarray, "examples 2"] = np.stack([tokens, np.zeros_like(tokens)], axis=1)
-        self.fill = float(tokens.sum() / (len(self.rows) * config.length))
+        self.cut = self.table.count("cut")
+        self.fill = self.table.total / (len(self.table) * config.length)
 
-    def _split(self, texts: Sequence[Mapping[str, str]], tokenizer: Tokenizer) -> list[list[int]]:
-        masked = self.objective == "masked"
-        before, after = tokenizer.frame(masked)
-        length = self.config.length
-        room = length - len(before) - len(after)
-        pieces: list[list[int]] = []
-        for ids in tokenizer.encode_batch([row["text"] for row in texts]):
-            if not ids:
-                continue
-            if not self.config.packing:
-                self.cut += len(ids) > room
-                # A cut passage gets no end token: a causal model must not learn that it ends here.
-                whole = before + ids[:room] + after if masked or len(ids) <= room else (before + ids)[:length]
-                pieces.append(whole)
-            elif masked:
-                pieces.extend(before + ids[start : start + room] + after for start in range(0, len(ids), room))
-            else:
-                whole = before + ids + after
-                pieces.extend(whole[start : start + length] for start in range(0, len(whole), length))
-        # In a causal piece of one token there is nothing to predict.
-        return pieces if masked else [piece for piece in pieces if len(piece) > 1]
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @property
+    def sizes(self) -> Int[np.ndarray, "examples 2"]:
+        """Tokens per row; all of them are scored, so that there is no number of scored positions."""
+        lengths = self.table.lengths
+        return np.stack([lengths, np.zeros_like(lengths)], axis=1)
+
+    @property
+    def total(self) -> int:
+        """Tokens of all rows."""
+        return self.table.total
+
+    def smallest(self, shapes: Sequence[Shape]) -> Int[np.ndarray, " examples"]:
+        """All rows have the one shape."""
+        return np.zeros(len(self), np.uint8)
 
     def shapes(self, others: Sequence[TextRows]) -> list[Shape]:
         """One shape: `length` tokens, of which all are scored, or as many as a full row has masked tokens."""
@@ -158,7 +180,8 @@ class TextRows(EncodedRows):
         row = blank(shape, self.pad_id)
         if index < 0:
             return row
-        used = place(row, [self.pieces[piece] for piece in self.rows[index]])
+        tokens, segments = self.table[index]
+        used = place(row, tokens, segments)
         if self.objective == "masked":
             self._mask(row, used, np.random.default_rng(noise))
         else:
@@ -187,9 +210,9 @@ class TextRows(EncodedRows):
     def describe(self) -> dict[str, Any]:
         """Passages, rows, tokens, cut passages and fill rate."""
         return {
-            "passages": self._passages,
+            "passages": self.table.count("passages"),
             "examples": len(self),
-            "tokens": int(self.sizes[:, 0].sum()),
-            "cut_passages": int(self.cut),
+            "tokens": self.total,
+            "cut_passages": self.cut,
             "fill": round(self.fill, 4),
         }

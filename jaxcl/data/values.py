@@ -13,20 +13,19 @@ import numpy as np
 from jaxcl.errors import UserError
 
 
-def as_text(value: Any, field: str, where: str, number: int) -> str:
+def as_text(value: Any, field: str, place: str) -> str:
     """A field of a record as text.
 
     A whole number is written without decimal places, whether it was read as an integer or as a float: a column with
     a missing value often turns `1` into `1.0`. Bytes that are not UTF-8 become U+FFFD.
 
-    >>> as_text(2.0, "answer", "rows.jsonl", 1), as_text(2.5, "answer", "rows.jsonl", 1)
+    >>> as_text(2.0, "answer", "rows.jsonl line 1"), as_text(2.5, "answer", "rows.jsonl line 2")
     ('2', '2.5')
 
     Args:
       value: the value.
       field: name of its field, for messages.
-      where: file or source of the record, for messages.
-      number: number of the row, from 1, for messages.
+      place: file and line of the record, for messages.
 
     Raises:
       UserError: the value is null, NaN, infinite, a list or an object, or holds half of a surrogate pair.
@@ -35,15 +34,15 @@ def as_text(value: Any, field: str, where: str, number: int) -> str:
         value = value.decode("utf-8", errors="replace")
     if isinstance(value, str):
         if half := lone_surrogate(value):
-            raise UserError(f"{where} row {number}: field {field!r} holds {half}; expected text")
+            raise UserError(f"{place}: field {field!r} holds {half}; expected text")
         return value
     if isinstance(value, bool | int | np.bool_ | np.integer):
         return str(value)
     if isinstance(value, float | np.floating):
         if not math.isfinite(value):
-            raise UserError(f"{where} row {number}: field {field!r} is {json_kind(value)}; expected text or a number")
+            raise UserError(f"{place}: field {field!r} is {json_kind(value)}; expected text or a number")
         return str(int(value)) if float(value).is_integer() and abs(float(value)) < 2**53 else str(value)
-    raise UserError(f"{where} row {number}: field {field!r} is {json_kind(value)}; expected text")
+    raise UserError(f"{place}: field {field!r} is {json_kind(value)}; expected text")
 
 
 def lone_surrogate(text: str) -> str | None:

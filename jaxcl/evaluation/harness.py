@@ -193,7 +193,7 @@ class HarnessModel(LM):
     def _row(self, example: Scoring, shape: Shape) -> RowFields:
         row = blank(shape, self.tokenizer.pad_id)
         tokens, count = np.asarray(example.tokens, np.int32), example.scored
-        place(row, [tokens[:-1]])
+        place(row, np.asarray(tokens[:-1]), np.array([len(tokens) - 1]))
         row["predict"][:count] = np.arange(len(tokens) - 1 - count, len(tokens) - 1)
         row["targets"][:count] = tokens[-count:]
         row["weights"][:count] = 1

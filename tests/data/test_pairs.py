@@ -39,11 +39,11 @@ def test_the_answers_tokens_are_the_same_whether_it_is_known_or_not(make, ending
     prompt = "Input: moving\n" + ending
     trained = PairRows([{"prompt": prompt, "answer": answer}], tokenizer, config, task=0, name="x")
     start = encode_prompts([prompt], tokenizer, config).ids[0]
-    assert trained.prompts[0].tolist() == start
+    assert trained.prompt(0).tolist() == start
     # Any other prompt of the same ending gives the same answer tokens.
     other = PairRows([{"prompt": "Now - " + ending, "answer": answer}], tokenizer, config, task=0, name="x")
-    assert trained.answers[0].tolist() == other.answers[0].tolist()
-    joined = tokenizer.decode([*start, *trained.answers[0].tolist()])
+    assert trained.answer(0).tolist() == other.answer(0).tolist()
+    joined = tokenizer.decode([*start, *trained.answer(0).tolist()])
     stripped = prompt.rstrip(" \t")
     assert joined == stripped + ("" if stripped.endswith("\n") else " ") + answer
 
@@ -59,7 +59,7 @@ def test_answers_are_tokenised_as_in_running_text():
 @pytest.mark.parametrize("index", range(len(PAIRS)))
 def test_a_row_scores_the_answer_and_its_end_and_nothing_else(index):
     encoded = rows()
-    prompt, answer = encoded.prompts[index].tolist(), encoded.answers[index].tolist()
+    prompt, answer = encoded.prompt(index).tolist(), encoded.answer(index).tolist()
     row = encoded.row(index, Shape(128, 12), ())
     text = prompt + answer
     assert row["tokens"][: len(text)].tolist() == text
@@ -84,7 +84,7 @@ def test_long_prompts_lose_their_left_part_and_answers_nothing():
     assert cut.cut == 1
     assert cut.ids[0] == [tokenizer.bos_id, *whole[-9:]]
     encoded = rows(PAIRS[:1], prompt_length=10)
-    assert encoded.answers[0].tolist() == rows(PAIRS[:1]).answers[0].tolist()
+    assert encoded.answer(0).tolist() == rows(PAIRS[:1]).answer(0).tolist()
     assert encoded.describe()["cut_prompts"] == 1
 
 
@@ -157,9 +157,9 @@ def test_a_long_answer_is_an_error_that_names_the_row_or_is_cut_and_counted():
         rows(pairs, answer_length=6)
     encoded = rows(pairs, answer_length=6, on_long_answer="cut")
     assert encoded.cut_answers == 1
-    assert len(encoded.answers[1]) == 6
-    assert small_tokenizer().eos_id not in encoded.answers[1]
-    assert encoded.answers[0][-1] == small_tokenizer().eos_id
+    assert len(encoded.answer(1)) == 6
+    assert small_tokenizer().eos_id not in encoded.answer(1)
+    assert encoded.answer(0)[-1] == small_tokenizer().eos_id
 
 
 def test_a_tokenizer_without_end_token_is_refused():
@@ -209,10 +209,10 @@ def test_what_fits_exactly_is_not_cut():
     tokenizer = small_tokenizer()
     pair = {"prompt": "Input: moving", "answer": "accident plan"}
     free = rows([pair])
-    prompt, answer = len(free.prompts[0]), len(free.answers[0])
+    prompt, answer = len(free.prompt(0)), len(free.answer(0))
     fitting = rows([pair], prompt_length=prompt, answer_length=answer, on_long_answer="cut")
     assert (fitting.cut_prompts, fitting.cut_answers) == (0, 0)
-    assert fitting.prompts[0].tolist() == free.prompts[0].tolist()
+    assert fitting.prompt(0).tolist() == free.prompt(0).tolist()
     tight = rows([pair], prompt_length=prompt - 1, answer_length=answer - 1, on_long_answer="cut")
     assert (tight.cut_prompts, tight.cut_answers) == (1, 1)
-    assert tokenizer.eos_id not in tight.answers[0]
+    assert tokenizer.eos_id not in tight.answer(0)

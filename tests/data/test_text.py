@@ -5,9 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxcl.data.packing import pack
 from jaxcl.data.plan import Shape
 from jaxcl.data.spec import DataConfig
-from jaxcl.data.text import TextRows, pack
+from jaxcl.data.text import TextRows
 from jaxcl.data.tokenizer import Tokenizer
 from jaxcl.errors import UserError
 from tests.tiny.texts import TEXTS, small_tokenizer
@@ -19,6 +20,14 @@ def rows(passages=PASSAGES, *, objective="causal", tokenizer=None, **options):
     options = {"length": 64, **options}
     config = DataConfig(**options)
     return TextRows(passages, tokenizer or small_tokenizer(), config, objective=objective, task=1, name="news train")
+
+
+def pieces_of(source):
+    found = []
+    for index in range(len(source)):
+        tokens, spans = source.table[index]
+        found += np.split(tokens, np.cumsum(spans)[:-1])
+    return [piece.tolist() for piece in found]
 
 
 def built(source, index, noise=(0, 0, 0, 0)):
@@ -52,7 +61,7 @@ def test_causal_rows_predict_the_next_token_of_their_own_segment(packing):
 def test_packing_loses_no_token():
     tokenizer = small_tokenizer()
     source = rows(length=32)
-    kept = sorted(source.pieces.values.tolist())
+    kept = sorted(i for piece in pieces_of(source) for i in piece)
     framed = [[tokenizer.bos_id, *tokenizer.encode(text["text"]), tokenizer.eos_id] for text in PASSAGES]
     assert kept == sorted(i for ids in framed for i in ids)
     shown = sum(int((built(source, index)["segments"] > 0).sum()) for index in range(len(source)))
@@ -63,7 +72,7 @@ def test_packing_loses_no_token():
 def test_long_passages_go_on_in_another_row_without_a_false_end():
     tokenizer = small_tokenizer()
     source = rows([{"text": "accident " * 100}], length=32)
-    pieces = [source.pieces[index].tolist() for index in range(len(source.pieces))]
+    pieces = pieces_of(source)
     assert pieces[0][0] == tokenizer.bos_id
     assert pieces[-1][-1] == tokenizer.eos_id
     flat = [i for piece in pieces for i in piece]
@@ -73,7 +82,7 @@ def test_long_passages_go_on_in_another_row_without_a_false_end():
 def test_an_encoder_sees_every_piece_in_its_frame():
     tokenizer = small_tokenizer()
     source = rows([{"text": "accident " * 100}], objective="masked", length=32)
-    pieces = [source.pieces[index].tolist() for index in range(len(source.pieces))]
+    pieces = pieces_of(source)
     assert all((piece[0], piece[-1]) == (tokenizer.cls_id, tokenizer.sep_id) for piece in pieces)
     assert [i for piece in pieces for i in piece[1:-1]] == tokenizer.encode("accident " * 100)
 
@@ -83,11 +92,11 @@ def test_a_passage_a_row_is_cut_and_counted():
     passages = [{"text": "accident " * 100}, {"text": "moving"}]
     causal = rows(passages, packing=False, length=32)
     assert (causal.cut, len(causal)) == (1, 2)
-    assert len(causal.pieces[0]) == 32
-    assert tokenizer.eos_id not in causal.pieces[0]
-    assert causal.pieces[1].tolist() == [tokenizer.bos_id, *tokenizer.encode("moving"), tokenizer.eos_id]
+    assert len(pieces_of(causal)[0]) == 32
+    assert tokenizer.eos_id not in pieces_of(causal)[0]
+    assert pieces_of(causal)[1] == [tokenizer.bos_id, *tokenizer.encode("moving"), tokenizer.eos_id]
     masked = rows(passages, objective="masked", packing=False, length=32)
-    assert masked.pieces[0][-1] == tokenizer.sep_id
+    assert pieces_of(masked)[0][-1] == tokenizer.sep_id
     assert masked.describe()["cut_passages"] == 1
 
 
@@ -156,6 +165,6 @@ def test_rows_of_different_length_share_no_batch():
 @pytest.mark.parametrize("objective", ["causal", "masked"])
 def test_a_passage_that_fits_exactly_is_not_cut(objective):
     free = rows(PASSAGES[:1], objective=objective, packing=False)
-    length = len(free.pieces[0])
+    length = len(pieces_of(free)[0])
     assert rows(PASSAGES[:1], objective=objective, packing=False, length=length).cut == 0
     assert rows(PASSAGES[:1], objective=objective, packing=False, length=length - 1).cut == 1

@@ -114,5 +114,5 @@ def _pairs(path: Path) -> list[Row]:
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict) or not {"prompt", "answer"} <= row.keys():
             raise UserError(f"{path} row {number}: expected an object with prompt and answer")
-        found.append({field: as_text(row[field], field, str(path), number) for field in ("prompt", "answer")})
+        found.append({field: as_text(row[field], field, f"{path} row {number}") for field in ("prompt", "answer")})
     return found

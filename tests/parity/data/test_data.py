@@ -105,8 +105,8 @@ def test_superni_answers_start_with_one_token_in_training_and_generation(templat
         starts = encode_prompts([row["prompt"] for row in task.test], tokenizer, config).ids
         firsts = {}
         for index, row in enumerate(task.test):
-            assert rows.prompts[index].tolist() == starts[index]
-            answer = rows.answers[index].tolist()
+            assert rows.prompt(index).tolist() == starts[index]
+            answer = rows.answer(index).tolist()
             assert tokenizer.decode(answer).strip() == row["answer"].strip()
             firsts.setdefault(row["answer"], set()).add(tuple(answer))
             if template == "plain":
@@ -171,7 +171,7 @@ def test_domains_pack_without_loss(name, fill, objective):
     stream = TextPipeline(domain(name).train, tokenizer, config, objective=objective, batch_size=16, name=name)
     assert stream.describe()["sources"][name]["fill"] > fill
     passages = tokenizer.encode_batch([row["text"] for row in domain(name).train])
-    special = np.isin(stream.sources[0].pieces.values, list(tokenizer.special_ids))
+    special = np.isin(stream.sources[0].table.shards[0].tokens.values, list(tokenizer.special_ids))
     assert (~special).sum() == sum(map(len, passages))
     if objective == "masked":
         scored = usual = 0

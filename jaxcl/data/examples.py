@@ -1,0 +1,132 @@
+"""Encoded examples: token sequences with the spans they consist of, in memory or in memory-mapped Arrow files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from jaxcl.data.ragged import Ragged
+from jaxcl.errors import UserError
+
+#: Tokens after which a shard ends. What is planned from the lengths of examples (packing) is planned per shard.
+SHARD_TOKENS = 4 * 2**20
+
+
+class Shard(NamedTuple):
+    """Examples that are stored together.
+
+    Attributes:
+      tokens: token ids of each example.
+      spans: lengths of the spans that each example consists of; they sum to its tokens.
+      counts: what the encoder has counted, such as cut passages.
+    """
+
+    tokens: Ragged
+    spans: Ragged
+    counts: Mapping[str, int]
+
+
+class ExampleTable:
+    """Examples of several shards, by number.
+
+    Attributes:
+      shards: the shards.
+    """
+
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        self.shards = list(shards)
+        self._starts = np.concatenate([[0], np.cumsum([len(shard.tokens) for shard in self.shards], dtype=np.int64)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, index: int) -> tuple[Int[np.ndarray, " tokens"], Int[np.ndarray, " spans"]]:
+        """Token ids and span lengths of an example."""
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        shard, local = self.shards[number], index - int(self._starts[number])
+        return shard.tokens[local], shard.spans[local]
+
+    @property
+    def total(self) -> int:
+        """Number of tokens of all examples."""
+        return sum(int(shard.tokens.offsets[-1] - shard.tokens.offsets[0]) for shard in self.shards)
+
+    @property
+    def lengths(self) -> Int[np.ndarray, " examples"]:
+        """Tokens of each example, int32."""
+        found = [shard.tokens.lengths.astype(np.int32) for shard in self.shards]
+        return np.concatenate(found) if found else np.zeros(0, np.int32)
+
+    def every_second_span(self) -> Int[np.ndarray, " examples"]:
+        """Sum of the spans 1, 3, ... of each example, counted from 0, int32."""
+        found = [np.zeros(0, np.int32)]
+        for shard in self.shards:
+            lengths = shard.spans.lengths
+            place = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+            kept = np.where(place % 2, shard.spans.flat, 0)
+            sums = np.concatenate([[0], np.cumsum(kept, dtype=np.int64)])
+            bounds = np.concatenate([[0], np.cumsum(lengths)])
+            found.append((sums[bounds[1:]] - sums[bounds[:-1]]).astype(np.int32))
+        return np.concatenate(found)
+
+    def count(self, name: str) -> int:
+        """The sum of a count over the shards."""
+        return sum(shard.counts.get(name, 0) for shard in self.shards)
+
+
+def token_type(vocab_size: int) -> np.dtype:
+    """The narrowest type for the ids of a vocabulary: uint16 or uint32."""
+    return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+
+
+def write_shards(path: Path, shards: Iterable[Shard], dtype: np.dtype) -> None:
+    """Writes an Arrow file with one record batch per shard; shards are consumed one at a time.
+
+    Args:
+      path: the file.
+      shards: the shards.
+      dtype: type of the token ids.
+
+    Raises:
+      OSError: the file cannot be written.
+    """
+    import pyarrow as pa
+
+    schema = pa.schema([("tokens", pa.large_list(pa.from_numpy_dtype(dtype))), ("spans", pa.list_(pa.uint32()))])
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        for shard in shards:
+            tokens = pa.LargeListArray.from_arrays(shard.tokens.offsets, pa.array(shard.tokens.values.astype(dtype)))
+            spans = pa.ListArray.from_arrays(
+                shard.spans.offsets.astype(np.int32), pa.array(shard.spans.values.astype(np.uint32))
+            )
+            # By hand: with a schema of nullable fields, nothing is copied.
+            batch = pa.record_batch([tokens, spans], schema=schema)
+            writer.write_batch(batch, custom_metadata={"counts": json.dumps(dict(shard.counts))})
+
+
+def read_shards(path: Path) -> list[Shard]:
+    """The shards of a file, memory-mapped: what is not read stays on disk.
+
+    Raises:
+      UserError: the file is missing or damaged.
+    """
+    import pyarrow as pa
+
+    try:
+        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        batches = [reader.get_batch_with_custom_metadata(index) for index in range(reader.num_record_batches)]
+    except (OSError, pa.ArrowInvalid) as error:
+        raise UserError(f"{path} is damaged: {str(error).splitlines()[0]}; remove it, it is written again") from error
+    return [
+        Shard(_ragged(batch.column(0)), _ragged(batch.column(1)), json.loads(metadata[b"counts"]))
+        for batch, metadata in batches
+    ]
+
+
+def _ragged(column: Any) -> Ragged:
+    return Ragged(column.values.to_numpy(zero_copy_only=True), column.offsets.to_numpy(zero_copy_only=True))

@@ -1,0 +1,173 @@
+"""From the records of a source to the rows of its splits, in memory or read when they are needed."""
+
+from __future__ import annotations
+
+import json
+import string
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxcl.data.cache import Cache
+from jaxcl.data.files import write_json
+from jaxcl.data.fingerprint import RowsHash, rows_print
+from jaxcl.data.formats.base import Record, Records
+from jaxcl.data.heldout import hold_out, rank
+from jaxcl.data.spec import Kind
+from jaxcl.data.split import ListRows, Row, Rows, StreamedRows
+from jaxcl.data.values import as_text
+from jaxcl.errors import UserError
+
+
+class RowReader:
+    """Records to rows.
+
+    Attributes:
+      kind: kind of the rows.
+      key: what a row follows from besides its record.
+    """
+
+    def __init__(self, kind: Kind, names: Mapping[str, str], template: str | None) -> None:
+        """Chooses fields.
+
+        Args:
+          kind: kind of the rows.
+          names: field of the record by field of the row.
+          template: prompt from fields of the record; none: its prompt field.
+        """
+        self.kind = kind
+        self.key: dict[str, Any] = {"kind": kind, "names": dict(names), "template": template}
+        self._names = dict(names)
+        self._template = template
+        self._wanted = [f for _, f, _, _ in string.Formatter().parse(template) if f] if template else []
+
+    def __call__(self, place: str, record: Record) -> Row | None:
+        """The row of a record; `None` for a passage without text.
+
+        Raises:
+          UserError: the record lacks a field, or a field is not text.
+        """
+        for field in (*self._names.values(), *self._wanted):
+            if field not in record:
+                fields = ", ".join(map(str, record)) or "none"
+                raise UserError(f"{place}: no field {field!r}; its fields are {fields}")
+        row = {name: as_text(record[field], field, place) for name, field in self._names.items()}
+        if self._template:
+            values = {field: as_text(record[field], field, place) for field in self._wanted}
+            row["prompt"] = string.Formatter().vformat(self._template, (), values)
+        return None if self.kind == "text" and not row["text"].strip() else row
+
+
+def held_out(given: str, splits: Mapping[str, Any]) -> tuple[str, ...]:
+    """The splits that are held out from the records of `given`, one of a source's `splits`.
+
+    A missing test split is held out from the training rows. A source with a single file gets a development split in
+    the same way. A source with splits but without a development split gets none, because nothing depends on it.
+    """
+    if given == "all":
+        return ("dev", "test")
+    return ("test",) if given == "train" and "test" not in splits else ()
+
+
+def read_rows(records: Records, reader: RowReader) -> ListRows:
+    """The rows of records, in memory."""
+    found = ListRows()
+    for part in records.parts():
+        for place, record in records.read(part):
+            if (row := reader(place, record)) is not None:
+                found.append(row)
+    return found
+
+
+def divide(rows: ListRows, given: str, held: tuple[str, ...], share: float, seed: int) -> dict[str, Rows]:
+    """Rows in memory by split; see `hold_out`."""
+    if not held:
+        return {given: rows}
+    return {split: ListRows(found) for split, found in hold_out(rows, share, seed, dev="dev" in held).items()}
+
+
+def open_splits(
+    records: Records, reader: RowReader, given: str, held: tuple[str, ...], share: float, seed: int, cache: Cache
+) -> dict[str, Rows]:
+    """The rows of some records by split, which are read when they are needed.
+
+    At first, all are read to count them and to take their fingerprints, which the cache keeps.
+    """
+    assign = _Assignment(held, share, seed, given)
+    key: dict[str, Any] = {"records": records.key(), "reader": reader.key, "held": held, "given": given}
+    if held:
+        key |= {"share": share, "seed": seed}
+    parts = records.parts()
+
+    def make(number: int, path: Path) -> None:
+        found = {split: RowsHash() for split in assign.splits}
+        for place, record in records.read(parts[number]):
+            if (row := reader(place, record)) is not None:
+                found[assign(row)].add(row)
+        write_json(path, {split: one.result() for split, one in found.items()})
+
+    scans = [json.loads(path.read_text()) for path in cache.build("scans", key, len(parts), make, ".json")]
+    opened: dict[str, Rows] = {}
+    for split in assign.splits:
+        whole = RowsHash()
+        for scan in scans:
+            whole = whole.join(RowsHash.read(scan[split]))
+        opened[split] = StreamedRows(
+            records,
+            assign.reading(reader, split),
+            counts=[scan[split]["rows"] for scan in scans],
+            chosen=None,
+            fingerprint=whole.result(),
+            key=key | {"split": split},
+        )
+    if not all(map(len, opened.values())):  # few rows: at least one different row goes to each split
+        return divide(read_rows(records, reader), given, held, share, seed)
+    return opened
+
+
+def limited(rows: Rows, limit: int | None, seed: int, cache: Cache | None = None) -> Rows:
+    """At most `limit` of the rows, chosen at random, in their order.
+
+    Args:
+      rows: the rows.
+      limit: largest number; none: all.
+      seed: seed of the choice.
+      cache: keeps the fingerprint of chosen rows that are streamed.
+    """
+    if limit is None or limit >= len(rows):
+        return rows
+    chosen = np.sort(np.random.default_rng((seed, len(rows))).permutation(len(rows))[:limit])
+    if cache is None or not isinstance(rows, StreamedRows):
+        return ListRows(rows.pick(chosen.tolist()))
+    some = rows.choose(chosen, {"limit": limit, "seed": seed})
+    paths = cache.build("scans", some.key, 1, lambda _, path: write_json(path, rows_print(some)), ".json")
+    return rows.choose(chosen, {"limit": limit, "seed": seed}, json.loads(paths[0].read_text()))
+
+
+class _Assignment:
+    """Which split a row belongs to."""
+
+    def __init__(self, held: tuple[str, ...], share: float, seed: int, given: str) -> None:
+        self.splits = ("train", *held) if held else (given,)
+        self._limits = {"test": share} | ({"dev": 2 * share} if "dev" in held else {}) if held else {}
+        self._rest = self.splits[0]
+        self._seed = seed
+
+    def __call__(self, row: Row) -> str:
+        if not self._limits:
+            return self._rest
+        found = rank(row, self._seed)
+        return next((split for split, limit in self._limits.items() if found < limit), self._rest)
+
+    def reading(self, reader: RowReader, split: str) -> Callable[[str, Record], Row | None]:
+        """Reads a record to a row of one split."""
+        if not self._limits:
+            return reader
+
+        def read(place: str, record: Record) -> Row | None:
+            row = reader(place, record)
+            return row if row is not None and self(row) == split else None
+
+        return read

@@ -1,0 +1,147 @@
+"""The rows of a split: in memory, or read from their source whenever they are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from jaxtyping import Int
+
+from jaxcl.data.fingerprint import RowsPrint, rows_print
+from jaxcl.data.formats.base import Part, Records
+
+Row = dict[str, str]
+
+
+class Rows(Protocol):
+    """Rows of a split, in a fixed order."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Row]: ...
+
+    def pick(self, numbers: Sequence[int]) -> list[Row]:
+        """The rows of the given numbers, which increase."""
+        ...
+
+    @property
+    def fingerprint(self) -> RowsPrint:
+        """Fingerprint of the rows, see `rows_print`."""
+        ...
+
+
+class ListRows(list[Row]):
+    """Rows in memory."""
+
+    def pick(self, numbers: Sequence[int]) -> list[Row]:
+        """The rows of the given numbers."""
+        return [self[number] for number in numbers]
+
+    @property
+    def fingerprint(self) -> RowsPrint:
+        """Fingerprint of the rows, see `rows_print`."""
+        return rows_print(self)
+
+
+class StreamedRows:
+    """Rows that are read from their source part by part, and never all in memory.
+
+    Attributes:
+      key: everything that the rows follow from, as JSON; see `Cache.build`.
+      parts: the parts of the source.
+      fingerprint: fingerprint of the rows.
+    """
+
+    def __init__(
+        self,
+        records: Records,
+        read: Callable[[str, Mapping[str, Any]], Row | None],
+        *,
+        counts: Sequence[int],
+        chosen: Int[np.ndarray, " chosen"] | None,
+        fingerprint: RowsPrint | None,
+        key: Mapping[str, Any],
+    ) -> None:
+        """Describes the rows; reads nothing, unless there is no `fingerprint`.
+
+        Args:
+          records: records of the source.
+          read: a record, and its place for messages, to its row; `None` if it does not belong to the split.
+          counts: number of rows in each part.
+          chosen: numbers of those rows that are used, increasing; none: all.
+          fingerprint: fingerprint of the rows that are used, if it is known.
+          key: everything that the rows follow from.
+        """
+        self.parts = records.parts()
+        self.key = key
+        self._records = records
+        self._read = read
+        self._starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        self._chosen = chosen
+        self._fingerprint = fingerprint
+
+    def choose(
+        self, chosen: Int[np.ndarray, " chosen"], key: Mapping[str, Any], fingerprint: RowsPrint | None = None
+    ) -> StreamedRows:
+        """Some of the rows.
+
+        Args:
+          chosen: their numbers, increasing.
+          key: what the choice follows from.
+          fingerprint: their fingerprint, if it is known.
+        """
+        counts = np.diff(self._starts).tolist()
+        key = {**self.key, "chosen": dict(key)}
+        return StreamedRows(self._records, self._read, counts=counts, chosen=chosen, fingerprint=fingerprint, key=key)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1]) if self._chosen is None else len(self._chosen)
+
+    def __iter__(self) -> Iterator[Row]:
+        for part in range(len(self.parts)):
+            for _, row in self.part(part):
+                yield row
+
+    def part(self, number: int) -> Iterator[tuple[int, Row]]:
+        """The rows of a part with their numbers."""
+        first = int(self._starts[number])
+        if self._chosen is None:
+            yield from enumerate(self._rows(self.parts[number]), first)
+            return
+        start, stop = (self._number_before(int(self._starts[number + step])) for step in (0, 1))
+        wanted = iter(enumerate(self._chosen[start:stop].tolist(), start))
+        found, at_next = next(wanted, (0, -1))
+        for at, row in enumerate(self._rows(self.parts[number]), first):
+            if at_next < 0:
+                return
+            if at == at_next:
+                yield found, row
+                found, at_next = next(wanted, (0, -1))
+
+    def pick(self, numbers: Sequence[int]) -> list[Row]:
+        """The rows of the given numbers, which increase; reads up to the last of them."""
+        wanted = set(numbers)
+        found: list[Row] = []
+        for part in range(len(self.parts)):
+            if len(found) == len(wanted):
+                break
+            first, stop = (self._number_before(int(self._starts[part + step])) for step in (0, 1))
+            if any(first <= number < stop for number in wanted):
+                found += [row for number, row in self.part(part) if number in wanted]
+        return found
+
+    @property
+    def fingerprint(self) -> RowsPrint:
+        """Fingerprint of the rows, see `rows_print`."""
+        if self._fingerprint is None:
+            self._fingerprint = rows_print(self)
+        return self._fingerprint
+
+    def _number_before(self, at: int) -> int:
+        return at if self._chosen is None else int(np.searchsorted(self._chosen, at))
+
+    def _rows(self, part: Part) -> Iterator[Row]:
+        for place, record in self._records.read(part):
+            if (row := self._read(place, record)) is not None:
+                yield row
