@@ -29,6 +29,12 @@ def optimisation(request: pytest.FixtureRequest) -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def data_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Encoded rows are kept in a folder of the tests, not in the user's."""
+    os.environ["JAXCL_DATA_CACHE"] = str(tmp_path_factory.mktemp("data_cache"))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # Whole runs take longest: with two workers, a module of them at the end would leave one waiting.
     items.sort(key=lambda item: item.path.parent != WHOLE_RUNS)

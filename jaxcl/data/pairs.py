@@ -134,7 +134,7 @@ class PairEncoder:
         self._name = name
         self.dtype = token_type(tokenizer.vocab_size)
         options = ("prompt_length", "answer_length", "template", "on_long_answer")
-        self.key = {
+        self.key: Mapping[str, Any] = {
             "kind": "pairs",
             "tokenizer": tokenizer.fingerprint,
             **{one: getattr(config, one) for one in options},

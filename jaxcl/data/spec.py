@@ -128,8 +128,18 @@ class DataConfig(Schema):
         "auto", description="row lengths of prompt-answer batches; auto: chosen for the least padding on the data"
     )
     length_multiple: int = Field(16, ge=1, description="auto chooses multiples of this")
+    cache: str | None = Field(
+        None,
+        description="folder that keeps encoded rows for later runs; none: jaxcl/data in the user's cache folder, or "
+        "$JAXCL_DATA_CACHE",
+    )
     prefetch: int = Field(4, ge=1, description="batches prefetched on the host")
     threads: int = Field(1, ge=1, description="threads that prepare batches")
+
+    @field_validator("cache")
+    @classmethod
+    def _cache_is_place(cls, value: str | None) -> str | None:
+        return value and place(value)
 
     @field_validator("template")
     @classmethod

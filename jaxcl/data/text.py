@@ -36,7 +36,7 @@ class TextEncoder:
         self._length = config.length
         self._packing = config.packing
         self.dtype = token_type(tokenizer.vocab_size)
-        self.key = {
+        self.key: Mapping[str, Any] = {
             "kind": "text",
             "tokenizer": tokenizer.fingerprint,
             "objective": objective,

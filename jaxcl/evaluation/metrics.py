@@ -306,13 +306,16 @@ def find_metric(name: str, kind: Kind | None = None) -> Metric:
     raise UserError(f"metric {name!r} {problem}{guess} allowed: {', '.join(valid)}", exit_code=2)
 
 
-def check_answers(name: str, rows: Sequence[Mapping[str, str]], where: str) -> None:
+def check_answers(
+    name: str, rows: Sequence[Mapping[str, str]], where: str, numbers: Sequence[int] | None = None
+) -> None:
     """Checks that a model which gives every expected answer would score 100.
 
     Args:
       name: name of a metric of answers.
       rows: the rows to be scored, with `prompt` and `answer`.
       where: task and split, for the message.
+      numbers: number of each row in its split, from 0; none: in order.
 
     Raises:
       UserError: the metric does not recognise an answer as right; exit code 2.
@@ -320,11 +323,11 @@ def check_answers(name: str, rows: Sequence[Mapping[str, str]], where: str) -> N
     metric = find_metric(name, "pairs")
     answers = [row["answer"] for row in rows]
     values = metric.each(answers, answers, [row.get("source", row["prompt"]) for row in rows])
-    for number, (answer, value) in enumerate(zip(answers, values, strict=True), 1):
+    for number, answer, value in zip(numbers or range(len(rows)), answers, values, strict=True):
         if value < 100 - 1e-6:
             shown = answer if len(answer) <= 60 else f"{answer[:60]}..."
             raise UserError(
-                f"{where} row {number}: by the metric {name} the right answer {shown!r} itself scores {value:.0f}, not "
-                f"100; choose another metric",
+                f"{where} row {number + 1}: by the metric {name} the right answer {shown!r} itself scores {value:.0f}, "
+                "not 100; choose another metric",
                 exit_code=2,
             )

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 
 from jaxcl.config import ExperimentConfig
-from jaxcl.data.fingerprint import rows_print
+from jaxcl.data.cache import Cache, Share
 from jaxcl.data.memory import TaskMemory
 from jaxcl.data.pairs import PairRows, pair_shapes
 from jaxcl.data.pipeline import Pipeline
@@ -19,10 +20,12 @@ from jaxcl.data.plan import Shape
 from jaxcl.data.rows import EncodedRows, HostBatch
 from jaxcl.data.sources import TaskData, load_end_task, load_task
 from jaxcl.data.spec import DataConfig, SourceSpec, TaskSpec, TokenizerConfig
-from jaxcl.data.text import Objective, TextRows
+from jaxcl.data.split import ListRows, Rows
+from jaxcl.data.text import TextRows
 from jaxcl.data.tokenizer import Tokenizer, prepare_tokenizer
 from jaxcl.errors import UserError
 from jaxcl.evaluation.metrics import check_answers
+from jaxcl.evaluation.scoring import drawn
 from jaxcl.methods.base import Method
 from jaxcl.models.network import Network
 from jaxcl.models.soft_tokens import SOFT_TOKENS, start_from_words
@@ -30,7 +33,7 @@ from jaxcl.models.trainable import Params, overlay
 from jaxcl.run.folder import RunFolder
 from jaxcl.sharding.layout import Layout
 from jaxcl.sharding.mesh import make_mesh
-from jaxcl.sharding.processes import on_first
+from jaxcl.sharding.processes import everywhere, on_each, on_first
 from jaxcl.training.config import check_batch_size
 from jaxcl.training.privacy import check_private
 from jaxcl.training.trainer import Trainer
@@ -48,6 +51,7 @@ class Components:
       method: the continual-learning method.
       layout: shardings of the run's arrays.
       trainer: the compiled step.
+      cache: where the rows of files are encoded.
     """
 
     config: ExperimentConfig
@@ -57,6 +61,7 @@ class Components:
     method: Method
     layout: Layout
     trainer: Trainer
+    cache: Cache
 
     @property
     def names(self) -> list[str]:
@@ -110,8 +115,15 @@ class Components:
             raise UserError(f"task {task.name}: no {split} examples")
         if task.kind == "pairs":
             return self._pairs(rows, index, task.name, self.config.data)
-        objective: Objective = "causal" if self.network.causal else "masked"
-        return TextRows(rows, self.tokenizer, self.config.data, objective=objective, task=index, name=task.name)
+        return TextRows(
+            rows,
+            self.tokenizer,
+            self.config.data,
+            objective="causal" if self.network.causal else "masked",
+            task=index,
+            name=task.name,
+            cache=self.cache,
+        )
 
     @functools.cached_property
     def end_tasks(self) -> Mapping[int, TaskData]:
@@ -126,7 +138,7 @@ class Components:
     @functools.cached_property
     def train_prints(self) -> list[str]:
         """Fingerprint of each task's training rows in their order."""
-        return [rows_print(task.train)["ordered"] for task in self.tasks]
+        return [task.train.fingerprint["ordered"] for task in self.tasks]
 
     def about(self, task: TaskMemory) -> dict[str, str | int]:
         """What a task's teacher store belongs to: the task, its rows and tokenizer, and the sizes of the model."""
@@ -145,9 +157,15 @@ class Components:
         data = self.config.data.model_copy(update={"on_long_answer": "cut"})
         return self._pairs(rows, index, name, data)
 
-    def _pairs(self, rows: Sequence[Mapping[str, str]], index: int, name: str, data: DataConfig) -> PairRows:
+    def _pairs(self, rows: Rows | Sequence[Mapping[str, str]], index: int, name: str, data: DataConfig) -> PairRows:
         return PairRows(
-            rows, self.tokenizer, data, task=index, name=name, prompt_prefix=self.method.prompt_prefix(index)
+            rows,
+            self.tokenizer,
+            data,
+            task=index,
+            name=name,
+            prompt_prefix=self.method.prompt_prefix(index),
+            cache=self.cache,
         )
 
     def pipeline(self, sources: list[EncodedRows], *, batch_size: int | None = None) -> Pipeline:
@@ -159,6 +177,22 @@ class Components:
         """
         size = batch_size or self.config.training.batch_size
         return Pipeline(sources, size, self.config.data, shapes=self.shapes)
+
+
+class Processes(Share):
+    """The work that the processes of a run share."""
+
+    def __init__(self) -> None:
+        self.index = jax.process_index()
+        self.count = jax.process_count()
+
+    def agree(self, found: bool) -> bool:
+        """Whether it is so in every process."""
+        return everywhere(found)
+
+    def together(self, action: Callable[[], object]) -> None:
+        """Runs an action in every process and waits for all; an error of one is raised in all."""
+        on_each(action)
 
 
 class ProcessShare:
@@ -196,23 +230,25 @@ def build(config: ExperimentConfig, folder: RunFolder) -> Components:
     if any(spec.end_task is not None for spec in config.tasks):
         size = config.evaluation.end_task.batch_size
         check_batch_size(size, 1, layout.batch_ways, processes, key="evaluation.end_task.batch_size")
-    tasks = tuple(_load(spec, config.data_root) for spec in config.tasks)
+    cache = Cache(config.data.cache, Processes())
+    tasks = tuple(_load(spec, config.data_root, cache) for spec in config.tasks)
     method = config.method.build(network, len(tasks))
     _check_tasks(config, tasks, method)
     _check_metrics(config, tasks)
     tokenizer = load_tokenizer(config, tasks, folder.tokenizer)
     tokenizer.check_vocab(network.vocab_size)
-    return Components(config, tasks, tokenizer, network, method, layout, make_trainer(config, method, layout))
+    trainer = make_trainer(config, method, layout)
+    return Components(config, tasks, tokenizer, network, method, layout, trainer, cache)
 
 
-def _load(spec: TaskSpec, root: str) -> TaskData:
+def _load(spec: TaskSpec, root: str, cache: Cache) -> TaskData:
     if not spec.data_gone:
-        return load_task(rooted(spec, root))
+        return load_task(rooted(spec, root), cache=cache)
     if spec.kind is None:
         raise UserError(
             f"task {spec.name}: its kind cannot be inferred, because data_gone is true; set kind", exit_code=2
         )
-    return TaskData(spec.name, spec.kind, (), (), ())
+    return TaskData(spec.name, spec.kind, ListRows(), ListRows(), ListRows())
 
 
 def longest_prefix(method: Method[Any]) -> int:
@@ -291,7 +327,9 @@ def _check_metrics(config: ExperimentConfig, tasks: tuple[TaskData, ...]) -> Non
     for spec, task in zip(config.tasks, tasks, strict=True):
         if task.kind == "pairs":
             metric = settings.metric_for("pairs", spec.metric)
-            check_answers(metric, getattr(task, settings.split), f"task {task.name}: {settings.split}")
+            rows: Rows = getattr(task, settings.split)
+            scored = drawn(len(rows), settings.limit)
+            check_answers(metric, rows.pick(scored), f"task {task.name}: {settings.split}", scored)
 
 
 Spec = TypeVar("Spec", bound=SourceSpec)
@@ -332,7 +370,7 @@ def _load_tokenizer(config: ExperimentConfig, tasks: tuple[TaskData, ...], folde
 
 def _texts(tasks: tuple[TaskData, ...], limit: int | None) -> Iterator[str]:
     for task in tasks:
-        for row in task.train[:limit]:
+        for row in itertools.islice(task.train, limit):
             yield from (value for key, value in row.items() if key in ("prompt", "answer", "text"))
 
 

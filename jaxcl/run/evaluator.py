@@ -56,6 +56,7 @@ class Evaluator:
     def __init__(self, parts: Components) -> None:
         self.parts = parts
         self.settings = parts.config.evaluation
+        self._rows: dict[int, list[dict[str, str]]] = {}
         self._texts: dict[int, ProcessShare] = {}
         self._end_tasks: dict[int, tuple[TaskData, dict[str, ProcessShare]]] = {}
 
@@ -130,7 +131,7 @@ class Evaluator:
         if of_beginning == "all":
             return
         settings, rows = self.settings, getattr(task, self.settings.split)
-        chosen = [rows[index] for index in drawn(len(rows), settings.limit)]
+        chosen = rows.pick(drawn(len(rows), settings.limit))
         answers, prompts = ([row[name] for row in chosen] for name in ("answer", "prompt"))
         encoded = encode_answers(answers, prompts, self.parts.tokenizer, self.parts.config.data)
         long = [len(tokens) for tokens in encoded if len(tokens) > settings.max_new_tokens]
@@ -159,13 +160,19 @@ class Evaluator:
 
     def _score_pairs(self, params: Params, index: int) -> Evaluation:
         scored = score_pairs(
-            getattr(self.parts.tasks[index], self.settings.split),
+            self._pairs(index),
             functools.partial(self._answer, params, index),
             self.metrics[index],
             batch_size=self.settings.batch_size,
-            limit=self.settings.limit,
         )
         return Evaluation(Score(scored.score), {}, scored.rows)
+
+    def _pairs(self, index: int) -> list[dict[str, str]]:
+        """The rows of a task that are scored, which are read once."""
+        if index not in self._rows:
+            rows = getattr(self.parts.tasks[index], self.settings.split)
+            self._rows[index] = rows.pick(drawn(len(rows), self.settings.limit))
+        return self._rows[index]
 
     @functools.cached_property
     def _generator(self) -> Generator:

@@ -6,6 +6,7 @@ run is resumed or extended, or its memory is read, they are compared before anyt
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,7 @@ def _fingerprints(parts: Components) -> dict[str, Any]:
 
 
 def _task_prints(task: TaskData) -> dict[str, RowsPrint]:
-    prints = {split: rows_print(getattr(task, split)) for split in SPLITS}
+    prints = {split: getattr(task, split).fingerprint for split in SPLITS}
     return prints | ({"labels": rows_print([{"label": label} for label in task.labels])} if task.labels else {})
 
 
@@ -147,5 +148,7 @@ def _change(old: RowsPrint, new: RowsPrint, rows: Any) -> str:
     if old["rows"] == new["rows"]:
         return f"{new['rows']} as before, some of them edited"
     counts = f"{old['rows']} before, {new['rows']} now"
-    appended = old["rows"] < new["rows"] and rows_print(rows[: old["rows"]])["ordered"] == old["ordered"]
+    appended = (
+        old["rows"] < new["rows"] and rows_print(itertools.islice(rows, old["rows"]))["ordered"] == old["ordered"]
+    )
     return f"{counts}, appended" if appended else f"{counts}, {'added' if old['rows'] < new['rows'] else 'removed'}"

@@ -18,6 +18,7 @@ from jaxcl.errors import UserError
 _FREE_KEYS = (
     "output",
     "data_root",  # the same data at another place: compared by content, see jaxcl.run.fingerprints
+    "data.cache",
     "training.log_every",
     "training.sinks",
     "training.checkpoint_every",

@@ -94,17 +94,37 @@ def on_first(action: Callable[[], object]) -> None:
     if jax.process_count() == 1:
         action()
         return
+    on_each(lambda: action() if is_first() else None)
+
+
+def on_each(action: Callable[[], object]) -> None:
+    """Runs an action in every process; each waits for the others.
+
+    All processes must call it.
+
+    Args:
+      action: what to run, such as a share of common work.
+
+    Raises:
+      UserError: the action failed in another process; its line.
+    """
     error: Exception | None = None
-    if is_first():
-        try:
-            action()
-        except Exception as caught:
-            error = caught
-    problem, code = _error_of_first(error)
+    try:
+        action()
+    except Exception as caught:
+        error = caught
+    problem, code = _first_error(error) if jax.process_count() > 1 else ("", 1)
     if error is not None:
         raise error
     if problem:
         raise UserError(problem, exit_code=code)
+
+
+def everywhere(found: bool) -> bool:
+    """Whether something is true in every process; all processes must call it."""
+    if jax.process_count() == 1:
+        return found
+    return bool(np.asarray(multihost_utils.process_allgather(np.int32(found))).all())
 
 
 def wait_for_all(point: str) -> None:
@@ -133,15 +153,19 @@ def leave(code: int) -> None:
     os._exit(code)
 
 
-def _error_of_first(error: Exception | None) -> tuple[str, int]:
-    """The error of process 0 and its exit code; an empty text if there was none."""
-    words = "" if error is None else str(error) if isinstance(error, UserError) else f"process 0 failed: {error!r}"
+def _first_error(error: Exception | None) -> tuple[str, int]:
+    """The error of the first process that has one and its exit code; an empty text if none has."""
+    process = jax.process_index()
+    words = (
+        "" if error is None else str(error) if isinstance(error, UserError) else f"process {process} failed: {error!r}"
+    )
     content = words.encode()[:_LONGEST_MESSAGE]
     message = np.zeros(_LONGEST_MESSAGE + 8, np.uint8)
     message[: len(content)] = np.frombuffer(content, np.uint8)
     message[-1] = getattr(error, "exit_code", 1)
-    received = np.asarray(multihost_utils.broadcast_one_to_all(message))
-    return bytes(received[:_LONGEST_MESSAGE]).rstrip(b"\0").decode(errors="replace"), int(received[-1])
+    received = np.asarray(multihost_utils.process_allgather(message)).reshape(-1, len(message))
+    found = received[int(np.argmax(received[:, 0] != 0))]
+    return bytes(found[:_LONGEST_MESSAGE]).rstrip(b"\0").decode(errors="replace"), int(found[-1])
 
 
 def _start_runtime(process: ProcessId) -> None:

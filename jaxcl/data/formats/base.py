@@ -11,7 +11,7 @@ Record = Mapping[str, Any]
 
 
 class Part(NamedTuple):
-    """What is read at once: a file, or a range of its bytes (whole lines that begin there), or some of its row groups."""
+    """What is read at once: a file, a range of its bytes (the lines that begin there), or some of its row groups."""
 
     path: str
     start: int = 0
