@@ -43,7 +43,7 @@ class RowReader:
         self._template = template
         self._wanted = [f for _, f, _, _ in string.Formatter().parse(template) if f] if template else []
 
-    def __call__(self, place: str, record: Record) -> Row | None:
+    def __call__(self, place: object, record: Record) -> Row | None:
         """The row of a record; `None` for a passage without text.
 
         Raises:
@@ -161,12 +161,12 @@ class _Assignment:
         found = rank(row, self._seed)
         return next((split for split, limit in self._limits.items() if found < limit), self._rest)
 
-    def reading(self, reader: RowReader, split: str) -> Callable[[str, Record], Row | None]:
+    def reading(self, reader: RowReader, split: str) -> Callable[[object, Record], Row | None]:
         """Reads a record to a row of one split."""
         if not self._limits:
             return reader
 
-        def read(place: str, record: Record) -> Row | None:
+        def read(place: object, record: Record) -> Row | None:
             row = reader(place, record)
             return row if row is not None and self(row) == split else None
 

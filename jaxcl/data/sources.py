@@ -5,19 +5,19 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxcl.data.cache import Cache
-from jaxcl.data.files import parse_json, read_text, split_lines
 from jaxcl.data.formats.base import ListRecords, Record, Records
+from jaxcl.data.formats.find import SCHEMES as FILE_SCHEMES
+from jaxcl.data.formats.find import find_records
 from jaxcl.data.hubs import read_hf, read_tfds
 from jaxcl.data.opening import RowReader, divide, held_out, limited, open_splits, read_rows
 from jaxcl.data.spec import EndTaskSpec, Kind, SourceSpec, TaskSpec
 from jaxcl.data.split import ListRows, Rows
-from jaxcl.data.values import class_names, json_kind, same_class
+from jaxcl.data.values import class_names, same_class
 from jaxcl.errors import UserError
 
 SPLITS = ("train", "dev", "test")
@@ -205,68 +205,13 @@ def _read(spec: SourceSpec) -> Raw:
 # ---------------------------------------------------------------- schemes
 
 
-def _read_json(rest: str, spec: SourceSpec) -> Raw:
-    folder = _existing(rest)
-    if not folder.is_dir():
-        raise UserError(f"source json:{rest}: {folder} is not a folder; expected train.json, test.json in a folder")
-    names = {"train": "train.json", "dev": "eval.json", "test": "test.json"}
-    if not (folder / "eval.json").exists() and (folder / "dev.json").exists():
-        names["dev"] = "dev.json"
-    if not (folder / "train.json").exists():
-        raise UserError(f"source json:{rest}: {folder / 'train.json'} does not exist")
-    splits: dict[str, Sequence[Record]] = {}
-    where = {}
-    for split, name in names.items():
-        if not (folder / name).exists():
-            continue
-        where[split] = str(folder / name)
-        rows = parse_json(read_text(folder / name), folder / name)
-        if not isinstance(rows, list):
-            raise UserError(f"{folder / name}: expected a JSON list of objects, got {json_kind(rows)}")
-        splits[split] = _objects(rows, folder / name)
-    return Raw({split: ListRecords(rows, where[split]) for split, rows in splits.items()}, where, _labels_file(folder))
+def _read_files(scheme: str) -> Callable[[str, SourceSpec], Raw]:
+    def reader(rest: str, spec: SourceSpec) -> Raw:
+        splits, labels = find_records(scheme, rest, text_field=spec.text_field)
+        where = {split: records.where for split, records in splits.items()}
+        return Raw(splits, dict.fromkeys(SPLITS, where["all"]) | where if "all" in where else where, labels)
 
-
-def _read_jsonl(rest: str, spec: SourceSpec) -> Raw:
-    path = _existing(rest)
-    if not path.is_dir():
-        return Raw(
-            {"all": ListRecords(_json_lines(path), str(path))}, {"all": str(path), **dict.fromkeys(SPLITS, str(path))}
-        )
-    files = {split: file for split in SPLITS if (file := _first_file(path, split)) is not None}
-    if "train" not in files:
-        raise UserError(f"source jsonl:{rest}: {path / 'train.jsonl'} does not exist")
-    return Raw(
-        {split: ListRecords(_json_lines(file), str(file)) for split, file in files.items()},
-        {split: str(file) for split, file in files.items()},
-        _labels_file(path),
-    )
-
-
-def _first_file(folder: Path, split: str) -> Path | None:
-    names = [f"{split}.jsonl", f"{split}.jsonl.gz"] + (["eval.jsonl", "validation.jsonl"] if split == "dev" else [])
-    return next((folder / name for name in names if (folder / name).exists()), None)
-
-
-def _json_lines(path: Path) -> Sequence[Record]:
-    rows = [
-        (number, parse_json(line, path, number))
-        for number, line in enumerate(split_lines(read_text(path)), 1)
-        if line.strip()
-    ]
-    for number, row in rows:
-        if not isinstance(row, dict):
-            raise UserError(f"{path} line {number}: expected a JSON object, got {json_kind(row)}")
-    return [row for _, row in rows]
-
-
-def _read_lines(rest: str, spec: SourceSpec) -> Raw:
-    path = _existing(rest)
-    if path.is_dir():
-        raise UserError(f"source text:{rest}: {path} is a folder; expected a text file, plain or gzip")
-    lines = [line.strip() for line in split_lines(read_text(path))]
-    rows: list[Record] = [{spec.text_field: line} for line in lines if line]
-    return Raw({"all": ListRecords(rows, str(path))}, {"all": str(path), **dict.fromkeys(SPLITS, str(path))})
+    return reader
 
 
 def _read_stdlib(rest: str, spec: SourceSpec) -> Raw:
@@ -303,9 +248,7 @@ def _read_hub(read: Callable[..., Any], scheme: str) -> Callable[[str, SourceSpe
 
 
 _SCHEMES: dict[str, Callable[[str, SourceSpec], Raw]] = {
-    "json": _read_json,
-    "jsonl": _read_jsonl,
-    "text": _read_lines,
+    **{scheme: _read_files(scheme) for scheme in FILE_SCHEMES},
     "tfds": _read_hub(read_tfds, "tfds"),
     "hf": _read_hub(read_hf, "hf"),
     "stdlib": _read_stdlib,
@@ -337,30 +280,6 @@ def _needed(
 
 
 # ---------------------------------------------------------------- helpers
-
-
-def _objects(rows: Sequence[Any], path: Path) -> Sequence[Record]:
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict):
-            raise UserError(f"{path} row {number}: expected a JSON object, got {json_kind(row)}")
-    return rows
-
-
-def _existing(rest: str) -> Path:
-    path = Path(rest).expanduser()
-    if not path.exists():
-        raise UserError(f"{path} does not exist")
-    return path
-
-
-def _labels_file(folder: Path) -> tuple[str, ...]:
-    path = folder / "labels.json"
-    if not path.exists():
-        return ()
-    labels = parse_json(read_text(path), path)
-    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-        raise UserError(f"{path}: expected a JSON list of label names")
-    return tuple(labels)
 
 
 def _listed(record: Record) -> str:

@@ -56,7 +56,7 @@ class StreamedRows:
     def __init__(
         self,
         records: Records,
-        read: Callable[[str, Mapping[str, Any]], Row | None],
+        read: Callable[[object, Mapping[str, Any]], Row | None],
         *,
         counts: Sequence[int],
         chosen: Int[np.ndarray, " chosen"] | None,

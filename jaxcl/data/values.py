@@ -13,7 +13,7 @@ import numpy as np
 from jaxcl.errors import UserError
 
 
-def as_text(value: Any, field: str, place: str) -> str:
+def as_text(value: Any, field: str, place: object) -> str:
     """A field of a record as text.
 
     A whole number is written without decimal places, whether it was read as an integer or as a float: a column with
@@ -25,7 +25,7 @@ def as_text(value: Any, field: str, place: str) -> str:
     Args:
       value: the value.
       field: name of its field, for messages.
-      place: file and line of the record, for messages.
+      place: file and line of the record, for messages; written as text.
 
     Raises:
       UserError: the value is null, NaN, infinite, a list or an object, or holds half of a surrogate pair.

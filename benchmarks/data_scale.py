@@ -1,0 +1,167 @@
+"""What data of any size costs: building the cache, memory, bytes, the first batch of a later start, and feeding.
+
+    python -m benchmarks.data_scale --megabytes 100,1000
+
+Passages are drawn from the embedded texts and written to a file; each measurement is a process of its own. Prints one
+JSON object, `sizes`, with per size:
+
+    cost_ratio          seconds to read, count, tokenise and write the corpus, divided by the seconds that `encode_batch`
+                        of `tokenizers` takes for the same lines in memory
+    peak_gb             largest memory of the process that builds the cache or feeds from it
+    bytes_per_token     size of the cache
+    first_batch_s       from a task's configuration to its first batch, with the cache, after the imports
+    feed_tokens_per_s   tokens in batches of 2,048-token rows in random order
+    masked_tokens_per_s the same for masked rows of 164 tokens
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import random
+import re
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from jaxcl.data.cache import Cache
+from jaxcl.data.pipeline import Pipeline, iterate
+from jaxcl.data.sources import load_source, load_task
+from jaxcl.data.spec import DataConfig, TaskSpec
+from jaxcl.data.text import Objective, TextRows
+from jaxcl.data.tokenizer import Tokenizer
+
+SOURCES = ("python_topics", "docstrings:numpy", "docstrings:jax", "docstrings:asyncio")
+VOCABULARY = 32_000
+SECONDS = 10.0
+
+
+def sentences() -> list[str]:
+    """Sentences of the embedded texts."""
+    found: list[str] = []
+    for name in SOURCES:
+        for row in load_source(f"stdlib:{name}").train:
+            found += [part for part in re.split(r"(?<=[.!?])\s+", row["text"]) if 20 < len(part) < 400]
+    return found
+
+
+def write_corpus(path: Path, megabytes: float) -> None:
+    """A text file of passages of one to eight sentences."""
+    pool, draw = sentences(), random.Random(0)
+    left = megabytes * 1e6
+    with path.open("w", encoding="utf-8") as file:
+        while left > 0:
+            line = " ".join(draw.choices(pool, k=draw.randint(1, 8))).replace("\n", " ") + "\n"
+            file.write(line)
+            left -= len(line.encode())
+
+
+def lists_of(lines: Iterator[str], count: int = 2000) -> Iterator[list[str]]:
+    """Lines in lists."""
+    while found := list(itertools.islice(lines, count)):
+        yield found
+
+
+def reference(folder: Path) -> dict[str, float]:
+    """Seconds of `encode_batch` alone over all lines."""
+    backend = Tokenizer.load(folder / "tokenizer").backend
+    seconds = 0.0
+    with (folder / "corpus.txt").open(encoding="utf-8") as file:
+        for lines in lists_of(line.strip() for line in file):
+            started = time.perf_counter()
+            backend.encode_batch(lines, add_special_tokens=False)
+            seconds += time.perf_counter() - started
+    return {"seconds": seconds}
+
+
+def rows_of(folder: Path, objective: Objective = "causal", **options: int) -> TextRows:
+    """The training rows of the corpus, encoded in the cache."""
+    cache = Cache(folder / "cache")
+    task = load_task(TaskSpec(name="corpus", source=f"text:{folder / 'corpus.txt'}", heldout=0.001), cache=cache)
+    config = DataConfig(**options)  # type: ignore[arg-type]
+    tokenizer = Tokenizer.load(folder / "tokenizer")
+    return TextRows(task.train, tokenizer, config, objective=objective, task=0, name="corpus", cache=cache)
+
+
+def build(folder: Path, objective: Objective = "causal", length: int = 2048) -> dict[str, float]:
+    """Seconds to build the cache, and its bytes per token."""
+    started = time.perf_counter()
+    rows = rows_of(folder, objective, length=length)
+    seconds = time.perf_counter() - started
+    size = sum(path.stat().st_size for path in (folder / "cache" / "tokens").rglob("*") if path.is_file())
+    return {"seconds": seconds, "bytes_per_token": size / rows.total, "tokens": rows.total}
+
+
+def feed(folder: Path, objective: Objective = "causal", length: int = 2048, batch: int = 16) -> dict[str, float]:
+    """Seconds to the first batch, and tokens per second after it."""
+    started = time.perf_counter()
+    pipeline = Pipeline([rows_of(folder, objective, length=length)], batch, DataConfig())
+    batches = iterate(pipeline, seed=0)
+    next(batches)
+    first = time.perf_counter() - started
+    tokens, begun = 0, time.perf_counter()
+    while (seconds := time.perf_counter() - begun) < SECONDS:
+        tokens += int((next(batches)["segments"] > 0).sum())
+    return {"first_batch_s": first, "tokens_per_s": tokens / seconds}
+
+
+PARTS = {
+    "reference": reference,
+    "build": build,
+    "feed": feed,
+    "build_masked": lambda folder: build(folder, "masked", 164),
+    "feed_masked": lambda folder: feed(folder, "masked", 164, 64),
+}
+
+
+def measured(part: str, folder: Path) -> dict[str, float]:
+    """One measurement in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.data_scale", "--part", part, "--folder", str(folder)]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+
+
+def measure(megabytes: float, folder: Path) -> dict[str, float]:
+    """All measurements for one size."""
+    write_corpus(folder / "corpus.txt", megabytes)
+    found = {part: measured(part, folder) for part in PARTS}
+    return {
+        "megabytes": megabytes,
+        "cost_ratio": round(found["build"]["seconds"] / found["reference"]["seconds"], 3),
+        "peak_gb": round(max(found[part]["peak_gb"] for part in ("build", "feed", "build_masked", "feed_masked")), 3),
+        "bytes_per_token": round(found["build"]["bytes_per_token"], 3),
+        "first_batch_s": round(found["feed"]["first_batch_s"], 2),
+        "feed_tokens_per_s": round(found["feed"]["tokens_per_s"]),
+        "masked_tokens_per_s": round(found["feed_masked"]["tokens_per_s"]),
+        "tokens": found["build"]["tokens"],
+        "encode_batch_s": round(found["reference"]["seconds"], 1),
+    }
+
+
+def main() -> None:
+    """See the module's text."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--megabytes", default="100,1000", help="sizes of the corpora")
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.part:
+        found = PARTS[options.part](options.folder)
+        found["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        print(json.dumps(found))
+        return
+    sizes = []
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        Tokenizer.train(sentences(), VOCABULARY).save(folder / "tokenizer")
+        for megabytes in options.megabytes.split(","):
+            sizes.append(measure(float(megabytes), folder))
+    print(json.dumps({"sizes": sizes}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
