@@ -5,7 +5,7 @@
 Passages are drawn from the embedded texts and written to a file; each measurement is a process of its own. Prints one
 JSON object, `sizes`, with per size:
 
-    cost_ratio          seconds to read, count, tokenise and write the corpus, divided by the seconds that `encode_batch`
+    cost_ratio          seconds to read, count, tokenise and write the corpus, over the seconds that `encode_batch`
                         of `tokenizers` takes for the same lines in memory
     peak_gb             largest memory of the process that builds the cache or feeds from it
     bytes_per_token     size of the cache

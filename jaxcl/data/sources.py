@@ -15,6 +15,7 @@ from jaxcl.data.formats.find import SCHEMES as FILE_SCHEMES
 from jaxcl.data.formats.find import find_records
 from jaxcl.data.hubs import read_hf, read_tfds
 from jaxcl.data.opening import RowReader, divide, held_out, limited, open_splits, read_rows
+from jaxcl.data.repeats import without_repeats
 from jaxcl.data.spec import EndTaskSpec, Kind, SourceSpec, TaskSpec
 from jaxcl.data.split import ListRows, Rows
 from jaxcl.data.values import class_names, same_class
@@ -92,7 +93,7 @@ def expected_kind(spec: TaskSpec) -> Kind:
     return "pairs" if spec.prompt_template or spec.end_task is None else "text"
 
 
-def load_task(spec: TaskSpec, seed: int = 0, cache: Cache | None = None) -> TaskData:
+def load_task(spec: TaskSpec, seed: int = 0, cache: Cache | None = None, *, deduplicate: bool = False) -> TaskData:
     """Opens a task of the sequence.
 
     Args:
@@ -100,11 +101,12 @@ def load_task(spec: TaskSpec, seed: int = 0, cache: Cache | None = None) -> Task
       seed: seed of held-out splits and of the choice of rows under the limits `train`, `dev` and `test`.
       cache: with a cache, the rows of files are read whenever they are needed, and what had to be counted is
         remembered; without, all rows are read into memory.
+      deduplicate: leave out training rows that repeat an earlier one, see `without_repeats`.
 
     Raises:
       UserError: the source is unknown, cannot be read, is empty, or lacks a field.
     """
-    return _load(spec, spec.name, spec.kind, spec.prompt_template, seed, cache)
+    return _load(spec, spec.name, spec.kind, spec.prompt_template, seed, cache, deduplicate)
 
 
 def load_end_task(spec: EndTaskSpec, name: str, seed: int = 0) -> TaskData:
@@ -115,7 +117,7 @@ def load_end_task(spec: EndTaskSpec, name: str, seed: int = 0) -> TaskData:
       name: name of the text domain.
       seed: see `load_task`.
     """
-    return _load(spec, spec.name or name, "labelled", None, seed, None)
+    return _load(spec, spec.name or name, "labelled", None, seed)
 
 
 def load_source(source: str, *, seed: int = 0, **options: Any) -> TaskData:
@@ -138,7 +140,13 @@ def load_source(source: str, *, seed: int = 0, **options: Any) -> TaskData:
 
 
 def _load(
-    spec: SourceSpec, name: str, kind: Kind | None, template: str | None, seed: int, cache: Cache | None
+    spec: SourceSpec,
+    name: str,
+    kind: Kind | None,
+    template: str | None,
+    seed: int,
+    cache: Cache | None = None,
+    deduplicate: bool = False,
 ) -> TaskData:
     raw = _read(spec)
     first = next((record for records in raw.splits.values() for record in _first(records)), None)
@@ -159,6 +167,8 @@ def _load(
     for split in ("train", "test"):
         if not opened.get(split):
             raise UserError(f"task {name}: {raw.where.get(split, spec.source)} has no {split} rows")
+    if deduplicate:
+        opened["train"] = without_repeats(opened["train"], cache)
     limits = {"train": spec.train, "dev": spec.dev, "test": spec.test}
     chosen = {split: limited(opened.get(split, ListRows()), limits[split], seed, cache) for split in SPLITS}
     # A split that the source lacks is held out from the training rows.

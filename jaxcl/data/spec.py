@@ -128,6 +128,11 @@ class DataConfig(Schema):
         "auto", description="row lengths of prompt-answer batches; auto: chosen for the least padding on the data"
     )
     length_multiple: int = Field(16, ge=1, description="auto chooses multiples of this")
+    deduplicate: bool = Field(
+        False,
+        description="leave out training rows that repeat an earlier one of the task; case and white space make no "
+        "difference",
+    )
     cache: str | None = Field(
         None,
         description="folder that keeps encoded rows for later runs; none: jaxcl/data in the user's cache folder, or "

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 from jaxtyping import Int
 
+from jaxcl.data.cache import Cache
+from jaxcl.data.files import write_json
 from jaxcl.data.fingerprint import RowsPrint, rows_print
 from jaxcl.data.formats.base import Part, Records
 
@@ -81,19 +84,28 @@ class StreamedRows:
         self._chosen = chosen
         self._fingerprint = fingerprint
 
-    def choose(
-        self, chosen: Int[np.ndarray, " chosen"], key: Mapping[str, Any], fingerprint: RowsPrint | None = None
-    ) -> StreamedRows:
+    def choose(self, chosen: Int[np.ndarray, " chosen"], key: Mapping[str, Any], cache: Cache) -> StreamedRows:
         """Some of the rows.
 
         Args:
           chosen: their numbers, increasing.
           key: what the choice follows from.
-          fingerprint: their fingerprint, if it is known.
+          cache: keeps their fingerprint.
         """
-        counts = np.diff(self._starts).tolist()
-        key = {**self.key, "chosen": dict(key)}
-        return StreamedRows(self._records, self._read, counts=counts, chosen=chosen, fingerprint=fingerprint, key=key)
+
+        def some(fingerprint: RowsPrint | None) -> StreamedRows:
+            return StreamedRows(
+                self._records,
+                self._read,
+                counts=np.diff(self._starts).tolist(),
+                chosen=chosen if self._chosen is None else self._chosen[chosen],
+                fingerprint=fingerprint,
+                key={**self.key, "chosen": [*self.key.get("chosen", []), dict(key)]},
+            )
+
+        found = some(None)
+        paths = cache.build("prints", found.key, 1, lambda _, path: write_json(path, found.fingerprint), ".json")
+        return some(json.loads(paths[0].read_text()))
 
     def __len__(self) -> int:
         return int(self._starts[-1]) if self._chosen is None else len(self._chosen)

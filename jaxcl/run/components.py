@@ -231,7 +231,7 @@ def build(config: ExperimentConfig, folder: RunFolder) -> Components:
         size = config.evaluation.end_task.batch_size
         check_batch_size(size, 1, layout.batch_ways, processes, key="evaluation.end_task.batch_size")
     cache = Cache(config.data.cache, Processes())
-    tasks = tuple(_load(spec, config.data_root, cache) for spec in config.tasks)
+    tasks = tuple(_load(spec, config, cache) for spec in config.tasks)
     method = config.method.build(network, len(tasks))
     _check_tasks(config, tasks, method)
     _check_metrics(config, tasks)
@@ -241,9 +241,9 @@ def build(config: ExperimentConfig, folder: RunFolder) -> Components:
     return Components(config, tasks, tokenizer, network, method, layout, trainer, cache)
 
 
-def _load(spec: TaskSpec, root: str, cache: Cache) -> TaskData:
+def _load(spec: TaskSpec, config: ExperimentConfig, cache: Cache) -> TaskData:
     if not spec.data_gone:
-        return load_task(rooted(spec, root), cache=cache)
+        return load_task(rooted(spec, config.data_root), cache=cache, deduplicate=config.data.deduplicate)
     if spec.kind is None:
         raise UserError(
             f"task {spec.name}: its kind cannot be inferred, because data_gone is true; set kind", exit_code=2
