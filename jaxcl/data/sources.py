@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -149,7 +149,7 @@ def _load(
     deduplicate: bool = False,
 ) -> TaskData:
     raw = _read(spec)
-    first = next((record for records in raw.splits.values() for record in _first(records)), None)
+    first = next(filter(None, map(_first, raw.splits.values())), None)
     if first is None:
         raise UserError(f"task {name}: {spec.source} is empty")
     reader = RowReader(*_needed(spec, name, kind or source_kind(spec), template, first, raw.where), template)
@@ -176,11 +176,11 @@ def _load(
     return TaskData(name, reader.kind, chosen["train"], chosen["dev"], chosen["test"], labels, where)
 
 
-def _first(records: Records) -> Iterator[Record]:
+def _first(records: Records) -> Record | None:
     for part in records.parts():
         for _, record in records.read(part):
-            yield record
-            return
+            return record
+    return None
 
 
 def _labels(raw: Raw, found: Mapping[str, Rows], source: str) -> tuple[str, ...]:

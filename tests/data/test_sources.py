@@ -152,7 +152,11 @@ def test_unknown_sources_are_named_with_the_nearest(source, message):
     ("files", "source", "message"),
     [
         ({"train.json": '[{"prompt": "a",\n "answer": }]'}, "json", "train.json line 2 column 12 is not valid JSON"),
-        ({"train.json": '{"prompt": "a"}'}, "json", "train.json row 1 has the fields prompt; expected prompt and answer"),
+        (
+            {"train.json": '{"prompt": "a"}'},
+            "json",
+            "train.json row 1 has the fields prompt; expected prompt and answer",
+        ),
         ({"train.json": "[1]"}, "json", "train.json row 1: expected a JSON object, got int"),
         ({"train.json": "[]", "test.json": "[]"}, "json", "is empty"),
         ({"test.json": "[]"}, "json", "train.json does not exist"),
