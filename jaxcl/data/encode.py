@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from jaxcl.data.cache import Cache
 from jaxcl.data.examples import ExampleTable, Shard, read_shards, write_shards
-from jaxcl.data.split import Row, Rows, StreamedRows
+from jaxcl.data.split import Rows, StreamedRows
 
+T = TypeVar("T")
 NumberedRows = Iterable[tuple[int, Mapping[str, str]]]
 # Characters that are tokenised at once: enough for all cores, little enough to hold the results.
 _CHARACTERS = 2**20
@@ -54,6 +56,16 @@ def encode_rows(rows: Rows | Sequence[Mapping[str, str]], encoder: Encoder, cach
     return ExampleTable([shard for path in paths for shard in read_shards(path)])
 
 
+def ahead(items: Iterable[T]) -> Iterator[T]:
+    """The same items, each computed in a thread while the one before is used."""
+    source, end = iter(items), object()
+    with ThreadPoolExecutor(1) as pool:
+        coming: Future[Any] = pool.submit(next, source, end)
+        while (item := coming.result()) is not end:
+            coming = pool.submit(next, source, end)
+            yield item
+
+
 def batched(rows: NumberedRows) -> Iterator[list[tuple[int, Mapping[str, str]]]]:
     """Rows in lists of about a million characters."""
     found: list[tuple[int, Mapping[str, str]]] = []
@@ -68,4 +80,4 @@ def batched(rows: NumberedRows) -> Iterator[list[tuple[int, Mapping[str, str]]]]
         yield found
 
 
-__all__ = ["Encoder", "NumberedRows", "Row", "batched", "encode_rows"]
+__all__ = ["Encoder", "NumberedRows", "ahead", "batched", "encode_rows"]

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 import string
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxcl.data.cache import Cache
-from jaxcl.data.files import write_json
-from jaxcl.data.fingerprint import RowsHash
+from jaxcl.data.fingerprint import RowsHash, RowsPrint
 from jaxcl.data.formats.base import Record, Records
 from jaxcl.data.heldout import hold_out, rank
 from jaxcl.data.spec import Kind
-from jaxcl.data.split import ListRows, Row, Rows, StreamedRows
+from jaxcl.data.split import ListRows, Members, Row, Rows, StreamedRows
 from jaxcl.data.values import as_text
 from jaxcl.errors import UserError
 
@@ -95,29 +94,37 @@ def open_splits(
 
     At first, all are read to count them and to take their fingerprints, which the cache keeps.
     """
-    assign = _Assignment(held, share, seed, given)
+    splits = ("train", *held) if held else (given,)
+    limits = {"test": share, "dev": 2 * share} if "dev" in held else {"test": share} if held else {}
     key: dict[str, Any] = {"records": records.key(), "reader": reader.key, "held": held, "given": given}
     if held:
         key |= {"share": share, "seed": seed}
     parts = records.parts()
 
     def make(number: int, path: Path) -> None:
-        found = {split: RowsHash() for split in assign.splits}
+        prints = [RowsHash() for _ in splits]
+        numbers = bytearray()
         for place, record in records.read(parts[number]):
             if (row := reader(place, record)) is not None:
-                found[assign(row)].add(row)
-        write_json(path, {split: one.result() for split, one in found.items()})
+                split = _split_of(row, splits, limits, seed) if held else 0
+                prints[split].add(row)
+                numbers.append(split)
+        found = json.dumps([one.result() for one in prints])
+        with path.open("wb") as file:
+            np.savez(file, prints=found, splits=np.frombuffer(numbers if held else b"", np.uint8))
 
-    scans = [json.loads(path.read_text()) for path in cache.build("scans", key, len(parts), make, ".json")]
+    paths = cache.build("scans", key, len(parts), make, ".npz")
+    scans = [_prints(path) for path in paths]
     opened: dict[str, Rows] = {}
-    for split in assign.splits:
+    for number, split in enumerate(splits):
         whole = RowsHash()
         for scan in scans:
-            whole = whole.join(RowsHash.read(scan[split]))
+            whole = whole.join(RowsHash.read(scan[number]))
         opened[split] = StreamedRows(
             records,
-            assign.reading(reader, split),
-            counts=[scan[split]["rows"] for scan in scans],
+            reader,
+            counts=[scan[number]["rows"] for scan in scans],
+            members=Members(paths, number) if held else None,
             chosen=None,
             fingerprint=whole.result(),
             key=key | {"split": split},
@@ -144,28 +151,12 @@ def limited(rows: Rows, limit: int | None, seed: int, cache: Cache | None = None
     return rows.choose(chosen, {"limit": limit, "seed": seed}, cache)
 
 
-class _Assignment:
-    """Which split a row belongs to."""
+def _split_of(row: Row, splits: tuple[str, ...], limits: Mapping[str, float], seed: int) -> int:
+    found = rank(row, seed)
+    return splits.index(next((split for split, limit in limits.items() if found < limit), splits[0]))
 
-    def __init__(self, held: tuple[str, ...], share: float, seed: int, given: str) -> None:
-        self.splits = ("train", *held) if held else (given,)
-        self._limits = {"test": share} | ({"dev": 2 * share} if "dev" in held else {}) if held else {}
-        self._rest = self.splits[0]
-        self._seed = seed
 
-    def __call__(self, row: Row) -> str:
-        if not self._limits:
-            return self._rest
-        found = rank(row, self._seed)
-        return next((split for split, limit in self._limits.items() if found < limit), self._rest)
-
-    def reading(self, reader: RowReader, split: str) -> Callable[[object, Record], Row | None]:
-        """Reads a record to a row of one split."""
-        if not self._limits:
-            return reader
-
-        def read(place: object, record: Record) -> Row | None:
-            row = reader(place, record)
-            return row if row is not None and self(row) == split else None
-
-        return read
+def _prints(path: Path) -> list[RowsPrint]:
+    with np.load(path) as scan:
+        found: list[RowsPrint] = json.loads(str(scan["prints"]))
+    return found

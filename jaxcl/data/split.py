@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from jaxtyping import Int
@@ -12,7 +13,7 @@ from jaxtyping import Int
 from jaxcl.data.cache import Cache
 from jaxcl.data.files import write_json
 from jaxcl.data.fingerprint import RowsPrint, rows_print
-from jaxcl.data.formats.base import Part, Records
+from jaxcl.data.formats.base import Records
 
 Row = dict[str, str]
 
@@ -47,6 +48,24 @@ class ListRows(list[Row]):
         return rows_print(self)
 
 
+class Members(NamedTuple):
+    """Which rows of a source's parts belong to a split.
+
+    Attributes:
+      scans: one file per part with an array `splits`, the number of each row's split.
+      number: number of the split.
+    """
+
+    scans: Sequence[Path]
+    number: int
+
+    def of(self, part: int) -> list[bool]:
+        """Whether each row of a part belongs to it."""
+        with np.load(self.scans[part]) as scan:
+            found: list[bool] = (scan["splits"] == self.number).tolist()
+        return found
+
+
 class StreamedRows:
     """Rows that are read from their source part by part, and never all in memory.
 
@@ -62,6 +81,7 @@ class StreamedRows:
         read: Callable[[object, Mapping[str, Any]], Row | None],
         *,
         counts: Sequence[int],
+        members: Members | None,
         chosen: Int[np.ndarray, " chosen"] | None,
         fingerprint: RowsPrint | None,
         key: Mapping[str, Any],
@@ -70,8 +90,9 @@ class StreamedRows:
 
         Args:
           records: records of the source.
-          read: a record, and its place for messages, to its row; `None` if it does not belong to the split.
-          counts: number of rows in each part.
+          read: a record, and its place for messages, to its row; `None` if it has none.
+          counts: number of the split's rows in each part.
+          members: which rows of the source they are; none: all.
           chosen: numbers of those rows that are used, increasing; none: all.
           fingerprint: fingerprint of the rows that are used, if it is known.
           key: everything that the rows follow from.
@@ -80,6 +101,8 @@ class StreamedRows:
         self.key = key
         self._records = records
         self._read = read
+        self._counts = list(counts)
+        self._members = members
         self._starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
         self._chosen = chosen
         self._fingerprint = fingerprint
@@ -97,7 +120,8 @@ class StreamedRows:
             return StreamedRows(
                 self._records,
                 self._read,
-                counts=np.diff(self._starts).tolist(),
+                counts=self._counts,
+                members=self._members,
                 chosen=chosen if self._chosen is None else self._chosen[chosen],
                 fingerprint=fingerprint,
                 key={**self.key, "chosen": [*self.key.get("chosen", []), dict(key)]},
@@ -119,12 +143,12 @@ class StreamedRows:
         """The rows of a part with their numbers."""
         first = int(self._starts[number])
         if self._chosen is None:
-            yield from enumerate(self._rows(self.parts[number]), first)
+            yield from enumerate(self._rows(number), first)
             return
         start, stop = (self._number_before(int(self._starts[number + step])) for step in (0, 1))
         wanted = iter(enumerate(self._chosen[start:stop].tolist(), start))
         found, at_next = next(wanted, (0, -1))
-        for at, row in enumerate(self._rows(self.parts[number]), first):
+        for at, row in enumerate(self._rows(number), first):
             if at_next < 0:
                 return
             if at == at_next:
@@ -153,7 +177,11 @@ class StreamedRows:
     def _number_before(self, at: int) -> int:
         return at if self._chosen is None else int(np.searchsorted(self._chosen, at))
 
-    def _rows(self, part: Part) -> Iterator[Row]:
-        for place, record in self._records.read(part):
+    def _rows(self, number: int) -> Iterator[Row]:
+        members = None if self._members is None else self._members.of(number)
+        at = 0
+        for place, record in self._records.read(self.parts[number]):
             if (row := self._read(place, record)) is not None:
-                yield row
+                if members is None or members[at]:
+                    yield row
+                at += 1

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxcl.data.cache import Cache
-from jaxcl.data.encode import NumberedRows, batched, encode_rows
+from jaxcl.data.encode import NumberedRows, ahead, batched, encode_rows
 from jaxcl.data.examples import SHARD_TOKENS, Shard, token_type
 from jaxcl.data.packing import pack
 from jaxcl.data.plan import Shape
@@ -48,21 +48,21 @@ class TextEncoder:
         """The rows of passages; see `Encoder.shards`."""
         pieces: list[Ragged] = []
         counts = {"passages": 0, "cut": 0}
-        for batch in batched(rows):
-            found = self._pieces([row["text"] for _, row in batch], counts)
-            counts["passages"] += len(batch)
-            pieces.append(found)
+        texts = ([row["text"] for _, row in batch] for batch in ahead(batched(rows)))
+        for ids in ahead(map(self._tokenizer.encode_batch, texts)):
+            counts["passages"] += len(ids)
+            pieces.append(self._pieces(ids, counts))
             if sum(len(one.values) for one in pieces) >= SHARD_TOKENS:
                 yield self._packed(Ragged.joined(pieces), counts)
                 pieces, counts = [], {"passages": 0, "cut": 0}
         if pieces:
             yield self._packed(Ragged.joined(pieces), counts)
 
-    def _pieces(self, texts: Sequence[str], counts: dict[str, int]) -> Ragged:
+    def _pieces(self, passages: Sequence[Sequence[int]], counts: dict[str, int]) -> Ragged:
         masked = self._objective == "masked"
         before, after = self._tokenizer.frame(masked)
         room = self._length - len(before) - len(after)
-        ids = Ragged.of(self._tokenizer.encode_batch(texts), self.dtype)
+        ids = Ragged.of(passages, self.dtype)
         ids = ids.take(np.flatnonzero(ids.lengths))
         if not self._packing:
             counts["cut"] += int((ids.lengths > room).sum())
