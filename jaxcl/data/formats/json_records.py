@@ -139,8 +139,9 @@ class _Window:
                     return value
             except json.JSONDecodeError as error:
                 cut = error.pos > len(self._text) - _CUT or error.msg.startswith("Unterminated string")
+                ahead = error.pos - self._at
                 if not cut or not self._more():
-                    self._at = error.pos
+                    self._at += ahead
                     raise self.error(error.msg) from error
             except ValueError as error:  # Python reads no whole number of more than 4300 digits
                 raise self._unusable(number, "a number has too many digits") from error

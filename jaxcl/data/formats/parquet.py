@@ -58,11 +58,13 @@ def _dictionaries(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
 
 
 def _values(column: pa.Array) -> list[Any]:
-    """A column's values; those that Python has no type for, such as times in nanoseconds, as text."""
-    try:
-        return column.to_pylist()
-    except ValueError:
-        return column.cast("string").to_pylist()
+    """A column's values; times and dates as text: Python has no type for nanoseconds."""
+    import pyarrow as pa
+
+    kinds = pa.types
+    if kinds.is_timestamp(column.type) or kinds.is_time(column.type) or kinds.is_date(column.type):
+        column = column.cast("string")
+    return column.to_pylist()
 
 
 @contextmanager
