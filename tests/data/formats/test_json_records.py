@@ -14,7 +14,7 @@ OBJECTS = [{"a": 1, "b": "x"}, {"a": [1, {"c": None}]}, {}]
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
-    max_leaves=8,
+    max_leaves=4,
 )
 
 
@@ -29,7 +29,7 @@ def test_lists_and_lines_are_told_apart_by_content(tmp_path, placed, scheme, nam
 
 
 @given(
-    objects=st.lists(st.dictionaries(st.text(max_size=3), VALUES, max_size=3)),
+    objects=st.lists(st.dictionaries(st.text(max_size=3), VALUES, max_size=3), max_size=4),
     indent=st.sampled_from([None, 0, 3]),
     ascii_only=st.booleans(),
     space=st.sampled_from(["", " ", "\r\n"]),

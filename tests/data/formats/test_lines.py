@@ -160,5 +160,5 @@ def test_only_blocks_are_read_at_once(tmp_path):
         assert max(map(len, streams.blocks(str(tmp_path / "a.txt")))) == 64
         part = lines.Part(str(tmp_path / "a.txt"), 100, 9000)
         assert max(map(len, lines.part_blocks(part))) == 64
-        place = lines.place_of(part)
-        assert max(len("".join(found)) for found in lines.line_lists(part, place)) <= 74
+        numbering = lines.numbering_of(part)
+        assert max(len("".join(found)) for found in lines.line_lists(part, numbering)) <= 74
