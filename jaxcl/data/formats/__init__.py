@@ -7,7 +7,7 @@ bounded by a few blocks, whatever the size of the files.
 from etils import epy
 
 with epy.lazy_api_imports(globals()):
-    from jaxcl.data.formats.base import Found, ListRecords, Part, Place, Record, Records, Where
+    from jaxcl.data.formats.base import Found, ListRecords, Numbering, Part, Record, Records, Where
     from jaxcl.data.formats.find import SCHEMES, find_records
     from jaxcl.data.formats.storage import is_url
 
@@ -15,8 +15,8 @@ __all__ = [
     "SCHEMES",
     "Found",
     "ListRecords",
+    "Numbering",
     "Part",
-    "Place",
     "Record",
     "Records",
     "Where",

@@ -28,7 +28,7 @@ class Part(NamedTuple):
     stop: int | None = None
 
 
-class Place:
+class Numbering:
     """Names the records of a part in messages.
 
     Args:
@@ -37,7 +37,7 @@ class Place:
       before: how many of them come before the part. It is called when a message is first written: counting the lines
         of all that comes before would cost more than reading the part.
 
-    >>> Place("a.txt", "line", lambda: 10).at(2)
+    >>> Numbering("a.txt", "line", lambda: 10).at(2)
     'a.txt line 12'
     """
 
@@ -57,21 +57,21 @@ class Place:
         return f"{self.path} {self._unit} {self.number(number)}"
 
 
-class Where(tuple[Place, int]):
+class Where(tuple[Numbering, int]):
     """The place of one record; `str` and f-strings write it as `FILE line 12` or `FILE row 3`.
 
-    It is made for each record and seldom written: hence a pair of the part's place and the number in the part, from 1,
-    which is made faster than any other object.
+    It is made for each record and seldom written: hence a pair of the part's numbering and the number in the part, from
+    1, which is made faster than any other object.
 
-    >>> f"{Where((Place('a.txt', 'line'), 3))}: no answer"
+    >>> f"{Where((Numbering('a.txt', 'line'), 3))}: no answer"
     'a.txt line 3: no answer'
     """
 
     __slots__ = ()
 
     def __str__(self) -> str:
-        place, number = self
-        return place.at(number)
+        numbering, number = self
+        return numbering.at(number)
 
     __repr__ = __str__
 
@@ -137,9 +137,9 @@ class ListRecords:
 
     def read(self, part: Part) -> Iterator[tuple[Where, Record]]:
         """All rows."""
-        place = Place(self.where, "row")
+        numbering = Numbering(self.where, "row")
         for number, row in enumerate(self.rows, 1):
-            yield Where((place, number)), row
+            yield Where((numbering, number)), row
 
 
 def _feed(update: Callable[[bytes], object], value: Any) -> None:
@@ -166,4 +166,4 @@ def _feed(update: Callable[[bytes], object], value: Any) -> None:
         raise TypeError(f"{type(value).__name__} has no content that can be hashed")
 
 
-__all__ = ["Found", "ListRecords", "Part", "Place", "Record", "Records", "Where"]
+__all__ = ["Found", "ListRecords", "Numbering", "Part", "Record", "Records", "Where"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,7 +16,9 @@ from jaxcl.data.formats.fingerprint import files_key
 from jaxcl.data.formats.json_records import json_parts, read_json_records
 from jaxcl.data.formats.lines import line_parts, without_mark
 from jaxcl.data.formats.parquet import parquet_parts, read_parquet
+from jaxcl.data.formats.splits import by_split, first_named
 from jaxcl.data.formats.storage import Entry
+from jaxcl.data.formats.streams import COMPRESSED, bare
 from jaxcl.data.formats.tables import read_csv, read_tsv
 from jaxcl.data.formats.text import read_text_lines
 from jaxcl.errors import UserError
@@ -58,14 +59,6 @@ _FORMATS: dict[str, Format] = {
 }
 #: Schemes of sources whose rest is a file, a folder or a glob.
 SCHEMES: tuple[str, ...] = tuple(_FORMATS)
-
-# What files of a split are called; of the names of one split, the first that there is.
-_WORDS = {"train": ("train",), "dev": ("dev", "eval", "validation", "valid", "val"), "test": ("test",)}
-# train, train-00001-of-00012, train-00000-of-00001-0123456789abcdef, test_sft-3
-_NAME = re.compile(
-    r"(train|dev|eval|validation|valid|val|test)((?:[-_.][a-z][\w.-]*?)?)(?:[-_.]?\d+(?:-of-\d+)?(?:-[0-9a-f]{8,})?)?",
-    re.IGNORECASE,
-)
 
 
 @dataclass(frozen=True)
@@ -141,7 +134,7 @@ class _Source(NamedTuple):
 
     def records(self, files: Sequence[str], where: str) -> Records:
         for path in files:
-            if not _FORMATS[self.scheme].packed and path.endswith(streams.COMPRESSED):
+            if not _FORMATS[self.scheme].packed and path.endswith(COMPRESSED):
                 raise UserError(f"{path}: a {self.scheme} file is compressed inside; decompress the file itself")
         return FileRecords(self.scheme, tuple(files), files[0] if len(files) == 1 else where, self.text_field)
 
@@ -151,7 +144,7 @@ class _Source(NamedTuple):
             found = _once(
                 entry
                 for entry in entries
-                if _bare(entry.name).lower().endswith(suffixes) and entry.name != "labels.json"
+                if bare(entry.name).lower().endswith(suffixes) and entry.name != "labels.json"
             )
             if found:
                 _refuse_folders(found)
@@ -166,12 +159,10 @@ def _in_folder(source: _Source, folder: str) -> Found:
     entries = storage.entries(folder)
     labels = _labels(entries)
     files = source.own(entries)
-    splits = _by_split(files, folder)
-    folders = {entry.name.lower(): entry for entry in entries if entry.folder}
+    splits = by_split(files, folder)
     if not splits:
-        named = {split: next((folders[word] for word in words if word in folders), None)
-                 for split, words in _WORDS.items()}  # fmt: skip
-        splits = {split: _shards(source, entry.path) for split, entry in named.items() if entry is not None}
+        folders = first_named({entry.name.lower(): entry for entry in entries if entry.folder})
+        splits = {split: _shards(source, entry.path) for split, entry in folders.items()}
     if splits and "train" not in splits:
         missing = storage.join(folder, f"train{source.suffixes[0]}")
         raise UserError(f"{source.written}: {missing} does not exist")
@@ -206,7 +197,7 @@ def _in_glob(source: _Source, pattern: str) -> Found:
         other = next((name for name, one in _FORMATS.items() if _has_suffix(entry.name, one)), source.scheme)
         if other != source.scheme and not _has_suffix(entry.name, _FORMATS[source.scheme]):
             raise UserError(f"{source.written}: {entry.path} is a {other} file; expected {source.scheme} files only")
-    splits = _by_split(files, pattern)
+    splits = by_split(files, pattern)
     if len(splits) < 2:
         return Found({"all": source.records([entry.path for entry in files], pattern)})
     placed = {entry for entries in splits.values() for entry in entries}
@@ -222,26 +213,6 @@ def _in_glob(source: _Source, pattern: str) -> Found:
             for split, entries in splits.items()
         }
     )
-
-
-def _by_split(files: Sequence[Entry], where: str) -> dict[str, list[Entry]]:
-    """Files by the split that they are named after; those that are named after none are left out."""
-    named: dict[tuple[str, str], list[Entry]] = {}
-    for entry in files:
-        if match := _NAME.fullmatch(_bare(entry.name).rpartition(".")[0]):
-            named.setdefault((match[1].lower(), match[2].lower()), []).append(entry)
-    variants = sorted({variant for _, variant in named})
-    if not variants:
-        return {}
-    # train.jsonl is the training split whatever else there is; train_a.jsonl only where all names are of that kind.
-    if variants[0] and (len(variants) > 1 or sum(map(len, named.values())) < len(files)):
-        names = ", ".join(entry.name for entry in files[:4]) + (", ..." if len(files) > 4 else "")
-        raise UserError(
-            f"{where}: {names}: the names do not tell which files are of which split; choose files by a glob"
-        )
-    words = {word: entries for (word, variant), entries in named.items() if variant == variants[0]}
-    chosen = {split: next((words[word] for word in names if word in words), None) for split, names in _WORDS.items()}
-    return {split: entries for split, entries in chosen.items() if entries is not None}
 
 
 def _labels(entries: Sequence[Entry]) -> tuple[str, ...]:
@@ -261,16 +232,11 @@ def _labels(entries: Sequence[Entry]) -> tuple[str, ...]:
 # ---------------------------------------------------------------- names
 
 
-def _bare(name: str) -> str:
-    """A name without the suffix of its compression."""
-    return name.removesuffix(next((suffix for suffix in streams.COMPRESSED if name.endswith(suffix)), ""))
-
-
 def _once(entries: Iterable[Entry]) -> list[Entry]:
     """The entries sorted by path; of files with the same name, the plain one, or the first of the compressed ones."""
     found: dict[str, Entry] = {}
     for entry in sorted(entries, key=lambda entry: entry.path):
-        found.setdefault(_bare(entry.path), entry)
+        found.setdefault(bare(entry.path), entry)
     return list(found.values())
 
 
@@ -281,4 +247,4 @@ def _refuse_folders(entries: Iterable[Entry]) -> None:
 
 
 def _has_suffix(name: str, form: Format) -> bool:
-    return any(_bare(name).lower().endswith(suffixes) for suffixes in form.suffixes)
+    return any(bare(name).lower().endswith(suffixes) for suffixes in form.suffixes)

@@ -10,8 +10,8 @@ from typing import Any
 
 from jaxcl.data.files import parse_json, split_lines
 from jaxcl.data.formats import streams
-from jaxcl.data.formats.base import Part, Place, Record, Where
-from jaxcl.data.formats.lines import line_ends, line_lists, line_parts, not_utf8, place_of, without_mark
+from jaxcl.data.formats.base import Numbering, Part, Record, Where
+from jaxcl.data.formats.lines import line_ends, line_lists, line_parts, not_utf8, numbering_of, without_mark
 from jaxcl.data.values import json_kind
 from jaxcl.errors import UserError
 
@@ -46,10 +46,10 @@ def _is_list(path: str) -> bool:
 
 
 def _line_objects(part: Part) -> Iterator[tuple[Where, Record]]:
-    place = place_of(part)
+    numbering = numbering_of(part)
     decode = json.JSONDecoder().raw_decode
     before = 0
-    for lines in line_lists(part, place):
+    for lines in line_lists(part, numbering):
         for number, line in enumerate(lines, before + 1):
             try:
                 record, end = decode(line)
@@ -58,21 +58,21 @@ def _line_objects(part: Part) -> Iterator[tuple[Where, Record]]:
             if end != len(line):  # also if there is white space around the object
                 if not line.strip():
                     continue
-                record = _parse_line(line, place, number)
+                record = _parse_line(line, numbering, number)
             if type(record) is not dict:
-                raise UserError(f"{place.at(number)}: expected a JSON object, got {json_kind(record)}")
-            yield Where((place, number)), record
+                raise UserError(f"{numbering.at(number)}: expected a JSON object, got {json_kind(record)}")
+            yield Where((numbering, number)), record
         before += len(lines)
 
 
-def _parse_line(line: str, place: Place, number: int) -> Any:
+def _parse_line(line: str, numbering: Numbering, number: int) -> Any:
     """Parses a line for which the fast way failed; errors name file, line and column."""
     try:
         return json.loads(line)
     except (ValueError, RecursionError):
-        at = place.number(number)
+        at = numbering.number(number)
     try:
-        return parse_json(line, place.path, at)
+        return parse_json(line, numbering.path, at)
     except UserError as error:
         hint = "; expected an object per line, or one list of objects" if at == 1 else ""
         raise UserError(f"{error}{hint}") from error
@@ -83,7 +83,7 @@ def _parse_line(line: str, place: Place, number: int) -> Any:
 
 def _list_items(path: str) -> Iterator[tuple[Where, Record]]:
     """The objects of a list, of which no more is in memory than a few blocks or one object."""
-    place = Place(path, "row")
+    numbering = Numbering(path, "row")
     text = _Window(path)
     text.skip("[")
     number = 0
@@ -94,8 +94,8 @@ def _list_items(path: str) -> Iterator[tuple[Where, Record]]:
             number += 1
             record = text.value(number)
             if type(record) is not dict:
-                raise UserError(f"{place.at(number)}: expected a JSON object, got {json_kind(record)}")
-            yield Where((place, number)), record
+                raise UserError(f"{numbering.at(number)}: expected a JSON object, got {json_kind(record)}")
+            yield Where((numbering, number)), record
             if text.next() == "]":
                 text.skip("]")
                 break
@@ -139,8 +139,9 @@ class _Window:
                     return value
             except json.JSONDecodeError as error:
                 cut = error.pos > len(self._text) - _CUT or error.msg.startswith("Unterminated string")
+                ahead = error.pos - self._at
                 if not cut or not self._more():
-                    self._at = error.pos
+                    self._at += ahead
                     raise self.error(error.msg) from error
             except ValueError as error:  # Python reads no whole number of more than 4300 digits
                 raise self._unusable(number, "a number has too many digits") from error
@@ -185,7 +186,7 @@ def _chunks(path: str) -> Iterator[str]:
     Raises:
       UserError: it is not UTF-8 text, or the file cannot be read.
     """
-    place = Place(path, "line")
+    numbering = Numbering(path, "line")
     decoder = codecs.getincrementaldecoder("utf-8")()
     before, returned = 0, False
     for block in without_mark(streams.blocks(path)):
@@ -196,7 +197,7 @@ def _chunks(path: str) -> Iterator[str]:
             if text := decoder.decode(block):
                 yield text
         except UnicodeDecodeError as error:
-            raise UserError(not_utf8(place, before, kept + block, error.start)) from error
+            raise UserError(not_utf8(numbering, before, kept + block, error.start)) from error
         before += line_ends(block)
     if kept := decoder.getstate()[0]:
-        raise UserError(not_utf8(place, before, kept, 0))
+        raise UserError(not_utf8(numbering, before, kept, 0))

@@ -13,7 +13,7 @@ from functools import partial
 from typing import BinaryIO
 
 from jaxcl.data.formats import storage, streams
-from jaxcl.data.formats.base import Part, Place
+from jaxcl.data.formats.base import Numbering, Part
 from jaxcl.errors import UserError
 
 #: Bytes of a range that is read at once.
@@ -31,9 +31,9 @@ def line_parts(path: str) -> list[Part]:
     return [Part(path, start, start + RANGE if start + RANGE < size else None) for start in starts]
 
 
-def place_of(part: Part) -> Place:
+def numbering_of(part: Part) -> Numbering:
     """Names the lines of a part by their numbers in the whole file."""
-    return Place(part.path, "line", partial(_lines_before, part.path, part.start))
+    return Numbering(part.path, "line", partial(_lines_before, part.path, part.start))
 
 
 def part_blocks(part: Part) -> Iterator[bytes]:
@@ -77,7 +77,7 @@ def whole_lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
         yield b"".join(kept)
 
 
-def texts(part: Part, place: Place) -> Iterator[str]:
+def texts(part: Part, numbering: Numbering) -> Iterator[str]:
     """The text of the lines of a part, in blocks of whole lines, with their ends as they are.
 
     Raises:
@@ -88,20 +88,22 @@ def texts(part: Part, place: Place) -> Iterator[str]:
         try:
             text = block.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise UserError(not_utf8(place, before, block, error.start)) from error
+            raise UserError(not_utf8(numbering, before, block, error.start)) from error
         if (nul := block.find(b"\0")) >= 0:
-            raise UserError(f"{place.at(before + line_ends(block[:nul]) + 1)} holds a NUL byte; expected UTF-8 text")
+            raise UserError(
+                f"{numbering.at(before + line_ends(block[:nul]) + 1)} holds a NUL byte; expected UTF-8 text"
+            )
         yield text
         before += line_ends(block)
 
 
-def line_lists(part: Part, place: Place) -> Iterator[list[str]]:
-    """The lines of a part without their ends, in lists; together the nth is line n of `place`.
+def line_lists(part: Part, numbering: Numbering) -> Iterator[list[str]]:
+    """The lines of a part without their ends, in lists; together the nth is line n of `numbering`.
 
     Raises:
       UserError: see `texts`.
     """
-    for text in texts(part, place):
+    for text in texts(part, numbering):
         if "\r" in text:
             text = text.replace("\r\n", "\n").replace("\r", "\n")
         lines = text.split("\n")
@@ -110,11 +112,11 @@ def line_lists(part: Part, place: Place) -> Iterator[list[str]]:
         yield lines
 
 
-def not_utf8(place: Place, before: int, block: bytes, start: int) -> str:
+def not_utf8(numbering: Numbering, before: int, block: bytes, start: int) -> str:
     """What to say of text whose byte `start` in `block` is not UTF-8, where `before` lines end before the block."""
     number = before + line_ends(block[:start]) + 1
     utf16 = number == 1 and block[:2] in (b"\xff\xfe", b"\xfe\xff")
-    return f"{place.at(number)} is not UTF-8 text" + (" but UTF-16; convert the file" if utf16 else "")
+    return f"{numbering.at(number)} is not UTF-8 text" + (" but UTF-16; convert the file" if utf16 else "")
 
 
 def line_ends(content: bytes) -> int:

@@ -7,7 +7,7 @@ from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from jaxcl.data.formats import storage
-from jaxcl.data.formats.base import Part, Place, Record, Where
+from jaxcl.data.formats.base import Numbering, Part, Record, Where
 from jaxcl.data.formats.lines import RANGE
 from jaxcl.errors import UserError
 
@@ -43,12 +43,12 @@ def read_parquet(part: Part) -> Iterator[tuple[Where, Record]]:
         rows = [file.metadata.row_group(index).num_rows for index in groups]
         size = sum(file.metadata.row_group(index).total_byte_size for index in groups)
         batch = max(1, min(_BATCH_ROWS, _BATCH_BYTES * sum(rows) // max(size, 1)))
-        place = Place(part.path, "row", lambda: sum(rows[: part.start]))
+        numbering = Numbering(part.path, "row", lambda: sum(rows[: part.start]))
         number = 0
         for found in file.iter_batches(batch, row_groups=list(groups[part.start : part.stop]), use_threads=False):
             for record in _dictionaries(found):
                 number += 1
-                yield Where((place, number)), record
+                yield Where((numbering, number)), record
 
 
 def _dictionaries(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
@@ -58,11 +58,13 @@ def _dictionaries(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
 
 
 def _values(column: pa.Array) -> list[Any]:
-    """A column's values; those that Python has no type for, such as times in nanoseconds, as text."""
-    try:
-        return column.to_pylist()
-    except ValueError:
-        return column.cast("string").to_pylist()
+    """A column's values; times and dates as text: Python has no type for nanoseconds."""
+    import pyarrow as pa
+
+    kinds = pa.types
+    if kinds.is_timestamp(column.type) or kinds.is_time(column.type) or kinds.is_date(column.type):
+        column = column.cast("string")
+    return column.to_pylist()
 
 
 @contextmanager

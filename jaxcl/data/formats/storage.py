@@ -87,7 +87,9 @@ def entries(folder: str) -> list[Entry]:
     with naming(folder):
         if is_url(folder):
             system, inner = _system(folder)
-            found = [_entry(system, info) for info in system.ls(inner, detail=True)]
+            # Object stores also list the folder itself, if there is an empty object of its name.
+            infos = (info for info in system.ls(inner, detail=True) if info["name"].strip("/") != inner.strip("/"))
+            found = [_entry(system, info) for info in infos]
         else:
             found = [Entry(item.name, os.path.join(folder, item.name), item.is_dir()) for item in os.scandir(folder)]
     return sorted(entry for entry in found if entry.name and not entry.name.startswith((".", "_")))

@@ -21,6 +21,15 @@ _SUFFIX = {".gz": "gzip", ".zst": "zstd", ".xz": "xz"}
 _DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError)
 
 
+def bare(name: str) -> str:
+    """A name without what names of compressed files end in.
+
+    >>> bare("rows.jsonl.zst"), bare("rows.jsonl")
+    ('rows.jsonl', 'rows.jsonl')
+    """
+    return name.removesuffix(next((suffix for suffix in COMPRESSED if name.endswith(suffix)), ""))
+
+
 def compression(path: str) -> str | None:
     """How a file is compressed: gzip, zstd, xz, or none.
 

@@ -7,8 +7,8 @@ import io
 import re
 from collections.abc import Iterator
 
-from jaxcl.data.formats.base import Part, Place, Record, Where
-from jaxcl.data.formats.lines import line_lists, place_of, texts
+from jaxcl.data.formats.base import Numbering, Part, Record, Where
+from jaxcl.data.formats.lines import line_lists, numbering_of, texts
 from jaxcl.errors import UserError
 
 # A longer field is an error: a quotation mark that is never closed would take in the rest of the file.
@@ -25,10 +25,10 @@ def read_csv(part: Part) -> Iterator[tuple[Where, Record]]:
       UserError: there is no header, a row has another number of fields, a quotation mark is not closed, or the text is
         not UTF-8.
     """
-    place = place_of(part)
+    numbering = numbering_of(part)
     if csv.field_size_limit() < _LONGEST:  # for the whole process: the default, 131072, is too little for documents
         csv.field_size_limit(_LONGEST)
-    lines = (line for text in texts(part, place) for line in io.StringIO(text, newline=""))
+    lines = (line for text in texts(part, numbering) for line in io.StringIO(text, newline=""))
     rows = csv.reader(lines, strict=True)
     begins = 1
 
@@ -39,10 +39,10 @@ def read_csv(part: Part) -> Iterator[tuple[Where, Record]]:
             begins = rows.line_num + 1
 
     try:
-        yield from _records(place, numbered())
+        yield from _records(numbering, numbered())
     except csv.Error as error:
         hint = "; is a quotation mark not closed?" if re.search("end of data|field limit", str(error)) else ""
-        raise UserError(f"{place.at(begins)} is not valid CSV: {error}{hint}") from error
+        raise UserError(f"{numbering.at(begins)} is not valid CSV: {error}{hint}") from error
 
 
 def read_tsv(part: Part) -> Iterator[tuple[Where, Record]]:
@@ -54,26 +54,26 @@ def read_tsv(part: Part) -> Iterator[tuple[Where, Record]]:
     Raises:
       UserError: there is no header, a row has another number of fields, or the text is not UTF-8.
     """
-    place = place_of(part)
-    rows = (line.split("\t") if line else [] for lines in line_lists(part, place) for line in lines)
-    yield from _records(place, enumerate(rows, 1))
+    numbering = numbering_of(part)
+    rows = (line.split("\t") if line else [] for lines in line_lists(part, numbering) for line in lines)
+    yield from _records(numbering, enumerate(rows, 1))
 
 
-def _records(place: Place, rows: Iterator[tuple[int, list[str]]]) -> Iterator[tuple[Where, Record]]:
+def _records(numbering: Numbering, rows: Iterator[tuple[int, list[str]]]) -> Iterator[tuple[Where, Record]]:
     """Records from rows with their line numbers; the first row that is not blank is the header."""
     names: list[str] | None = None
     for number, row in rows:
         if not row:
             continue
         if names is None:
-            names = _header(place.at(number), row)
+            names = _header(numbering.at(number), row)
         elif len(row) != len(names):
             fields = "1 field" if len(row) == 1 else f"{len(row)} fields"
-            raise UserError(f"{place.at(number)} has {fields}; the header has {len(names)}: {', '.join(names)}")
+            raise UserError(f"{numbering.at(number)} has {fields}; the header has {len(names)}: {', '.join(names)}")
         else:
-            yield Where((place, number)), dict(zip(names, row, strict=True))
+            yield Where((numbering, number)), dict(zip(names, row, strict=True))
     if names is None:
-        raise UserError(f"{place.path} is empty; expected a header line with the names of the fields")
+        raise UserError(f"{numbering.path} is empty; expected a header line with the names of the fields")
 
 
 def _header(where: str, row: list[str]) -> list[str]:

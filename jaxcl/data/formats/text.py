@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from jaxcl.data.formats.base import Part, Record, Where
-from jaxcl.data.formats.lines import line_lists, place_of
+from jaxcl.data.formats.lines import line_lists, numbering_of
 
 
 def read_text_lines(part: Part, field: str) -> Iterator[tuple[Where, Record]]:
@@ -18,10 +18,10 @@ def read_text_lines(part: Part, field: str) -> Iterator[tuple[Where, Record]]:
     Raises:
       UserError: a line is not UTF-8 text or holds a NUL byte; or the file cannot be read.
     """
-    place = place_of(part)
+    numbering = numbering_of(part)
     before = 0
-    for lines in line_lists(part, place):
+    for lines in line_lists(part, numbering):
         for number, line in enumerate(lines, before + 1):
             if passage := line.strip():
-                yield Where((place, number)), {field: passage}
+                yield Where((numbering, number)), {field: passage}
         before += len(lines)
