@@ -15,7 +15,7 @@ from datetime import date
 from typing import NamedTuple
 
 from jaxcl.data.chat_templates import CHAT_TEMPLATES
-from jaxcl.data.messages import Message
+from jaxcl.data.messages import Message, Role
 from jaxcl.data.tokenizer import Tokenizer
 from jaxcl.errors import UserError
 
@@ -170,79 +170,53 @@ class Renderer:
     ) -> Rendering:
         layout = self._layout(messages, where)
         pieces = _align(text, layout.order, layout.literals, messages)
-        changed = pieces is None
         if pieces is None:
-            pieces, literals = self._align_others(messages, text, layout, where)
-            learned = [] if self._marked else self._fit_answers(messages, text, layout, pieces, literals, where)
+            pieces = self._align_changed(messages, text, layout, where)
+            learned = [(p.start, p.stop + layout.tails[p.message]) for p in pieces if p.message in layout.tails]
         else:
-            learned = [
-                (piece.start - layout.heads[piece.message], piece.stop + layout.tails[piece.message])
-                for piece in pieces
-                if piece.message in layout.heads
-            ]
+            answers = [piece for piece in pieces if piece.message in layout.tails]
+            learned = [(p.start - layout.heads[p.message], p.stop + layout.tails[p.message]) for p in answers]
         if not self._marked:
             return Rendering(text, pieces, learned, learned[-1][0], hidden)
         learned = [span for span in marked if span[0] < span[1]]
         self._check_marks(messages, pieces, learned, where)
-        if changed and not messages[-2]["content"].strip():
-            raise UserError(
-                f"{where}: the chat template changes answers, and the last one follows a blank message, so that "
-                "what is learned cannot be told from the answer before"
-            )
         last = max((piece.stop for piece in pieces if piece.message < len(messages) - 1), default=0)
         return Rendering(text, pieces, learned, last, hidden)
 
-    def _align_others(
-        self, messages: Sequence[Message], text: str, layout: _Layout, where: str
-    ) -> tuple[list[Piece], list[str]]:
-        """Places of all messages but the answers, and what is between them, in a rendering that changes answers.
+    def _align_changed(self, messages: Sequence[Message], text: str, layout: _Layout, where: str) -> list[Piece]:
+        """Places in a rendering that changes answers, such as one that leaves out an answer's reasoning.
 
-        An example is one that leaves out an answer's reasoning. The answers keep their texts, and marks replace those
-        of all others.
+        What becomes of an answer is found by a rendering in which it is the only message with its own text. It includes
+        the part of the literal before it that the model has to write, because that depends on the answer, too.
         """
         mark = _free_mark([message["content"] for message in messages], where)
-        given = [m if m["role"] == "assistant" else _replaced(m, mark, index) for index, m in enumerate(messages)]
-        (around,), _ = self._render([given], [where])
-        order, literals = _split(around, mark)
-        pieces = _align(text, order, literals, messages)
-        if pieces is None or order != [index for index in layout.order if messages[index]["role"] != "assistant"]:
-            raise UserError(
-                f"{where}: the chat template changes the text of a message, so that what is learned cannot be told "
-                "from it"
-            )
-        return pieces, literals
-
-    def _fit_answers(
-        self,
-        messages: Sequence[Message],
-        text: str,
-        layout: _Layout,
-        pieces: Sequence[Piece],
-        literals: Sequence[str],
-        where: str,
-    ) -> list[tuple[int, int]]:
-        """What is learned of answers that the template changes.
-
-        What it writes before an answer's own part, and after it, is the same whatever the answer says.
-        """
-        starts = [0, *(piece.stop for piece in pieces)]
-        gap = 0
-        learned = []
+        given = [_replaced(message, mark, index) for index, message in enumerate(messages)]
+        changed, literals = list(messages), list(layout.literals)
         for place, index in enumerate(layout.order):
             if messages[index]["role"] != "assistant":
-                gap += 1
                 continue
-            before, after = layout.literals[place], layout.literals[place + 1]
-            fixed = before[: len(before) - layout.heads[index]]
-            first = starts[gap] + len(fixed)
-            last = starts[gap] + len(literals[gap]) - len(after)
-            if not (first < last and text.startswith(fixed, starts[gap]) and text.startswith(after, last)):
+            (alone,), _ = self._render([[*given[:index], messages[index], *given[index + 1 :]]], [where])
+            order, around = _split(alone, mark)
+            before, after = layout.literals[place : place + 2]
+            before = before[: len(before) - layout.heads[index]]
+            if (
+                order != [*layout.order[:place], *layout.order[place + 1 :]]
+                or not (around[place].startswith(before) and around[place].endswith(after))
+                or len(around[place]) < len(before) + len(after)
+            ):
                 raise UserError(
                     f"{where}: message {index + 1}: the chat template changes what it writes around the answer, so "
                     "that what is learned cannot be told from it"
                 )
-            learned.append((first, last + layout.tails[index]))
-        return learned
+            changed[index] = _with(messages[index], around[place][len(before) : len(around[place]) - len(after)])
+            literals[place] = before
+        pieces = _align(text, layout.order, literals, changed)
+        if pieces is None:
+            raise UserError(
+                f"{where}: the chat template changes the text of a message, so that what is learned cannot be told "
+                "from it"
+            )
+        return pieces
 
     def _check_marks(
         self, messages: Sequence[Message], pieces: Sequence[Piece], learned: Sequence[tuple[int, int]], where: str
@@ -262,47 +236,69 @@ class Renderer:
 
     def _find_layout(self, messages: Sequence[Message], where: str) -> _Layout:
         mark = _NONCHARACTERS[0]
-        given = [_replaced(message, mark, index) for index, message in enumerate(messages)]
-        (text,), _ = self._render([given], [where])
+        (text,), _ = self._render([[_replaced(message, mark, n) for n, message in enumerate(messages)]], [where])
         order, literals = _split(text, mark)
         for index, message in enumerate(messages):
             answer, count = message["role"] == "assistant", order.count(index)
+            if answer and not message["content"].strip():
+                raise UserError(f"{where}: message {index + 1}: the assistant's answer is empty")
             if message["content"].strip() and not count:
                 raise UserError(f"{where}: the chat template leaves out the {message['role']}'s message {index + 1}")
             if answer and count > 1:
                 raise UserError(f"{where}: the chat template repeats the {message['role']}'s message {index + 1}")
         layout = _Layout(order, literals, {}, {})
-        if not self._marked:
-            for place, index in enumerate(order):
-                if messages[index]["role"] == "assistant":
-                    layout.heads[index] = self._head(given[:index], literals[place], mark, where)
-                    layout.tails[index] = self._tail(given[: index + 1], literals[place + 1], mark, where)
+        answers = self._answers([message["role"] for message in messages], where)
+        for place, index in enumerate(order):
+            if index in answers:
+                head, tail = answers[index]
+                fits = literals[place].endswith(head) and literals[place + 1].startswith(tail)
+                if not fits and not self._marked:
+                    raise UserError(
+                        f"{where}: the chat template writes something else around an answer when a message is blank"
+                    )
+                layout.heads[index], layout.tails[index] = (len(head), len(tail)) if fits else (0, 0)
         return layout
 
-    def _head(self, before: Sequence[Message], literal: str, mark: str, where: str) -> int:
-        """Characters of the literal before an answer that come after the generation prompt."""
+    def _answers(self, roles: Sequence[Role], where: str) -> dict[int, tuple[str, str]]:
+        """What the model has to write before and after the text of each answer, in conversations of some roles."""
+        mark = _NONCHARACTERS[0]
+        given: list[Message] = [{"role": role, "content": f"{mark}{n}{mark}"} for n, role in enumerate(roles)]
+        (text,), _ = self._render([given], [where])
+        order, literals = _split(text, mark)
+        answers = {}
+        for place, index in enumerate(order):
+            if roles[index] == "assistant":
+                head = self._head(given[:index], literals[place], mark, where)
+                answers[index] = head, self._tail(given[: index + 1], literals[place + 1], mark, where)
+        return answers
+
+    def _head(self, before: Sequence[Message], literal: str, mark: str, where: str) -> str:
+        """What the literal before an answer holds after the generation prompt."""
         (text,), _ = self._render([before], [where], ask=True)
         asked = _split(text, mark)[1][-1]
         if literal.startswith(asked):
-            return len(literal) - len(asked)
-        if asked.startswith(literal):
-            return 0  # the prompt also writes how an answer begins, for example that it thinks
+            return literal[len(asked) :]
+        # The prompt may also write how an answer begins, for example that it thinks.
+        if asked.startswith(literal) or self._marked:
+            return ""
         raise UserError(
             f"{where}: the chat template asks for an answer with {asked!r}, but writes {literal!r} before one; "
             "allowed is a template with {% generation %} marks"
         )
 
-    def _tail(self, upto: Sequence[Message], literal: str, mark: str, where: str) -> int:
-        """Characters of the literal after an answer up to its end token."""
+    def _tail(self, upto: Sequence[Message], literal: str, mark: str, where: str) -> str:
+        """What the literal after an answer holds up to its end token."""
         end = self._ends.search(literal)
         (text,), _ = self._render([upto], [where])
         closing = _split(text, mark)[1][-1]
-        if end is None or not (closing.startswith(literal[: end.end()]) or end[0] in self._end_texts):
-            raise UserError(
-                f"{where}: the chat template writes no end token after an answer, so that the model would not learn to "
-                f"stop; allowed is a template that does, by name: {', '.join(CHAT_TEMPLATES)}"
-            )
-        return end.end()
+        if end is not None and (closing.startswith(literal[: end.end()]) or end[0] in self._end_texts):
+            return literal[: end.end()]
+        if self._marked:
+            return ""
+        raise UserError(
+            f"{where}: the chat template writes no end token after an answer, so that the model would not learn to "
+            f"stop; allowed is a template that does, by name: {', '.join(CHAT_TEMPLATES)}"
+        )
 
 
 def _any_of(texts: Iterable[str]) -> re.Pattern[str]:

@@ -95,23 +95,28 @@ def tokenize(renderings: Sequence[Rendering], tokenizer: Tokenizer) -> list[Toke
 
 def _spelled(rendering: Rendering, encoding: tokenizers.Encoding, tokenizer: Tokenizer) -> Iterator[_Token]:
     """Tokens of a text with marks in place of the texts of special tokens, which are spelled out."""
-    added = tokenizer.backend.get_added_tokens_decoder()
+    added = tokenizer.backend.get_added_tokens_decoder().items()
     marks = re.compile("(" + "|".join(map(re.escape, rendering.hidden)) + ")")
     tokens = [_Token(index, *place) for index, place in zip(encoding.ids, encoding.offsets, strict=True)]
-    written = [n for n, token in enumerate(tokens) if token.id in added and added[token.id].special]
+    special = {index: token.content for index, token in added if token.special}
+    # The token of unknown characters is special, too, and may come from any text.
+    written = [
+        number
+        for number, token in enumerate(tokens)
+        if token.id in special and special[token.id] in rendering.text[token.start : token.stop]
+    ]
     first, place = 0, 0
     for number in [*written, len(tokens)]:
-        special = tokens[number : number + 1]
-        stop = special[0].start if special else len(rendering.text)
+        closing = tokens[number : number + 1]
+        stop = closing[0].start if closing else len(rendering.text)
         if marks.search(rendering.text, place, stop):
             parts = marks.split(rendering.text[place:stop])
-            yield from _spell(
-                parts, place, rendering.hidden, tokenizer, added[tokens[first - 1].id].content if first else ""
-            )
+            before = special[tokens[first - 1].id] if first else ""
+            yield from _spell(parts, place, rendering.hidden, tokenizer, before)
         else:
             yield from tokens[first:number]
-        yield from special
-        first, place = number + 1, special[0].stop if special else stop
+        yield from closing
+        first, place = number + 1, closing[0].stop if closing else stop
 
 
 def _spell(
