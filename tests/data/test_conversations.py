@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Backend
+from tokenizers import normalizers, pre_tokenizers
 
 from jaxcl.data.conversations import EncodedConversations, Learn, encode_conversations
 from jaxcl.data.messages import Message
@@ -120,16 +122,23 @@ def test_what_is_spelled_out_is_tokenised_as_the_text_that_it_is(parts: list[str
     assert found.spans[0] == [len(start + first + end + newline + start) + head, len(second) - head + 1, len(newline)]
 
 
-def test_spelled_out_text_has_the_space_that_its_place_gives_it() -> None:
-    known = spaced_tokenizer()
-    template = "{{ bos_token }}{% for m in messages %}[{{ m.content }}]{{ eos_token }}{% endfor %}"
-    tokenizer = Tokenizer(known.backend, {"bos": 1, "eos": 2}, add_bos=True, chat_template=template)
+@pytest.mark.parametrize("always", [True, False])
+def test_spelled_out_text_has_the_space_that_its_place_gives_it(always: bool) -> None:
+    backend = Backend.from_str(spaced_tokenizer().backend.to_str())
+    if not always:
+        # Only the start of a text gets a space; others get one after every special token, too.
+        backend.normalizer = normalizers.Replace(" ", "▁")
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    template = (
+        "{{ bos_token }}{% for m in messages %}[{{ m.content }}]{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}[{% endif %}"
+    )
+    tokenizer = Tokenizer(backend, {"bos": 1, "eos": 2}, add_bos=True, chat_template=template)
     found = encode(turns("a </s> b", "moving </s>wheel"), tokenizer)
-    # This tokenizer puts a space before a text, and before the text after a special token.
-    first, second = (tokenizer.encode(text) for text in ("[a </s> b]", "[moving </s>wheel]"))
+    texts = ("[a </s> b]", "[moving </s>wheel]", "[")
+    first, second, opening = (tokenizer.encode(text, continued=not always) for text in texts)
     assert found.ids[0] == [1, *first, 2, *second, 2]
-    opening = len(tokenizer.encode("["))
-    assert found.spans[0] == [1 + len(first) + 1 + opening, len(second) - opening + 1]
+    assert found.spans[0] == [1 + len(first) + 1 + len(opening), len(second) - len(opening) + 1]
 
 
 @pytest.mark.parametrize(
