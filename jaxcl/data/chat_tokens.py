@@ -40,9 +40,14 @@ class _Plain:
         self._chars = chars
 
     def ending_after(self, char: int) -> int:
+        found = None
         # Some characters, such as a space before a word, belong to no token.
-        tokens = (self._encoding.char_to_token(place) for place in range(char, self._chars))
-        found = next((token for token in tokens if token is not None), len(self.ids))
+        near = char
+        while found is None and near < self._chars:
+            found = self._encoding.char_to_token(near)
+            near += 1
+        if found is None:
+            found = len(self.ids)
         while found > 0 and self._place(found - 1)[1] > char:
             found -= 1
         return found
