@@ -1,0 +1,191 @@
+"""Conversations as token ids, with the spans that are learned: what the assistant writes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+from jaxcl.data.chat_rendering import Piece, Renderer, Rendering, renderer
+from jaxcl.data.chat_templates import find_template
+from jaxcl.data.chat_tokens import Tokens, tokenize
+from jaxcl.data.messages import Message
+from jaxcl.data.tokenizer import Tokenizer
+from jaxcl.errors import UserError
+
+#: Which answers of a conversation are learned.
+Learn = Literal["all", "last"]
+
+
+class EncodedConversations(NamedTuple):
+    """Conversations as token ids.
+
+    Attributes:
+      ids: token ids per conversation, at most `length`.
+      spans: lengths of alternating runs per conversation: not learned (perhaps 0), learned, not learned and so on. They
+        sum to the number of its ids.
+      dropped_turns: old exchanges (a user's message and what follows it, up to the next) left out for length.
+      cut: conversations of which a message was cut for length.
+    """
+
+    ids: list[list[int]]
+    spans: list[list[int]]
+    dropped_turns: int
+    cut: int
+
+
+class _Row(NamedTuple):
+    """A conversation as token ids, `learned` ranges of them, and what it takes to find a message's tokens."""
+
+    ids: list[int]
+    learned: list[tuple[int, int]]
+    rendering: Rendering
+    tokens: Tokens
+    opening: int
+
+    def inside(self, piece: Piece) -> tuple[int, int]:
+        """The range of the tokens that hold nothing but a message's text."""
+        start, stop = self.tokens.starting_from(piece.start), self.tokens.ending_after(piece.stop)
+        return self.opening + start, self.opening + max(start, stop)
+
+
+def encode_conversations(
+    conversations: Sequence[Sequence[Message]],
+    tokenizer: Tokenizer,
+    *,
+    length: int,
+    learn: Learn,
+    where: Callable[[int], str],
+    template: str = "model",
+    on_long_answer: Literal["error", "cut"] = "error",
+) -> EncodedConversations:
+    """Token ids of conversations and what is learned of them.
+
+    A conversation is rendered by a chat template and tokenised as a whole. What is learned of an answer is what the
+    template's generation marks say, or without such marks, what follows the generation prompt, through the token that
+    ends the turn. The text of a special token in a message is data: it is spelled out. Messages after the last answer
+    teach nothing and are left out. The `bos` token is written once, by the template or else, if the model expects it,
+    here.
+
+    A conversation that is too long loses its oldest exchanges, never messages of the system that open it. If the last
+    exchange alone is too long, the longest message that is neither the system's nor the assistant's is cut on the left;
+    one token of it remains.
+
+    Args:
+      conversations: messages per conversation, as `read_messages` returns them.
+      tokenizer: the model's tokenizer.
+      length: maximal number of tokens of a conversation.
+      learn: which answers are learned.
+      where: what the conversation of an index is called in messages.
+      template: `model` for the tokenizer's own chat template, or a name of `CHAT_TEMPLATES`.
+      on_long_answer: what happens to a conversation that is still too long: an error, or it keeps up to `length // 4`
+        tokens of the cut message and loses its end.
+
+    Raises:
+      UserError: there is no chat template, it fails or hides what is to be learned, or a conversation is too long.
+    """
+    render = renderer(tokenizer, find_template(template, tokenizer))
+    kept = [_up_to_last_answer(messages, where(index)) for index, messages in enumerate(conversations)]
+    rows = _encode(kept, tokenizer, render, learn, [where(index) for index in range(len(kept))])
+    dropped = 0
+    cut = 0
+    long = [index for index, row in enumerate(rows) if len(row.ids) > length]
+    while long:
+        again = []
+        for index in long:
+            starts = _exchanges(kept[index])
+            if len(starts) > 1:
+                count = _exchanges_to_drop(rows[index], starts, length)
+                kept[index] = [*kept[index][: starts[0]], *kept[index][starts[count] :]]
+                dropped += count
+                again.append(index)
+            else:
+                rows[index] = _cut(rows[index], kept[index], length, on_long_answer, where(index))
+                cut += 1
+        shorter = _encode([kept[index] for index in again], tokenizer, render, learn, [where(index) for index in again])
+        for index, row in zip(again, shorter, strict=True):
+            rows[index] = row
+        long = [index for index in again if len(rows[index].ids) > length]
+    spans = [_runs(row.learned, len(row.ids)) for row in rows]
+    return EncodedConversations([row.ids for row in rows], spans, dropped, cut)
+
+
+def _up_to_last_answer(messages: Sequence[Message], where: str) -> Sequence[Message]:
+    for count in range(len(messages), 0, -1):
+        if messages[count - 1]["role"] == "assistant":
+            return messages[:count]
+    raise UserError(f"{where}: no message is the assistant's, so there is nothing to learn")
+
+
+def _encode(
+    conversations: Sequence[Sequence[Message]],
+    tokenizer: Tokenizer,
+    render: Renderer,
+    learn: Learn,
+    where: Sequence[str],
+) -> list[_Row]:
+    rows = []
+    renderings = render.render(conversations, where)
+    for rendering, tokens in zip(renderings, tokenize(renderings, tokenizer), strict=True):
+        # The template's `bos` token is the only one, if it writes one.
+        missing = tokenizer.add_bos and tokenizer.bos_id is not None and tokens.ids[:1] != [tokenizer.bos_id]
+        opening = [tokenizer.bos_id] if missing and tokenizer.bos_id is not None else []
+        learned: list[tuple[int, int]] = []
+        for first, last in rendering.learned:
+            if learn == "last" and first < rendering.last:
+                continue
+            # A token that is learned in part is learned.
+            start, stop = (len(opening) + n for n in (tokens.ending_after(first), tokens.starting_from(last)))
+            if learned and start <= learned[-1][1]:
+                start = learned.pop()[0]
+            learned.append((start, stop))
+        rows.append(_Row([*opening, *tokens.ids], learned, rendering, tokens, len(opening)))
+    return rows
+
+
+def _exchanges(messages: Sequence[Message]) -> list[int]:
+    """Where exchanges start: messages of the user that follow none of the user."""
+    roles = [message["role"] for message in messages]
+    return [n for n, role in enumerate(roles) if role == "user" and (n == 0 or roles[n - 1] != "user")]
+
+
+def _exchanges_to_drop(row: _Row, starts: Sequence[int], length: int) -> int:
+    """How many exchanges make up what is too much, by their tokens; at least one, and never the last."""
+    places = {piece.message: row.inside(piece)[0] for piece in reversed(row.rendering.pieces)}
+    if starts[0] not in places:
+        return 1  # a blank message has no place
+    needed = places[starts[0]] + len(row.ids) - length
+    enough = (n for n, start in enumerate(starts) if n and places.get(start, 0) >= needed)
+    return next(enough, len(starts) - 1)
+
+
+def _cut(row: _Row, messages: Sequence[Message], length: int, on_long_answer: str, where: str) -> _Row:
+    pieces = [p for p in row.rendering.pieces if messages[p.message]["role"] not in ("system", "assistant")]
+    start, stop = max((row.inside(piece) for piece in pieces), key=lambda range_: range_[1] - range_[0], default=(0, 0))
+    excess = len(row.ids) - length
+    if excess < stop - start:
+        removed = excess
+    elif on_long_answer == "cut":
+        removed = max(0, stop - start - max(1, length // 4))
+    else:
+        raise UserError(
+            f"{where}: the last exchange has {len(row.ids) - max(0, stop - start - 1)} tokens with one of the user's "
+            f"text; data.length is {length}; raise it, or set data.on_long_answer to cut"
+        )
+    ids = [*row.ids[:start], *row.ids[start + removed :]][:length]
+    moved = ((first - removed, last - removed) if first >= start else (first, last) for first, last in row.learned)
+    learned = [(first, min(last, length)) for first, last in moved if first < length]
+    if not learned:
+        raise UserError(
+            f"{where}: the messages before the first answer that is learned fill all {length} tokens of data.length; "
+            "raise it"
+        )
+    return row._replace(ids=ids, learned=learned)
+
+
+def _runs(learned: Sequence[tuple[int, int]], count: int) -> list[int]:
+    """Lengths of alternating runs, see `EncodedConversations`."""
+    bounds = [0, *(place for range_ in learned for place in range_)]
+    if bounds[-1] < count:
+        bounds.append(count)
+    return [stop - start for start, stop in itertools.pairwise(bounds)]
