@@ -14,6 +14,7 @@ from jaxcl.data.cache import Cache
 from jaxcl.data.fingerprint import RowsHash, RowsPrint
 from jaxcl.data.formats.base import Record, Records
 from jaxcl.data.heldout import hold_out, rank
+from jaxcl.data.messages import Message, read_messages
 from jaxcl.data.spec import Kind
 from jaxcl.data.split import ListRows, Members, Row, Rows, StreamedRows
 from jaxcl.data.values import as_text
@@ -48,6 +49,9 @@ class RowReader:
         Raises:
           UserError: the record lacks a field, or a field is not text.
         """
+        if self.kind == "chat":
+            *before, last = _up_to_last_answer(read_messages(record, str(place)))
+            return {"prompt": json.dumps(before, ensure_ascii=False), "answer": last["content"]}
         for field in (*self._names.values(), *self._wanted):
             if field not in record:
                 fields = ", ".join(map(str, record)) or "none"
@@ -57,6 +61,12 @@ class RowReader:
             values = {field: as_text(record[field], field, place) for field in self._wanted}
             row["prompt"] = string.Formatter().vformat(self._template, (), values)
         return None if self.kind == "text" and not row["text"].strip() else row
+
+
+def _up_to_last_answer(messages: list[Message]) -> list[Message]:
+    """What comes after the last answer teaches nothing."""
+    last = max(number for number, message in enumerate(messages) if message["role"] == "assistant")
+    return messages[: last + 1]
 
 
 def held_out(given: str, splits: Mapping[str, Any]) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxcl.data.cache import Cache
-from jaxcl.data.encode import NumberedRows, batched, encode_rows
+from jaxcl.data.encode import Encoder, NumberedRows, batched, encode_rows
 from jaxcl.data.examples import Shard, token_type
 from jaxcl.data.plan import Shape, choose_lengths
 from jaxcl.data.ragged import Ragged
@@ -129,6 +129,8 @@ class PairEncoder:
     """Prompt-answer pairs to token sequences of two spans, prompt and answer; see `PairRows`."""
 
     def __init__(self, tokenizer: Tokenizer, config: DataConfig, name: str) -> None:
+        if tokenizer.eos_id is None:
+            raise UserError("the tokenizer has no end token (eos), which prompt-answer tasks need")
         self._tokenizer = tokenizer
         self._config = config
         self._name = name
@@ -214,16 +216,17 @@ class PairRows(EncodedRows):
         Raises:
           UserError: an answer is longer than `answer_length`, or the tokenizer has no end token.
         """
-        if tokenizer.eos_id is None:
-            raise UserError("the tokenizer has no end token (eos), which prompt-answer tasks need")
         self.task = task
         self.name = name
         self.config = config
         self.pad_id = tokenizer.pad_id
         self._prefix: Int[np.ndarray, " prefix"] = np.asarray(prompt_prefix, np.int32)
-        self.table = encode_rows(texts, PairEncoder(tokenizer, config, name), cache)
+        self.table = encode_rows(texts, self._encoder(tokenizer), cache)
         self.cut_prompts = self.table.count("cut_prompts")
         self.cut_answers = self.table.count("cut_answers")
+
+    def _encoder(self, tokenizer: Tokenizer) -> Encoder:
+        return PairEncoder(tokenizer, self.config, self.name)
 
     @functools.cached_property
     def sizes(self) -> Int[np.ndarray, "examples 2"]:
@@ -236,9 +239,11 @@ class PairRows(EncodedRows):
         return np.concatenate([self._prefix, tokens[: spans[0]].astype(np.int32)])
 
     def answer(self, index: int) -> Int[np.ndarray, " tokens"]:
-        """The last tokens that are learned, end token included."""
+        """The tokens of the last span that is learned, end token included."""
         tokens, spans = self.table[index]
-        return tokens[len(tokens) - int(spans[1::2][-1]) :].astype(np.int32)
+        last = len(spans) // 2 * 2
+        stop = int(spans[:last].sum())
+        return tokens[stop - int(spans[last - 1]) : stop].astype(np.int32)
 
     def shapes(self, others: Sequence[PairRows]) -> list[Shape]:
         """See `pair_shapes`."""
@@ -255,6 +260,7 @@ class PairRows(EncodedRows):
         ends = len(self._prefix) + np.cumsum(spans, dtype=np.int64)
         scored = [np.arange(start, stop) for start, stop in zip(ends[::2], ends[1::2], strict=False)]
         at = scored[0] if len(scored) == 1 else np.concatenate(scored)
+        at = at[at > 0]  # no position predicts the first token
         row["predict"][: len(at)] = at - 1
         row["targets"][: len(at)] = tokens[at]
         row["weights"][: len(at)] = 1
@@ -298,5 +304,5 @@ def pair_shapes(rows: Sequence[PairRows], config: DataConfig) -> list[Shape]:
     shapes = []
     for length in lengths:
         scored = sizes[sizes[:, 0] <= length, 1].max(initial=1)
-        shapes.append(Shape(int(length), min(int(scored), config.answer_length)))
+        shapes.append(Shape(int(length), int(scored)))
     return shapes

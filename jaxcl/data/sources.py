@@ -14,6 +14,7 @@ from jaxcl.data.formats.base import ListRecords, Record, Records
 from jaxcl.data.formats.find import SCHEMES as FILE_SCHEMES
 from jaxcl.data.formats.find import find_records
 from jaxcl.data.hubs import read_hf, read_tfds
+from jaxcl.data.messages import has_conversation
 from jaxcl.data.opening import RowReader, divide, held_out, limited, open_splits, read_rows
 from jaxcl.data.repeats import without_repeats
 from jaxcl.data.spec import EndTaskSpec, Kind, SourceSpec, TaskSpec
@@ -30,8 +31,8 @@ class TaskData:
 
     Attributes:
       name: name of the task.
-      kind: `pairs`: rows have `prompt` and `answer`; `text`: rows have `text`; `labelled`: rows have `text`, `label`
-        and optionally `pair`.
+      kind: `pairs`: rows have `prompt` and `answer`; `chat`: the same, and the prompt is a JSON list of the messages
+        before the last answer; `text`: rows have `text`; `labelled`: rows have `text`, `label` and optionally `pair`.
       train: training rows, never empty.
       dev: development rows; may be empty.
       test: test rows, never empty.
@@ -46,6 +47,11 @@ class TaskData:
     test: Rows
     labels: tuple[str, ...] = ()
     where: Mapping[str, str] = dataclasses.field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def answered(self) -> bool:
+        """Whether the rows have a prompt and an answer."""
+        return self.kind in ("pairs", "chat")
 
 
 class Raw(NamedTuple):
@@ -279,14 +285,17 @@ def _needed(
     if kind is None and template:
         kind = "pairs"
     if kind is None:
-        kind = next((one for one, fields in needs.items() if all(f in sample for f in fields.values())), None)
+        fitting = [one for one, fields in needs.items() if all(field in sample for field in fields.values())]
+        if "pairs" not in fitting and has_conversation(sample):
+            fitting = ["chat"]
+        kind = next(iter(fitting), None)
     if kind is None:
         raise UserError(
             f"task {name}: {next(iter(where.values()), spec.source)} row 1 has the fields {_listed(sample)}; expected "
-            f"{spec.prompt_field} and {spec.answer_field}, or {spec.text_field} (and {spec.label_field}); "
-            "set prompt_field, answer_field, text_field or label_field to use other names"
+            f"{spec.prompt_field} and {spec.answer_field}, or {spec.text_field} (and {spec.label_field}), or a "
+            "conversation; set prompt_field, answer_field, text_field or label_field to use other names"
         )
-    return kind, needs[kind]
+    return kind, needs.get(kind, {})
 
 
 # ---------------------------------------------------------------- helpers

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from jaxcl.data.places import place
 from jaxcl.schema import Schema
 
-Kind = Literal["pairs", "text", "labelled"]
+Kind = Literal["pairs", "chat", "text", "labelled"]
 
 #: Named prompt templates; any other template is a string with `{prompt}` exactly once.
 TEMPLATES: dict[str, str] = {
@@ -73,7 +73,9 @@ class TaskSpec(SourceSpec):
 
     name: str = Field(min_length=1, pattern=r"^[^/\\]+$", description="name in results and file names")
     kind: Kind | None = Field(
-        None, description="pairs (prompt and answer), text or labelled; none: inferred from the source's fields"
+        None,
+        description="pairs (prompt and answer), chat (conversations), text or labelled; none: inferred from the "
+        "source's fields",
     )
     metric: str | None = Field(None, description="name of the metric; none: exact_match for pairs, perplexity for text")
     prompt_template: str | None = Field(
@@ -115,8 +117,14 @@ class DataConfig(Schema):
     template: str = Field(
         "plain", description=f"template around a prompt: {', '.join(TEMPLATES)}, or a string that contains {{prompt}}"
     )
+    chat_template: str = Field(
+        "model", description="template of conversations: model, that of the tokenizer, or chatml or smollm2"
+    )
+    learn: Literal["all", "last"] = Field("all", description="answers of a conversation that are learned")
     on_long_answer: Literal["error", "cut"] = Field(
-        "error", description="what to do with an answer longer than answer_length: stop, or cut and count it"
+        "error",
+        description="what to do with an answer longer than answer_length, or with a conversation too long for a row "
+        "although its older turns were left out: stop, or cut and count it",
     )
     mask_rate: float = Field(0.15, gt=0, lt=1, description="share of tokens predicted by a masked language model")
     mask_replace: float = Field(0.8, ge=0, le=1, description="share of predicted tokens shown as the mask token")

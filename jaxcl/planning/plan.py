@@ -172,7 +172,7 @@ def programs(config: ExperimentConfig, mesh: Mesh) -> dict[str, Program]:
         lower = functools.partial(jax.jit(trainer.compile.trace(measure)).lower, *given)
         arguments = {"params": target.params, "method": target.method_state, "batch": measured}
         found[name] = Program(lower, arguments, resident=moments)
-    if network.causal and "pairs" in map(expected_kind, config.tasks):
+    if network.causal and {"pairs", "chat"} & set(map(expected_kind, config.tasks)):
         check_batch_size(evaluation.batch_size, 1, layout.batch_ways, key="evaluation.batch_size")
         found["generate"] = _generation(config, network, trainer)
     return found
@@ -192,7 +192,7 @@ def row_shape(config: ExperimentConfig, causal: bool) -> Shape:
     if not causal:
         return Shape(data.length, round(data.length * data.mask_rate))
     pairs = Shape(data.prompt_length + data.answer_length, data.answer_length)
-    shapes = {pairs if expected_kind(task) == "pairs" else Shape(data.length, None) for task in config.tasks}
+    shapes = {pairs if expected_kind(task) in ("pairs", "chat") else Shape(data.length, None) for task in config.tasks}
     return max(shapes, key=lambda shape: (shape.length, shape.length if shape.predict is None else shape.predict))
 
 

@@ -13,6 +13,7 @@ import jax
 
 from jaxcl.config import ExperimentConfig
 from jaxcl.data.cache import Cache, Share
+from jaxcl.data.chat_rows import ChatRows, messages_of, turn_end
 from jaxcl.data.memory import TaskMemory
 from jaxcl.data.pairs import PairRows, pair_shapes
 from jaxcl.data.pipeline import Pipeline
@@ -113,7 +114,7 @@ class Components:
         rows = getattr(task, split)
         if not rows:
             raise UserError(f"task {task.name}: no {split} examples")
-        if task.kind == "pairs":
+        if task.answered:
             return self._pairs(rows, index, task.name, self.config.data)
         return TextRows(
             rows,
@@ -146,6 +147,12 @@ class Components:
         sizes = {"layers": network.num_layers, "heads": network.num_heads, "vocabulary": network.vocab_size}
         return {"task": task.name, "rows": task.rows, "tokenizer": self.tokenizer.fingerprint, **sizes}
 
+    @functools.cached_property
+    def end_ids(self) -> tuple[int, ...]:
+        """The tokens that end an answer: the tokenizer's, and in conversations, that of the chat template."""
+        turn = [turn_end(self.tokenizer, self.config.data) for task in self.tasks if task.kind == "chat"][:1]
+        return tuple(sorted({*self.tokenizer.end_ids, *(end for end in turn if end is not None)}))
+
     def encode_written(self, rows: Sequence[Mapping[str, str]], index: int, name: str) -> PairRows:
         """Prompts and answers that a model wrote for a task, encoded; too long answers are cut.
 
@@ -158,7 +165,8 @@ class Components:
         return self._pairs(rows, index, name, data)
 
     def _pairs(self, rows: Rows | Sequence[Mapping[str, str]], index: int, name: str, data: DataConfig) -> PairRows:
-        return PairRows(
+        kind = ChatRows if self.tasks[index].kind == "chat" else PairRows
+        return kind(
             rows,
             self.tokenizer,
             data,
@@ -293,7 +301,7 @@ def _check_tasks(config: ExperimentConfig, tasks: tuple[TaskData, ...], method: 
         )
     written = method.replay is not None and method.replay.source != "kept"
     for task in tasks:
-        if task.kind == "pairs" and not method.network.causal:
+        if task.answered and not method.network.causal:
             raise UserError(
                 f"task {task.name}: prompts and answers need a decoder; the model is an encoder", exit_code=2
             )
@@ -301,14 +309,14 @@ def _check_tasks(config: ExperimentConfig, tasks: tuple[TaskData, ...], method: 
             raise UserError(
                 f"task {task.name}: labelled examples can only be the end_task of a text domain", exit_code=2
             )
-        if task.kind == "text" and (prefix or written):
+        if (task.kind == "text" and prefix) or (task.kind != "pairs" and written):
             # Samples are split into prompt and answer, and soft tokens precede a prompt.
             key = f"name: {config.method.name}" if prefix else "replay.source: synthetic"
             raise UserError(
                 f"method.{key} needs prompts and answers; task {task.name} is {task.kind}",
                 exit_code=2,
             )
-        key, tokens = needed[task.kind]
+        key, tokens = needed["pairs" if task.answered else "text"]
         if tokens > window:
             raise UserError(
                 f"data.{key}: {tokens} tokens exceed the model's window, model.max_length={window} (task {task.name})",
@@ -325,7 +333,7 @@ def _check_metrics(config: ExperimentConfig, tasks: tuple[TaskData, ...]) -> Non
     """Checks that a perfect model would score 100 on each task."""
     settings = config.evaluation
     for spec, task in zip(config.tasks, tasks, strict=True):
-        if task.kind == "pairs":
+        if task.answered:
             metric = settings.metric_for("pairs", spec.metric)
             rows: Rows = getattr(task, settings.split)
             scored = drawn(len(rows), settings.limit)
@@ -371,7 +379,10 @@ def _load_tokenizer(config: ExperimentConfig, tasks: tuple[TaskData, ...], folde
 def _texts(tasks: tuple[TaskData, ...], limit: int | None) -> Iterator[str]:
     for task in tasks:
         for row in itertools.islice(task.train, limit):
-            yield from (value for key, value in row.items() if key in ("prompt", "answer", "text"))
+            if task.kind == "chat":
+                yield from (message["content"] for message in messages_of(row))
+            else:
+                yield from (value for key, value in row.items() if key in ("prompt", "answer", "text"))
 
 
 def initial_params(components: Components) -> Params:

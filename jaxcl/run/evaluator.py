@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, cast
 
 import jax.numpy as jnp
 
+from jaxcl.data.chat_rows import encode_openings
 from jaxcl.data.pairs import encode_answers, encode_prompts
 from jaxcl.data.pipeline import LabelledPipeline
 from jaxcl.data.rows import HostBatch
@@ -71,7 +72,7 @@ class Evaluator:
 
     def _metric(self, index: int) -> str:
         task, spec = self.parts.tasks[index], self.parts.config.tasks[index]
-        name = self.settings.metric_for(task.kind, spec.metric)
+        name = self.settings.metric_for("pairs" if task.answered else "text", spec.metric)
         if name != "end_task":
             return name
         if spec.end_task is None:
@@ -109,7 +110,7 @@ class Evaluator:
         for index, task in enumerate(self.parts.tasks):
             if not self.parts.config.tasks[index].data_gone:
                 self._check_split(task, f"task {task.name}")
-                if task.kind == "pairs":
+                if task.answered:
                     self._check_answers(task, self.metrics[index])
         for index, task in self.parts.end_tasks.items():
             self._check_split(task, f"end task of {self.parts.names[index]}")
@@ -133,7 +134,10 @@ class Evaluator:
         settings, rows = self.settings, getattr(task, self.settings.split)
         chosen = rows.pick(drawn(len(rows), settings.limit))
         answers, prompts = ([row[name] for row in chosen] for name in ("answer", "prompt"))
-        encoded = encode_answers(answers, prompts, self.parts.tokenizer, self.parts.config.data)
+        if task.kind == "chat":
+            encoded = self.parts.tokenizer.encode_batch(answers, continued=True)
+        else:
+            encoded = encode_answers(answers, prompts, self.parts.tokenizer, self.parts.config.data)
         long = [len(tokens) for tokens in encoded if len(tokens) > settings.max_new_tokens]
         if not long:
             return
@@ -154,7 +158,7 @@ class Evaluator:
           index: which task.
           after: index of the task learned last; -1 before any training.
         """
-        if self.parts.tasks[index].kind == "pairs":
+        if self.parts.tasks[index].answered:
             return self._score_pairs(params, index)
         return self._score_text(params, index, after)
 
@@ -182,16 +186,20 @@ class Evaluator:
             batch_size=self.settings.batch_size,
             prompt_length=data.prompt_length + longest_prefix(self.parts.method),
             max_new_tokens=self.settings.max_new_tokens,
-            eos_id=tokenizer.end_ids,
+            eos_id=self.parts.end_ids,
             pad_id=tokenizer.pad_id,
             trace=self.parts.trainer.compile.trace,
         )
 
     def _answer(self, params: Params, index: int, prompts: list[str]) -> list[str]:
         prefix = self.parts.method.prompt_prefix(index)
-        prompt_ids = encode_prompts(prompts, self.parts.tokenizer, self.parts.config.data).ids
+        tokenizer, data = self.parts.tokenizer, self.parts.config.data
+        chat = self.parts.tasks[index].kind == "chat"
+        prompt_ids = encode_openings(prompts, tokenizer, data) if chat else encode_prompts(prompts, tokenizer, data).ids
         ids = [[*prefix, *row] for row in prompt_ids]
-        return [self.parts.tokenizer.decode(answer).strip() for answer in self._generator(params, ids)]
+        texts = [tokenizer.decode(answer).strip() for answer in self._generator(params, ids)]
+        # What a model thinks before it answers is not the answer.
+        return [text.rpartition("</think>")[2].strip() for text in texts] if chat else texts
 
     def _score_text(self, params: Params, index: int, after: int) -> Evaluation:
         if index not in self._texts:
