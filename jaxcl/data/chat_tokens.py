@@ -56,6 +56,8 @@ class _Plain:
         found = self.ending_after(char)
         while found < len(self.ids) and self._place(found)[0] < char:
             found += 1
+        while found > 0 and self._place(found - 1)[0] >= char:
+            found -= 1
         return found
 
     def _place(self, token: int) -> tuple[int, int]:

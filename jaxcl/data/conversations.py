@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
@@ -108,6 +109,28 @@ def encode_conversations(
         long = [index for index in again if len(rows[index].ids) > length]
     spans = [_runs(row.learned, len(row.ids)) for row in rows]
     return EncodedConversations([row.ids for row in rows], spans, dropped, cut)
+
+
+def end_of_turn(tokenizer: Tokenizer, template: str = "model") -> int:
+    """Id of the token that ends an answer, at which generation has to stop; it need not be the tokenizer's `eos` token.
+
+    Args:
+      tokenizer: the model's tokenizer.
+      template: see `encode_conversations`.
+
+    Raises:
+      UserError: there is no chat template, it fails or hides what is to be learned.
+    """
+    messages: list[Message] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    found = encode_conversations(
+        [messages],
+        tokenizer,
+        length=sys.maxsize,
+        learn="last",
+        where=lambda _: "a short conversation",
+        template=template,
+    )
+    return found.ids[0][sum(found.spans[0][:2]) - 1]
 
 
 def _up_to_last_answer(messages: Sequence[Message], where: str) -> Sequence[Message]:

@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import normalizers, pre_tokenizers
 
-from jaxcl.data.conversations import EncodedConversations, Learn, encode_conversations
+from jaxcl.data.chat_templates import CHAT_TEMPLATES
+from jaxcl.data.conversations import EncodedConversations, Learn, encode_conversations, end_of_turn
 from jaxcl.data.messages import Message
 from jaxcl.data.pairs import encode_answers, encode_prompts
 from jaxcl.data.spec import DataConfig
 from jaxcl.data.tokenizer import Tokenizer
 from jaxcl.errors import UserError
-from tests.tiny.chats import FAMILIES, chat_tokenizer, show, turns
+from tests.tiny.chats import FAMILIES, chat_tokenizer, show, turns, without_marks
 from tests.tiny.texts import small_tokenizer, spaced_tokenizer
 
 START, END = "<|im_start|>", "<|im_end|>"
@@ -83,6 +84,14 @@ def test_reasoning_of_earlier_answers_is_left_out_as_the_template_does(marks: bo
     messages = [*turns("q", thinks + "a"), {"role": "tool", "content": "5"}, *turns("q", thinks + "c")[1:]]
     row = shown(messages, tokenizer)
     assert f"⟦{thinks}a{END}⟧\n{START}user\n<tool_response>\n5\n</tool_response>{END}\n" in row
+
+
+@pytest.mark.parametrize("marks", [True, False])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_token_that_ends_an_answer(name: str, marks: bool) -> None:
+    tokenizer = chat_tokenizer(name, marks=marks)
+    end = ROWS[name].split("⟧")[0].split("⟦")[1].strip()[1:]
+    assert end_of_turn(tokenizer) == tokenizer.backend.token_to_id(end)
 
 
 def test_messages_after_the_last_answer_are_left_out() -> None:
@@ -268,23 +277,61 @@ def test_today_is_always_the_same_day() -> None:
     assert shown(turns("q", "a"), tokenizer).startswith("26 Jul 2024, 26 July 26 Jul 2024")
 
 
-@pytest.mark.parametrize("name", ["chatml", "smollm2"])
+NAMED = {
+    "chatml": ROWS["chatml"],
+    "smollm2": ROWS["chatml"],
+    "llama2": "[INST] <<SYS>>\nS\n<</SYS>>\n\nq [/INST]⟦ a</s>⟧<s>[INST] r [/INST]⟦ b</s>⟧",
+    "vicuna": "S USER: q ASSISTANT:⟦ a</s>⟧USER: r ASSISTANT:⟦ b</s>⟧",
+}
+
+
+def named_tokenizer(name: str) -> Tokenizer:
+    family = "chatml" if name in ("chatml", "smollm2") else "mistral"
+    known = chat_tokenizer(family)
+    ids = {"pad": 0, "bos": known.bos_id, "eos": known.eos_id}
+    return Tokenizer(known.backend, ids, add_bos=known.bos_id is not None)
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_named_templates(name: str) -> None:
+    messages = turns("q", "a", "r", "b", system="S")
+    tokenizer = named_tokenizer(name)
+    bos = "" if tokenizer.bos_id is None else "<s>"
+    assert shown(messages, tokenizer, template=name) == bos + NAMED[name]
+    unmarked = Tokenizer(
+        tokenizer.backend,
+        {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id},
+        add_bos=tokenizer.add_bos,
+        chat_template=without_marks(CHAT_TEMPLATES[name]),
+    )
+    assert encode(messages, unmarked) == encode(messages, tokenizer, template=name)
+
+
+@pytest.mark.parametrize("name", NAMED)
 def test_named_templates_write_what_the_prompt_templates_do(name: str) -> None:
-    known = chat_tokenizer("chatml")
-    tokenizer = Tokenizer(known.backend, {"pad": 0, "eos": known.eos_id}, add_bos=False)
+    tokenizer = named_tokenizer(name)
     config = DataConfig(template=name, prompt_length=10**6, answer_length=10**6)
     (prompt,) = encode_prompts(["Grüße 12"], tokenizer, config).ids
     (answer,) = encode_answers(["moving wheel"], ["Grüße 12"], tokenizer, config)
     found = encode(turns("Grüße 12", "moving wheel"), tokenizer, template=name)
-    newline = tokenizer.encode("\n")
-    assert found.ids[0] == [*prompt, *answer, tokenizer.eos_id, *newline]
-    assert found.spans[0] == [len(prompt), len(answer) + 1, 1]
+    ids = [*prompt, *answer, tokenizer.eos_id]
+    assert found.ids[0][: len(ids)] == ids
+    assert tokenizer.decode(found.ids[0][len(ids) :]) in ("", "\n")
+    assert found.spans[0][:2] == [len(prompt), len(answer) + 1]
 
 
 def test_a_name_of_a_template_is_checked() -> None:
-    with pytest.raises(UserError, match=r"data.chat_template is 'llama'; allowed: model, chatml, smollm2"):
+    with pytest.raises(
+        UserError, match=r"data.chat_template is 'llama'; allowed: model, chatml, smollm2, llama2, vicuna"
+    ):
         encode(turns("q", "a"), chat_tokenizer("chatml"), template="llama")
     with pytest.raises(
         UserError, match=r"data.chat_template is chatml, but the tokenizer has no token for <\|im_start\|>"
     ):
         encode(turns("q", "a"), small_tokenizer(), template="chatml")
+    backend = named_tokenizer("llama2").backend
+    with pytest.raises(UserError, match=r"the tokenizer has no end token \(eos\), which conversations need"):
+        encode(turns("q", "a"), Tokenizer(backend, {}, add_bos=False), template="llama2")
+    tool: Message = {"role": "tool", "content": "5"}
+    with pytest.raises(UserError, match=r"row 1: the chat template fails: it has no place for the role tool"):
+        encode([*turns("q", "a"), tool, *turns("q", "a")[1:]], named_tokenizer("vicuna"), template="vicuna")
