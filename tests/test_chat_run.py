@@ -28,11 +28,34 @@ def write_tasks(folder):
     for name, count in (("chats", 24), ("alpaca", 16)):
         (folder / name).mkdir()
         for split in ("train", "test"):
-            path = tmp_path / "run" / "predictions" / "after01_task00.jsonl"
+            rows = [{"messages": conversation(n)} for n in range(count if split == "train" else 4)]
+            if name == "alpaca":
+                rows = [{"instruction": f"say {ANSWERS[n % 2]}", "input": "", "output": "no"} for n in range(len(rows))]
+            (folder / name / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chat_tokenizer("chatml").save(folder / "tokenizer")
+
+
+def config(folder, method, **data):
+    return {
+        "model": {**DECODER, "vocab_size": 520, "max_length": 128},
+        "tokenizer": {"path": str(folder / "tokenizer")},
+        "data": {"prompt_length": 96, "answer_length": 16, "buckets": 1, "cache": str(folder / "cache"), **data},
+        "tasks": [{"name": name, "source": f"jsonl:{folder / name}"} for name in ("chats", "alpaca")],
+        "training": {"batch_size": 8, "epochs": 1, "checkpoint_every": 2},
+        "evaluation": {"batch_size": 4, "max_new_tokens": 8},
+        "method": method,
+        "output": str(folder / "run"),
+    }
+
+
+def test_seekr_learns_conversations_one_task_after_another(tmp_path):
+    write_tasks(tmp_path)
+    outcome = sequence.run(parse_config(config(tmp_path, SEEKR)))
+    assert outcome.results.finished
+    path = tmp_path / "run" / "predictions" / "after01_task00.jsonl"
     asked = [json.loads(json.loads(line)["prompt"]) for line in path.read_text().splitlines()]
     assert asked == [conversation(number)[:-1] for number in range(4)]
-    described = outcome.results.data["chats"]
-    assert described["sources"]["chats"]["dropped_turns"] == 0
+    assert outcome.results.data["chats"]["sources"]["chats"]["dropped_turns"] == 0
 
 
 def test_every_answer_or_the_last_one_is_learned(tmp_path):
@@ -65,7 +88,7 @@ def test_a_tokenizer_without_a_chat_template_is_refused_before_training(tmp_path
     write_tasks(tmp_path)
     content = config(tmp_path, {"name": "sequential"})
     content["tokenizer"] = TOKENIZER
-    with pytest.raises(UserError, match="no chat template.*data.chat_template"):
+    with pytest.raises(UserError, match=r"no chat template.*data\.chat_template"):
         sequence.run(parse_config(content))
 
 
