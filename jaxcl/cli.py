@@ -98,6 +98,14 @@ def _generate(args: argparse.Namespace) -> None:
     )
 
 
+def _data(args: argparse.Namespace) -> None:
+    # Only counts and texts: accelerators are for the run.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from jaxcl.commands.data import describe_data, use_colour
+
+    _say(describe_data(args.config, args.overrides, samples=args.samples, colour=use_colour()))
+
+
 def _prepare(args: argparse.Namespace) -> None:
     from jaxcl.data.builders.prepare import prepare
 
@@ -146,6 +154,7 @@ _ACTIONS: dict[str, Callable[[argparse.Namespace], None]] = {
     "plan": _plan,
     "convert": _convert,
     "generate": _generate,
+    "data": _data,
     "prepare": _prepare,
     "configs": _configs,
 }

@@ -68,6 +68,12 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _whole(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected 0 or more, got {text!r}")
+    return int(text)
+
+
 def _number(text: str) -> float:
     """An integer if possible, because steps are integers; epochs may be fractions."""
     try:
@@ -244,6 +250,18 @@ def _generate(commands: _Commands) -> None:
     generate.add_argument("--raw", action="store_true", help="use the prompt unchanged, without template")
 
 
+def _data(commands: _Commands) -> None:
+    data = _command(
+        commands,
+        "data",
+        "encode a configuration's rows ahead of a run; show counts, repeated rows, and examples as the model sees them",
+        "jaxcl data quickstart_seekr --samples 1",
+    )
+    data.add_argument("config", type=_place, metavar="CONFIG", help="as for `run`")
+    data.add_argument("overrides", type=_text, nargs="*", metavar="KEY=VALUE", help="as for `run`")
+    data.add_argument("--samples", type=_whole, default=2, metavar="N", help="examples shown per task (default 2)")
+
+
 def _prepare(commands: _Commands) -> None:
     prepare = _command(
         commands,
@@ -306,6 +324,7 @@ _VERBS = (
     _plan,
     _convert,
     _generate,
+    _data,
     _prepare,
     _configs,
 )

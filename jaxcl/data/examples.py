@@ -57,6 +57,12 @@ class ExampleTable:
         return sum(int(shard.tokens.offsets[-1] - shard.tokens.offsets[0]) for shard in self.shards)
 
     @property
+    def bytes(self) -> int:
+        """Bytes that the examples take, on disk or in memory."""
+        columns = [column for shard in self.shards for column in (shard.tokens, shard.spans)]
+        return sum(column.values.nbytes + column.offsets.nbytes for column in columns)
+
+    @property
     def lengths(self) -> Int[np.ndarray, " examples"]:
         """Tokens of each example, int32."""
         found = [shard.tokens.lengths.astype(np.int32) for shard in self.shards]
