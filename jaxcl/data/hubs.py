@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from jaxcl.data.formats.base import ListRecords, Numbering, Part, Records, Where
 from jaxcl.errors import UserError
 
+_PART_ROWS = 2**16
 Splits = dict[str, Sequence[Mapping[str, Any]]]
 
 
@@ -87,23 +90,65 @@ def read_hf(rest: str, data_dir: str | None, label_field: str) -> tuple[Splits, 
     return _named(splits, label_field, tuple(getattr(features.get(label_field), "names", None) or ()))
 
 
+class HubRecords:
+    """Records of a memory-mapped data set, a range of rows at a time."""
+
+    def __init__(self, rows: Sequence[Mapping[str, Any]], where: str, key: str) -> None:
+        """Describes the records.
+
+        Args:
+          rows: the data set.
+          where: what it is called in messages.
+          key: changes if its content may have changed.
+        """
+        self.where = where
+        self._rows = rows
+        self._key = key
+
+    def key(self) -> str:
+        """See `Records`."""
+        return self._key
+
+    def parts(self) -> list[Part]:
+        """See `Records`."""
+        count = len(self._rows)
+        return [Part(self.where, start, min(start + _PART_ROWS, count)) for start in range(0, count, _PART_ROWS)]
+
+    def read(self, part: Part) -> Iterator[tuple[Where, Mapping[str, Any]]]:
+        """See `Records`."""
+        numbering = Numbering(self.where, "row", lambda: part.start)
+        stop = len(self._rows) if part.stop is None else part.stop
+        for index in range(part.start, stop):
+            yield Where((numbering, index - part.start + 1)), self._rows[index]
+
+
+def hub_records(rows: Sequence[Mapping[str, Any]], where: str) -> Records:
+    """The records of a split: streamed if the library says by what its content can be recognised, else in memory."""
+    inner = rows.rows if isinstance(rows, _Named) else rows
+    names = rows.labels if isinstance(rows, _Named) else ()
+    fingerprint = getattr(inner, "_fingerprint", None)
+    if not isinstance(fingerprint, str):
+        return ListRecords(rows, where)
+    return HubRecords(rows, where, json.dumps([fingerprint, len(rows), names]))
+
+
 class _Named:
     """Rows with class names instead of class numbers; a negative number (no label) stays a number."""
 
     def __init__(self, rows: Sequence[Mapping[str, Any]], field: str, labels: tuple[str, ...]) -> None:
-        self._rows, self._field, self._labels = rows, field, labels
+        self.rows, self.labels, self._field = rows, labels, field
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.rows)
 
     def __getitem__(self, index: Any) -> Mapping[str, Any]:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        row = dict(self._rows[index])
+        row = dict(self.rows[index])
         number = row[self._field]
         if not isinstance(number, int | np.integer):  # null, for example; refused with the row's number
             return row
-        return row | {self._field: self._labels[number] if 0 <= number < len(self._labels) else str(number)}
+        return row | {self._field: self.labels[number] if 0 <= number < len(self.labels) else str(number)}
 
 
 def _named(splits: Splits, field: str, labels: tuple[str, ...]) -> tuple[Splits, tuple[str, ...]]:

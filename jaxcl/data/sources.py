@@ -13,7 +13,7 @@ from jaxcl.data.cache import Cache
 from jaxcl.data.formats.base import ListRecords, Record, Records
 from jaxcl.data.formats.find import SCHEMES as FILE_SCHEMES
 from jaxcl.data.formats.find import find_records
-from jaxcl.data.hubs import read_hf, read_tfds
+from jaxcl.data.hubs import hub_records, read_hf, read_tfds
 from jaxcl.data.messages import has_conversation
 from jaxcl.data.opening import RowReader, divide, held_out, limited, open_splits, read_rows
 from jaxcl.data.repeats import without_repeats
@@ -258,7 +258,7 @@ def _read_hub(read: Callable[..., Any], scheme: str) -> Callable[[str, SourceSpe
         if "train" not in kept:
             raise UserError(f"source {scheme}:{rest}: no split called train; splits: {', '.join(splits) or 'none'}")
         where = {split: f"{scheme}:{rest} {names[split]}" for split in SPLITS}
-        return Raw({split: ListRecords(rows, where[split]) for split, rows in kept.items()}, where, labels)
+        return Raw({split: hub_records(rows, where[split]) for split, rows in kept.items()}, where, labels)
 
     return reader
 

@@ -3,7 +3,10 @@ import types
 
 import pytest
 
-from jaxcl.data.sources import load_source
+from jaxcl.data.cache import Cache
+from jaxcl.data.sources import load_source, load_task
+from jaxcl.data.spec import TaskSpec
+from jaxcl.data.split import StreamedRows
 from jaxcl.errors import UserError
 
 pytestmark = [
@@ -71,6 +74,16 @@ def test_hf_splits_and_class_names(monkeypatch):
         {"text": "row 2", "label": "no"},
     ]
     assert (len(task.dev), len(task.test), task.labels) == (1, 2, ("no", "yes"))
+
+
+def test_a_memory_mapped_hf_data_set_is_streamed(monkeypatch, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    found = datasets.Dataset.from_list([{"text": f"row {i}"} for i in range(50)])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: {"train": found})
+    spec = TaskSpec(name="x", source="hf:owner/name", heldout=0.2)
+    streamed, here = load_task(spec, cache=Cache(tmp_path)), load_task(spec)
+    assert isinstance(streamed.train, StreamedRows)
+    assert [list(streamed.train), list(streamed.test)] == [here.train, here.test]
 
 
 @pytest.mark.parametrize(
