@@ -3,6 +3,7 @@ import types
 
 import pytest
 
+from jaxcl.data import hubs
 from jaxcl.data.cache import Cache
 from jaxcl.data.sources import load_source, load_task
 from jaxcl.data.spec import TaskSpec
@@ -77,13 +78,21 @@ def test_hf_splits_and_class_names(monkeypatch):
 
 
 def test_a_memory_mapped_hf_data_set_is_streamed(monkeypatch, tmp_path):
-    datasets = pytest.importorskip("datasets")
-    found = datasets.Dataset.from_list([{"text": f"row {i}"} for i in range(50)])
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: {"train": found})
-    spec = TaskSpec(name="x", source="hf:owner/name", heldout=0.2)
+    class Split(list):
+        features = types.MappingProxyType({"label": types.SimpleNamespace(names=["no", "yes"])})
+        _fingerprint = "0123"
+
+    found = {"train": Split({"text": f"row {i}", "label": i % 2} for i in range(50))}
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=lambda *_, **__: found))
+    monkeypatch.setattr(hubs, "_PART_ROWS", 7)
+    spec = TaskSpec(
+        name="x", source="hf:owner/name", heldout=0.2, kind="pairs", prompt_field="text", answer_field="label"
+    )
     streamed, here = load_task(spec, cache=Cache(tmp_path)), load_task(spec)
     assert isinstance(streamed.train, StreamedRows)
+    assert len(streamed.train.parts) == 8
     assert [list(streamed.train), list(streamed.test)] == [here.train, here.test]
+    assert {row["answer"] for row in here.train} == {"no", "yes"}
 
 
 @pytest.mark.parametrize(
