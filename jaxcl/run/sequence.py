@@ -281,13 +281,16 @@ class TaskSequence:
         if parts.method.individual and index > 0:
             with self._timed("setup"):
                 state = self._restart(state)
+        consolidated = state.method_state
         with self._timed("method"):
-            prepared = parts.method.prepare(state.params, state.method_state, self._task(index, stage="before"))
+            prepared = parts.method.prepare(state.params, consolidated, self._task(index, stage="before"))
         state = parts.trainer.with_method_state(state, prepared)
         if starts_anew(parts, index) or not self.config.optimizer.goes_on_before_decay:
             return state
         with self._timed("checkpoints"):
-            return back_to_trunk(parts, self.checkpoints, state, self._task(index - 1, stage="after"))
+            return back_to_trunk(
+                parts, self.checkpoints, state, self._task(index - 1, stage="after"), consolidated=consolidated
+            )
 
     def _restart(self, state: TrainState) -> TrainState:
         """The initial state of the run, except that the count of steps continues."""

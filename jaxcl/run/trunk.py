@@ -44,14 +44,17 @@ def check_phases(parts: Components, start: int, steps: Callable[[int], int]) -> 
             raise UserError(f"task {parts.phase_name(index)}: {error}", exit_code=2) from None
 
 
-def back_to_trunk(parts: Components, checkpoints: Checkpoints, state: TrainState, task: RunningTask) -> TrainState:
+def back_to_trunk(
+    parts: Components, checkpoints: Checkpoints, state: TrainState, task: RunningTask, *, consolidated: Any
+) -> TrainState:
     """The state with params, moments and low bits as they were before the decay of the task before.
 
     Args:
       parts: the parts of the run.
       checkpoints: those of the run.
-      state: the state after the task before; its params and moments are deleted.
-      task: the task before, as methods see it after training: `Method.final_params` is applied to the trunk, too.
+      state: the state after the task before, with the method's state for the next; params and moments are deleted.
+      task: the task before, as methods see it after training.
+      consolidated: the method's state after the task before. `Method.final_params` is applied to the trunk, too.
 
     Raises:
       UserError: the checkpoint is missing or cannot be read.
@@ -64,4 +67,4 @@ def back_to_trunk(parts: Components, checkpoints: Checkpoints, state: TrainState
     jax.tree.map(lambda leaf: leaf.delete(), (state.params, state.opt_state, state.low_bits))
     restored: dict[str, Any] = checkpoints.params_and_moments(parts.trainer.target, saved)
     state = state.replace(**restored)
-    return parts.trainer.with_params(state, parts.method.final_params(state.params, state.method_state, task))
+    return parts.trainer.with_params(state, parts.method.final_params(state.params, consolidated, task))

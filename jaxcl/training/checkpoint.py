@@ -150,7 +150,6 @@ class Checkpoints:
         for item in ("params", "state"):
             handlers.add(item, ocp.args.StandardSave, ocp.handlers.StandardCheckpointHandler())
             handlers.add(item, ocp.args.StandardRestore, ocp.handlers.StandardCheckpointHandler())
-        handlers.add("state", ocp.args.PyTreeRestore, ocp.handlers.PyTreeCheckpointHandler())
         handlers.add("progress", ocp.args.JsonSave, ocp.handlers.JsonCheckpointHandler())
         handlers.add("progress", ocp.args.JsonRestore, ocp.handlers.JsonCheckpointHandler())
         handlers.add("data", ProcessJsonSave, ProcessJsonHandler())
@@ -313,12 +312,10 @@ class Checkpoints:
         moments = ocp.args.PyTreeRestore(
             wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
         )
-        with self._reading():
-            restored = self._manager.restore(
-                saved.number,
-                args=ocp.args.Composite(params=ocp.args.StandardRestore(target.params), state=moments),
-            )
-        return {"low_bits": {}, **restored["state"], "params": restored["params"]}
+        params = self.params(target.params, saved)
+        with self._reading(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            restored = reader.restore(self.folder / str(saved.number) / "state", args=moments)
+        return {"low_bits": {}, **restored, "params": params}
 
     def params(self, target: PyTree, saved: Saved) -> PyTree:
         """Reads only the params of a checkpoint.

@@ -133,7 +133,7 @@ def test_every_field_changes_the_result() -> None:
         "cooldown_steepness": 2.0,
     }
     infinite = {**base, "schedule": "infinite", "warmup": 1, "cooldown": 3, "decay": 2}
-    bases = {name: infinite for name in ("decay", "decay_shape", "constant", "cooldown", "cooldown_shape")}
+    bases = dict.fromkeys(("decay", "decay_shape", "constant", "cooldown", "cooldown_shape"), infinite)
     bases["cooldown_steepness"] = {**infinite, "cooldown_shape": "inverse_sqrt"}
     # What is left acts outside of the update; where moments wait changes no bit (test_step.py).
     assert set(changes) == set(OptimizerConfig.model_fields) - {"reset_optimizer", "offload"}
