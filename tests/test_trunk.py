@@ -173,7 +173,7 @@ def test_a_missing_start_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("save", [None, 3, 5])
 def test_params_in_halves_of_16_bits_go_on_exactly(tmp_path: Path, save: int | None) -> None:
-    content = {**TEXT, "model": {**DECODER, "param_dtype": "bfloat16"}, "optimizer": INFINITE}
+    content = {**TEXT, "model": {**DECODER, "compute": {"param_dtype": "bfloat16"}}, "optimizer": INFINITE}
     with starts() as found:
         if save is not None:
             with killed_at_save(save):
