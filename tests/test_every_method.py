@@ -63,9 +63,9 @@ def one_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "one"
     original, starts = Trainer.start_task, []
 
-    def start_task(self: Any, state: Any, total: int) -> Any:
+    def start_task(self: Any, state: Any, total: int, **options: Any) -> Any:
         starts.append(jax.tree.map(np.array, (state.params, state.opt_state, state.method_state)))
-        return original(self, state, total)
+        return original(self, state, total, **options)
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(Trainer, "start_task", start_task)

@@ -46,9 +46,11 @@ TEXT: dict[str, Any] = {
     "evaluation": {"batch_size": 8},
     "method": {"name": "das", "importance_examples": 16, "contrast_weight": 0},
 }
+DECAYED = {**TEXT, "optimizer": {"schedule": "infinite", "final": 0.1, "decay": 2, "learning_rate": 1e-3}}
 ADDED = {"pairs": ["name=number", "source=stdlib:unicode_numeric", "train=24", "test=4"],
          "text": ["name=numpy", "source=stdlib:docstrings:numpy", "train=24", "test=8"]}  # fmt: skip
-LENGTH = {"pairs": None, "text": 4}
+ADDED["decayed"] = ADDED["text"]
+LENGTH = {"pairs": None, "text": 4, "decayed": 4}
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +73,7 @@ class Runs:
 
     def __init__(self, kind: str, folder: Path, tokenizer: Path) -> None:
         self.kind, self.whole, self.two = kind, folder / "whole", folder / "two"
-        content = {"pairs": PAIRS, "text": TEXT}[kind]
+        content = {"pairs": PAIRS, "text": TEXT, "decayed": DECAYED}[kind]
         sequence.run(config(content, self.whole, tokenizer, 3))
         sequence.run(config(content, self.two, tokenizer, 2))
 
@@ -132,6 +134,14 @@ def test_das_learns_one_more_domain_as_if_it_had_been_there_from_the_start(das: 
     das.extend(folder)
     sequence.run(validate(ExperimentConfig, read_yaml(folder / "config.yaml"), "config"))
     assert (folder / "results.json").read_bytes() == before
+
+
+def test_one_more_domain_goes_on_from_before_the_decay(tmp_path: Path, tokenizer: Path) -> None:
+    runs = Runs("decayed", tmp_path, tokenizer)
+    with killed_at_save(2):
+        runs.extend(runs.two)
+    runs.extend(runs.two)
+    check_equal(runs.two, runs.whole)
 
 
 @pytest.mark.parametrize("save", [1, 2])

@@ -21,8 +21,9 @@ from jaxcl.run.fingerprints import load_memory, take_fingerprints
 from jaxcl.run.folder import RunFolder
 from jaxcl.run.tasks import memory_pipeline, remembered_rows
 from jaxcl.sharding.processes import initialize
-from jaxcl.training.checkpoint import Checkpoints, mark_after
+from jaxcl.training.checkpoint import Checkpoints
 from jaxcl.training.feed import place_batch
+from jaxcl.training.kept import mark_after
 from jaxcl.training.stored import Collate
 
 _ROWS = 8  # rows per batch; small, because the outputs of an exact store are large

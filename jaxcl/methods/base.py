@@ -77,7 +77,7 @@ class Task(Protocol):
         ...
 
     def params_before(self) -> Params:
-        """The params as they were before this task."""
+        """The params before this task: after the task before, with the decay of its schedule."""
         ...
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -157,7 +157,10 @@ class Method(ToolHooks, Generic[OptionsT]):
         return jax.tree.map(wider, self.init(params), state)
 
     def prepare(self, params: Params, state: State, task: Task) -> State:
-        """The `state` before training on `task`, which begins with `params`."""
+        """The `state` before training on `task`; `params` are those after the task before.
+
+        Training begins with them, too, but for schedules that go on from before the last decay.
+        """
         return state
 
     def track(self, params: Params, state: State, before: Params, gradient: Params) -> State:
@@ -208,7 +211,10 @@ class Method(ToolHooks, Generic[OptionsT]):
     # Params
 
     def final_params(self, params: Params, state: State, task: Task) -> Params:
-        """The params that the run goes on with after `task`; `state` is what `consolidate` returned."""
+        """The params that the run goes on with after `task`; `state` is what `consolidate` returned.
+
+        Called again, with the params from before the decay, where the schedule goes on from there.
+        """
         return params
 
     def params_for(self, params: Params, state: State, index: Array) -> Params:

@@ -30,10 +30,12 @@ from jaxcl.run.folder import RunFolder
 from jaxcl.run.scoreboard import Scoreboard
 from jaxcl.run.synthesis import Writer, write_samples
 from jaxcl.run.tasks import Stage, memory_pipeline, remember, running_task
+from jaxcl.run.trunk import back_to_trunk, check_phases, starts_anew
 from jaxcl.sharding.processes import initialize, on_first, wait_for_all
-from jaxcl.training.checkpoint import START_MARK, Checkpoints, Saved, mark_after
+from jaxcl.training.checkpoint import Checkpoints, Saved
 from jaxcl.training.compile import enable_compilation_cache
 from jaxcl.training.config import task_steps
+from jaxcl.training.kept import START_MARK, mark_after, mark_before_decay
 from jaxcl.training.keys import run_key
 from jaxcl.training.loop import train_task
 from jaxcl.training.privacy import spent
@@ -90,6 +92,7 @@ def run(config: ExperimentConfig, *, grown_from: ExperimentConfig | None = None)
         with Checkpoints(folder.checkpoints, keep=keep[0], keep_marked=keep[1]) as checkpoints:
             sequence = TaskSequence(parts, folder, checkpoints)
             sequence.board.evaluator.check()
+            sequence.check_schedule()
             if grown_from is not None:
                 sequence.check_finished(grown_from)
             if grown_from is not None:
@@ -165,6 +168,11 @@ class TaskSequence:
                 f"{self.folder.path}: the run is not finished; finish it first: jaxcl run {self.folder.config_file}"
             )
 
+    def check_schedule(self) -> None:
+        """Checks before training that the phases of the schedule fit into every task that is still to be learned."""
+        note = {"task": 0} if self.saved is None else self.saved.progress
+        check_phases(self.parts, note["task"] + (note.get("phase") == "learned"), self._steps)
+
     def run(self) -> Results:
         """Trains and evaluates from the last checkpoint to the end."""
         saved = self.saved
@@ -220,21 +228,17 @@ class TaskSequence:
         """Trains on a task, from `position` in its data if given, and lets the method consolidate it."""
         parts = self.parts
         if position is None:
-            if parts.method.individual and index > 0:
-                with self._timed("setup"):
-                    state = self._restart(state)
-            with self._timed("method"):
-                prepared = parts.method.prepare(state.params, state.method_state, self._task(index, stage="before"))
-            state = parts.trainer.with_method_state(state, prepared)
+            state = self._prepare(state, index)
         with self._timed("data"):
             stream = self._stream(index)
         total = self._steps(index, stream)
         if position is None:
-            state = parts.trainer.start_task(state, total)
+            state = parts.trainer.start_task(state, total, first=starts_anew(parts, index))
         rows = stream.train(self.config.seed + index, jax.process_index(), jax.process_count())
         feed = parts.trainer.feed(rows, prefetch=self.config.training.prefetch)
         if position is not None:
             feed.set_state(position)
+        branch = None if parts.method.individual or parts.method.joint else state.clock.decay_start
         try:
             with self._timed("training"):
                 state = train_task(
@@ -246,8 +250,15 @@ class TaskSequence:
                     name=self.parts.phase_name(index),
                     log_every=self.config.training.log_every,
                     sinks=self.sinks,
-                    save=lambda state, data: self._save(state, task=index, phase="training", data=data),
+                    save=lambda state, data: self._save(
+                        state,
+                        task=index,
+                        phase="training",
+                        data=data,
+                        mark=mark_before_decay(index) if int(state.clock.step) == branch else None,
+                    ),
                     save_every=self.config.training.checkpoint_every,
+                    save_at=branch,
                     progress=self.main,
                     profiler=self.profiler,
                 )
@@ -263,6 +274,23 @@ class TaskSequence:
             self.board.note_privacy(index, spent(privacy, steps=steps, steps_per_epoch=own.steps_per_epoch))
         self._save(state, task=index, phase="learned", mark=mark_after(index))
         return state
+
+    def _prepare(self, state: TrainState, index: int) -> TrainState:
+        """What a task's training starts from, but for schedule and moments; the method sees the model before it."""
+        parts = self.parts
+        if parts.method.individual and index > 0:
+            with self._timed("setup"):
+                state = self._restart(state)
+        consolidated = state.method_state
+        with self._timed("method"):
+            prepared = parts.method.prepare(state.params, consolidated, self._task(index, stage="before"))
+        state = parts.trainer.with_method_state(state, prepared)
+        if starts_anew(parts, index) or not self.config.optimizer.goes_on_before_decay:
+            return state
+        with self._timed("checkpoints"):
+            return back_to_trunk(
+                parts, self.checkpoints, state, self._task(index - 1, stage="after"), consolidated=consolidated
+            )
 
     def _restart(self, state: TrainState) -> TrainState:
         """The initial state of the run, except that the count of steps continues."""
@@ -340,17 +368,23 @@ class TaskSequence:
             )
         return self.checkpoints.params(self.parts.trainer.target.params, saved)
 
-    def _steps(self, index: int, stream: Stream) -> int:
-        """Optimizer steps of a task; for joint training, those of all tasks together."""
-        training, count = self.config.training, len(self.parts.tasks)
-        if not self.parts.method.joint:
-            if training.steps is None and isinstance(stream, Interleaved):
-                return stream.steps_for(task_steps(training, index, count, stream.task.steps_per_epoch))
-            return task_steps(training, index, count, stream.steps_per_epoch)
+    def _steps(self, index: int, stream: Stream | None = None) -> int:
+        """Optimizer steps of a task; for joint training, those of all tasks together.
+
+        Without a stream, those without what a memory adds.
+        """
+        training, count, joint = self.config.training, len(self.parts.tasks), self.parts.method.joint
         if training.steps is not None:
-            return sum(task_steps(training, task, count, 1) for task in range(count))
-        parts = [self.parts.pipeline([rows]).steps_per_epoch for rows in self.parts.all_train_rows.values()]
-        return sum(task_steps(training, task, count, steps) for task, steps in enumerate(parts))
+            steps = [task_steps(training, task, count, 1) for task in range(count)]
+            return sum(steps) if joint else steps[index]
+        if joint:
+            parts = [self.parts.pipeline([rows]).steps_per_epoch for rows in self.parts.all_train_rows.values()]
+            return sum(task_steps(training, task, count, steps) for task, steps in enumerate(parts))
+        if stream is None:
+            stream = self.parts.pipeline([self.parts.train_rows(index)])
+        if isinstance(stream, Interleaved):
+            return stream.steps_for(task_steps(training, index, count, stream.task.steps_per_epoch))
+        return task_steps(training, index, count, stream.steps_per_epoch)
 
     def _remove_stores(self, index: int) -> None:
         """Removes the files of an interrupted attempt, which may have had more processes."""

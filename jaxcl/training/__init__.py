@@ -8,8 +8,9 @@ with epy.lazy_api_imports(globals()):
     from jaxcl.training.config import TrainingConfig
     from jaxcl.training.feed import Feed, place_batch
     from jaxcl.training.loop import train_task
-    from jaxcl.training.optimizer import OptimizerConfig, learning_rate, make_parts
+    from jaxcl.training.optimizer import OptimizerConfig, make_parts
     from jaxcl.training.privacy import PrivacyConfig
+    from jaxcl.training.schedule import learning_rate
     from jaxcl.training.sinks import JsonLines, Sink, TensorBoard, open_sinks
     from jaxcl.training.state import TrainState
     from jaxcl.training.step import make_train_step

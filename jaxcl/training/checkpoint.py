@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,19 +22,12 @@ from jaxtyping import PyTree
 from jaxcl.errors import UserError
 from jaxcl.sharding.processes import is_first, on_first
 from jaxcl.training.checksums import check_checksums, write_checksums
+from jaxcl.training.kept import Kept
+from jaxcl.training.schedule import Clock
 from jaxcl.training.state import TrainState
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FULL_WORDS = ("no space left", "quota exceeded", "file too large", "resource_exhausted")
-
-
-START_MARK = "before the first task"
-"""Mark of the checkpoint before the first task."""
-
-
-def mark_after(task: int) -> str:
-    """Mark of the checkpoint after a task."""
-    return f"after task {task}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,22 +113,6 @@ def _ignore_late_writes() -> None:
     sys.unraisablehook = hook
 
 
-class _Kept:
-    """An Orbax preservation policy that keeps the latest checkpoints and the latest marked ones."""
-
-    def __init__(self, latest: int, marked: int | None) -> None:
-        self.latest = latest
-        self.marked = marked
-        self.marks: dict[int, str] = {}
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """One answer per checkpoint, oldest first."""
-        numbers = [checkpoint.step for checkpoint in checkpoints]
-        marked = [number for number in numbers if number in self.marks]
-        kept = set(numbers[-self.latest :]) | set(marked if self.marked is None else marked[-self.marked :])
-        return [number in kept for number in numbers]
-
-
 class Checkpoints:
     """The checkpoints of one run, numbered in the order they are saved.
 
@@ -159,7 +136,7 @@ class Checkpoints:
         """
         _ignore_late_writes()
         self.folder = Path(folder).absolute()
-        self._kept = _Kept(keep, keep_marked)
+        self._kept = Kept(keep, keep_marked)
         self._damaged: dict[int, str] = {}
         self._whole: set[int] = set()
         self._saving = -1
@@ -318,7 +295,27 @@ class Checkpoints:
                     data=ProcessJsonRestore(),
                 ),
             )
-        return TrainState(params=restored["params"], **restored["state"]), restored["data"]
+        rest = {**restored["state"], "clock": Clock(**restored["state"]["clock"])}
+        return TrainState(params=restored["params"], **rest), restored["data"]
+
+    def params_and_moments(self, target: TrainState, saved: Saved) -> dict[str, PyTree]:
+        """Reads what the optimizer works on: `params`, `opt_state` and `low_bits`.
+
+        Args:
+          target: shapes, dtypes and shardings (`Trainer.target`).
+          saved: which checkpoint; may be of a run of fewer tasks.
+
+        Raises:
+          UserError: they cannot be read, or do not match the target.
+        """
+        wanted = {name: leaf for name, leaf in _all_but_params(target).items() if name in ("opt_state", "low_bits")}
+        moments = ocp.args.PyTreeRestore(
+            wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
+        )
+        params = self.params(target.params, saved)
+        with self._reading(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            restored = reader.restore(self.folder / str(saved.number) / "state", args=moments)
+        return {"low_bits": {}, **restored, "params": params}
 
     def params(self, target: PyTree, saved: Saved) -> PyTree:
         """Reads only the params of a checkpoint.
@@ -411,8 +408,9 @@ class Checkpoints:
 
 def _all_but_params(state: TrainState) -> dict[str, Any]:
     """What a checkpoint holds besides the params; low bits only if there are any."""
-    fields = ("step", "clock", "opt_state", "method_state", *(["low_bits"] if state.low_bits else []))
-    return {field: getattr(state, field) for field in fields}
+    fields = ("step", "opt_state", "method_state", *(["low_bits"] if state.low_bits else []))
+    clock = {name: value for name, value in state.clock._asdict().items() if value is not None}
+    return {"clock": clock, **{field: getattr(state, field) for field in fields}}
 
 
 def _is_full(error: BaseException | None) -> bool:

@@ -40,7 +40,10 @@ class TrainingConfig(Schema):
     )
     keep: int = Field(1, ge=1, description="number of latest checkpoints kept")
     keep_tasks: int | None = Field(
-        1, ge=1, description="number of checkpoints after tasks kept in addition to the latest ones; null: all"
+        1,
+        ge=1,
+        description="number of checkpoints after tasks kept in addition to the latest ones, with schedules wsd and "
+        "infinite also those before their decays; null: all",
     )
     prefetch: int = Field(2, ge=0, description="batches prefetched to the devices")
     privacy: PrivacyConfig | None = Field(

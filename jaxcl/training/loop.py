@@ -43,6 +43,7 @@ def train_task(
     sinks: Sequence[Sink] = (),
     save: Save | None = None,
     save_every: int = 0,
+    save_at: int | None = None,
     progress: bool = True,
     profiler: Profiler | None = None,
 ) -> TrainState:
@@ -63,6 +64,7 @@ def train_task(
       sinks: where rows go; empty on all processes but the first.
       save: writes a checkpoint; `None`: none is written.
       save_every: steps between checkpoints within the task; 0: none. The caller saves the state at the end.
+      save_at: a step of the task after which a checkpoint is written in any case, even if it is the last.
       progress: whether to show progress.
       profiler: traces some steps; `None`: no trace.
 
@@ -101,7 +103,7 @@ def train_task(
                 profiler.done(offset + step, metrics)
                 previous, pending = pending, _Pending(step, batch.origin, metrics, vote)
                 stop = read(previous)
-                due = save_every > 0 and step % save_every == 0 and step < total
+                due = step == save_at or (save_every > 0 and step % save_every == 0 and step < total)
                 if stop or due:
                     # Only finite states are saved, so this step is read before.
                     stop, pending = read(pending) or stop, None

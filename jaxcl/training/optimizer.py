@@ -1,15 +1,14 @@
-"""The parts of the optimizer, and its schedule as a function of traced values."""
+"""The parts of the optimizer, and its configuration."""
 
 from __future__ import annotations
 
-import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, PyTree
-from pydantic import Field
+from jaxtyping import Array, PyTree
+from pydantic import Field, model_validator
 
 from jaxcl.methods.base import OptimizerParts
 from jaxcl.schema import Schema
@@ -17,18 +16,62 @@ from jaxcl.schema import Schema
 _UNDECAYED = frozenset({"bias", "scale"})
 
 
+# Fields that only some schedules have.
+_ONLY_WITH: dict[str, tuple[str, ...]] = {
+    "decay": ("wsd", "infinite"),
+    "decay_shape": ("wsd", "infinite"),
+    "cooldown": ("infinite",),
+    "cooldown_shape": ("infinite",),
+    "cooldown_steepness": ("infinite",),
+    "constant": ("infinite",),
+}
+
+
 class OptimizerConfig(Schema):
-    """The optimizer and its schedule, which restarts with every task."""
+    """The optimizer and its schedule."""
 
     name: Literal["adamw", "adafactor", "lion", "rmsprop", "sgd"] = Field("adamw", description="the update rule")
     learning_rate: float = Field(1e-4, ge=0, description="highest learning rate")
-    schedule: Literal["constant", "linear", "cosine"] = Field(
-        "linear", description="shape of the schedule after the warm-up"
+    schedule: Literal["constant", "linear", "cosine", "wsd", "infinite"] = Field(
+        "linear",
+        description="shape of the schedule after the warm-up; constant, linear, cosine: over the steps of each task; "
+        "wsd: constant, with a decay at the end of each task, and the next task goes on from before the decay; "
+        "infinite: the same, but warm-up and a cooldown to the constant rate are in the first task only",
     )
     warmup: float = Field(
         0.0, ge=0, description="linear rise from 0: below 1 a share of the task's steps, otherwise a number of steps"
     )
     final: float = Field(0.0, ge=0, le=1, description="learning rate at the end of the task, as a share of the highest")
+    decay: float = Field(
+        0.1,
+        gt=0,
+        description="wsd, infinite: decay at the end of a task: below 1 a share of its steps, otherwise a number of "
+        "steps",
+    )
+    decay_shape: Literal["linear", "sqrt", "exponential"] | None = Field(
+        None,
+        description="wsd, infinite: shape of the decay; sqrt: 1 minus a root; none: linear for wsd, exponential for "
+        "infinite",
+    )
+    constant: float = Field(
+        0.5, gt=0, le=1, description="infinite: learning rate of the constant phase, as a share of the highest"
+    )
+    cooldown: float = Field(
+        0.1,
+        ge=0,
+        description="infinite: fall from the highest to the constant rate, after the warm-up of the first task: below "
+        "1 a share of its steps, otherwise a number of steps",
+    )
+    cooldown_shape: Literal["cosine", "inverse_sqrt"] = Field("cosine", description="infinite: shape of the cooldown")
+    cooldown_steepness: float = Field(
+        10.0, gt=0, description="infinite: alpha of cooldown_shape inverse_sqrt; the larger, the faster at first"
+    )
+    warm_moments: int = Field(
+        0,
+        ge=0,
+        description="first steps of each task, of those that the task has, in which moments are estimated and params "
+        "stay as they are; the schedule has the remaining steps",
+    )
     b1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment (adamw, lion), momentum (sgd, adafactor)")
     b2: float = Field(0.999, ge=0, lt=1, description="decay of the second moment (adamw, rmsprop, lion)")
     eps: float = Field(1e-8, gt=0, description="added to the root of the second moment (adamw, rmsprop)")
@@ -40,58 +83,45 @@ class OptimizerConfig(Schema):
     offload: bool = Field(
         False, description="keep the moments in host memory and copy them to the devices for each update"
     )
-    reset_optimizer: bool = Field(True, description="reset the moments at the start of each task")
+    reset_optimizer: bool = Field(
+        True,
+        description="reset the moments at the start of each task; where it is not given, false for wsd and infinite, "
+        "whose tasks go on with the moments from before the decay",
+    )
 
+    @property
+    def goes_on_before_decay(self) -> bool:
+        """Whether a task starts from the params and moments that the task before had before its decay."""
+        return self.schedule in _ONLY_WITH["decay"]
 
-class Clock(NamedTuple):
-    """Position within a task. Traced, so that all tasks share one compiled step.
-
-    Attributes:
-      step: optimizer steps done in this task, int32.
-      warmup: warm-up steps, int32.
-      total: steps of the task, int32.
-    """
-
-    step: Int[Array, ""]
-    warmup: Int[Array, ""]
-    total: Int[Array, ""]
-
+    @model_validator(mode="before")
     @classmethod
-    def start(cls, config: OptimizerConfig, total: int) -> Clock:
-        """The clock at the start of a task of `total` steps."""
-        warmup = math.ceil(config.warmup * total) if config.warmup < 1 else round(config.warmup)
-        return cls(jnp.int32(0), jnp.int32(min(warmup, total)), jnp.int32(total))
+    def _keep_moments(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("schedule") in _ONLY_WITH["decay"]:
+            return {"reset_optimizer": False, **values}
+        return values
 
-
-def learning_rate(config: OptimizerConfig, clock: Clock) -> Float[Array, ""]:
-    r"""The learning rate of the current step.
-
-    With step $s$, warm-up $w$, total $T$, peak $\eta$ and final share $f$: $\eta s / w$ for $s < w$; after that, with
-    $p = (s - w) / (T - w)$ limited to $[0, 1]$, $\eta$ (constant), $\eta (1 - (1 - f) p)$ (linear) or
-    $\eta (f + (1 - f) (1 + \cos \pi p) / 2)$ (cosine).
-
-    Args:
-      config: the optimizer section.
-      clock: position in the task.
-
-    Returns:
-      A float32 scalar.
-
-    Examples:
-      >>> config = OptimizerConfig(learning_rate=1.0, schedule="linear", warmup=2)
-      >>> [float(learning_rate(config, Clock.start(config, 6)._replace(step=step))) for step in (0, 1, 2, 4, 6)]
-      [0.0, 0.5, 1.0, 0.5, 0.0]
-    """
-    step, warmup, total = (value.astype(jnp.float32) for value in map(jnp.asarray, clock))
-    progress = jnp.clip((step - warmup) / jnp.maximum(total - warmup, 1.0), 0.0, 1.0)
-    if config.schedule == "constant":
-        share = jnp.ones_like(progress)
-    elif config.schedule == "linear":
-        share = 1.0 - (1.0 - config.final) * progress
-    else:
-        share = config.final + (1.0 - config.final) * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
-    rise = step / jnp.maximum(warmup, 1.0)
-    return config.learning_rate * jnp.where(step < warmup, rise, share)
+    @model_validator(mode="after")
+    def _schedule_fits(self) -> OptimizerConfig:
+        for name, schedules in _ONLY_WITH.items():
+            value, default = getattr(self, name), type(self).model_fields[name].default
+            if value != default and self.schedule not in schedules:
+                raise ValueError(
+                    f"{name} is only for schedule {' or '.join(schedules)}; the schedule is {self.schedule}"
+                )
+        if not self.goes_on_before_decay:
+            return self
+        if self.schedule == "infinite" and self.final > self.constant:
+            raise ValueError(f"final must be at most constant ({self.constant}), got {self.final}")
+        exponential = self.decay_shape == "exponential" or (self.decay_shape is None and self.schedule == "infinite")
+        if exponential and self.final == 0:
+            raise ValueError("final must be above 0, such as 0.1, for an exponential decay, or decay_shape another")
+        sizes = ["warmup", "cooldown", "decay"] if self.schedule == "infinite" else ["warmup", "decay"]
+        shares = {name: getattr(self, name) for name in sizes if getattr(self, name) < 1}
+        if sum(shares.values()) > 1 + 1e-9:
+            listed = ", ".join(f"{name} {value}" for name, value in shares.items())
+            raise ValueError(f"shares of a task's steps must add up to at most 1, got {listed}")
+        return self
 
 
 def make_parts(config: OptimizerConfig) -> OptimizerParts:

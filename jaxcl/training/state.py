@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree
 
 from jaxcl.sharding.layout import Layout, put
-from jaxcl.training.optimizer import Clock
+from jaxcl.training.schedule import Clock
 
 
 @jax.tree_util.register_dataclass
@@ -55,7 +55,7 @@ def state_shardings(state: TrainState, layout: Layout) -> TrainState:
     whole: Any = layout.replicated
     return TrainState(
         step=whole,
-        clock=Clock(whole, whole, whole),
+        clock=jax.tree.map(lambda _: whole, state.clock),
         params=layout.params,
         opt_state=layout.like_params(state.opt_state),
         method_state=layout.like_params(state.method_state),

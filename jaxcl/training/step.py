@@ -18,8 +18,9 @@ from jaxcl.models.trainable import overlay, trained
 from jaxcl.sharding.layout import Layout
 from jaxcl.training.low_bits import split, widen
 from jaxcl.training.micro_batches import micro_batches
-from jaxcl.training.optimizer import OptimizerConfig, learning_rate
+from jaxcl.training.optimizer import OptimizerConfig
 from jaxcl.training.privacy import PrivacyConfig, private_gradient
+from jaxcl.training.schedule import learning_rate
 from jaxcl.training.state import TrainState, check_replacement
 
 Metrics = dict[str, Float[Array, ""]]
@@ -86,6 +87,9 @@ def make_train_step(
             before = widen(params, low_bits)
             updates, opt_state = transform.update(grads, opt_state, before, learning_rate=rate, **extra)
             after = optax.apply_updates(before, updates)
+            if optimizer.warm_moments:  # adding updates of 0 would change -0.0
+                still = state.clock.step < optimizer.warm_moments
+                after = jax.tree.map(lambda old, new: jnp.where(still, old, new), before, after)
             params, low_bits = split(after, low_bits)
         with jax.named_scope("track"):
             tracked = method.track(after, _own(state.method_state), before, grads)

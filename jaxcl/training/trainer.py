@@ -17,8 +17,9 @@ from jaxcl.training.compile import Compiler
 from jaxcl.training.feed import Feed, RowIterator
 from jaxcl.training.keys import run_key
 from jaxcl.training.low_bits import no_low_bits
-from jaxcl.training.optimizer import Clock, OptimizerConfig, make_parts
+from jaxcl.training.optimizer import OptimizerConfig, make_parts
 from jaxcl.training.privacy import PrivacyConfig
+from jaxcl.training.schedule import Clock
 from jaxcl.training.state import TrainState, abstract, on_host, replace_method_state, replace_params, state_shardings
 from jaxcl.training.step import Metrics, make_train_step
 
@@ -121,14 +122,18 @@ class Trainer:
         grow = jax.jit(self.method.grow, out_shardings=self.shardings.method_state)
         return state.replace(method_state=grow(state.params, state.method_state))
 
-    def start_task(self, state: TrainState, total: int) -> TrainState:
-        """The state at the start of a task: the schedule restarts, and the moments are reset if so configured.
+    def start_task(self, state: TrainState, total: int, *, first: bool = True) -> TrainState:
+        """The state at the start of a task: the schedule starts, and the moments are reset if so configured.
 
         Args:
           state: the state after the previous task; do not use it any more.
           total: optimizer steps of the task.
+          first: whether `state` has learned no task; schedule `infinite` warms up only then.
+
+        Raises:
+          UserError: the phases of the schedule do not fit into the task.
         """
-        clock = put(Clock.start(self.optimizer, total), self.layout.replicated)
+        clock = put(Clock.start(self.optimizer, total, first=first), self.layout.replicated)
         if self.optimizer.reset_optimizer:
             # The old moments are deleted before the new ones are created, so that memory never holds both.
             jax.tree.map(lambda leaf: leaf.delete(), state.opt_state)

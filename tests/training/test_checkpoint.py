@@ -53,6 +53,36 @@ def test_what_is_saved_is_what_comes_back(tmp_path: Path, offload: bool) -> None
         assert_same(before.params, checkpoints.params(trainer.target.params, saved))
 
 
+@pytest.mark.parametrize("offload", [False, True])
+def test_what_the_optimizer_works_on_comes_back_alone(tmp_path: Path, offload: bool) -> None:
+    """Also into a state whose method part has another shape, as after a task was added."""
+    trainer = make_trainer(offload=offload, schedule="wsd", decay=3)
+    state = trained(trainer)
+    before = host(state)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state, progress={})
+        saved = checkpoints.latest()
+        assert saved is not None
+        target = trainer.target.replace(method_state={"other": jax.ShapeDtypeStruct((2,), jnp.float32)})
+        found = checkpoints.params_and_moments(target, saved)
+        assert sorted(found) == ["low_bits", "opt_state", "params"]
+        assert_same(before.params, found["params"])
+        assert_same(before.opt_state, found["opt_state"])
+        for name in ("params", "opt_state"):
+            expected = getattr(trainer.target, name)
+            assert jax.tree.all(jax.tree.map(lambda leaf, goal: leaf.sharding == goal.sharding, found[name], expected))
+        assert_same(before.clock, checkpoints.restore(trainer.target, saved)[0].clock)
+        assert before.clock.decay == 3
+
+
+def test_clocks_without_a_decay_are_written_as_before_there_was_one(tmp_path: Path) -> None:
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(trained(make_trainer()), progress={})
+        checkpoints.wait()
+        stored = checkpoints._manager.item_metadata(0)["state"]
+    assert sorted(stored["clock"]) == ["step", "total", "warmup"]
+
+
 def test_large_arrays_are_copied_before_the_next_step_reuses_them(tmp_path: Path) -> None:
     """Donation on the CPU writes into the same memory; a checkpoint written later must not see it."""
     trainer = make_trainer()

@@ -218,6 +218,14 @@ def test_checkpoints_come_every_so_many_steps_and_not_at_the_end() -> None:
     assert steps == [2, 4]
 
 
+@pytest.mark.parametrize(("at", "expected"), [(3, [2, 3, 4]), (4, [2, 4]), (6, [2, 4, 6])])
+def test_a_checkpoint_may_be_asked_for_at_any_step(at: int, expected: list[int]) -> None:
+    steps: list[int] = []
+    save = lambda state, data: steps.append(int(state.step))  # noqa: E731
+    train(make_trainer(), 6, save=save, save_every=2, save_at=at)
+    assert steps == expected
+
+
 def test_a_finished_task_is_left_alone() -> None:
     trainer = make_trainer()
     state = train(trainer, 3)

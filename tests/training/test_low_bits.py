@@ -177,3 +177,13 @@ def test_low_bits_wait_on_the_host_with_the_moments() -> None:
 
 def test_float32_params_keep_no_low_bits() -> None:
     assert trainer_of("float32").target.low_bits == {}
+
+
+def test_halves_keep_every_bit_while_moments_are_estimated() -> None:
+    trainer = trainer_of("bfloat16", learning_rate=1e-2, warm_moments=2)
+    before, _ = steps(trainer, start(trainer), 6)
+    state = trainer.start_task(before, 10)
+    parts = host((state.params, state.low_bits))
+    assert any(np.any(leaf) for leaf in jax.tree.leaves(parts[1]))
+    state, _ = steps(trainer, state, 2, first=6)
+    assert_same(parts, (state.params, state.low_bits))

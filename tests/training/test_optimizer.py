@@ -10,7 +10,8 @@ import optax
 import pytest
 from pydantic import ValidationError
 
-from jaxcl.training.optimizer import Clock, OptimizerConfig, decayed, learning_rate, make_parts
+from jaxcl.training.optimizer import OptimizerConfig, decayed, make_parts
+from jaxcl.training.schedule import Clock, learning_rate
 
 
 def tree(seed: int, scale: float = 1.0) -> Any:
@@ -123,14 +124,24 @@ def test_every_field_changes_the_result() -> None:
         "weight_decay": 0.2,
         "clip_norm": 0.5,
         "moment_dtype": "bfloat16",
+        "warm_moments": 1,
+        "decay": 4,
+        "decay_shape": "linear",
+        "constant": 0.3,
+        "cooldown": 2,
+        "cooldown_shape": "inverse_sqrt",
+        "cooldown_steepness": 2.0,
     }
+    infinite = {**base, "schedule": "infinite", "warmup": 1, "cooldown": 3, "decay": 2}
+    bases = dict.fromkeys(("decay", "decay_shape", "constant", "cooldown", "cooldown_shape"), infinite)
+    bases["cooldown_steepness"] = {**infinite, "cooldown_shape": "inverse_sqrt"}
     # What is left acts outside of the update; where moments wait changes no bit (test_step.py).
     assert set(changes) == set(OptimizerConfig.model_fields) - {"reset_optimizer", "offload"}
     for name, value in changes.items():
         # Adam is blind to the scale of gradients unless epsilon is large.
-        common = {**base, "eps": 1.0} if name == "clip_norm" else base
-        reference = run_parts(OptimizerConfig(**common), 8, 6)
-        changed = run_parts(OptimizerConfig(**{**common, name: value}), 8, 6)
+        common = {**base, "eps": 1.0} if name == "clip_norm" else bases.get(name, base)
+        reference = run_parts(OptimizerConfig(**common), 8, 8)
+        changed = run_parts(OptimizerConfig(**{**common, name: value}), 8, 8)
         apart = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), reference, changed)
         assert max(jax.tree.leaves(apart)) > 1e-6, name
 

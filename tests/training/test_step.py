@@ -312,7 +312,7 @@ def test_moments_and_schedule_at_the_start_of_a_task(reset: bool) -> None:
         state, _ = trainer.step(state, place_batch(make_rows(index), trainer.layout.batch))
     moments = host(state.opt_state)
     state = trainer.start_task(state, 7)
-    assert [int(value) for value in state.clock] == [0, 2, 7]
+    assert [int(value) for value in state.clock[:3]] == [0, 2, 7]
     assert int(state.step) == 3
     if reset:
         assert all(not np.any(leaf) for leaf in jax.tree.leaves(host(state.opt_state)))
