@@ -126,6 +126,12 @@ class Components:
             cache=self.cache,
         )
 
+    def encode_all(self) -> None:
+        """Encodes what will be trained on and what text is scored, so that errors come first and no step waits."""
+        for index in self.all_train_rows:
+            if not self.tasks[index].answered:
+                self.encode(index, self.config.evaluation.split)
+
     @functools.cached_property
     def end_tasks(self) -> Mapping[int, TaskData]:
         """The end tasks of all domains that have one and can be scored, by index."""

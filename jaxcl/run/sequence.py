@@ -176,6 +176,8 @@ class TaskSequence:
     def run(self) -> Results:
         """Trains and evaluates from the last checkpoint to the end."""
         saved = self.saved
+        with self._timed("data"):
+            self.parts.encode_all()
         if saved is None:
             with self._timed("setup"):
                 state = self.parts.trainer.init(initial_params(self.parts))
