@@ -146,7 +146,7 @@ def _first_line(file: BinaryIO, start: int) -> int:
     at = start - 1  # the end of the line before may be there, or begin there
     file.seek(at)
     tail = b""
-    while block := file.read(2**16):
+    while block := file.read(min(streams.BLOCK, 2**16)):
         found = _END.search(tail + block)
         # A carriage return at the end of what was read may be followed by a line feed.
         if found and not (found[0] == b"\r" and found.end() == len(tail + block)):
