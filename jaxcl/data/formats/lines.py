@@ -115,7 +115,7 @@ def line_lists(part: Part, numbering: Numbering) -> Iterator[list[str]]:
 def not_utf8(numbering: Numbering, before: int, block: bytes, start: int) -> str:
     """What to say of text whose byte `start` in `block` is not UTF-8, where `before` lines end before the block."""
     number = before + line_ends(block[:start]) + 1
-    utf16 = number == 1 and block[:2] in (b"\xff\xfe", b"\xfe\xff")
+    utf16 = numbering.number(number) == 1 and block[:2] in (b"\xff\xfe", b"\xfe\xff")
     return f"{numbering.at(number)} is not UTF-8 text" + (" but UTF-16; convert the file" if utf16 else "")
 
 
