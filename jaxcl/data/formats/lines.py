@@ -115,7 +115,7 @@ def line_lists(part: Part, numbering: Numbering) -> Iterator[list[str]]:
 def not_utf8(numbering: Numbering, before: int, block: bytes, start: int) -> str:
     """What to say of text whose byte `start` in `block` is not UTF-8, where `before` lines end before the block."""
     number = before + line_ends(block[:start]) + 1
-    utf16 = number == 1 and block[:2] in (b"\xff\xfe", b"\xfe\xff")
+    utf16 = numbering.number(number) == 1 and block[:2] in (b"\xff\xfe", b"\xfe\xff")
     return f"{numbering.at(number)} is not UTF-8 text" + (" but UTF-16; convert the file" if utf16 else "")
 
 
@@ -146,7 +146,7 @@ def _first_line(file: BinaryIO, start: int) -> int:
     at = start - 1  # the end of the line before may be there, or begin there
     file.seek(at)
     tail = b""
-    while block := file.read(2**16):
+    while block := file.read(min(streams.BLOCK, 2**16)):
         found = _END.search(tail + block)
         # A carriage return at the end of what was read may be followed by a line feed.
         if found and not (found[0] == b"\r" and found.end() == len(tail + block)):

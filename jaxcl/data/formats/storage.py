@@ -71,14 +71,11 @@ def naming(path: str) -> Iterator[None]:
 
 
 def what_is(path: str) -> Literal["file", "folder"] | None:
-    """Whether a path or URL is a file, a folder, or nothing."""
+    """Whether a path or URL is a file, a folder, or nothing; for a URL that is nothing, an error says so."""
     with naming(path):
         if is_url(path):
             system, inner = _system(path)
-            try:
-                return "folder" if system.info(inner)["type"] == "directory" else "file"
-            except FileNotFoundError:
-                return None
+            return "folder" if system.info(inner)["type"] == "directory" else "file"
         return "folder" if os.path.isdir(path) else "file" if os.path.exists(path) else None
 
 

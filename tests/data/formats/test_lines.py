@@ -125,6 +125,7 @@ def test_a_broken_zstd_stream_is_named(tmp_path, rows):
     [
         (b"fine\r\nnot \xff fine\n", "line 2 is not UTF-8 text$"),
         (b"fine\rfine\n\xe9", "line 3 is not UTF-8 text$"),
+        (b"fine\n\xff\xfe", "line 2 is not UTF-8 text$"),
         ("text".encode("utf-16"), "line 1 is not UTF-8 text but UTF-16; convert the file"),
         (b"fine\nfine\nno\0t\n", "line 3 holds a NUL byte; expected UTF-8 text"),
     ],
