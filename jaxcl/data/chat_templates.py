@@ -65,8 +65,8 @@ def find_template(name: str, tokenizer: Tokenizer) -> str:
         ]
         if missing:
             raise UserError(
-                f"data.chat_template is {name}, but the tokenizer has no token for {missing[0]} and would spell it out; "
-                "allowed are llama2, vicuna or a tokenizer that has it"
+                f"data.chat_template is {name}, but the tokenizer has no token for {missing[0]} and would spell it "
+                "out; allowed are llama2, vicuna or a tokenizer that has it"
             )
         return CHAT_TEMPLATES[name]
     if name != "model":
