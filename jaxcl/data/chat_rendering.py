@@ -180,7 +180,9 @@ class Renderer:
             return Rendering(text, pieces, learned, learned[-1][0], hidden)
         learned = [span for span in marked if span[0] < span[1]]
         self._check_marks(messages, pieces, learned, where)
-        last = max((piece.stop for piece in pieces if piece.message < len(messages) - 1), default=0)
+        # The template may leave nothing of an answer but its end token.
+        earlier = [piece for piece in pieces if piece.message < len(messages) - 1]
+        last = max((piece.stop + layout.tails.get(piece.message, 0) for piece in earlier), default=0)
         return Rendering(text, pieces, learned, last, hidden)
 
     def _align_changed(self, messages: Sequence[Message], text: str, layout: _Layout, where: str) -> list[Piece]:

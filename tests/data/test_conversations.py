@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
+import jinja2
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -80,6 +82,11 @@ def test_reasoning_of_earlier_answers_is_left_out_as_the_template_does(marks: bo
     assert row.endswith(f"⟦a{END}⟧\n{START}user\n{END}\n{START}assistant\n⟦b{END}⟧\n"
                         f"{START}user\nr{END}\n{START}assistant\n⟦{thinks}c{END}⟧\n")  # fmt: skip
     assert shown(messages, tokenizer, learn="last") == row.replace("⟦", "", 2).replace("⟧", "", 2)
+    # An answer may become empty, and a question may be.
+    messages = turns("q", "</think>", "", "b")
+    row = shown(messages, tokenizer)
+    assert f"assistant\n⟦{END}⟧\n{START}user\n{END}\n" in row
+    assert shown(messages, tokenizer, learn="last") == row.replace("⟦", "", 1).replace("⟧", "", 1)
     # Between a question and its final answer, reasoning stays.
     messages = [*turns("q", thinks + "a"), {"role": "tool", "content": "5"}, *turns("q", thinks + "c")[1:]]
     row = shown(messages, tokenizer)
@@ -92,6 +99,36 @@ def test_the_token_that_ends_an_answer(name: str, marks: bool) -> None:
     tokenizer = chat_tokenizer(name, marks=marks)
     end = ROWS[name].split("⟧")[0].split("⟦")[1].strip()[1:]
     assert end_of_turn(tokenizer) == tokenizer.backend.token_to_id(end)
+
+
+def test_a_template_may_mark_some_answers_only() -> None:
+    tokenizer = with_template(
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content if loop.last }}"
+        "{% endgeneration %}{{ m.content if not loop.last }}{% else %}{{ m.content }}{% endif %}<|im_end|>{% endfor %}"
+    )
+    found = encode(turns("q", "a", "r", "b"), tokenizer)
+    assert show(tokenizer, found.ids[0], found.spans[0]) == f"q{END}a{END}r{END}⟦b⟧{END}"
+    assert len(found.spans[0]) == 3
+
+
+@pytest.mark.parametrize(
+    "written", ["m.content.strip('\n')", "m.content.rstrip('\n')", "m.content.lstrip('\n')", "m.content | tojson"]
+)
+def test_a_template_may_trim_or_quote(written: str) -> None:
+    tokenizer = with_template("{% for m in messages %}[{{ " + written + " }}<|im_end|>{% endfor %}")
+    asks = with_template(
+        "{% for m in messages %}[{{ " + written + " }}<|im_end|>{% endfor %}{{ '[' if add_generation_prompt }}"
+    )
+    messages = turns("\n é\n", "\n b 'c' \n")
+    question, answer = (
+        jinja2.Environment().from_string("{{ " + written + " }}").render(m=message)
+        if "tojson" not in written
+        else json.dumps(message["content"], ensure_ascii=False)
+        for message in messages
+    )
+    assert shown(messages, tokenizer) == f"[{question}{END}⟦[{answer}{END}⟧"
+    # A quotation mark that the template writes before an answer comes after its prompt.
+    assert shown(messages, asks) == f"[{question}{END}[⟦{answer}{END}⟧"
 
 
 def test_messages_after_the_last_answer_are_left_out() -> None:
@@ -243,6 +280,14 @@ PLAIN = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %
             "{% for m in messages %}{{ '> ' if m.role == 'assistant' }}{{ m.content }}<|im_end|>{% endfor %}"
             "{% if add_generation_prompt %}: {% endif %}",
             "row 1: the chat template asks for an answer with '<|im_end|>: ', but writes '<|im_end|>> ' before one",
+        ),
+        (
+            PLAIN + "{{ '!' if 'a' in messages[-1].content }}",
+            "row 1: message 2: the chat template changes what it writes around the answer",
+        ),
+        (
+            PLAIN + "{{ '!' if 'q' in messages[0].content }}",
+            "row 1: the chat template changes the text of a message",
         ),
         (
             "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}<|im_end|>{% endfor %}",

@@ -76,7 +76,7 @@ def mask(found: EncodedConversations) -> list[int]:
 
 @pytest.mark.parametrize("marks", [True, False], ids=["marked", "unmarked"])
 @pytest.mark.parametrize("name", FAMILIES)
-@settings(max_examples=150)
+@settings(max_examples=50)
 @given(messages=conversations())
 def test_ids_and_mask_are_those_of_transformers(name: str, marks: bool, messages: list[Message]) -> None:
     expected = theirs(name).apply_chat_template(messages, return_assistant_tokens_mask=True, return_dict=True)
