@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 
 from jaxcl.data.cache import Cache
 from jaxcl.data.formats.base import ListRecords, Record, Records
-from jaxcl.data.formats.find import SCHEMES as FILE_SCHEMES
-from jaxcl.data.formats.find import find_records
+from jaxcl.data.formats.find import SCHEMES, find_records
 from jaxcl.data.hubs import hub_records, read_hf, read_tfds
 from jaxcl.data.messages import has_conversation
 from jaxcl.data.opening import RowReader, divide, held_out, limited, open_splits, read_rows
@@ -264,7 +263,7 @@ def _read_hub(read: Callable[..., Any], scheme: str) -> Callable[[str, SourceSpe
 
 
 _SCHEMES: dict[str, Callable[[str, SourceSpec], Raw]] = {
-    **{scheme: _read_files(scheme) for scheme in FILE_SCHEMES},
+    **{scheme: _read_files(scheme) for scheme in SCHEMES},
     "tfds": _read_hub(read_tfds, "tfds"),
     "hf": _read_hub(read_hf, "hf"),
     "stdlib": _read_stdlib,

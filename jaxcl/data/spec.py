@@ -7,6 +7,8 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from jaxcl.data.formats.find import SCHEMES
+from jaxcl.data.formats.storage import is_url
 from jaxcl.data.places import place
 from jaxcl.schema import Schema
 
@@ -29,7 +31,8 @@ class SourceSpec(Schema):
     """Where rows of text come from and what their fields are called."""
 
     source: str = Field(
-        description="`scheme:rest`: json:FOLDER, jsonl:FILE_OR_FOLDER, text:FILE, tfds:NAME, hf:NAME or stdlib:NAME"
+        description="`scheme:rest`: json:, jsonl:, text:, csv:, tsv: or parquet: with a file, folder, glob or URL; "
+        "tfds:NAME, hf:NAME or stdlib:NAME"
     )
     train: int | None = Field(None, ge=1, description="maximal number of training rows used; none: all")
     dev: int | None = Field(None, ge=1, description="maximal number of development rows used; none: all")
@@ -52,7 +55,11 @@ class SourceSpec(Schema):
     @classmethod
     def _source_is_place(cls, value: str) -> str:
         scheme, colon, rest = value.partition(":")
-        files = scheme in ("json", "jsonl", "text")
+        if is_url(rest):
+            if scheme not in SCHEMES:
+                raise ValueError(f"a URL needs one of {', '.join(SCHEMES)} before it")
+            return value
+        files = scheme in SCHEMES
         return f"{scheme}:{place(rest)}" if colon and (files or rest.startswith("~")) else value
 
     @field_validator("data_dir")

@@ -14,6 +14,8 @@ import jax
 from jaxcl.config import ExperimentConfig
 from jaxcl.data.cache import Cache, Share
 from jaxcl.data.chat_rows import ChatRows, messages_of, turn_end
+from jaxcl.data.formats.find import SCHEMES
+from jaxcl.data.formats.storage import is_url
 from jaxcl.data.memory import TaskMemory
 from jaxcl.data.pairs import PairRows, pair_shapes
 from jaxcl.data.pipeline import Pipeline
@@ -357,7 +359,7 @@ def rooted(spec: Spec, root: str) -> Spec:
     'json:data/TRACE/FOMC'
     """
     scheme, _, rest = spec.source.partition(":")
-    if scheme not in ("json", "jsonl", "text"):
+    if scheme not in SCHEMES or is_url(rest):
         return spec
     return spec.model_copy(update={"source": f"{scheme}:{Path(root) / Path(rest).expanduser()}"})
 
