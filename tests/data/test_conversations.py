@@ -131,6 +131,26 @@ def test_a_template_may_trim_or_quote(written: str) -> None:
     assert shown(messages, asks) == f"[{question}{END}[⟦{answer}{END}⟧"
 
 
+def test_the_next_turns_token_ends_an_answer_only_if_generation_stops_there() -> None:
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' if m.role == 'user' }}{{ m.content }}"
+        "{{ '<|im_end|>' if loop.last and not add_generation_prompt }}{% endfor %}"
+    )
+    messages = turns("q", "a", "r", "b")
+    with pytest.raises(UserError, match=r"row 1: the chat template writes no end token after an answer"):
+        encode(messages, with_template(template))
+    start = chat_tokenizer("chatml").backend.token_to_id(START)
+    tokenizer = with_template(template, end_ids=[start])
+    assert shown(messages, tokenizer) == f"{START}q⟦a{START}⟧r⟦b{END}⟧"
+
+
+def test_an_empty_answer_is_refused() -> None:
+    with pytest.raises(UserError, match=r"row 1: message 2: the assistant's answer is empty"):
+        encode(turns("q", " "), chat_tokenizer("chatml"))
+    with pytest.raises(UserError, match=r"row 1: no message is the assistant's"):
+        encode(turns("q"), chat_tokenizer("chatml"))
+
+
 def test_messages_after_the_last_answer_are_left_out() -> None:
     tokenizer = chat_tokenizer("chatml")
     assert encode(turns("q", "a", "r"), tokenizer) == encode(turns("q", "a"), tokenizer)

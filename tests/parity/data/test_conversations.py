@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer
@@ -79,6 +79,9 @@ def mask(found: EncodedConversations) -> list[int]:
 @settings(max_examples=50)
 @given(messages=conversations())
 def test_ids_and_mask_are_those_of_transformers(name: str, marks: bool, messages: list[Message]) -> None:
+    # The texts of special tokens are data here, and forge turns there.
+    added = chat_tokenizer(name).backend.get_added_tokens_decoder().values()
+    assume(not any(token.special and token.content in m["content"] for token in added for m in messages))
     expected = theirs(name).apply_chat_template(messages, return_assistant_tokens_mask=True, return_dict=True)
     ids, learned = ours(chat_tokenizer(name, marks=marks), messages)
     assert ids == expected["input_ids"]
