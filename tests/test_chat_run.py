@@ -5,7 +5,8 @@ import json
 import pytest
 
 from jaxcl.config import parse_config
-from jaxcl.data.chat_rows import ChatRows, encode_openings, turn_end
+from jaxcl.data.chat_rows import ChatRows, encode_openings
+from jaxcl.data.conversations import end_of_turn
 from jaxcl.data.sources import load_source
 from jaxcl.data.spec import DataConfig
 from jaxcl.errors import UserError
@@ -81,7 +82,7 @@ def test_what_the_model_is_asked_is_what_it_was_trained_on(tmp_path):
     openings = encode_openings([row["prompt"] for row in task.train], tokenizer, data)
     for index, opening in enumerate(openings):
         assert rows.prompt(index).tolist() == opening
-        assert rows.answer(index)[-1] == turn_end(tokenizer, data) == tokenizer.backend.token_to_id("<|im_end|>")
+        assert rows.answer(index)[-1] == end_of_turn(tokenizer) == tokenizer.backend.token_to_id("<|im_end|>")
 
 
 def test_a_tokenizer_without_a_chat_template_is_refused_before_training(tmp_path):

@@ -48,21 +48,6 @@ def encode_openings(prompts: Sequence[str], tokenizer: Tokenizer, config: DataCo
     return [ids[: spans[0]] for ids, spans in zip(found.ids, found.spans, strict=True)]
 
 
-def turn_end(tokenizer: Tokenizer, config: DataConfig) -> int | None:
-    """The token that ends an answer in the chat template; `None` if the template ends answers by none.
-
-    Args:
-      tokenizer: the model's tokenizer.
-      config: `chat_template` is used.
-    """
-    messages: list[Message] = [{"role": "user", "content": "."}, _NO_ANSWER]
-    found = encode_conversations(
-        [messages], tokenizer, length=2**16, learn="last", where=lambda _: "a turn", template=config.chat_template
-    )
-    last = found.ids[0][sum(found.spans[0][:2]) - 1]
-    return last if last in tokenizer.special_ids else None
-
-
 class ChatEncoder:
     """Conversations to token sequences with the spans that are learned; see `encode_conversations`."""
 

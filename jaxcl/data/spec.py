@@ -125,7 +125,8 @@ class DataConfig(Schema):
         "plain", description=f"template around a prompt: {', '.join(TEMPLATES)}, or a string that contains {{prompt}}"
     )
     chat_template: str = Field(
-        "model", description="template of conversations: model, that of the tokenizer, or chatml or smollm2"
+        "model",
+        description="chat template of conversations: model, the tokenizer's own, or chatml, smollm2, llama2, vicuna",
     )
     learn: Literal["all", "last"] = Field("all", description="answers of a conversation that are learned")
     on_long_answer: Literal["error", "cut"] = Field(

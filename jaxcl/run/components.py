@@ -13,7 +13,8 @@ import jax
 
 from jaxcl.config import ExperimentConfig
 from jaxcl.data.cache import Cache, Share
-from jaxcl.data.chat_rows import ChatRows, messages_of, turn_end
+from jaxcl.data.chat_rows import ChatRows, messages_of
+from jaxcl.data.conversations import end_of_turn
 from jaxcl.data.formats.find import SCHEMES
 from jaxcl.data.formats.storage import is_url
 from jaxcl.data.memory import TaskMemory
@@ -158,8 +159,10 @@ class Components:
     @functools.cached_property
     def end_ids(self) -> tuple[int, ...]:
         """The tokens that end an answer: the tokenizer's, and in conversations, that of the chat template."""
-        turn = [turn_end(self.tokenizer, self.config.data) for task in self.tasks if task.kind == "chat"][:1]
-        return tuple(sorted({*self.tokenizer.end_ids, *(end for end in turn if end is not None)}))
+        ends = set(self.tokenizer.end_ids)
+        if any(task.kind == "chat" for task in self.tasks):
+            ends.add(end_of_turn(self.tokenizer, self.config.data.chat_template))
+        return tuple(sorted(ends))
 
     def encode_written(self, rows: Sequence[Mapping[str, str]], index: int, name: str) -> PairRows:
         """Prompts and answers that a model wrote for a task, encoded; too long answers are cut.

@@ -23,6 +23,17 @@ def together(file: Path) -> None:
     with pytest.raises(UserError, match=r"^no room: ä$") as caught:
         processes.on_first(refuse)
     assert caught.value.exit_code == 7
+    first = processes.is_first()
+    assert not processes.everywhere(first)
+    assert processes.everywhere(True)
+
+    def refuse_on_second() -> None:
+        if not first:
+            raise UserError("rows.jsonl line 7: ö", exit_code=5)
+
+    with pytest.raises(UserError, match=r"^rows.jsonl line 7: ö$") as caught:
+        processes.on_each(refuse_on_second)
+    assert caught.value.exit_code == 5
     assert signal.getsignal(signal.SIGTERM) is handler
     signal.raise_signal(signal.SIGTERM)  # jax's runtime has not taken it
     assert came == [signal.SIGTERM]
