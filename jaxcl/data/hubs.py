@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 
 from jaxcl.data.formats.base import ListRecords, Numbering, Part, Records, Where
+from jaxcl.data.formats.fingerprint import files_key
 from jaxcl.errors import UserError
 
-_PART_ROWS = 2**16
-Splits = dict[str, Sequence[Mapping[str, Any]]]
+_PART_ROWS, _BATCH_ROWS = 2**16, 2**10
+Splits = dict[str, "HubRows"]
 
 
 def read_tfds(rest: str, data_dir: str | None, label_field: str) -> tuple[Splits, tuple[str, ...]]:
@@ -49,6 +50,7 @@ def read_tfds(rest: str, data_dir: str | None, label_field: str) -> tuple[Splits
         with contextlib.redirect_stdout(io.StringIO()):  # hides its progress bars
             builder.download_and_prepare()
         splits = {split: builder.as_data_source(split) for split in builder.info.splits}
+        keys = {split: files_key(sorted(map(str, found.filepaths))) for split, found in builder.info.splits.items()}
     except UserError:
         raise
     except ModuleNotFoundError as error:
@@ -59,7 +61,8 @@ def read_tfds(rest: str, data_dir: str | None, label_field: str) -> tuple[Splits
         raise UserError(f"source tfds:{rest}: {_first_line(error)}") from error
     features = builder.info.features
     feature = features[label_field] if label_field in getattr(features, "keys", list)() else None
-    return _named(splits, label_field, tuple(getattr(feature, "names", None) or ()))
+    labels = tuple(getattr(feature, "names", None) or ())
+    return {split: HubRows(rows, keys[split], label_field, labels) for split, rows in splits.items()}, labels
 
 
 def read_hf(rest: str, data_dir: str | None, label_field: str) -> tuple[Splits, tuple[str, ...]]:
@@ -85,29 +88,67 @@ def read_hf(rest: str, data_dir: str | None, label_field: str) -> tuple[Splits, 
         found = datasets.load_dataset(name, config or None, cache_dir=data_dir)
     except Exception as error:  # downloads and loaders raise many types
         raise UserError(f"source hf:{rest}: {_first_line(error)}") from error
-    splits: Splits = {str(split): rows for split, rows in found.items()}
-    features = next(iter(found.values())).features if splits else {}
-    return _named(splits, label_field, tuple(getattr(features.get(label_field), "names", None) or ()))
+    features = next(iter(found.values())).features if found else {}
+    labels = tuple(getattr(features.get(label_field), "names", None) or ())
+    splits = {
+        str(split): HubRows(rows, getattr(rows, "_fingerprint", None), label_field, labels)
+        for split, rows in found.items()
+    }
+    return splits, labels
+
+
+class HubRows:
+    """Rows of a split, with class names instead of class numbers; a negative number (no label) stays a number.
+
+    Attributes:
+      key: changes if the rows may have changed; `None`: unknown.
+    """
+
+    def __init__(
+        self, rows: Sequence[Mapping[str, Any]], key: str | None, label_field: str, labels: tuple[str, ...]
+    ) -> None:
+        """Wraps rows of a library.
+
+        Args:
+          rows: the rows.
+          key: see above.
+          label_field: the field whose numbers are replaced.
+          labels: names of the classes, in the order of their numbers; empty: nothing is replaced.
+        """
+        self.key = None if key is None else json.dumps([key, len(rows), label_field, labels])
+        self._rows, self._field, self._labels = rows, label_field, labels
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def read(self, start: int, stop: int) -> Iterator[Mapping[str, Any]]:
+        """The rows of a range, in order."""
+        several = getattr(self._rows, "__getitems__", None)
+        for first in range(start, stop, _BATCH_ROWS):
+            numbers = range(first, min(first + _BATCH_ROWS, stop))
+            yield from map(self._named, several(list(numbers)) if several else (self._rows[n] for n in numbers))
+
+    def _named(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        if not self._labels:
+            return row
+        number = row[self._field]
+        if not isinstance(number, int | np.integer):  # null, for example; refused with the row's number
+            return row
+        return dict(row) | {self._field: self._labels[number] if 0 <= number < len(self._labels) else str(number)}
 
 
 class HubRecords:
-    """Records of a memory-mapped data set, a range of rows at a time."""
+    """Records of a split that a library keeps on disk, a range of rows at a time."""
 
-    def __init__(self, rows: Sequence[Mapping[str, Any]], where: str, key: str) -> None:
-        """Describes the records.
-
-        Args:
-          rows: the data set.
-          where: what it is called in messages.
-          key: changes if its content may have changed.
-        """
+    def __init__(self, rows: HubRows, where: str) -> None:
         self.where = where
         self._rows = rows
-        self._key = key
 
     def key(self) -> str:
         """See `Records`."""
-        return self._key
+        if self._rows.key is None:
+            raise ValueError(f"{self.where}: its library does not say by what it can be recognised")
+        return self._rows.key
 
     def parts(self) -> list[Part]:
         """See `Records`."""
@@ -118,43 +159,13 @@ class HubRecords:
         """See `Records`."""
         numbering = Numbering(self.where, "row", lambda: part.start)
         stop = len(self._rows) if part.stop is None else part.stop
-        for index in range(part.start, stop):
-            yield Where((numbering, index - part.start + 1)), self._rows[index]
+        for number, row in enumerate(self._rows.read(part.start, stop), 1):
+            yield Where((numbering, number)), row
 
 
-def hub_records(rows: Sequence[Mapping[str, Any]], where: str) -> Records:
+def hub_records(rows: HubRows, where: str) -> Records:
     """The records of a split: streamed if the library says by what its content can be recognised, else in memory."""
-    inner = rows.rows if isinstance(rows, _Named) else rows
-    names = rows.labels if isinstance(rows, _Named) else ()
-    fingerprint = getattr(inner, "_fingerprint", None)
-    if not isinstance(fingerprint, str):
-        return ListRecords(rows, where)
-    return HubRecords(rows, where, json.dumps([fingerprint, len(rows), names]))
-
-
-class _Named:
-    """Rows with class names instead of class numbers; a negative number (no label) stays a number."""
-
-    def __init__(self, rows: Sequence[Mapping[str, Any]], field: str, labels: tuple[str, ...]) -> None:
-        self.rows, self.labels, self._field = rows, labels, field
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: Any) -> Mapping[str, Any]:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        row = dict(self.rows[index])
-        number = row[self._field]
-        if not isinstance(number, int | np.integer):  # null, for example; refused with the row's number
-            return row
-        return row | {self._field: self.labels[number] if 0 <= number < len(self.labels) else str(number)}
-
-
-def _named(splits: Splits, field: str, labels: tuple[str, ...]) -> tuple[Splits, tuple[str, ...]]:
-    if not labels:
-        return splits, ()
-    return {split: _Named(rows, field, labels) for split, rows in splits.items()}, labels  # type: ignore[misc]
+    return ListRecords(list(rows.read(0, len(rows))), where) if rows.key is None else HubRecords(rows, where)
 
 
 def _first_line(error: Exception) -> str:

@@ -35,6 +35,11 @@ def test_tfds_reads_a_data_set_without_tensorflow(tmp_path, capfd):
     assert pairs.kind == "pairs"
     assert len(pairs.train) == 5
     assert all(row["prompt"].endswith(")?") and row["answer"] in ("bad", "good") for row in pairs.train)
+    # With a cache, rows stay on disk.
+    spec = TaskSpec(name="x", source="tfds:tests.tiny.datasets.tiny_reviews", data_dir=str(tmp_path), **template)
+    streamed = load_task(spec, cache=Cache(tmp_path / "cache"))
+    assert isinstance(streamed.train, StreamedRows)
+    assert [list(streamed.train), list(streamed.test)] == [pairs.train, pairs.test]
     assert capfd.readouterr().out == ""
 
 
