@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from jaxcl.data.files import reason, write_json
+from jaxcl.data.workers import in_workers
 from jaxcl.errors import UserError
 
 #: Raise it when the meaning of what is stored changes.
@@ -68,7 +70,7 @@ class Cache:
           kind: what the files are, the name of a folder.
           key: everything that their content follows from, as JSON.
           parts: number of files.
-          make: writes part number `i` to a path.
+          make: writes part number `i` to a path; picklable, as workers call it where there are cores for several.
           suffix: of the files' names.
 
         Returns:
@@ -86,12 +88,14 @@ class Cache:
         def mine() -> None:
             folder.mkdir(parents=True, exist_ok=True)
             _remove_unusable(folder, paths)
-            for number in range(self.share.index, parts, self.share.count):
-                _make(make, number, paths[number])
+            missing(range(self.share.index, parts, self.share.count))
+
+        def missing(numbers: Iterable[int]) -> None:
+            left = [(number, paths[number]) for number in numbers if not paths[number].exists()]
+            in_workers(functools.partial(_make, make), left)
 
         def rest() -> None:
-            for number, path in enumerate(paths):
-                _make(make, number, path)
+            missing(range(parts))
             sizes = [path.stat().st_size for path in paths]
             write_json(folder / _COMPLETE, {"key": json.loads(content), "sizes": sizes})
 
@@ -128,9 +132,8 @@ def _is_complete(folder: Path, paths: list[Path]) -> bool:
         return False
 
 
-def _make(make: Callable[[int, Path], None], number: int, path: Path) -> None:
-    if path.exists():
-        return
+def _make(make: Callable[[int, Path], None], part: tuple[int, Path]) -> None:
+    number, path = part
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         make(number, temporary)

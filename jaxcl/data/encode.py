@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -48,12 +49,14 @@ def encode_rows(rows: Rows | Sequence[Mapping[str, str]], encoder: Encoder, cach
     if cache is None:
         raise ValueError("cache: needed for rows that are read from files, got None")
 
-    def make(part: int, path: Path) -> None:
-        write_shards(path, encoder.shards(rows.part(part)), encoder.dtype)
-
+    make = functools.partial(_write, rows, encoder)
     key = {"rows": rows.key, "encoder": encoder.key}
     paths = cache.build("tokens", key, len(rows.parts), make, ".arrow")
     return ExampleTable([shard for path in paths for shard in read_shards(path)])
+
+
+def _write(rows: StreamedRows, encoder: Encoder, part: int, path: Path) -> None:
+    write_shards(path, encoder.shards(rows.part(part)), encoder.dtype)
 
 
 def ahead(items: Iterable[T]) -> Iterator[T]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import string
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ import numpy as np
 
 from jaxcl.data.cache import Cache
 from jaxcl.data.fingerprint import RowsHash, RowsPrint
-from jaxcl.data.formats.base import Record, Records
+from jaxcl.data.formats.base import Part, Record, Records
 from jaxcl.data.heldout import hold_out, rank
 from jaxcl.data.messages import Message, read_messages
 from jaxcl.data.spec import Kind
@@ -110,20 +111,8 @@ def open_splits(
     if held:
         key |= {"share": share, "seed": seed}
     parts = records.parts()
-
-    def make(number: int, path: Path) -> None:
-        prints = [RowsHash() for _ in splits]
-        numbers = bytearray()
-        for place, record in records.read(parts[number]):
-            if (row := reader(place, record)) is not None:
-                split = _split_of(row, splits, limits, seed) if held else 0
-                prints[split].add(row)
-                numbers.append(split)
-        found = json.dumps([one.result() for one in prints])
-        with path.open("wb") as file:
-            np.savez(file, prints=found, splits=np.frombuffer(numbers if held else b"", np.uint8))
-
-    paths = cache.build("scans", key, len(parts), make, ".npz")
+    counting = _Scan(records, tuple(parts), reader, splits, limits, seed)
+    paths = cache.build("scans", key, len(parts), counting, ".npz")
     scans = [_prints(path) for path in paths]
     opened: dict[str, Rows] = {}
     for number, split in enumerate(splits):
@@ -161,9 +150,35 @@ def limited(rows: Rows, limit: int | None, seed: int, cache: Cache | None = None
     return rows.choose(chosen, {"limit": limit, "seed": seed}, cache)
 
 
-def _split_of(row: Row, splits: tuple[str, ...], limits: Mapping[str, float], seed: int) -> int:
-    found = rank(row, seed)
-    return splits.index(next((split for split, limit in limits.items() if found < limit), splits[0]))
+@dataclasses.dataclass(frozen=True)
+class _Scan:
+    """Reads a part to count the rows of its splits; writes their fingerprints, and the split of each row."""
+
+    records: Records
+    parts: tuple[Part, ...]
+    reader: RowReader
+    splits: tuple[str, ...]
+    limits: Mapping[str, float]
+    seed: int
+
+    def __call__(self, part: int, path: Path) -> None:
+        prints = [RowsHash() for _ in self.splits]
+        numbers = bytearray()
+        for place, record in self.records.read(self.parts[part]):
+            if (row := self.reader(place, record)) is not None:
+                split = self._split(row)
+                prints[split].add(row)
+                numbers.append(split)
+        found = json.dumps([one.result() for one in prints])
+        with path.open("wb") as file:
+            np.savez(file, prints=found, splits=np.frombuffer(numbers if self.limits else b"", np.uint8))
+
+    def _split(self, row: Row) -> int:
+        if not self.limits:
+            return 0
+        found = rank(row, self.seed)
+        split = next((split for split, limit in self.limits.items() if found < limit), self.splits[0])
+        return self.splits.index(split)
 
 
 def _prints(path: Path) -> list[RowsPrint]:

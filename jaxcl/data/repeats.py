@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -33,12 +34,13 @@ def row_hashes(rows: Rows, cache: Cache | None = None) -> Hashes:
     if cache is None or not isinstance(rows, StreamedRows):
         return np.fromiter(map(row_hash, rows), np.uint64)
 
-    def make(part: int, path: Path) -> None:
-        with path.open("wb") as file:
-            np.save(file, np.fromiter((row_hash(row) for _, row in rows.part(part)), np.uint64))
-
-    paths = cache.build("hashes", rows.key, len(rows.parts), make, ".npy")
+    paths = cache.build("hashes", rows.key, len(rows.parts), functools.partial(_write, rows), ".npy")
     return np.concatenate([np.load(path) for path in paths])
+
+
+def _write(rows: StreamedRows, part: int, path: Path) -> None:
+    with path.open("wb") as file:
+        np.save(file, np.fromiter((row_hash(row) for _, row in rows.part(part)), np.uint64))
 
 
 def first_ones(hashes: Hashes) -> np.ndarray:

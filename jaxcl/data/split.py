@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -46,6 +47,10 @@ class ListRows(list[Row]):
     def fingerprint(self) -> RowsPrint:
         """Fingerprint of the rows, see `rows_print`."""
         return rows_print(self)
+
+
+def _write_print(rows: StreamedRows, part: int, path: Path) -> None:
+    write_json(path, rows.fingerprint)
 
 
 class Members(NamedTuple):
@@ -128,7 +133,7 @@ class StreamedRows:
             )
 
         found = some(None)
-        paths = cache.build("prints", found.key, 1, lambda _, path: write_json(path, found.fingerprint), ".json")
+        paths = cache.build("prints", found.key, 1, functools.partial(_write_print, found), ".json")
         return some(json.loads(paths[0].read_text()))
 
     def __len__(self) -> int:
