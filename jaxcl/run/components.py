@@ -156,7 +156,7 @@ class Components:
         sizes = {"layers": network.num_layers, "heads": network.num_heads, "vocabulary": network.vocab_size}
         return {"task": task.name, "rows": task.rows, "tokenizer": self.tokenizer.fingerprint, **sizes}
 
-    @functools.cached_property
+    @property
     def end_ids(self) -> tuple[int, ...]:
         """The tokens that end an answer: the tokenizer's, and in conversations, that of the chat template."""
         ends = set(self.tokenizer.end_ids)
