@@ -12,9 +12,11 @@ from typing import Any
 
 import jax
 
+from jaxcl.config import ExperimentConfig
 from jaxcl.data.fingerprint import RowsPrint, files_print, rows_print, texts_print
 from jaxcl.data.memory import Memory
 from jaxcl.data.sources import SPLITS, TaskData
+from jaxcl.data.tokenizer import Tokenizer
 from jaxcl.errors import UserError
 from jaxcl.run.components import Components
 from jaxcl.sharding.processes import on_first
@@ -45,6 +47,39 @@ def take_fingerprints(parts: Components, saved: Saved | None = None) -> dict[str
     if found["weights"] is None:
         found["weights"] = known.get("weights")
     return found
+
+
+def check_same(parts: Components, saved: Saved, run: ExperimentConfig) -> None:
+    """Compares what a command reads with what a run was trained with, before it measures anything.
+
+    Args:
+      parts: the parts of the command: those of the run, or with other tasks, whose data is not compared.
+      saved: the run's checkpoint.
+      run: the run's own configuration.
+
+    Raises:
+      UserError: something has changed; names task, split and file.
+    """
+    same = {task.name for task in run.tasks if task in parts.config.tasks}
+    known = dict(saved.progress["fingerprints"])
+    for kind in ("tasks", "end_tasks"):
+        known[kind] = {name: prints for name, prints in known.get(kind, {}).items() if name in same}
+    _compare(parts, known, _fingerprints(parts))
+
+
+def check_tokenizer(tokenizer: Tokenizer, saved: Saved, where: Path) -> None:
+    """Compares the tokenizer in a run folder with the one that the run was trained with.
+
+    Args:
+      tokenizer: the one in the folder.
+      saved: the run's checkpoint.
+      where: the folder.
+
+    Raises:
+      UserError: they differ.
+    """
+    if tokenizer.fingerprint != saved.progress["fingerprints"]["tokenizer"]:
+        raise UserError(f"the tokenizer ({where}) is not the one that the run was started with; restore it")
 
 
 def load_memory(path: Path, seed: int, saved: Saved | None) -> Memory:
