@@ -6,11 +6,13 @@ run is resumed or extended, or its memory is read, they are compared before anyt
 
 from __future__ import annotations
 
+import itertools
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
+import numpy as np
 
 from jaxcl.config import ExperimentConfig
 from jaxcl.data.fingerprint import RowsPrint, files_print, rows_print, texts_print
@@ -19,7 +21,7 @@ from jaxcl.data.sources import SPLITS, TaskData
 from jaxcl.data.tokenizer import Tokenizer
 from jaxcl.errors import UserError
 from jaxcl.run.components import Components
-from jaxcl.sharding.processes import on_first
+from jaxcl.sharding.processes import of_all_processes
 from jaxcl.training.checkpoint import Saved
 
 _REMEDY = "restore it, or start a new run in another output"
@@ -33,15 +35,13 @@ def take_fingerprints(parts: Components, saved: Saved | None = None) -> dict[str
       saved: the checkpoint that the run goes on from; its fingerprints are kept for tasks whose data is gone.
 
     Raises:
-      UserError: something has changed since the checkpoint was written; names task, split and file.
+      UserError: something has changed since the checkpoint was written, or is not the same for all processes; names
+        task, split and file.
     """
     known = {} if saved is None else saved.progress["fingerprints"]
     found = _fingerprints(parts)
-    if jax.process_count() == 1:
-        _compare(parts, known, found)
-    else:
-        on_first(lambda: _compare(parts, known, found))
-        _compare(parts, known, found)  # another process may read its own copy of the data
+    _check_processes(found)
+    _compare(parts, known, found)
     gone = {name for name in known.get("tasks", {}) if name not in found["tasks"] and name in parts.names}
     found["tasks"] |= {name: known["tasks"][name] for name in gone}
     if found["weights"] is None:
@@ -122,6 +122,18 @@ def _fingerprints(parts: Components) -> dict[str, Any]:
         "tokenizer": parts.tokenizer.fingerprint,
         "weights": _weights(parts),
     }
+
+
+def _check_processes(found: Mapping[str, Any]) -> None:
+    """Checks that all processes have the same fingerprints: each may read copies of its own."""
+    named = {f"task {name}": one for name, one in found["tasks"].items()}
+    named |= {f"end task of {name}": one for name, one in found["end_tasks"].items()}
+    named |= {"the tokenizer": found["tokenizer"], "the weights": found["weights"]}
+    digests = [bytes.fromhex(texts_print([json.dumps(one, sort_keys=True)])) for one in named.values()]
+    everywhere = of_all_processes(np.array([list(digest) for digest in digests], np.uint8))
+    for (index, name), process in itertools.product(enumerate(named), range(1, len(everywhere))):
+        if (everywhere[process, index] != everywhere[0, index]).any():
+            raise UserError(f"{name}: process {process} reads something else than process 0; give all the same copy")
 
 
 def _task_prints(task: TaskData) -> dict[str, RowsPrint]:

@@ -107,6 +107,17 @@ def on_first(action: Callable[[], object]) -> None:
         raise UserError(problem, exit_code=code)
 
 
+def of_all_processes(value: np.ndarray) -> np.ndarray:
+    """The arrays that the processes give, one after the other along a new first axis; all must call it.
+
+    Args:
+      value: of the same shape and dtype in every process.
+    """
+    if jax.process_count() == 1:
+        return value[None]
+    return np.asarray(multihost_utils.process_allgather(value))
+
+
 def wait_for_all(point: str) -> None:
     """Waits until every process has reached this call; `point` names it in errors."""
     if jax.process_count() > 1:
