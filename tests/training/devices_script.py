@@ -26,6 +26,7 @@ from jaxcl.sharding.mesh import MeshConfig, make_mesh
 from jaxcl.training.feed import place_batch
 from jaxcl.training.low_bits import widen
 from jaxcl.training.optimizer import OptimizerConfig
+from jaxcl.training.state import TrainState
 from jaxcl.training.trainer import Trainer
 
 NETWORK = Network.create(
@@ -72,10 +73,11 @@ def train(mesh: dict[str, int] | None, network: Network) -> dict[str, Any]:
     optimizer = OptimizerConfig(learning_rate=0.01, warmup=2, weight_decay=0.1)
     trainer = Trainer(Plain(None, network, 1), optimizer, layout, accumulate=2, seed=0)
     state = trainer.start_task(trainer.init(network.init(jax.random.key(1))), STEPS)
-    losses = []
+    losses, first = [], {}
     for step in range(STEPS):
         state, metrics = trainer.step(state, place_batch(make_rows(step), layout.batch))
         losses.append(float(metrics["loss"]))
+        first = whole(state) if step == 0 else first
     program = ""
     if mesh == MESHES["data"]:
         batch = place_batch(make_rows(0), layout.batch)
@@ -96,9 +98,8 @@ def train(mesh: dict[str, int] | None, network: Network) -> dict[str, Any]:
         "fisher_spec": str(tuple(fisher.sharding.spec)),
         "losses": losses,
         "grad_norm": float(metrics["grad_norm"]),
-        "params": {
-            path: np.asarray(leaf).ravel().tolist() for path, leaf in named(widen(state.params, state.low_bits)).items()
-        },
+        "first": first,
+        "params": whole(state),
         "specs": [
             str(tuple(leaf.sharding.spec))
             for leaf in (query, state.method_state["before"]["blocks"]["attention"]["query"][name], *moments)
@@ -107,6 +108,13 @@ def train(mesh: dict[str, int] | None, network: Network) -> dict[str, Any]:
         "collectives": sorted(
             set(re.findall(r" (all-[a-z]+|collective-permute|reduce-scatter)(?:-start)?\(", program))
         ),
+    }
+
+
+def whole(state: TrainState) -> dict[str, list[float]]:
+    """The params in float32, of both halves where they have two."""
+    return {
+        path: np.asarray(leaf).ravel().tolist() for path, leaf in named(widen(state.params, state.low_bits)).items()
     }
 
 
