@@ -315,10 +315,10 @@ def test_an_end_task_without_the_split_is_refused_before_training(tmp_path: Path
 @pytest.mark.usefixtures("untrained")
 def test_other_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_data(tmp_path)
-    monkeypatch.setattr(fingerprints, "_weights", lambda parts: "those of the first start")
+    monkeypatch.setattr(fingerprints, "weights_print", lambda weights: "those of the first start")
     with killed_at_save(1):
         run(tmp_path, tmp_path / "run")
-    monkeypatch.setattr(fingerprints, "_weights", lambda parts: "others")
+    monkeypatch.setattr(fingerprints, "weights_print", lambda weights: "others")
     with pytest.raises(UserError, match=r"the weights .* are not those that the run was started with"):
         run(tmp_path, tmp_path / "run")
 

@@ -82,6 +82,21 @@ def check_tokenizer(tokenizer: Tokenizer, saved: Saved, where: Path) -> None:
         raise UserError(f"the tokenizer ({where}) is not the one that the run was started with; restore it")
 
 
+def check_weights(config: ExperimentConfig, saved: Saved) -> None:
+    """Compares the weights that a run's configuration names with those that it was started with.
+
+    Args:
+      config: the configuration.
+      saved: the run's checkpoint.
+
+    Raises:
+      UserError: they differ; weights that are gone are not compared.
+    """
+    found, known = weights_print(config.weights), saved.progress["fingerprints"]["weights"]
+    if None not in (found, known) and found != known:
+        raise UserError(f"the weights ({config.weights}) are not those that the run was started with; restore them")
+
+
 def load_memory(path: Path, seed: int, saved: Saved | None) -> Memory:
     """The memory of a run as it was when a checkpoint was written; tasks learned later are left out.
 
@@ -120,7 +135,7 @@ def _fingerprints(parts: Components) -> dict[str, Any]:
         "tasks": tasks,
         "end_tasks": end_tasks,
         "tokenizer": parts.tokenizer.fingerprint,
-        "weights": _weights(parts),
+        "weights": weights_print(parts.config.weights),
     }
 
 
@@ -131,8 +146,10 @@ def _check_processes(found: Mapping[str, Any]) -> None:
     named |= {"the tokenizer": found["tokenizer"], "the weights": found["weights"]}
     digests = [bytes.fromhex(texts_print([json.dumps(one, sort_keys=True)])) for one in named.values()]
     everywhere = of_all_processes(np.array([list(digest) for digest in digests], np.uint8))
+    there = of_all_processes(np.array([one is not None for one in named.values()]))  # weights may be gone by now
     for (index, name), process in itertools.product(enumerate(named), range(1, len(everywhere))):
-        if (everywhere[process, index] != everywhere[0, index]).any():
+        differs = (everywhere[process, index] != everywhere[0, index]).any()
+        if differs and there[process, index] and there[0, index]:
             raise UserError(f"{name}: process {process} reads something else than process 0; give all the same copy")
 
 
@@ -141,14 +158,14 @@ def _task_prints(task: TaskData) -> dict[str, RowsPrint]:
     return prints | ({"labels": rows_print([{"label": label} for label in task.labels])} if task.labels else {})
 
 
-def _weights(parts: Components) -> str | None:
-    """Fingerprint of the pre-trained weights; `None` without weights, or if they are gone."""
+def weights_print(weights: str | None) -> str | None:
+    """Fingerprint of pre-trained `weights`; `None` without weights, or if they are gone."""
     from jaxcl.weights import locate
 
-    if parts.config.weights is None:
+    if weights is None:
         return None
     try:
-        kind, place = locate(parts.config.weights)
+        kind, place = locate(weights)
     except UserError:
         return None
     if place.is_file():

@@ -71,7 +71,7 @@ def test_low_bits_of_bfloat16_params_are_split_like_them_and_end_where_one_devic
         assert many["like_params"]
         assert many["used"] == one["used"]
         np.testing.assert_allclose(many["losses"], one["losses"], rtol=1e-4)
-        # After a step, both halves together; bfloat16 alone would be off by up to 4e-5 of params of 0.02. Later on, a half
+        # After a step, both halves together; bfloat16 alone would be off by up to 4e-5 of params of 0.02. Later, a half
         # that is rounded otherwise moves gradients.
         for name, values in one["first"].items():
             np.testing.assert_allclose(many["first"][name], values, rtol=1e-5, atol=1e-5, err_msg=f"{mesh} {name}")
