@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 
+from jaxcl.commands.convert import convert
 from jaxcl.commands.extend import extend
+from jaxcl.commands.generate import generate_text
+from jaxcl.commands.importance import measure_importance
 from jaxcl.config import parse_config
 from jaxcl.data.fingerprint import files_print, rows_print
 from jaxcl.errors import UserError
@@ -17,6 +20,7 @@ from jaxcl.run import fingerprints, sequence
 from tests.tiny.faults import killed_at_save
 from tests.tiny.runs import DECODER, TOKENIZER
 
+GREEDY: dict[str, Any] = {"max_new_tokens": 3, "temperature": 0.0, "top_p": 1.0, "seed": 0, "raw": False}
 REPLAY = {"name": "replay", "replay": {"fraction": 0.25}}
 TINY: dict[str, Any] = {
     "model": {**DECODER, "hidden_size": 8, "intermediate_size": 8, "num_layers": 1},
@@ -78,7 +82,9 @@ def edit_json(path: Path, change: Callable[[Any], Any]) -> None:
     path.write_text(json.dumps(content))
 
 
-def test_a_stop_between_checkpoint_and_results_shifts_nothing(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stop_between_checkpoint_and_results_shifts_nothing(
+    copy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And the data may lie at another place by then."""
     assert Results.read(copy / "run/results.json").steps == {"one": 3}
     results = run(copy, copy / "run")
@@ -102,6 +108,15 @@ def test_a_stop_between_checkpoint_and_results_shifts_nothing(copy: Path, capsys
     write(elsewhere / "data/two/test.jsonl", rows("two", 8, 300))
     with pytest.raises(UserError, match=r"task two: the test rows in .*elsewhere/data/two/test.jsonl have changed"):
         run(elsewhere, copy / "run")
+    # One task more, where the memory would refer to other examples now; the folder stays as it was.
+    shuffle(copy / "data/one/train.jsonl")
+    config = (copy / "run/config.yaml").read_text()
+    monkeypatch.setenv("JAXCL_DATA", str(copy))
+    with pytest.raises(
+        UserError, match=r"task one: the train rows in .* have changed .*: the same 24 in another order"
+    ):
+        extend(copy / "run", ["name=four", "source=jsonl:data/three"], 2)
+    assert (copy / "run/config.yaml").read_text() == config
 
 
 def test_finished_by_hand_ends_no_run(stopped: Path, copy: Path) -> None:
@@ -147,15 +162,43 @@ def test_changed_rows_are_one_line_before_training(
     assert "\n" not in str(caught.value)
 
 
+MEASURED = ["method={name: das, general_knowledge: false, contrast_weight: 0, importance_examples: 8}"]
+
+
 @pytest.mark.usefixtures("untrained")
 def test_an_edited_tokenizer_is_refused(copy: Path) -> None:
+    folder, where = str(copy / "run"), copy / "run/tokenizer"
+    generate_text(folder, "one 3:", **GREEDY)
+
     def swap(content: Any) -> None:
         vocabulary = content["model"]["vocab"]
         vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
 
-    edit_json(copy / "run/tokenizer/tokenizer.json", swap)
-    with pytest.raises(UserError, match=r"the tokenizer .* is not the one that the run was started with"):
-        run(copy, copy / "run")
+    edit_json(where / "tokenizer.json", swap)
+    for use in (
+        lambda: run(copy, copy / "run"),
+        lambda: generate_text(folder, "one 3:", **GREEDY),
+        lambda: convert(folder, copy / "converted", "hf", "float32"),
+        lambda: measure_importance(folder, MEASURED, copy / "measured"),
+    ):
+        with pytest.raises(
+            UserError, match=r"the tokenizer .*tokenizer.* is not the one that the run was started with"
+        ):
+            use()
+    assert not (copy / "converted").exists()
+
+
+def test_importance_is_measured_on_the_rows_of_the_run_or_on_others_by_name(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, out = str(copy / "run"), copy / "measured"
+    monkeypatch.setenv("JAXCL_DATA", str(copy))
+    shuffle(copy / "data/two/train.jsonl")
+    with pytest.raises(UserError, match=r"task two: the train rows in .*two/train.jsonl have changed"):
+        measure_importance(folder, MEASURED, out)
+    assert not out.exists()
+    measure_importance(folder, [*MEASURED, "tasks.1.source=jsonl:data/three"], out)
+    assert (out / "importance.npz").is_file()
 
 
 def _twice(content: Any) -> None:
@@ -272,10 +315,10 @@ def test_an_end_task_without_the_split_is_refused_before_training(tmp_path: Path
 @pytest.mark.usefixtures("untrained")
 def test_other_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_data(tmp_path)
-    monkeypatch.setattr(fingerprints, "_weights", lambda parts: "those of the first start")
+    monkeypatch.setattr(fingerprints, "weights_print", lambda weights: "those of the first start")
     with killed_at_save(1):
         run(tmp_path, tmp_path / "run")
-    monkeypatch.setattr(fingerprints, "_weights", lambda parts: "others")
+    monkeypatch.setattr(fingerprints, "weights_print", lambda weights: "others")
     with pytest.raises(UserError, match=r"the weights .* are not those that the run was started with"):
         run(tmp_path, tmp_path / "run")
 

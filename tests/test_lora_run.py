@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from jaxcl.commands.convert import convert
 from jaxcl.commands.generate import generate_text
@@ -87,6 +88,16 @@ def test_a_model_from_elsewhere_learns_by_adapters_alone(exported: Path) -> None
     config = json.loads((adapter / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(exported)
     assert (adapter / "tokenizer.json").is_file()
+    tensors = load_file(exported / "model.safetensors")
+    kept = (exported / "model.safetensors").read_bytes()
+    save_file(
+        {name: tensor * 1.5 for name, tensor in tensors.items()}, exported / "model.safetensors", {"format": "pt"}
+    )
+    try:
+        with pytest.raises(UserError, match=r"the weights .* are not those that the run was started with"):
+            convert(str(folder), folder.parent / "other", "peft", "float32")
+    finally:
+        (exported / "model.safetensors").write_bytes(kept)
 
 
 def test_an_adapter_a_task_is_separate_models_with_adapters(tmp_path: Path) -> None:

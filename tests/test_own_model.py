@@ -19,9 +19,9 @@ def run(number: int) -> dict[str, Any]:
     return module
 
 
-def test_there_are_three_programs_of_less_than_forty_lines() -> None:
+def test_there_are_four_programs_of_less_than_forty_lines() -> None:
     lines = [[line for line in block.splitlines() if line.strip()] for block in BLOCKS]
-    assert [len(block) < 40 for block in lines] == [True] * 3
+    assert [len(block) < 40 for block in lines] == [True] * 4
 
 
 def test_das_on_dictionaries_learns_and_protects() -> None:
@@ -77,3 +77,31 @@ def test_trainer_around_another_model() -> None:
     losses = run(2)["losses"]
     assert losses[0] == pytest.approx(np.log(64), rel=1e-3)
     assert losses[-1] < 0.3 * losses[0]
+
+
+def test_a_network_looked_at_from_outside() -> None:
+    found = run(3)
+    params, batch, losses = (found[name] for name in ("params", "batch", "losses"))
+    assert batch.segments.sum(axis=1).tolist() == [10, 7, 10, 5]
+    assert batch.weights.sum(axis=1).tolist() == [4, 4, 4, 4]
+    plain = jax.grad(lambda params: jnp.mean(losses(params)))(params)
+    up = plain["blocks"]["mlp"]["up"]["kernel"]
+    np.testing.assert_allclose(found["gradients"]["model.layers.1.mlp.up_proj.weight"], up[1].T, rtol=1e-4, atol=1e-7)
+    maps, slopes = found["maps"], found["slopes"]
+    real = jnp.arange(10) < batch.segments.sum(axis=1)[:, None]
+    np.testing.assert_allclose(jnp.sum(maps, axis=-1), jnp.broadcast_to(real[:, None], maps.shape[:-1]), atol=1e-5)
+    # One attention weight a little larger: the loss moves by its slope, that of the other rows not at all.
+    place, tap = (1, 1, 2, 5, 3), found["Tap"]
+    moved = [
+        losses(params, tap=tap(lambda probs, _, added: probs + added, jnp.zeros_like(maps).at[place].set(step)))
+        for step in (0.05, -0.05)
+    ]
+    change = (moved[0] - moved[1]) / 0.1
+    np.testing.assert_allclose(change, jnp.zeros(4).at[1].set(slopes[place]), rtol=0.02, atol=1e-6)
+    assert abs(float(slopes[place])) > 1e-5
+    # What the activation reads scaled for one row, by its projection, or by the gate.
+    kernel = params["blocks"]["mlp"]["gate"]["kernel"].at[0, :, 7].multiply(1.05)
+    scaled = {**params, "blocks": {**params["blocks"], "mlp": {**params["blocks"]["mlp"], "gate": {"kernel": kernel}}}}
+    np.testing.assert_allclose(
+        losses(scaled) - losses(params), 0.05 * found["gate_slopes"].intermediate[0, :, 7], rtol=0.1, atol=1e-6
+    )

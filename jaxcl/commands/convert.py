@@ -12,8 +12,10 @@ from jaxcl.data.tokenizer import Tokenizer
 from jaxcl.errors import UserError
 from jaxcl.methods import find_method
 from jaxcl.methods.base import Method
+from jaxcl.run.fingerprints import check_weights
 from jaxcl.run.folder import RunFolder
 from jaxcl.run.model import Model, load_model
+from jaxcl.training.checkpoint import Checkpoints
 from jaxcl.weights import convert as convert_weights
 from jaxcl.weights import locate, save_hf, save_orbax, save_peft
 
@@ -68,10 +70,14 @@ def _one_or_list(ids: tuple[int, ...]) -> int | list[int] | None:
 
 
 def _check_base(model: Model, source: str) -> None:
-    """Checks that the method does not change the weights, without which the adapters would be useless."""
+    """Checks that neither the method nor anybody else has changed the weights, to which the adapters belong."""
     if model.config is not None and find_method(model.config.method.name).final_params is not Method.final_params:
         raise UserError(
             f"{source}: {model.config.method.name} changes the weights, too, so the adapters alone are useless; "
             "allowed formats are hf, orbax",
             exit_code=2,
         )
+    with Checkpoints.reading(RunFolder(Path(source)).checkpoints) as checkpoints:
+        saved = checkpoints.latest()
+    if model.config is not None and saved is not None:
+        check_weights(model.config, saved)

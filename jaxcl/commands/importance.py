@@ -20,6 +20,7 @@ from jaxcl.methods.base import Method
 from jaxcl.models.trainable import Params
 from jaxcl.reporting.importance_page import write_importance
 from jaxcl.run.components import Components, build, initial_params
+from jaxcl.run.fingerprints import check_same
 from jaxcl.run.folder import RunFolder
 from jaxcl.run.model import latest_params
 from jaxcl.run.tasks import remember, running_task
@@ -46,7 +47,8 @@ def measure_importance(source: str, overrides: Sequence[str], out: Path | None) 
     """Runs the method's passes before and after each task, without the training in between.
 
     For a run folder, the latest checkpoint is measured, and comparisons of a model before and after training use the
-    run's initial model as the former. For a configuration, its initial model is measured.
+    run's initial model as the former. Its tokenizer, its weights and the data of its tasks must be those that it was
+    trained with, but for tasks that the overrides change. For a configuration, its initial model is measured.
 
     Args:
       source: a run folder, a YAML file, or the name of a configuration that comes with jaxcl.
@@ -115,9 +117,12 @@ def _subject(source: str, overrides: Sequence[str], scratch: Path) -> tuple[Expe
         words = config.weights or "a model from scratch"
         return config, _Subject(RunFolder(scratch), initial_params, None, words)
     folder = RunFolder.open(Path(source))
+    run = parse_config(folder.content(), str(folder.config_file))
     config = parse_config(override(folder.content(), overrides), str(folder.config_file))
 
     def latest(parts: Components) -> Params:
-        return latest_params(folder, parts.trainer.target.params)
+        params, saved = latest_params(folder, parts.trainer.target.params)
+        check_same(parts, saved, run)
+        return params
 
     return config, _Subject(folder, latest, initial_params, f"the model of {source}")

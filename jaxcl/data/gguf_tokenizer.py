@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,11 +12,9 @@ from jaxcl.data.files import reason
 from jaxcl.data.tokenizer_settings import ChatTemplate
 from jaxcl.errors import UserError
 
-logger = logging.getLogger(__name__)
-
 # GGUF stores the name of the pre-tokenizer, not its rules; the named models were trained with the rules below. There
 # are three families: GPT-2's pattern, the same after splitting numbers into digits, and a pattern of their own.
-_GPT2 = ("gpt-2", "gpt2", "default", "mpt", "olmo", "phi-2", "roberta-bpe")
+_GPT2 = ("gpt-2", "gpt2", "mpt", "olmo", "phi-2", "roberta-bpe")
 _GPT2_SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
 _PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}"
@@ -52,7 +49,8 @@ def read_gguf_tokenizer(path: str | Path) -> GgufTokenizer:
       path: the file; only byte-level BPE vocabularies (`tokenizer.ggml.model` = `gpt2`) are supported.
 
     Raises:
-      UserError: the file is missing or not GGUF, or its tokenizer is not byte-level BPE.
+      UserError: the file is missing or not GGUF, its tokenizer is not byte-level BPE, or it does not name rules for
+        splitting text into words that are known here.
     """
     fields = _metadata(Path(path))
     kind = fields.get("tokenizer.ggml.model")
@@ -66,13 +64,6 @@ def read_gguf_tokenizer(path: str | Path) -> GgufTokenizer:
         raise UserError(f"{path}: tokenizer.ggml.{missing[0]} is missing from the GGUF metadata")
     tokens: list[str] = fields["tokenizer.ggml.tokens"]
     pre = str(fields.get("tokenizer.ggml.pre", "default"))
-    if pre == "default":
-        logger.warning(
-            "%s: tokenizer.ggml.pre does not name the rules that split text into words, so GPT-2's are assumed; if the "
-            "model has others, its tokens are wrong: set tokenizer.path to the model's Hugging Face tokenizer.json, or "
-            "write the file anew with a recent llama.cpp",
-            path,
-        )
     pre_tokenizer = _pre_tokenizer(pre, path)
     backend = tokenizers.Tokenizer(
         models.BPE(
@@ -138,6 +129,13 @@ def _pre_tokenizer(name: str, path: str | Path) -> pre_tokenizers.PreTokenizer:
             ]
         )
     known = ", ".join(sorted((*_GPT2, *_GPT2_SINGLE_DIGITS, *_PATTERNS)))
+    if name == "default":  # what older files mean by it, or by leaving it out, differs from model to model
+        raise UserError(
+            f"{path}: tokenizer.ggml.pre is missing: it names the rules that split text into words, and with other "
+            "rules than the model's its tokens would be wrong; set tokenizer.path to the model's Hugging Face "
+            f"tokenizer.json, or write the name into a copy: gguf-new-metadata --pre-tokenizer NAME {path} COPY.gguf "
+            f"(known: {known})"
+        )
     raise UserError(
         f"{path}: pre-tokenizer {name!r} is not known (known: {known}); "
         "set tokenizer.path to the model's Hugging Face tokenizer.json"

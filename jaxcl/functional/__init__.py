@@ -4,7 +4,8 @@ Importing it loads jax, optax and jaxtyping, and nothing else of jaxcl.
 
 - DAS: `gate_gradients`, `ImportanceSums`, `normalise`, `accumulate`, `soft_masks`, `masked_optimizer`, `pool`,
   `contrast`
-- SEEKR: `watch`, `HeadSums`, `combine`, `select_heads`, `sample_queries`, `selected_rows`, `attention_divergence`
+- SEEKR: `watch`, `HeadSums`, `combine`, `select_heads`, `sample_queries`, `selected_rows`, `attention_maps`,
+  `attention_divergence`
 - Distillation of outputs: `top_scores`, `top_divergence`, `full_divergence`
 - Elastic weight consolidation: `FisherSums`, `summed_squares`, `quadratic_penalty`
 - Losses: `Term`, `cross_entropy`, `token_losses`, `over_positions`
@@ -20,6 +21,7 @@ from jaxcl.functional.attention_distillation import (
 )
 from jaxcl.functional.attention_rows import (
     AttentionView,
+    attention_maps,
     decode_rows,
     encode_rows,
     sample_queries,
@@ -64,6 +66,7 @@ __all__ = [
     "Unit",
     "accumulate",
     "attention_divergence",
+    "attention_maps",
     "combine",
     "contrast",
     "cross_entropy",

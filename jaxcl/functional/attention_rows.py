@@ -48,6 +48,23 @@ def selected_rows(
     return jax.nn.softmax(scores * view.scale, axis=-1, where=seen)
 
 
+def attention_maps(view: AttentionView) -> Float[Array, "batch heads query length"]:
+    """Attention probabilities of all heads at all queries: what attention multiplies the values by, before dropout.
+
+    Its size is `batch * heads * length^2`; `selected_rows` computes the rows of some heads and queries alone.
+
+    Args:
+      view: queries and keys of one layer.
+
+    Returns:
+      Probabilities, float32; rows of padding are zero.
+    """
+    batch, length, heads, _ = view.query.shape
+    every_head = jnp.broadcast_to(jnp.arange(heads), (batch, heads))
+    every_query = jnp.broadcast_to(jnp.arange(length), (batch, length))
+    return selected_rows(view, every_head, every_query)
+
+
 def selected_pairs(
     view: AttentionView, heads: Int[Array, "batch selected"], queries: Int[Array, "batch queries"]
 ) -> tuple[Float[Array, "batch selected queries head_dim"], Float[Array, "batch selected length head_dim"]]:

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Bool, Float
 from pydantic import Field
 
 from jaxcl.errors import UserError
@@ -106,6 +106,17 @@ class Seekr(Method[SeekrOptions]):
     State: `sensitivity` (normalised) and `forgettability` `[tasks, layers, heads]`, zeros for tasks to come; `heads`
     `[tasks, selected, 2]`, the (layer, head) pairs selected when each task was learned, -1 for tasks to come. With
     `distil_on: task` also `teacher`, the trained params before the task at hand, and `learned`, the tasks before it.
+
+    What is stored with remembered rows and comes back as `batch.teacher` (a teacher made by hand must hold the same):
+
+    - `heads [batch, selected, 2]`, integers: the (layer, head) pairs whose rows are stored; -1 for none;
+    - `queries [batch, queries]`, int32: the positions of the stored rows, strictly rising, -1 behind the last;
+    - `rows [batch, selected, queries, length]`: attention weights of these heads at these positions, float32, or coded
+      in uint8 by `jaxcl.functional.encode_rows` (`store_attention`);
+    - outputs at the scored positions (`predict`; all of them where `batch.predict` is None): `top_ids` (int32) and
+      `top_values` (log probabilities, float32) `[batch, predict, top]`, the likeliest tokens; with `store_drawn` also
+      `drawn_ids` and `drawn_values` `[batch, predict, drawn]` (`jaxcl.functional.TopScores`). With `store_logits: 0`
+      instead `scores [batch, predict, vocab]`, all log probabilities, float32.
     """
 
     def __init__(self, options: SeekrOptions, network: Network, num_tasks: int) -> None:
@@ -199,7 +210,28 @@ class Seekr(Method[SeekrOptions]):
                 "seekr: nothing is stored with the remembered rows; it needs rows of one example each: for text, "
                 "set data.packing to false"
             )
+        if missing := sorted(self.stored.keys() - batch.teacher.keys()):
+            raise ValueError(f"batch.teacher: {', '.join(missing)} missing; see the class Seekr")
         return self._distilled(params, batch, batch.teacher, key)
+
+    def attention_by_layer(
+        self, params: Params, batch: Batch, key: Array | None = None
+    ) -> tuple[Float[Array, "layers batch"], Bool[Array, "layers batch"]]:
+        """The attention term before it is averaged: divergences by layer and remembered row; pure.
+
+        `loss` averages them by `jaxcl.functional.example_divergence`: over a row's own layers, then over rows.
+
+        Args:
+          params: the student's params.
+          batch: remembered rows with `teacher`.
+          key: for dropout; `None`: nothing is dropped.
+
+        Returns:
+          Mean KL (nats) of each row's stored attention rows in a layer, 0 where it has none there; whether it has any.
+        """
+        if batch.teacher is None:
+            raise ValueError("batch.teacher: expected what `signals` gives, got None")
+        return self.network.hidden(params, batch, probe=self._probe(batch.teacher), dropout_key=key).probed
 
     def _taught(self, params: Params, state: State, batch: Batch, key: Array) -> Terms:
         """Rows of the task at hand, taught by the model before it; during the first task, divergences count nothing.
@@ -226,14 +258,7 @@ class Seekr(Method[SeekrOptions]):
     def _distilled(self, params: Params, batch: Batch, teacher: Mapping[str, Array], key: Array) -> dict[str, Term]:
         """Cross-entropy and both divergences from a teacher (SEEKR, equation 9)."""
         terms = {}
-        probe = None
-        if self.options.attention_weight > 0:
-            probe = Probe(
-                lambda view, heads: attention_divergence(
-                    view, AttentionTeacher(teacher["rows"], heads, teacher["queries"])
-                ),
-                heads_of_layers(teacher["heads"], self.network.num_layers),
-            )
+        probe = self._probe(teacher) if self.options.attention_weight > 0 else None
         hidden = self.network.hidden(params, batch, probe=probe, dropout_key=key)
         if probe is not None:
             divergence, present = example_divergence(*hidden.probed)
@@ -252,6 +277,15 @@ class Seekr(Method[SeekrOptions]):
         terms["logits"] = Term(sums[1], count, self.options.logit_weight)
         return terms
 
+    def _probe(self, teacher: Mapping[str, Array]) -> Probe:
+        """Compares a teacher's attention rows with each layer's own."""
+        return Probe(
+            lambda view, heads: attention_divergence(
+                view, AttentionTeacher(teacher["rows"], heads, teacher["queries"])
+            ),
+            heads_of_layers(teacher["heads"], self.network.num_layers),
+        )
+
     @property
     def stored(self) -> Mapping[str, Stored]:
         """See `Method.stored`."""
@@ -267,9 +301,7 @@ class Seekr(Method[SeekrOptions]):
         """Attention rows of the selected heads at sampled queries, and output distributions.
 
         Returns:
-          `heads [batch, selected, 2]`; `queries [batch, queries]`, -1 behind the real ones; `rows [batch, selected,
-          queries, length]`; `top_ids` and `top_values` `[batch, predict, top]`, `drawn_ids` and `drawn_values` `[batch,
-          predict, drawn]`, or `scores [batch, predict, vocab]`.
+          What `batch.teacher` holds, see the class.
         """
         query_key, offset_key = jax.random.split(key)
         heads = state["heads"][batch.task]

@@ -9,7 +9,7 @@ from etils import epy
 with epy.lazy_api_imports(globals()):
     from jaxcl.models.batch import Batch
     from jaxcl.models.compute import Compute
-    from jaxcl.models.gates import Gates
+    from jaxcl.models.gates import EarlyGates, Gates
     from jaxcl.models.generation import Generator
     from jaxcl.models.llama import LlamaConfig
     from jaxcl.models.lora import LoraConfig
@@ -21,6 +21,7 @@ with epy.lazy_api_imports(globals()):
 __all__ = [
     "Batch",
     "Compute",
+    "EarlyGates",
     "Gates",
     "Generator",
     "Hidden",

@@ -7,7 +7,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key
+
+IGNORED = -100
+"""Label of a token that is not predicted, as transformers has it."""
 
 
 @jax.tree_util.register_dataclass
@@ -32,8 +36,8 @@ class Batch:
       example: index of the row's example within its task's training set, int32 (for packed text the row's index;
         -1 for rows that only fill a batch).
       labels: class of each row, int32; only for end tasks.
-      teacher: what a method stored with remembered rows (`Method.signals`), leading axis `batch`; `None` for
-        rows of the current task.
+      teacher: what a method stored with remembered rows, leading axis `batch`; `None` for rows of the current task.
+        Its names, shapes and dtypes are those that the method's `signals` documents.
       types: token type of each position, int32, for encoders that have them; `None` means 0 everywhere.
       packed: `False` promises that every row is at most one document followed by padding, which makes attention
         masks cheaper. Static.
@@ -78,6 +82,82 @@ class Batch:
         tokens = array(*whole), array(*whole), array(*whole)
         return cls(
             *tokens, positions, array(*scored), array(*scored, dtype=jnp.float32), array(rows), array(rows), **fields
+        )
+
+    @classmethod
+    def from_labels(
+        cls,
+        input_ids: Int[ArrayLike, "batch length"],
+        attention_mask: ArrayLike | None = None,
+        labels: Int[ArrayLike, "batch length"] | None = None,
+        *,
+        causal: bool,
+        token_type_ids: Int[ArrayLike, "batch length"] | None = None,
+    ) -> Batch:
+        """A batch from what Hugging Face's tokenizers and data collators give; can be jitted.
+
+        Labels lie where their tokens are: the shift to the position that predicts them is made here. Padding may be on
+        the left, on the right or in between; it is moved to the right, where methods expect it, so the states of a row
+        that was padded on the left come out further left than its tokens went in. Positions count from 0 at a row's
+        first real token. Padding is never scored, whatever its label, and nothing is predicted from it: of a causal
+        row, the first real token has no prediction. (transformers scores every label that is not -100, those of padding
+        and those predicted from padding included.)
+
+        Args:
+          input_ids: token ids.
+          attention_mask: `[batch, length]`, 0 for padding; default: no padding.
+          labels: the token id expected at each position, -100 where there is none; default, for causal models only:
+            every real token.
+          causal: whether a token is predicted from those before it (`Network.causal`) or, in masked language modelling,
+            from all others.
+          token_type_ids: for encoders that have types.
+
+        Returns:
+          A batch of `task` 0 with examples 0, 1, ... (-1 for rows of padding), scored at every position.
+
+        Raises:
+          ValueError: shapes or dtypes that do not fit, or no labels for a masked model.
+
+        Examples:
+          >>> batch = Batch.from_labels(jnp.array([[0, 7, 8, 9]]), jnp.array([[0, 1, 1, 1]]), causal=True)
+          >>> batch.tokens.tolist(), batch.targets.tolist(), batch.weights.tolist()
+          ([[7, 8, 9, 0]], [[8, 9, 0, 0]], [[1.0, 1.0, 0.0, 0.0]])
+        """
+        ids = jnp.asarray(input_ids)
+        if ids.ndim != 2:
+            raise ValueError(f"input_ids: expected shape [batch, length], got {list(ids.shape)}")
+        if labels is None and not causal:
+            raise ValueError("labels: a masked model needs them: -100 but where a token is to be predicted")
+        real = jnp.ones(ids.shape, bool) if attention_mask is None else jnp.asarray(attention_mask) != 0
+        given = {"input_ids": ids, "labels": ids if labels is None else jnp.asarray(labels)}
+        given |= {} if token_type_ids is None else {"token_type_ids": jnp.asarray(token_type_ids)}
+        for name, array in {**given, "attention_mask": real}.items():
+            if array.shape != ids.shape:
+                raise ValueError(f"{name}: expected the shape of input_ids, {list(ids.shape)}, got {list(array.shape)}")
+            if name in given and not jnp.issubdtype(array.dtype, jnp.integer):
+                raise ValueError(f"{name}: expected integers, got {array.dtype}")
+        targets, scored = given["labels"], real & (given["labels"] != IGNORED)
+        if causal:
+            targets, scored = (jnp.pad(array[:, 1:], ((0, 0), (0, 1))) for array in (targets, scored))
+        scored = scored & real
+        order = jnp.argsort(~real, axis=1, stable=True)
+
+        def moved(array: Array, dtype: Any = jnp.int32) -> Array:
+            return jnp.take_along_axis(array, order, axis=1).astype(dtype)
+
+        places = jnp.arange(ids.shape[1]) - jnp.argmax(real, axis=1)[:, None]
+        rows = jnp.arange(len(ids), dtype=jnp.int32)
+        return cls(
+            tokens=moved(jnp.where(real, ids, 0)),
+            segments=moved(real),
+            positions=moved(jnp.where(real, places, 0)),
+            predict=None,
+            targets=moved(jnp.where(scored, targets, 0)),
+            weights=moved(scored, jnp.float32),
+            task=jnp.zeros_like(rows),
+            example=jnp.where(jnp.any(real, axis=1), rows, -1),
+            types=None if token_type_ids is None else moved(given["token_type_ids"]),
+            packed=False,
         )
 
     @property

@@ -22,7 +22,7 @@ class Gates:
     Attributes:
       heads: factor on each head's output, before the output projection.
       intermediate: factor on each intermediate unit, after the activation (SwiGLU: after gate times up). DAS's
-        authors have it before the activation.
+        authors have it before the activation, as `EarlyGates` do.
       output: factor on each unit of the feed-forward output, before the residual sum.
     """
 
@@ -47,6 +47,38 @@ class Gates:
         """
         lead = (layers,) if batch is None else (layers, batch)
         return cls(jnp.ones((*lead, heads)), jnp.ones((*lead, intermediate)), jnp.ones((*lead, output)))
+
+    def before_activation(self, x: Float[Array, "batch length mlp"]) -> Float[Array, "batch length mlp"]:
+        """What the activation reads: `x` itself."""
+        return x
+
+    @property
+    def after_activation(self) -> Float[Array, "*batch mlp"] | None:
+        """A layer's factor on what the activation gave."""
+        return self.intermediate
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class EarlyGates(Gates):
+    """Gates whose factor on intermediate units comes before the activation, as DAS's authors have it.
+
+    It multiplies what the activation reads; in a decoder with SwiGLU that is the projection `gate`. All else is as with
+    `Gates`, and the two can take each other's place.
+
+    Examples:
+      >>> EarlyGates(**vars(Gates.ones(layers=3, heads=2, intermediate=6, output=4))).intermediate.shape
+      (3, 6)
+    """
+
+    def before_activation(self, x: Float[Array, "batch length mlp"]) -> Float[Array, "batch length mlp"]:
+        """What the activation reads: `x` times a layer's factor."""
+        return gate(x, self.intermediate, axis=2)
+
+    @property
+    def after_activation(self) -> Float[Array, "*batch mlp"] | None:
+        """None."""
+        return None
 
 
 def gate(x: Float[Array, "batch length ..."], factor: Float[Array, "*batch units"] | None, axis: int) -> Array:

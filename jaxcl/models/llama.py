@@ -122,7 +122,7 @@ class LlamaMlp(nnx.Module):
 
         if gates is None:
             return rest(gated, up, None)
-        return gate(rest(gated, up, gates.intermediate), gates.output, axis=2)
+        return gate(rest(gates.before_activation(gated), up, gates.after_activation), gates.output, axis=2)
 
 
 class LlamaBlock(nnx.Module):

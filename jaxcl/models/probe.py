@@ -14,6 +14,19 @@ from jaxcl.functional.attention_rows import AttentionView
 class Probe:
     """Computes something from each layer's queries and keys, while attention keeps its fast kernel.
 
+    What it computes comes back as `Hidden.probed`, also inside `jax.jit`. `attention_maps` for example gives all maps:
+
+    >>> import jax
+    >>> from jaxcl.functional import attention_maps
+    >>> from jaxcl.models import Batch, LlamaConfig, Network
+    >>> config = LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=12, num_layers=2, num_heads=2)
+    >>> network = Network.create(config)
+    >>> params = network.init(jax.random.key(0))
+    >>> batch = Batch.from_labels(jax.numpy.ones((3, 5), int), causal=True)
+    >>> probe = Probe(lambda view, _: attention_maps(view))
+    >>> jax.jit(lambda params: network.hidden(params, batch, probe=probe).probed)(params).shape
+    (2, 3, 2, 5, 5)
+
     Attributes:
       function: from `AttentionView` and the layer's `inputs` to a pytree of arrays. It runs inside the scan, and
         is recomputed with the layer under rematerialisation. Results come back stacked along `layers`.
@@ -27,6 +40,10 @@ class Probe:
 @dataclasses.dataclass(frozen=True)
 class Tap:
     """A function on each layer's attention probabilities, between the softmax and the product with the values.
+
+    It changes them, or their gradients, and gives nothing back: a `Probe` with `attention_maps` reads them. Their
+    gradient is the gradient of zeros `[layers, batch, heads, length, length]` that a tap adds:
+    `Tap(lambda probs, seen, zeros: probs + zeros, zeros)`.
 
     Attributes:
       function: from probabilities `[batch, heads, length, length]` float32, the mask `[batch, 1, length, length]`

@@ -139,7 +139,7 @@ class RobertaMlp(nnx.Module):
 
         if gates is None:
             return rest(up, None)
-        return gate(rest(up, gates.intermediate), gates.output, axis=2)
+        return gate(rest(gates.before_activation(up), gates.after_activation), gates.output, axis=2)
 
 
 class RobertaBlock(nnx.Module):

@@ -7,18 +7,21 @@ run is resumed or extended, or its memory is read, they are compared before anyt
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
+import numpy as np
 
+from jaxcl.config import ExperimentConfig
 from jaxcl.data.fingerprint import RowsPrint, files_print, rows_print, texts_print
 from jaxcl.data.memory import Memory
 from jaxcl.data.sources import SPLITS, TaskData
+from jaxcl.data.tokenizer import Tokenizer
 from jaxcl.errors import UserError
 from jaxcl.run.components import Components
-from jaxcl.sharding.processes import on_first
+from jaxcl.sharding.processes import of_all_processes
 from jaxcl.training.checkpoint import Saved
 
 _REMEDY = "restore it, or start a new run in another output"
@@ -32,20 +35,66 @@ def take_fingerprints(parts: Components, saved: Saved | None = None) -> dict[str
       saved: the checkpoint that the run goes on from; its fingerprints are kept for tasks whose data is gone.
 
     Raises:
-      UserError: something has changed since the checkpoint was written; names task, split and file.
+      UserError: something has changed since the checkpoint was written, or is not the same for all processes; names
+        task, split and file.
     """
     known = {} if saved is None else saved.progress["fingerprints"]
     found = _fingerprints(parts)
-    if jax.process_count() == 1:
-        _compare(parts, known, found)
-    else:
-        on_first(lambda: _compare(parts, known, found))
-        _compare(parts, known, found)  # another process may read its own copy of the data
+    _check_processes(found)
+    _compare(parts, known, found)
     gone = {name for name in known.get("tasks", {}) if name not in found["tasks"] and name in parts.names}
     found["tasks"] |= {name: known["tasks"][name] for name in gone}
     if found["weights"] is None:
         found["weights"] = known.get("weights")
     return found
+
+
+def check_same(parts: Components, saved: Saved, run: ExperimentConfig) -> None:
+    """Compares what a command reads with what a run was trained with, before it measures anything.
+
+    Args:
+      parts: the parts of the command: those of the run, or with other tasks, whose data is not compared.
+      saved: the run's checkpoint.
+      run: the run's own configuration.
+
+    Raises:
+      UserError: something has changed; names task, split and file.
+    """
+    same = {task.name for task in run.tasks if task in parts.config.tasks}
+    known = dict(saved.progress["fingerprints"])
+    for kind in ("tasks", "end_tasks"):
+        known[kind] = {name: prints for name, prints in known.get(kind, {}).items() if name in same}
+    _compare(parts, known, _fingerprints(parts))
+
+
+def check_tokenizer(tokenizer: Tokenizer, saved: Saved, where: Path) -> None:
+    """Compares the tokenizer in a run folder with the one that the run was trained with.
+
+    Args:
+      tokenizer: the one in the folder.
+      saved: the run's checkpoint.
+      where: the folder.
+
+    Raises:
+      UserError: they differ.
+    """
+    if tokenizer.fingerprint != saved.progress["fingerprints"]["tokenizer"]:
+        raise UserError(f"the tokenizer ({where}) is not the one that the run was started with; restore it")
+
+
+def check_weights(config: ExperimentConfig, saved: Saved) -> None:
+    """Compares the weights that a run's configuration names with those that it was started with.
+
+    Args:
+      config: the configuration.
+      saved: the run's checkpoint.
+
+    Raises:
+      UserError: they differ; weights that are gone are not compared.
+    """
+    found, known = weights_print(config.weights), saved.progress["fingerprints"]["weights"]
+    if None not in (found, known) and found != known:
+        raise UserError(f"the weights ({config.weights}) are not those that the run was started with; restore them")
 
 
 def load_memory(path: Path, seed: int, saved: Saved | None) -> Memory:
@@ -86,8 +135,22 @@ def _fingerprints(parts: Components) -> dict[str, Any]:
         "tasks": tasks,
         "end_tasks": end_tasks,
         "tokenizer": parts.tokenizer.fingerprint,
-        "weights": _weights(parts),
+        "weights": weights_print(parts.config.weights),
     }
+
+
+def _check_processes(found: Mapping[str, Any]) -> None:
+    """Checks that all processes have the same fingerprints: each may read copies of its own."""
+    named = {f"task {name}": one for name, one in found["tasks"].items()}
+    named |= {f"end task of {name}": one for name, one in found["end_tasks"].items()}
+    named |= {"the tokenizer": found["tokenizer"], "the weights": found["weights"]}
+    digests = [bytes.fromhex(texts_print([json.dumps(one, sort_keys=True)])) for one in named.values()]
+    everywhere = of_all_processes(np.array([list(digest) for digest in digests], np.uint8))
+    there = of_all_processes(np.array([one is not None for one in named.values()]))  # weights may be gone by now
+    for (index, name), process in itertools.product(enumerate(named), range(1, len(everywhere))):
+        differs = (everywhere[process, index] != everywhere[0, index]).any()
+        if differs and there[process, index] and there[0, index]:
+            raise UserError(f"{name}: process {process} reads something else than process 0; give all the same copy")
 
 
 def _task_prints(task: TaskData) -> dict[str, RowsPrint]:
@@ -95,14 +158,14 @@ def _task_prints(task: TaskData) -> dict[str, RowsPrint]:
     return prints | ({"labels": rows_print([{"label": label} for label in task.labels])} if task.labels else {})
 
 
-def _weights(parts: Components) -> str | None:
-    """Fingerprint of the pre-trained weights; `None` without weights, or if they are gone."""
+def weights_print(weights: str | None) -> str | None:
+    """Fingerprint of pre-trained `weights`; `None` without weights, or if they are gone."""
     from jaxcl.weights import locate
 
-    if parts.config.weights is None:
+    if weights is None:
         return None
     try:
-        kind, place = locate(parts.config.weights)
+        kind, place = locate(weights)
     except UserError:
         return None
     if place.is_file():

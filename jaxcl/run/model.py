@@ -12,8 +12,9 @@ from jaxcl.config.file import read_yaml, validate
 from jaxcl.data.tokenizer import Tokenizer
 from jaxcl.errors import UserError
 from jaxcl.models.network import Network, Params
+from jaxcl.run.fingerprints import check_tokenizer
 from jaxcl.run.folder import RunFolder
-from jaxcl.training.checkpoint import Checkpoints
+from jaxcl.training.checkpoint import Checkpoints, Saved
 from jaxcl.weights import load_params, locate, read_config
 from jaxcl.weights.finite import refuse_not_finite
 
@@ -42,7 +43,7 @@ def load_model(name: str) -> Model:
         Orbax checkpoint, or `package:NAME`.
 
     Raises:
-      UserError: there is no model, or it cannot be read.
+      UserError: there is no model, or it cannot be read; a run's tokenizer is not the one that it was trained with.
     """
     folder = RunFolder(Path(name))
     if not folder.is_run:
@@ -53,11 +54,14 @@ def load_model(name: str) -> Model:
     network = Network.create(config.model)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), network.shapes())
-    return Model(network, latest_params(folder, target), Tokenizer.load(folder.tokenizer), config)
+    params, saved = latest_params(folder, target)
+    tokenizer = Tokenizer.load(folder.tokenizer)
+    check_tokenizer(tokenizer, saved, folder.tokenizer)
+    return Model(network, params, tokenizer, config)
 
 
-def latest_params(folder: RunFolder, target: Params) -> Params:
-    """The params of a run's latest checkpoint.
+def latest_params(folder: RunFolder, target: Params) -> tuple[Params, Saved]:
+    """The params of a run's latest checkpoint, and its note.
 
     Args:
       folder: the run folder.
@@ -72,4 +76,4 @@ def latest_params(folder: RunFolder, target: Params) -> Params:
             raise UserError(f"{folder.path}: the run has no checkpoint yet")
         params = checkpoints.params(target, saved)
     refuse_not_finite(params, str(folder.path))
-    return params
+    return params, saved

@@ -31,7 +31,7 @@ from jaxcl.run.scoreboard import Scoreboard
 from jaxcl.run.synthesis import Writer, write_samples
 from jaxcl.run.tasks import Stage, memory_pipeline, remember, running_task
 from jaxcl.run.trunk import back_to_trunk, check_phases, starts_anew
-from jaxcl.sharding.processes import initialize, on_first, wait_for_all
+from jaxcl.sharding.processes import initialize, of_all_processes, on_first, wait_for_all
 from jaxcl.training.checkpoint import Checkpoints, Saved
 from jaxcl.training.compile import enable_compilation_cache
 from jaxcl.training.config import task_steps
@@ -82,7 +82,8 @@ def run(config: ExperimentConfig, *, grown_from: ExperimentConfig | None = None)
         on_first(lambda: folder.claim((grown_from or config).plain()))
         _check_shared(folder)
         names = [task.name for task in config.tasks]
-        moved = folder.content().get("data_root") != config.data_root  # then the data is compared even at the end
+        # Of data at another place the content is compared, even at the end; a process may have a copy of its own.
+        moved = of_all_processes(np.array(folder.content().get("data_root") != config.data_root)).any()
         if not moved and folder.results.is_file():
             results = Results.read(folder.results)
             if results.finished and results.tasks == names and _at_the_end(folder, config):

@@ -122,9 +122,18 @@ def on_each(action: Callable[[], object]) -> None:
 
 def everywhere(found: bool) -> bool:
     """Whether something is true in every process; all processes must call it."""
+    return bool(of_all_processes(np.array(found)).all())
+
+
+def of_all_processes(value: np.ndarray) -> np.ndarray:
+    """The arrays that the processes give, one after the other along a new first axis; all must call it.
+
+    Args:
+      value: of the same shape and dtype in every process.
+    """
     if jax.process_count() == 1:
-        return found
-    return bool(np.asarray(multihost_utils.process_allgather(np.int32(found))).all())
+        return value[None]
+    return np.asarray(multihost_utils.process_allgather(value))
 
 
 def wait_for_all(point: str) -> None:

@@ -3,6 +3,7 @@
 from jaxcl.weights.convert import convert
 from jaxcl.weights.load import load_params, load_weights, read_config, read_token_ids
 from jaxcl.weights.locate import locate
+from jaxcl.weights.named import named
 from jaxcl.weights.orbax import save_orbax
 from jaxcl.weights.peft import save_peft
 from jaxcl.weights.save import save_hf
@@ -12,6 +13,7 @@ __all__ = [
     "load_params",
     "load_weights",
     "locate",
+    "named",
     "read_config",
     "read_token_ids",
     "save_hf",

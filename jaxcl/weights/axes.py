@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -130,7 +131,11 @@ class Layout:
         >>> Layout.parse("(heads head_dim) embed -> embed heads head_dim").write(np.zeros((16, 2, 8))).shape
         (16, 16)
         """
+        return np.ascontiguousarray(self.arranged(parameter))
+
+    def arranged(self, parameter: Any) -> Any:
+        """The tensor for the file, of the kind of `parameter`: NumPy's or jax's."""
         sizes = self._sizes(parameter.shape)
         split = parameter.reshape([sizes[axis] for axis in self._target_axes])
         moved = split.transpose([self._target_axes.index(axis) for axis in self._source_axes])
-        return np.ascontiguousarray(moved.reshape(self.source_shape(parameter.shape)))
+        return moved.reshape(self.source_shape(parameter.shape))

@@ -1,4 +1,7 @@
 import json
+import re
+import subprocess
+import sys
 
 import gguf
 import pytest
@@ -73,17 +76,18 @@ def test_named_chat_templates_are_read(tmp_path):
     assert loaded.chat_template == {"default": "A", "tool_use": "B"}
 
 
-@pytest.mark.parametrize("pre", [None, "default", "gpt-2"])
-def test_rules_that_are_only_assumed_are_said(tmp_path, pre, caplog):
-    loaded = Tokenizer.load(write_gguf(tmp_path / "model.gguf", pre=pre))
-    assert [piece for piece, _ in loaded.backend.pre_tokenizer.pre_tokenize_str("in 12345")] == ["in", "Ġ12345"]
-    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    if pre == "gpt-2":
-        assert not said
-    else:
-        (message,) = said
-        assert "model.gguf: tokenizer.ggml.pre does not name" in message
-        assert "GPT-2's are assumed" in message
+@pytest.mark.parametrize("pre", [None, "default"])
+def test_rules_that_the_file_does_not_name_are_not_assumed(tmp_path, pre):
+    file, copy = write_gguf(tmp_path / "model.gguf", pre=pre), tmp_path / "copy.gguf"
+    with pytest.raises(UserError, match=r"model\.gguf: tokenizer\.ggml\.pre is missing.*set tokenizer\.path") as caught:
+        Tokenizer.load(file)
+    # The remedy works as it is written.
+    command = re.search(r"gguf-new-metadata (.*) COPY\.gguf \(known: .*gpt-2", str(caught.value))[1]
+    arguments = [*command.replace("NAME", "gpt-2").split(), str(copy)]
+    main = "from gguf.scripts.gguf_new_metadata import main; main()"
+    subprocess.run([sys.executable, "-c", main, *arguments], check=True, capture_output=True)
+    pieces = Tokenizer.load(copy).backend.pre_tokenizer.pre_tokenize_str("in 12345")
+    assert [piece for piece, _ in pieces] == ["in", "Ġ12345"]
 
 
 def test_pre_tokenizers_differ_in_digits(tmp_path):

@@ -6,12 +6,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
+from tokenizers import models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
 from jaxcl.data.spec import TokenizerConfig
 from jaxcl.data.tokenizer import Tokenizer, prepare_tokenizer
 from jaxcl.errors import UserError
-from tests.tiny.texts import TEXTS, small_tokenizer, spaced_tokenizer
+from tests.tiny.texts import TEXTS, marked_tokenizer, small_tokenizer, spaced_tokenizer
 
 TRAIN = """
 from tests.tiny.texts import small_tokenizer
@@ -194,3 +195,35 @@ def test_a_run_keeps_the_tokenizer_it_trained(tmp_path):
     assert prepare_tokenizer(config, untouched, tmp_path).fingerprint == first.fingerprint
     named = TokenizerConfig(path=str(tmp_path))
     assert prepare_tokenizer(named, untouched, tmp_path / "other").fingerprint == first.fingerprint
+
+
+def bare_tokenizer() -> Tokenizer:
+    """One without special tokens, of words."""
+    words = Backend(models.WordLevel({"[UNK]": 0, "a": 1, "moving": 2}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return Tokenizer(words, {}, add_bos=False)
+
+
+def pieces_tokenizer() -> Tokenizer:
+    """WordPiece as BERT has it, read without settings: special tokens go by their usual names."""
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "mov", "##ing"]
+    pieces = Backend(models.WordPiece({word: i for i, word in enumerate(vocabulary)}, unk_token="[UNK]"))
+    pieces.normalizer, pieces.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    pieces.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    pieces.add_special_tokens(vocabulary[:5])
+    return Tokenizer(pieces, {"pad": 0, "mask": 4, "cls": 2, "sep": 3}, add_bos=False)
+
+
+@pytest.mark.parametrize(
+    ("make", "masked"),
+    [
+        *((make, False) for make in (small_tokenizer, spaced_tokenizer, marked_tokenizer, bare_tokenizer)),
+        *((make, True) for make in (small_tokenizer, marked_tokenizer, pieces_tokenizer)),
+    ],
+)
+def test_the_copy_in_a_run_folder_has_the_fingerprint_of_the_tokenizer(tmp_path, make, masked):
+    make().save(tmp_path / "own")
+    (tmp_path / "own" / "tokenizer_config.json").unlink()
+    tokenizer = prepare_tokenizer(TokenizerConfig(path=str(tmp_path / "own")), lambda: (), tmp_path, masked=masked)
+    tokenizer.save(tmp_path / "copy")
+    assert Tokenizer.load(tmp_path / "copy").fingerprint == tokenizer.fingerprint

@@ -149,6 +149,33 @@ def test_replay_terms_equal_hand_computed(exact: tuple[Batch, Any, Any]) -> None
     assert_terms(terms_of(make_method(loss_chunk=2), after, batch), expected)
 
 
+def test_the_attention_term_comes_by_layer_too(exact: tuple[Batch, Any, Any]) -> None:
+    batch, after, expected = exact
+    assert batch.teacher is not None
+    means, present = jax.jit(make_method().attention_by_layer)(after, batch)
+    # Tasks 0, 1 and 0: task 1 has heads in the second layer only.
+    assert present.tolist() == [[True, False, True], [True, True, True]]
+    maps = attention_maps(jax.tree.map(np.asarray, after), batch)
+    row, (layer, head), places = 2, (0, 1), [at for at in np.asarray(batch.teacher["queries"][2]) if at >= 0]
+    p, s = np.asarray(batch.teacher["rows"][row, 0][: len(places)], float), maps[layer, row, head, places]
+    by_hand = np.mean(np.sum(np.where(p > 0, p * np.log(np.maximum(p, 1e-30) / np.maximum(s, 1e-30)), 0), axis=-1))
+    np.testing.assert_allclose(means[layer, row], by_hand, rtol=1e-3)
+    assert float(means[0, 1]) == 0
+    np.testing.assert_allclose(
+        np.sum(np.mean(means[:, ::2], axis=0)) + means[1, 1], expected["attention"][0], rtol=1e-3
+    )
+
+
+def test_a_teacher_without_all_it_should_hold_is_an_error(exact: tuple[Batch, Any, Any]) -> None:
+    batch, after, _ = exact
+    assert batch.teacher is not None
+    method, part = make_method(), {name: one for name, one in batch.teacher.items() if name not in ("rows", "scores")}
+    with pytest.raises(ValueError, match=r"batch\.teacher: rows, scores missing"):
+        terms_of(method, after, dataclasses.replace(batch, teacher=part))
+    with pytest.raises(ValueError, match=r"batch\.teacher: expected what `signals` gives, got None"):
+        method.attention_by_layer(after, dataclasses.replace(batch, teacher=None))
+
+
 def test_weights_are_a_and_b(exact: tuple[Batch, Any, Any]) -> None:
     batch, after, _ = exact
     found = terms_of(make_method(logit_weight=0.2, attention_weight=7.0), after, batch)

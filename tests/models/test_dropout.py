@@ -130,6 +130,18 @@ def test_backward_pass_draws_what_the_forward_pass_drew() -> None:
     assert sum(leaf.size for leaf in kept) < 10, "the backward pass keeps a mask"
 
 
+@pytest.mark.parametrize("silent", [True, False])
+def test_dropout_of_attention_alone_drops_nothing_else(silent: bool) -> None:
+    """Where attention adds nothing to the residual stream, two passes are the same."""
+    network = BUILDERS["llama"](dropout=0.0, attention_dropout=0.5)
+    params, batch = network.init(jax.random.key(1)), batch_of([[1, 1, 1, 1]])
+    if silent:
+        out = params["blocks"]["attention"]["out"]
+        out["kernel"] = jnp.zeros_like(out["kernel"])
+    one, two = (network.hidden(params, batch, dropout_key=jax.random.key(k)).states for k in (0, 1))
+    assert bool(jnp.array_equal(one, two)) == silent
+
+
 @pytest.mark.parametrize("architecture", BUILDERS)
 def test_a_given_rate_leaves_attention_on_its_kernel(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_: Any, **__: Any) -> Any:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcl.models.gates import Gates
+from jaxcl.models.gates import EarlyGates, Gates
 from jaxcl.models.network import Network, Params
 from tests.tiny.batches import batch_of
 from tests.tiny.networks import BUILDERS, llama, params_of, row_losses
@@ -45,6 +45,35 @@ def test_gates_equal_scaled_weights(architecture: str) -> None:
     want = network.hidden(with_scaled_weights(params, gates), batch).states
     np.testing.assert_allclose(got, want, atol=1e-5)
     assert np.max(np.abs(got - network.hidden(params, batch).states)) > 1e-2
+
+
+@pytest.mark.parametrize(("architecture", "before"), [("llama", "gate"), ("roberta", "up")])
+def test_early_gates_scale_what_the_activation_reads(architecture: str, before: str) -> None:
+    network = BUILDERS[architecture]()
+    params, batch, gates = params_of(network), batch_of(SEGMENTS), random_gates(network)
+    scaled = with_scaled_weights(params, dataclasses.replace(gates, intermediate=jnp.ones_like(gates.intermediate)))
+    mlp = scaled["blocks"]["mlp"]
+    part = {
+        name: leaf * jnp.expand_dims(gates.intermediate, range(1, leaf.ndim - 1)) for name, leaf in mlp[before].items()
+    }
+    scaled = {**scaled, "blocks": {**scaled["blocks"], "mlp": {**mlp, before: part}}}
+    got = network.hidden(params, batch, gates=EarlyGates(**vars(gates))).states
+    np.testing.assert_allclose(got, network.hidden(scaled, batch).states, atol=1e-5)
+    assert np.max(np.abs(got - network.hidden(params, batch, gates=gates).states)) > 1e-2
+
+
+def test_early_gates_of_each_example_have_gradients_of_their_own() -> None:
+    network = llama()
+    params, batch = params_of(network), batch_of(SEGMENTS)
+    loss = jax.jit(lambda gates: row_losses(network, params, batch, gates=gates))
+    gates = EarlyGates(**vars(network.gates(3)))
+    gradient = jax.jit(jax.grad(lambda gates: jnp.sum(loss(gates))))(gates)
+    place, step = (1, 0, 5), 1e-2
+    up, down = (
+        loss(dataclasses.replace(gates, intermediate=gates.intermediate.at[place].add(d))) for d in (step, -step)
+    )
+    np.testing.assert_allclose((up - down)[0] / (2 * step), gradient.intermediate[place], rtol=2e-2, atol=1e-3)
+    assert abs(gradient.intermediate[place]) > 1e-2
 
 
 @pytest.mark.parametrize("architecture", BUILDERS)

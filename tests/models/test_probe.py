@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcl.functional.attention_rows import AttentionView, selected_rows
+from jaxcl.functional.attention_rows import AttentionView, attention_maps, selected_rows
 from jaxcl.models.network import Network
 from jaxcl.models.probe import Probe, Tap
 from tests.tiny.batches import batch_of
@@ -62,6 +62,31 @@ def test_selected_rows_are_rows_of_the_whole_maps(architecture: str, remat: str)
         np.testing.assert_allclose(probed["rows"][layer], want, atol=1e-6)
         assert want.max() < 1.1
         assert want.sum() > 3
+
+
+@pytest.mark.parametrize("architecture", BUILDERS)
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_a_probe_gives_all_maps_inside_jit_and_they_are_those_a_tap_sees(architecture: str, remat: str) -> None:
+    network = BUILDERS[architecture](compute={"remat": remat})
+    params, batch = params_of(network), batch_of(SEGMENTS)
+    probe = Probe(lambda view, _: {"maps": attention_maps(view), "query": view.query, "key": view.key})
+    probed = jax.jit(lambda params: network.hidden(params, batch, probe=probe).probed)(params)
+    seen: list[np.ndarray] = []
+
+    def look(probs: jax.Array, visible: jax.Array, _: Any) -> jax.Array:
+        jax.debug.callback(
+            lambda probs, visible: seen.append(np.where(visible, probs, 0)), probs, visible, ordered=True
+        )
+        return probs
+
+    jax.block_until_ready(network.hidden(params, batch, tap=Tap(look)).states)
+    jax.effects_barrier()
+    for layer in range(2):
+        view = AttentionView(
+            probed["query"][layer], probed["key"][layer], batch.segments, network.causal, network.head_dim**-0.5
+        )
+        np.testing.assert_allclose(probed["maps"][layer], full_maps(view), atol=1e-6)
+        np.testing.assert_allclose(probed["maps"][layer], seen[layer], atol=1e-6)
 
 
 @pytest.mark.parametrize("architecture", BUILDERS)

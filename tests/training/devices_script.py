@@ -1,4 +1,7 @@
-"""Trains a tiny decoder on several meshes of eight host devices; prints what came out as JSON. Run as a program."""
+"""Trains a tiny decoder on several meshes of eight host devices; prints what came out as JSON. Run as a program.
+
+With the argument `bfloat16`, the params are held in bfloat16 and their low bits in the state.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +24,17 @@ from jaxcl.models.network import Network
 from jaxcl.sharding.layout import Layout
 from jaxcl.sharding.mesh import MeshConfig, make_mesh
 from jaxcl.training.feed import place_batch
+from jaxcl.training.low_bits import widen
 from jaxcl.training.optimizer import OptimizerConfig
+from jaxcl.training.state import TrainState
 from jaxcl.training.trainer import Trainer
 
 NETWORK = Network.create(
     LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4, num_kv_heads=2)
+)
+# What the model holds in bfloat16 it computes with in float32, so that only sums differ from mesh to mesh.
+HALVED = Network.create(
+    NETWORK.config.model_copy(update={"compute": NETWORK.config.compute.model_copy(update={"param_dtype": "bfloat16"})})
 )
 ADAPTED = Network.create(NETWORK.config.model_copy(update={"lora": LoraConfig(targets=("query", "out", "down"))}))
 MESHES = {"one": None, "data": {"data": 8}, "all": {"data": 2, "fsdp": 2, "tensor": 2}}
@@ -64,10 +73,11 @@ def train(mesh: dict[str, int] | None, network: Network) -> dict[str, Any]:
     optimizer = OptimizerConfig(learning_rate=0.01, warmup=2, weight_decay=0.1)
     trainer = Trainer(Plain(None, network, 1), optimizer, layout, accumulate=2, seed=0)
     state = trainer.start_task(trainer.init(network.init(jax.random.key(1))), STEPS)
-    losses = []
+    losses, first = [], {}
     for step in range(STEPS):
         state, metrics = trainer.step(state, place_batch(make_rows(step), layout.batch))
         losses.append(float(metrics["loss"]))
+        first = whole(state) if step == 0 else first
     program = ""
     if mesh == MESHES["data"]:
         batch = place_batch(make_rows(0), layout.batch)
@@ -79,15 +89,17 @@ def train(mesh: dict[str, int] | None, network: Network) -> dict[str, Any]:
     none = trainer.compile(ewc.no_fisher)(state.params)
     sums = trainer.compile(ewc.add_fisher)(none, state.params, place_batch(make_rows(0), layout.batch))
     fisher = sums.total["blocks"]["attention"]["query"][name]
+    low_bits = named(state.low_bits)
     return {
+        "low_bits": {path: str(tuple(leaf.sharding.spec)) for path, leaf in low_bits.items()},
+        "like_params": all(named(state.params)[path].sharding == leaf.sharding for path, leaf in low_bits.items()),
+        "used": [path for path, leaf in low_bits.items() if np.any(leaf)],
         "fisher": np.asarray(fisher).ravel().tolist(),
         "fisher_spec": str(tuple(fisher.sharding.spec)),
         "losses": losses,
         "grad_norm": float(metrics["grad_norm"]),
-        "params": {
-            jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf).ravel().tolist()
-            for path, leaf in jax.tree_util.tree_flatten_with_path(state.params)[0]
-        },
+        "first": first,
+        "params": whole(state),
         "specs": [
             str(tuple(leaf.sharding.spec))
             for leaf in (query, state.method_state["before"]["blocks"]["attention"]["query"][name], *moments)
@@ -99,7 +111,22 @@ def train(mesh: dict[str, int] | None, network: Network) -> dict[str, Any]:
     }
 
 
+def whole(state: TrainState) -> dict[str, list[float]]:
+    """The params in float32, of both halves where they have two."""
+    return {
+        path: np.asarray(leaf).ravel().tolist() for path, leaf in named(widen(state.params, state.low_bits)).items()
+    }
+
+
+def named(tree: Any) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
 if __name__ == "__main__":
-    results = {name: train(mesh, NETWORK) for name, mesh in MESHES.items()}
-    results |= {f"{name}, adapters": train(MESHES[name], ADAPTED) for name in ("one", "all")}
+    if sys.argv[1:] == ["bfloat16"]:
+        results = {name: train(mesh, HALVED) for name, mesh in MESHES.items()}
+    else:
+        results = {name: train(mesh, NETWORK) for name, mesh in MESHES.items()}
+        results |= {f"{name}, adapters": train(MESHES[name], ADAPTED) for name in ("one", "all")}
     json.dump(results, sys.stdout)

@@ -6,13 +6,11 @@ authors' code counts padding and future keys too.
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxcl.functional.attention_rows import AttentionView, selected_rows
+from jaxcl.functional.attention_rows import attention_maps
 from jaxcl.functional.heads import HeadSums, watch
 from jaxcl.methods.passes.losses import example_losses
 from jaxcl.models.batch import Batch
@@ -60,7 +58,7 @@ def add_forgettability(network: Network, sums: HeadSums, before: Params, after: 
       batch: token rows.
     """
     context = network.context(batch)
-    probe = Probe(_all_rows)
+    probe = Probe(lambda view, _: attention_maps(view))
 
     def body(inputs: tuple[Array, Array], layers: tuple[Params, Params]) -> tuple[tuple[Array, Array], Array]:
         (x, x_probs), (y, y_probs) = (
@@ -73,13 +71,6 @@ def add_forgettability(network: Network, sums: HeadSums, before: Params, after: 
     start = network.embed(before, batch), network.embed(after, batch)
     squares = jax.lax.scan(body, start, (network.blocks(before), network.blocks(after)))[1]
     return sums.add(squares, _pairs(network, batch))
-
-
-def _all_rows(view: AttentionView, _: Any) -> Float[Array, "batch heads query length"]:
-    batch, length, heads, _ = view.query.shape
-    every_head = jnp.broadcast_to(jnp.arange(heads), (batch, heads))
-    every_query = jnp.broadcast_to(jnp.arange(length), (batch, length))
-    return selected_rows(view, every_head, every_query)
 
 
 def _pairs(network: Network, batch: Batch) -> Float[Array, ""]:

@@ -87,6 +87,18 @@ def test_models_saved_by_transformers_load_with_equal_outputs(name: str, tmp_pat
     check(outputs_of_transformers(model), network, params)
 
 
+@pytest.mark.parametrize("name", ["llama-3", "llama-linear"])
+def test_rotary_settings_by_their_older_names_are_the_same(name: str, tmp_path: Path) -> None:
+    model = random_model("LlamaForCausalLM", transformers.LlamaConfig(**MODELS[name][2]))
+    model.save_pretrained(tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    content = json.loads(path.read_text())
+    settings = content.pop("rope_parameters")
+    older = {"rope_theta": settings.pop("rope_theta"), "rope_scaling": settings}
+    path.write_text(json.dumps(content | older))
+    check(outputs_of_transformers(model), *load_weights(tmp_path / "model"))
+
+
 @pytest.mark.parametrize("equal", [False, True])
 def test_a_decoder_with_two_heads_is_what_transformers_makes_of_it(equal: bool, tmp_path: Path) -> None:
     """The configuration says tied; the file has a head of its own, which differs from the embedding or does not."""
