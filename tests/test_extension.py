@@ -136,6 +136,7 @@ def test_das_learns_one_more_domain_as_if_it_had_been_there_from_the_start(das: 
     assert (folder / "results.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_one_more_domain_goes_on_from_before_the_decay(tmp_path: Path, tokenizer: Path) -> None:
     runs = Runs("decayed", tmp_path, tokenizer)
     with killed_at_save(2):

@@ -146,7 +146,7 @@ def test_learning_rates_of_a_run(wsd: tuple[Path, list[Any]]) -> None:
 
 
 # Checkpoints of a task: after steps 3, 4 (before the decay) and 6, and at its end; the first is that of the start.
-@pytest.mark.parametrize("save", [2, 3, 4, 5, 7])
+@pytest.mark.parametrize("save", [4, *(pytest.param(save, marks=pytest.mark.slow) for save in (2, 3, 5, 7))])
 def test_an_interrupted_run_goes_on_exactly(wsd: tuple[Path, list[Any]], tmp_path: Path, save: int) -> None:
     """Killed between stable and decay, right at the checkpoint, within the decay, at the task's end, and after it."""
     with killed_at_save(save):
@@ -171,6 +171,7 @@ def test_a_missing_start_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         run(TEXT, tmp_path / "run", "sequential")
 
 
+@pytest.mark.slow
 def test_params_in_halves_of_16_bits_go_on_exactly(tmp_path: Path) -> None:
     content = {**TEXT, "model": {**DECODER, "compute": {"param_dtype": "bfloat16"}}, "optimizer": INFINITE}
     with killed_at_save(4):  # within the decay
@@ -187,6 +188,7 @@ def test_params_in_halves_of_16_bits_go_on_exactly(tmp_path: Path) -> None:
     assert rates == pytest.approx([0, 0, 1e-2, 5e-3, *annealing, 0, 5e-3, 5e-3, 5e-3, *annealing])
 
 
+@pytest.mark.slow
 def test_adapters_that_join_the_weights_do_so_before_the_decay(tmp_path: Path) -> None:
     """O-LoRA: the decayed adapter is in the model of the task, the trunk's in that of the next ones."""
     content = {**TEXT, "model": {**DECODER, "lora": {"rank": 2, "targets": ["query"]}}}
@@ -220,6 +222,7 @@ def test_joint_training_decays_once(tmp_path: Path) -> None:
     assert rates == pytest.approx([0, *[1e-2] * 11, 7e-3, 4e-3])
 
 
+@pytest.mark.slow
 def test_steps_on_remembered_rows_count(tmp_path: Path) -> None:
     """An interleaved memory makes the second task longer, and the decay is at its end."""
     content = {**PAIRS, "optimizer": {**WSD, "decay": 2}, "evaluation": {"batch_size": 4, "max_new_tokens": 24}}
@@ -238,6 +241,7 @@ def test_steps_on_remembered_rows_count(tmp_path: Path) -> None:
     check_equal(tmp_path / "run", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_private_training_counts_every_step(tmp_path: Path) -> None:
     privacy = {"clip": 1.0, "noise_multiplier": 1.0, "delta": 1e-3}
     content = {**TEXT, "training": {**TEXT["training"], "privacy": privacy}, "optimizer": {**WSD, "warm_moments": 1}}
@@ -271,6 +275,7 @@ def test_what_does_not_fit_is_refused_before_training(
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_several_devices_go_on_exactly(tmp_path: Path) -> None:
     """Sharded params and moments of the trunk come back where they were."""
     script = Path(__file__).parent / "tiny" / "trunk_script.py"
