@@ -1,4 +1,4 @@
-"""What runs remember: every way to choose by its definition, from files of the run folder, exact after interruptions."""
+"""What runs remember: each way to choose by its definition, from files of the run folder, exact after a stop."""
 
 from __future__ import annotations
 
