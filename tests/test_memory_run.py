@@ -148,10 +148,10 @@ def test_a_budget_is_divided_equally_over_tasks_and_answers(tmp_path: Path) -> N
         answers = answers_of(parts, task)
         found = Counter(answers[number] for number in memory.tasks[task].kept)
         assert sorted(found.values()) == [2, 2, 3]
-    # Only what is kept is in the folder, though checkpoints of all tasks would need more: they are older.
+    # All checkpoints are kept here, and so are the examples that earlier ones need.
     assert memory.of({0, 1}).tasks[0].kept == tuple(sorted(memory.tasks[0].examples[:14]))
     files = {path.name for path in (tmp_path / "run/memory").iterdir()}
-    assert {"task00_after02.arrow", "task01.arrow", "task02.jsonl"} <= files
+    assert {"task00.arrow", "task00_after01.jsonl", "task00_after02.arrow", "task01.arrow", "task02.jsonl"} <= files
 
 
 def test_a_reservoir_keeps_the_smallest_priorities_of_all_tasks(tmp_path: Path) -> None:
