@@ -23,13 +23,12 @@ import numpy as np
 from benchmarks.records import over_seeds
 from jaxcl.commands.teacher import KeptModels
 from jaxcl.config import parse_config
-from jaxcl.data.memory import Memory
 from jaxcl.data.teacher_store import TeacherStore
 from jaxcl.methods.seekr import Seekr
 from jaxcl.models.batch import Batch
 from jaxcl.run.components import Components, build
 from jaxcl.run.folder import RunFolder
-from jaxcl.run.tasks import memory_pipeline
+from jaxcl.run.remembering import load_kept, memory_pipeline
 from jaxcl.training.checkpoint import Checkpoints
 from jaxcl.training.feed import place_batch
 from jaxcl.training.stored import Collate
@@ -60,7 +59,7 @@ def changes(folder: RunFolder, options: argparse.Namespace) -> dict[str, Any]:
     parts = build(parse_config(folder.content()), folder)
     if not isinstance(parts.method, Seekr):
         raise SystemExit(f"{folder.path}: a run by {parts.config.method.name}, not by seekr")
-    method, memory, found = parts.method, Memory.load(folder.memory), {}
+    method, found = parts.method, {}
     variants = {}
     for count, share in itertools.product(map(int, options.stored.split(",")), map(float, options.drawn.split(","))):
         config = method.options.model_copy(update={"store_logits": count, "store_drawn": share})
@@ -70,12 +69,13 @@ def changes(folder: RunFolder, options: argparse.Namespace) -> dict[str, Any]:
     collate = Collate(method, parts.trainer.target.params, parts.trainer.target.method_state)
     exact = OutputTerm(method.exact().method, parts)
     with Checkpoints.reading(folder.checkpoints) as checkpoints:
-        kept = KeptModels(parts, checkpoints)
-        for task in memory.tasks:
+        models = KeptModels(parts, checkpoints)
+        kept = load_kept(folder, parts.config.seed, checkpoints.latest())
+        for task in kept.memory.tasks:
             stores = {task.task: TeacherStore.open(folder.stores(task.task), parts.about(task))}
-            pipeline = memory_pipeline(parts, memory, [task.task], stores=stores, collate=collate)
+            pipeline = memory_pipeline(parts, kept, [task.task], stores=stores, collate=collate)
             batches = [place_batch(rows, parts.layout.batch) for rows in pipeline.once()]
-            teacher, (student, whose) = kept.after(task.task), kept.later(task.task)
+            teacher, (student, whose) = models.after(task.task), models.later(task.task)
             if teacher is None:
                 raise SystemExit(f"{folder.path}: the model after {task.name} is not kept (training.keep_tasks)")
             state = parts.trainer.init_method(student)

@@ -194,7 +194,7 @@ def jsonl_task(folder: Path, word: str, kind: str) -> dict[str, str]:
     folder.mkdir()
     for split, count in (("train", 24), ("test", 8)):
         passages = [f"the {word} number {number} of {split}" for number in range(count)]
-        rows = [{"text": one} if kind == "text" else {"prompt": one, "answer": word[:3]} for one in passages]
+        rows = [{"text": one} if kind == "text" else {"prompt": one, "answer": word} for one in passages]
         (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return {"name": word, "source": f"jsonl:{folder}"}
 
@@ -245,13 +245,39 @@ def test_models_that_stay_as_they_are_keep_their_scores(tmp_path: Path, tokenize
     assert read_yaml(folder / "config.yaml")["tasks"][0]["kind"] == "pairs"
 
 
-def test_a_method_that_replays_needs_the_data(tmp_path: Path, tokenizer: Path) -> None:
-    method = {"name": "replay", "replay": {"fraction": 0.25}}
-    folder, task, _ = without_data(tmp_path, tokenizer, "pairs", method=method)
-    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    with pytest.raises(UserError, match="task language: data_gone is true, but replay needs"):
-        extend(folder, task, data_gone=True)
-    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+def test_seekr_learns_the_same_whether_earlier_data_is_there(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shapes of batches, given by the longest answers of all tasks, are the same too."""
+    monkeypatch.setenv("JAXCL_DATA_CACHE", str(tmp_path / "cache"))
+    data = {**PAIRS["data"], "bucket_lengths": "auto", "buckets": 2}
+    content = {**PAIRS, "data": data, "method": {**SEEKR, "replay": {"budget": 9, "choose": "balanced"}}}
+    content["tasks"] = [jsonl_task(tmp_path / word, word, "pairs") for word in ("language", "reference")]
+    sequence.run(config(content, tmp_path / "there", tokenizer, 2))
+    shutil.copytree(tmp_path / "there", tmp_path / "gone")
+    task = words(jsonl_task(tmp_path / "letter", "letter", "pairs"))
+    extend(tmp_path / "there", task)
+    for word in ("language", "reference"):
+        shutil.rmtree(tmp_path / word)
+    shutil.rmtree(tmp_path / "cache")
+    extend(tmp_path / "gone", task, data_gone=True)
+    left, right = content_of(tmp_path / "gone"), content_of(tmp_path / "there")
+    jax.tree.map(np.testing.assert_array_equal, left["params"], right["params"])
+    jax.tree.map(np.testing.assert_array_equal, left["state"], right["state"])
+    assert left["rows"] == right["rows"]
+    assert any(row["kind"] == "memory" and row["task"] == 2 for row in left["rows"])
+    assert left["results"]["data"] == right["results"]["data"]
+    assert left["results"]["matrix"][2][:2] == [None, None]
+    assert left["results"]["matrix"][2][2] == right["results"]["matrix"][2][2]
+    for name in ("memory.json", "memory/task00_after02.arrow", "memory/task02.jsonl"):
+        assert (tmp_path / "gone" / name).read_bytes() == (tmp_path / "there" / name).read_bytes()
+
+
+def test_joint_training_needs_the_data(tmp_path: Path, tokenizer: Path) -> None:
+    content = {**PAIRS, "method": "joint"}
+    content["tasks"] = [{**PAIRS["tasks"][0], "data_gone": True, "kind": "pairs"}, PAIRS["tasks"][1]]
+    with pytest.raises(UserError, match="task direction: data_gone is true, but joint learns all tasks together"):
+        sequence.run(config(content, tmp_path / "run", tokenizer, 2))
 
 
 def test_das_learns_the_same_whether_earlier_data_is_there(das: Runs, tmp_path: Path) -> None:

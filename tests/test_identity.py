@@ -209,7 +209,6 @@ def _twice(content: Any) -> None:
 def _another(content: Any) -> None:
     kept = content["tasks"][0]["examples"]
     kept[0] = next(number for number in range(24) if number not in kept)
-    kept.sort()
 
 
 @pytest.mark.usefixtures("untrained")
@@ -217,8 +216,8 @@ def _another(content: Any) -> None:
     ("change", "message"),
     [
         (None, "memory.json is missing"),
-        (_twice, "examples must be increasing numbers from 0 to 23"),
-        (lambda content: content["tasks"][0]["examples"].append(999), "examples must be increasing numbers"),
+        (_twice, "examples must be different numbers from 0 to 23"),
+        (lambda content: content["tasks"][0]["examples"].append(999), "examples must be different numbers"),
         (_another, "has changed since the run wrote it: other examples of task 0"),
         (lambda content: content.update(seed=5), "has changed since the run wrote it: seed 5, not 0"),
         (lambda content: content["tasks"][1].update(task=7), "other examples of task 1"),
@@ -231,6 +230,20 @@ def test_an_edited_memory_is_refused(copy: Path, change: Callable[[Any], Any] | 
     else:
         edit_json(copy / "run/memory.json", change)
     with pytest.raises(UserError, match=message):
+        run(copy, copy / "run")
+
+
+@pytest.mark.usefixtures("untrained")
+@pytest.mark.parametrize("name", ["task00.arrow", "task01.jsonl"])
+def test_remembered_examples_that_were_edited_or_removed_are_named(copy: Path, name: str) -> None:
+    path = copy / "run/memory" / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"{name} has changed since the run wrote it"):
+        run(copy, copy / "run")
+    path.unlink()
+    with pytest.raises(UserError, match=f"{name} is missing"):
         run(copy, copy / "run")
 
 

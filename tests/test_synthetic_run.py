@@ -56,13 +56,16 @@ def test_a_run_keeps_written_samples_with_their_signals_and_nothing_else(tmp_pat
     memory = json.loads((folder / "memory.json").read_text())
     parts = build(parse_config({**PAIRS, "output": str(folder), "method": WRITTEN}), RunFolder(folder))
     first = memory["tasks"][0]
-    assert 0 < len(first["written"]) <= 8
+    assert first["synthetic"]
+    written = [json.loads(line) for line in (folder / "memory/task00.jsonl").read_text().splitlines()]
+    assert first["examples"] == list(range(len(written)))
+    assert 0 < len(written) <= 8
     prompts = {str(row["prompt"]) for row in parts.tasks[0].train}
-    for row in first["written"]:
+    for row in written:
         assert row["prompt"] not in prompts
         assert any(body in row["prompt"] for body in BODIES)
     store = TeacherStore.open(sorted((folder / "teacher").glob("task00*")))
-    assert sorted(store.keys) == list(range(len(first["written"])))
+    assert sorted(store.keys) == list(range(len(written)))
     rows = numbers(folder)
     assert any(row["task"] == 1 and np.isfinite(row.get("term/attention", np.nan)) for row in rows)
 

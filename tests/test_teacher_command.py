@@ -82,7 +82,7 @@ def test_bytes_are_those_on_disk(folder: Path, report: str, index: int, task: st
     assert numbers(r"([\d,]+) in the compressed file", text)[0] == pytest.approx(disk, abs=0.51)
     # Maps of all heads and logits of all answer tokens, of rows without padding.
     rows = build(load_config(folder / "config.yaml"), RunFolder(folder)).train_rows(index)
-    kept = Memory.load(RunFolder(folder).memory).tasks[index].examples
+    kept = Memory.load(RunFolder(folder).memory).tasks[index].kept
     batches = [rows.sizes[example] for example in kept]
     full = np.mean([4 * (LAYERS * HEADS * tokens**2 + VOCAB * scored) for tokens, scored in batches])
     assert numbers(r"logits: ([\d,]+) bytes", text)[0] == pytest.approx(full, abs=0.51)

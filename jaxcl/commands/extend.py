@@ -30,7 +30,7 @@ def extend(folder: Path, task: Sequence[str], length: float | None = None, *, da
       length: the task's epochs or steps, in the run's unit; `None`: the number for every task, if the run has a single
         one.
       data_gone: the earlier tasks' data no longer exists: only the folder is needed, and the earlier tasks are not
-        scored again. Not for methods that replay examples.
+        scored again.
 
     Returns:
       The results over all tasks, and the path of the report.

@@ -23,7 +23,8 @@ from jaxcl.run.components import Components, build, initial_params
 from jaxcl.run.fingerprints import check_same
 from jaxcl.run.folder import RunFolder
 from jaxcl.run.model import latest_params
-from jaxcl.run.tasks import remember, running_task
+from jaxcl.run.remembering import Kept, remember
+from jaxcl.run.tasks import running_task
 from jaxcl.sharding.processes import initialize
 
 
@@ -97,16 +98,16 @@ def importance_tables(
       before: reads the params used as those before each task; `None`: `params`.
     """
     method, layout = parts.method, parts.layout
-    state, memory = parts.trainer.init_method(params), Memory(seed=parts.config.seed)
+    state, kept = parts.trainer.init_method(params), Kept(Memory(seed=parts.config.seed), {})
 
     def params_before() -> Params:
         return params if before is None else before(parts)
 
     for index in range(parts.phases):
-        task = running_task(parts, memory, index, stage="before", params_before=params_before)
+        task = running_task(parts, kept, index, stage="before", params_before=params_before)
         state = layout.place(method.prepare(params, state, task))
-        memory = remember(parts, memory, index)
-        task = running_task(parts, memory, index, stage="after", params_before=params_before)
+        kept = remember(parts, kept, index, params)
+        task = running_task(parts, kept, index, stage="after", params_before=params_before)
         state = layout.place(method.consolidate(params, state, task))
     return {name: np.asarray(table) for name, table in method.tables(state).items()}
 

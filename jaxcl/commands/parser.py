@@ -124,7 +124,7 @@ def _extend(commands: _Commands) -> None:
     )
     length_help = "epochs or steps of the task, in the run's unit; required if the run lists them by task"
     extend.add_argument("--length", type=_number, default=None, metavar="N", help=length_help)
-    gone_help = "the earlier tasks' data no longer exists: they are not scored again; not for methods that replay"
+    gone_help = "the earlier tasks' data no longer exists: they are not scored again; not for joint"
     extend.add_argument("--data-gone", action="store_true", help=gone_help)
 
 

@@ -229,16 +229,21 @@ def _stored(folder: Path, kept: Sequence[Checkpoint]) -> Iterator[str]:
 
 
 def _memory(path: Path) -> Iterator[tuple[str, str]]:
-    """Number of remembered rows of each task, and what they are."""
+    """Number of remembered rows of each task, and what they are; then what all take in files."""
     if not path.is_file():
         return
     try:
-        tasks = json.loads(path.read_text(encoding="utf-8"))["tasks"]
-        for task in tasks:
-            kind = "samples that the model wrote" if task.get("written") else f"of {task['count']} examples"
-            yield str(len(task["examples"])), f"{kind}, {task['name']}"
+        files = set()
+        for task in json.loads(path.read_text(encoding="utf-8"))["tasks"]:
+            latest = task["versions"][-1]
+            kind = "samples that the model wrote" if task["synthetic"] else f"of {task['count']} examples"
+            yield str(latest["size"]), f"{kind}, {task['name']}"
+            files |= latest["files"].keys()
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{path}: cannot be read as the memory of a run") from None
+    places = [path.with_suffix("") / name for name in files]
+    if places := [place for place in places if place.is_file()]:
+        yield size(sum(place.stat().st_size for place in places)), f"{len(places)} files"
 
 
 def _seconds(timing: Mapping[str, float]) -> Iterator[str]:

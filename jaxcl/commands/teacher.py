@@ -11,15 +11,15 @@ import jax
 import numpy as np
 
 from jaxcl.config import parse_config
-from jaxcl.data.memory import Memory, TaskMemory
+from jaxcl.data.memory import TaskMemory
 from jaxcl.data.teacher_store import TeacherStore
 from jaxcl.errors import UserError
 from jaxcl.methods.base import Method
 from jaxcl.models.trainable import Params
 from jaxcl.run.components import Components, build, initial_params
-from jaxcl.run.fingerprints import load_memory, take_fingerprints
+from jaxcl.run.fingerprints import take_fingerprints
 from jaxcl.run.folder import RunFolder
-from jaxcl.run.tasks import memory_pipeline, remembered_rows
+from jaxcl.run.remembering import Kept, load_kept, memory_pipeline, remembered_rows
 from jaxcl.sharding.processes import initialize
 from jaxcl.training.checkpoint import Checkpoints
 from jaxcl.training.feed import place_batch
@@ -37,12 +37,14 @@ class Size(NamedTuple):
       fields: size by field.
       disk: size in the compressed files.
       full: size of float32 attention maps of all heads and float32 logits at the scored positions, without padding.
+      tokens: size of the remembered tokens.
     """
 
     samples: int
     fields: dict[str, float]
     disk: float
     full: float
+    tokens: float
 
 
 class Comparison(NamedTuple):
@@ -85,38 +87,39 @@ def describe_teacher(path: Path) -> str:
     with Checkpoints.reading(folder.checkpoints) as checkpoints:
         saved = checkpoints.latest()
         take_fingerprints(parts, saved)
-        memory = load_memory(folder.memory, config.seed, saved)
+        kept = load_kept(folder, config.seed, saved)
         models = KeptModels(parts, checkpoints)
-        for task in memory.tasks:
-            if paths := folder.stores(task.task):
+        for task in kept.memory.tasks:
+            if task.kept and (paths := folder.stores(task.task)):
                 store = TeacherStore.open(paths, parts.about(task))
-                size = measure_size(parts, task, store, sum(path.stat().st_size for path in paths))
+                size = measure_size(parts, kept, task, store, sum(path.stat().st_size for path in paths))
                 lines += ["", f"{task.name}: {size.samples} samples", *_size_lines(size)]
-                lines += _loss_lines(models, memory, task, store)
+                lines += _loss_lines(models, kept, task, store)
     return "\n".join(lines)
 
 
-def measure_size(parts: Components, task: TaskMemory, store: TeacherStore, disk: int) -> Size:
+def measure_size(parts: Components, kept: Kept, task: TaskMemory, store: TeacherStore, disk: int) -> Size:
     """Size of a task's stored samples; see `Size`.
 
     Args:
       parts: the parts of the run.
+      kept: what the run remembers.
       task: the task's kept samples.
-      store: their stored signals.
+      store: their stored signals, and perhaps those of samples that are not kept any more.
       disk: bytes of the store's files.
     """
-    network, rows = parts.network, remembered_rows(parts, task)
-    tokens, scored = np.asarray(rows.sizes[list(task.examples)], float).T
+    network, rows = parts.network, remembered_rows(parts, kept, task)
+    tokens, scored = np.asarray(rows.sizes, float).T
     if not scored.any():  # running text
         scored = tokens
     full = 4 * (network.num_layers * network.num_heads * np.mean(tokens**2) + network.vocab_size * np.mean(scored))
-    records = [store.get(example) for example in task.examples]
+    records = [store.get(example) for example in task.kept]
     fields = {name: float(np.mean([record[name].nbytes for record in records])) for name in store.fields}
-    return Size(len(records), fields, disk / len(records), float(full))
+    return Size(len(records), fields, disk / len(store), float(full), kept.tables[task.task].bytes / len(records))
 
 
 def measure_loss(
-    parts: Components, memory: Memory, task: TaskMemory, store: TeacherStore, teacher: Params, student: Params
+    parts: Components, kept: Kept, task: TaskMemory, store: TeacherStore, teacher: Params, student: Params
 ) -> dict[str, Comparison]:
     """The terms of the replay loss on a task's samples, with the store and with an exact store.
 
@@ -124,7 +127,7 @@ def measure_loss(
 
     Args:
       parts: the parts of a run whose method has a lossy store (`ToolHooks.exact`).
-      memory: the run's memory.
+      kept: what the run remembers.
       task: the task's kept samples.
       store: their stored signals.
       teacher: params of the task's model.
@@ -139,7 +142,7 @@ def measure_loss(
     ways = parts.layout.batch_ways
     pipeline = memory_pipeline(
         parts,
-        memory,
+        kept,
         [task.task],
         batch_size=ways * -(-min(_ROWS, parts.config.training.batch_size) // ways),
         stores={task.task: store},
@@ -195,10 +198,11 @@ def _size_lines(size: Size) -> Iterator[str]:
     fields = ", ".join(f"{name} {number:,.0f}" for name, number in size.fields.items())
     total = sum(size.fields.values())
     yield f"  bytes per sample: {total:,.0f} ({fields}); {size.disk:,.0f} in the compressed file"
+    yield f"  its tokens in the memory: {size.tokens:,.0f} bytes"
     yield f"  full float32 maps and logits: {size.full:,.0f} bytes per sample, {size.full / total:,.1f} times as many"
 
 
-def _loss_lines(models: KeptModels, memory: Memory, task: TaskMemory, store: TeacherStore) -> list[str]:
+def _loss_lines(models: KeptModels, kept: Kept, task: TaskMemory, store: TeacherStore) -> list[str]:
     parts = models.parts
     if parts.method.exact() is None:
         return [f"  loss of information: none; {parts.config.method.name} stores its signals unchanged"]
@@ -206,7 +210,7 @@ def _loss_lines(models: KeptModels, memory: Memory, task: TaskMemory, store: Tea
     if teacher is None:
         return ["  loss of information: not measured, the task's model was not kept (training.keep_tasks)"]
     student, words = models.later(task.task)
-    terms = measure_loss(parts, memory, task, store, teacher, student)
+    terms = measure_loss(parts, kept, task, store, teacher, student)
     lines = [f"  loss of information, {words} compared with the task's:"]
     for name, term in terms.items():
         lines.append(f"    {name:<10} exact {term.exact:.6g}, as stored {term.stored:.6g}: {100 * term.change:+.3f}%")

@@ -16,6 +16,8 @@ from jaxcl.data.split import Rows, StreamedRows
 
 T = TypeVar("T")
 NumberedRows = Iterable[tuple[int, Mapping[str, str]]]
+#: Rows to encode, or examples that are encoded already.
+Texts = Rows | Sequence[Mapping[str, str]] | ExampleTable
 # Characters that are tokenised at once: enough for all cores, little enough to hold the results.
 _CHARACTERS = 2**20
 
@@ -36,14 +38,16 @@ class Encoder(Protocol):
         ...
 
 
-def encode_rows(rows: Rows | Sequence[Mapping[str, str]], encoder: Encoder, cache: Cache | None = None) -> ExampleTable:
+def encode_rows(rows: Texts, encoder: Encoder, cache: Cache | None = None) -> ExampleTable:
     """The examples of rows: those in memory are encoded in memory; those read from files, in the cache.
 
     Args:
-      rows: the rows.
+      rows: the rows, or examples that are encoded already and returned as they are.
       encoder: what encodes them.
       cache: needed for streamed rows.
     """
+    if isinstance(rows, ExampleTable):
+        return rows
     if not isinstance(rows, StreamedRows):
         return ExampleTable(list(encoder.shards(enumerate(rows))))
     if cache is None:
@@ -83,4 +87,4 @@ def batched(rows: NumberedRows) -> Iterator[list[tuple[int, Mapping[str, str]]]]
         yield found
 
 
-__all__ = ["Encoder", "NumberedRows", "ahead", "batched", "encode_rows"]
+__all__ = ["Encoder", "NumberedRows", "Texts", "ahead", "batched", "encode_rows"]

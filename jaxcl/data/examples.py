@@ -15,6 +15,8 @@ from jaxcl.errors import UserError
 
 #: Tokens after which a shard ends. What is planned from the lengths of examples (packing) is planned per shard.
 SHARD_TOKENS = 4 * 2**20
+# What `write_shards` writes: a length per span, and per example an offset of either kind.
+_SPAN_BYTES, _PLACE_BYTES = 4, 8 + 4
 
 
 class Shard(NamedTuple):
@@ -79,6 +81,22 @@ class ExampleTable:
             bounds = np.concatenate([[0], np.cumsum(lengths)])
             found.append((sums[bounds[1:]] - sums[bounds[:-1]]).astype(np.int32))
         return np.concatenate(found)
+
+    @property
+    def costs(self) -> Int[np.ndarray, " examples"]:
+        """Bytes that each example takes in a file: its tokens and spans, and where they begin."""
+        found = [np.zeros(0, np.int64)]
+        for shard in self.shards:
+            tokens, spans = shard.tokens.lengths.astype(np.int64), shard.spans.lengths.astype(np.int64)
+            found.append(tokens * shard.tokens.values.itemsize + spans * _SPAN_BYTES + _PLACE_BYTES)
+        return np.concatenate(found)
+
+    def take(self, numbers: Sequence[int]) -> ExampleTable:
+        """A copy of some examples, in the given order; what the encoder has counted is left out."""
+        found = [self[number] for number in numbers]
+        dtype = self.shards[0].tokens.values.dtype if self.shards else np.dtype(np.int32)
+        tokens = Ragged.of([tokens.tolist() for tokens, _ in found], dtype)
+        return ExampleTable([Shard(tokens, Ragged.of([spans.tolist() for _, spans in found]), {})])
 
     def count(self, name: str) -> int:
         """The sum of a count over the shards."""

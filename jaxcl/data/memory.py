@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ from jaxtyping import Int
 from pydantic import Field, ValidationError, model_validator
 
 from jaxcl.data.files import parse_json, read_text, write_json
-from jaxcl.data.fingerprint import rows_print
 from jaxcl.data.pipeline import Collate, Pipeline
 from jaxcl.data.plan import Shape
 from jaxcl.data.rows import EncodedRows, Noise, RowFields
@@ -21,7 +19,7 @@ from jaxcl.data.teacher_store import TeacherStore
 from jaxcl.errors import UserError
 from jaxcl.schema import Schema
 
-VERSION = 1
+VERSION = 2  # 2: the examples themselves are kept, in files
 
 
 def draw_examples(count: int, fraction: float, minimum: int, *, seed: int, task: int) -> list[int]:
@@ -53,79 +51,117 @@ def draw_count(count: int, fraction: float, minimum: int) -> int:
     return min(count, max(minimum, round(fraction * count), int(fraction > 0)))
 
 
+class Version(Schema):
+    """What is kept of a task after some task, until a later version."""
+
+    after: int = Field(ge=0, description="index of the task after which this much is kept")
+    size: int = Field(ge=0, description="how many of the task's examples are kept, the first ones")
+    files: dict[str, str] = Field({}, description="hash of each file of the folder `memory` that holds them, by name")
+
+
 class TaskMemory(Schema):
-    """The kept examples of one task."""
+    """The kept examples of one task, and those that were kept before a later task took their room."""
 
     task: int = Field(ge=0, description="index of the task")
     name: str = Field(description="name of the task")
     count: int = Field(ge=0, description="number of examples of the task")
-    examples: tuple[int, ...] = Field(description="numbers of the kept examples, increasing")
-    written: tuple[dict[str, str], ...] = Field(
-        (), description="prompts and answers written by the model, remembered instead of examples"
+    examples: tuple[int, ...] = Field(
+        description="numbers of the examples kept when the task was learned; the last ones are given up first"
     )
+    versions: tuple[Version, ...] = Field(min_length=1, description="how many of them are kept, oldest first")
+    sizes: tuple[tuple[int, int, int], ...] = Field(
+        (), description="sizes of all examples, see `count_sizes`: the shapes of batches follow from them"
+    )
+    limit: float | None = Field(
+        None, description="reservoir: priority of the first example of all tasks so far that is not kept"
+    )
+    synthetic: bool = Field(False, description="samples that the model wrote are remembered instead of examples")
     dropped: dict[str, int] = Field({}, description="number of written samples that are not remembered, by reason")
     rows: str = Field("", description="fingerprint of the rows that the numbers refer to; empty: unknown")
 
     @model_validator(mode="after")
     def _examples_exist(self) -> TaskMemory:
-        if list(self.examples) != sorted({one for one in self.examples if 0 <= one < self.count}):
-            raise ValueError(f"task {self.name}: examples must be increasing numbers from 0 to {self.count - 1}")
+        if len({one for one in self.examples if 0 <= one < self.count}) < len(self.examples):
+            raise ValueError(f"task {self.name}: examples must be different numbers from 0 to {self.count - 1}")
+        sizes = [len(self.examples), *(one.size for one in self.versions)]
+        if sizes != sorted(sizes, reverse=True):
+            raise ValueError(f"task {self.name}: a version is larger than the one before it")
         return self
+
+    @property
+    def ranked(self) -> tuple[int, ...]:
+        """Numbers of the examples that are kept now; the last ones are given up first."""
+        return self.examples[: self.versions[-1].size]
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """Numbers of the examples that are kept now, increasing: the order in which they are stored."""
+        return tuple(sorted(self.ranked))
+
+    def _with_version(self, version: Version) -> TaskMemory:
+        return self.model_copy(update={"versions": (*self.versions, version)})
 
 
 class Memory(Schema):
     """The kept examples of all tasks so far, immutable.
 
-    >>> memory = Memory(seed=3).with_task(0, "first", count=300, fraction=0.01, minimum=1)
-    >>> len(memory.tasks[0].examples)
-    3
+    >>> memory = Memory(seed=3).with_task(0, "first", count=300, examples=[7, 299, 12])
+    >>> memory.cut({0: 2}, after=1).tasks[0].kept
+    (7, 299)
     """
 
     version: int = Field(VERSION, description="version of the file format")
     seed: int = Field(ge=0, description="seed of the draws")
     tasks: tuple[TaskMemory, ...] = Field((), description="kept examples by task")
 
-    def with_task(self, task: int, name: str, *, count: int, fraction: float, minimum: int, rows: str = "") -> Memory:
-        """A copy with the examples drawn from one more task; a task already in the memory is drawn again.
+    def with_task(self, task: int, name: str, *, count: int, examples: Sequence[int], **about: Any) -> Memory:
+        """A copy with the examples chosen of one more task; a task already in the memory is replaced.
 
         Args:
-          task: number of the task.
+          task: index of the task.
           name: name of the task.
           count: examples there are to choose from.
-          fraction: share of them to keep.
-          minimum: smallest number to keep.
-          rows: fingerprint of the examples there are (`ordered` of `rows_print`).
+          examples: numbers of the chosen ones; the last ones are given up first.
+          **about: further fields of `TaskMemory`.
         """
-        examples = draw_examples(count, fraction, minimum, seed=self.seed, task=task)
-        return self._with(TaskMemory(task=task, name=name, count=count, examples=tuple(examples), rows=rows))
+        versions = (Version(after=task, size=len(examples)),)
+        new = TaskMemory(task=task, name=name, count=count, examples=tuple(examples), versions=versions, **about)
+        kept = tuple(one for one in self.tasks if one.task != task)
+        return self.model_copy(update={"tasks": tuple(sorted((*kept, new), key=lambda one: one.task))})
 
-    def with_written(
-        self, task: int, name: str, rows: Sequence[Mapping[str, str]], dropped: Mapping[str, int]
-    ) -> Memory:
-        """A copy with the samples that the model wrote for one more task.
+    def cut(self, sizes: Mapping[int, int], *, after: int) -> Memory:
+        """A copy that keeps fewer examples of some tasks.
 
         Args:
-          task: number of the task.
-          name: name of the task.
-          rows: the samples, with `prompt` and `answer`.
-          dropped: how many were dropped, by reason.
+          sizes: how many are kept, by task; the others, and those that keep as many as now, stay as they are.
+          after: index of the task that takes their room.
         """
-        texts = tuple(dict(row) for row in rows)
-        numbers = tuple(range(len(texts)))
-        new = TaskMemory(
-            task=task,
-            name=name,
-            count=len(texts),
-            examples=numbers,
-            written=texts,
-            dropped=dict(dropped),
-            rows=rows_print(texts)["ordered"],
-        )
-        return self._with(new)
 
-    def _with(self, new: TaskMemory) -> Memory:
-        kept = tuple(one for one in self.tasks if one.task != new.task)
-        return self.model_copy(update={"tasks": tuple(sorted((*kept, new), key=lambda one: one.task))})
+        def smaller(one: TaskMemory) -> TaskMemory:
+            size = sizes.get(one.task, len(one.ranked))
+            return one if size == len(one.ranked) else one._with_version(Version(after=after, size=size))
+
+        return self.model_copy(update={"tasks": tuple(map(smaller, self.tasks))})
+
+    def with_files(self, files: Mapping[int, Mapping[str, str]]) -> Memory:
+        """A copy that names the files of the latest version of some tasks, with their hashes."""
+
+        def named(one: TaskMemory) -> TaskMemory:
+            if one.task not in files:
+                return one
+            latest = one.versions[-1].model_copy(update={"files": dict(files[one.task])})
+            return one.model_copy(update={"versions": (*one.versions[:-1], latest)})
+
+        return self.model_copy(update={"tasks": tuple(map(named, self.tasks))})
+
+    def of(self, tasks: Collection[int]) -> Memory:
+        """The memory as it was when the run had learned these tasks only."""
+        last = max(tasks, default=-1)
+        found = []
+        for one in self.tasks:
+            if one.task in tasks and (then := tuple(version for version in one.versions if version.after <= last)):
+                found.append(one.model_copy(update={"versions": then}))
+        return self.model_copy(update={"tasks": tuple(found)})
 
     def save(self, path: str | Path) -> None:
         """Writes the memory as JSON, atomically.
@@ -152,44 +188,54 @@ class Memory(Schema):
         return memory
 
 
-class SubsetRows(EncodedRows):
-    """A subset of a task's encoded examples.
+class RememberedRows(EncodedRows):
+    """The kept examples of a task, under their numbers in it.
 
     Attributes:
-      rows: all examples.
-      indices: numbers of the examples in the subset.
+      rows: the kept examples.
+      numbers: their numbers in the task, increasing.
+      of: number of examples of the task.
     """
 
-    def __init__(self, rows: EncodedRows, indices: Sequence[int]) -> None:
-        outside = [index for index in indices if not 0 <= index < len(rows)]
-        if outside:
-            raise ValueError(f"indices: expected examples of {rows.name}, 0 to {len(rows) - 1}, got {outside[0]}")
+    def __init__(self, rows: EncodedRows, numbers: Sequence[int], of: int) -> None:
+        """Numbers the rows.
+
+        Raises:
+          ValueError: there are more or fewer rows than numbers.
+        """
+        if len(rows) != len(numbers):
+            raise ValueError(f"rows: expected the {len(numbers)} kept examples of {rows.name}, got {len(rows)}")
         self.rows = rows
-        self.indices: Int[np.ndarray, " examples"] = np.asarray(indices, np.int64)
+        self.numbers: Int[np.ndarray, " examples"] = np.asarray(numbers, np.int64)
+        self.of = of
         self.group = rows.group
         self.name = rows.name
         self.task = rows.task
 
-    @functools.cached_property
+    @property
     def sizes(self) -> Int[np.ndarray, "examples 2"]:
         """Sizes of the kept examples."""
-        return self.rows.sizes[self.indices]
+        return self.rows.sizes
 
     def number(self, index: int) -> int:
-        """Number of the example in the whole set."""
-        return int(self.indices[index])
+        """Number of the example in the task."""
+        return int(self.numbers[index])
 
-    def shapes(self, others: Sequence[SubsetRows]) -> list[Shape]:
-        """Shapes for all examples of the whole sets, so that a memory needs no further compiled step."""
+    def smallest(self, shapes: Sequence[Shape]) -> Int[np.ndarray, " examples"]:
+        """See `EncodedRows.smallest`."""
+        return self.rows.smallest(shapes)
+
+    def shapes(self, others: Sequence[RememberedRows]) -> list[Shape]:
+        """Shapes for the kept examples; give the run's to a pipeline, so that its step is not compiled again."""
         return self.rows.shapes([other.rows for other in others])
 
     def row(self, index: int, shape: Shape, noise: Noise) -> RowFields:
         """The row of a kept example; -1 gives a filler row."""
-        return self.rows.row(self.number(index) if index >= 0 else -1, shape, noise)
+        return self.rows.row(index, shape, noise)
 
     def describe(self) -> dict[str, Any]:
-        """Number of kept examples, of examples they were drawn from, and of kept tokens."""
-        return {"examples": len(self), "of": len(self.rows), "tokens": self.total}
+        """Number of kept examples, of examples they were chosen from, and of kept tokens."""
+        return {"examples": len(self), "of": self.of, "tokens": self.total}
 
 
 class MemoryPipeline(Pipeline):
@@ -211,7 +257,7 @@ class MemoryPipeline(Pipeline):
 
         Args:
           memory: which examples are kept.
-          rows: encoded training examples by task, of every task of the memory (of `tasks`, if given).
+          rows: the kept examples, encoded, by task; of every task of the memory (of `tasks`, if given).
           config: `prefetch` and `threads` are used.
           batch_size: rows per batch over all processes.
           shapes: shapes for prompt-answer batches; give the run's, so that the step is not compiled again.
@@ -220,17 +266,12 @@ class MemoryPipeline(Pipeline):
           tasks: use only these tasks; none: all.
 
         Raises:
-          UserError: the memory is empty, or was drawn from a different number of examples than in `rows`.
+          UserError: the memory is empty.
+          ValueError: there are more or fewer rows than the memory has examples.
         """
-        kept = [one for one in memory.tasks if (tasks is None or one.task in tasks) and one.examples]
-        for one in kept:
-            if one.count != len(rows[one.task]):
-                raise UserError(
-                    f"the memory of task {one.name} was drawn from {one.count} examples, the task now has "
-                    f"{len(rows[one.task])}: the data has changed"
-                )
+        kept = [one for one in memory.tasks if (tasks is None or one.task in tasks) and one.kept]
         super().__init__(
-            [SubsetRows(rows[one.task], one.examples) for one in kept],
+            [RememberedRows(rows[one.task], one.kept, one.count) for one in kept],
             batch_size,
             config,
             shapes=shapes,

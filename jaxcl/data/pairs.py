@@ -16,13 +16,12 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxcl.data.cache import Cache
-from jaxcl.data.encode import Encoder, NumberedRows, batched, encode_rows
+from jaxcl.data.encode import Encoder, NumberedRows, Texts, batched, encode_rows
 from jaxcl.data.examples import Shard, token_type
 from jaxcl.data.plan import Shape, choose_lengths
 from jaxcl.data.ragged import Ragged
 from jaxcl.data.rows import EncodedRows, Noise, RowFields, blank, place
 from jaxcl.data.spec import TEMPLATES, DataConfig
-from jaxcl.data.split import Rows
 from jaxcl.data.tokenizer import Tokenizer
 from jaxcl.errors import UserError
 
@@ -193,7 +192,7 @@ class PairRows(EncodedRows):
 
     def __init__(
         self,
-        texts: Rows | Sequence[Mapping[str, str]],
+        texts: Texts,
         tokenizer: Tokenizer,
         config: DataConfig,
         *,
@@ -205,7 +204,7 @@ class PairRows(EncodedRows):
         """Encodes all pairs.
 
         Args:
-          texts: rows with `prompt` and `answer`.
+          texts: rows with `prompt` and `answer`, or examples that are encoded already.
           tokenizer: the model's tokenizer; needs an end token.
           config: lengths, template and buckets are used.
           task: index of the task.
@@ -290,7 +289,19 @@ def pair_shapes(rows: Sequence[PairRows], config: DataConfig) -> list[Shape]:
     Raises:
       UserError: the longest example exceeds the given `bucket_lengths`.
     """
-    sizes = np.concatenate([one.sizes for one in rows])
+    return shapes_for(np.concatenate([one.sizes for one in rows]), config)
+
+
+def shapes_for(sizes: Int[np.ndarray, "examples 2"], config: DataConfig) -> list[Shape]:
+    """The shapes of `pair_shapes`, given the sizes of all examples.
+
+    Args:
+      sizes: tokens and scored tokens of each example.
+      config: see `pair_shapes`.
+
+    Raises:
+      UserError: see `pair_shapes`.
+    """
     if config.bucket_lengths == "auto":
         lengths = choose_lengths(sizes[:, 0], config.buckets, config.length_multiple)
     else:

@@ -121,3 +121,31 @@ def choose_lengths(lengths: Int[np.ndarray, " examples"], buckets: int, multiple
         if before < size:
             chosen.append(before)
     return tuple(int(candidates[index]) for index in reversed(chosen))
+
+
+def count_sizes(sizes: Int[np.ndarray, "examples 2"]) -> list[tuple[int, int, int]]:
+    """The sizes of examples in short: all that shapes are chosen by.
+
+    Args:
+      sizes: tokens and scored tokens of each example.
+
+    Returns:
+      By number of tokens: that number, how many examples have it, and the most scored tokens among them.
+
+    >>> count_sizes(np.array([[7, 2], [5, 3], [7, 4]]))
+    [(5, 1, 3), (7, 2, 4)]
+    """
+    lengths, place, counts = np.unique(sizes[:, 0], return_inverse=True, return_counts=True)
+    most = np.zeros(len(lengths), np.int64)
+    np.maximum.at(most, place, sizes[:, 1])
+    return list(zip(lengths.tolist(), counts.tolist(), most.tolist(), strict=True))
+
+
+def spread_sizes(counted: Sequence[tuple[int, int, int]]) -> Int[np.ndarray, "examples 2"]:
+    """Sizes of examples that have the given `count_sizes`, and so the same shapes.
+
+    >>> spread_sizes([(5, 1, 3), (7, 2, 4)]).tolist()
+    [[5, 3], [7, 4], [7, 4]]
+    """
+    lengths, counts, most = np.array(counted, np.int64).reshape(-1, 3).T
+    return np.repeat(np.stack([lengths, most], axis=1), counts, axis=0)

@@ -10,14 +10,13 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxcl.data.cache import Cache
-from jaxcl.data.encode import NumberedRows, ahead, batched, encode_rows
+from jaxcl.data.encode import NumberedRows, Texts, ahead, batched, encode_rows
 from jaxcl.data.examples import SHARD_TOKENS, Shard, token_type
 from jaxcl.data.packing import pack
 from jaxcl.data.plan import Shape
 from jaxcl.data.ragged import Ragged
 from jaxcl.data.rows import EncodedRows, Noise, RowFields, blank, place
 from jaxcl.data.spec import DataConfig
-from jaxcl.data.split import Rows
 from jaxcl.data.tokenizer import Tokenizer
 from jaxcl.errors import UserError
 
@@ -106,7 +105,7 @@ class TextRows(EncodedRows):
 
     def __init__(
         self,
-        texts: Rows | Sequence[Mapping[str, str]],
+        texts: Texts,
         tokenizer: Tokenizer,
         config: DataConfig,
         *,
@@ -118,7 +117,7 @@ class TextRows(EncodedRows):
         """Encodes and packs all passages.
 
         Args:
-          texts: rows with `text`.
+          texts: rows with `text`, or examples that are encoded already.
           tokenizer: the model's tokenizer; a masked objective needs its mask token.
           config: `length`, `packing` and the masking rates are used.
           objective: `causal` for a decoder, `masked` for an encoder.

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import re
+from typing import Literal, NamedTuple
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from jaxcl.schema import Schema
+
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kMG]i?B)\s*")
+_UNITS = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "kiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
 class MethodOptions(Schema):
@@ -39,6 +43,31 @@ class SyntheticConfig(Schema):
     )
 
 
+class Budget(NamedTuple):
+    """What the examples of all tasks together may take: rows, or bytes of their tokens in the run folder."""
+
+    amount: int
+    unit: Literal["rows", "bytes"]
+
+
+def read_budget(text: str) -> Budget:
+    """A budget as it is written in a configuration.
+
+    >>> read_budget("200"), read_budget("1.5 MB")
+    (Budget(amount=200, unit='rows'), Budget(amount=1500000, unit='bytes'))
+
+    Raises:
+      ValueError: it is neither.
+    """
+    found = _SIZE.fullmatch(text)
+    if found is None and not text.strip().isdecimal():
+        raise ValueError(f"must be a number of rows, or bytes such as 500 kB, 10 MB or 1 GiB; got {text!r}")
+    amount = int(float(found[1]) * _UNITS[found[2]]) if found else int(text)
+    if amount < 1:
+        raise ValueError(f"must be at least one row or byte, got {text!r}")
+    return Budget(amount, "bytes" if found else "rows")
+
+
 class ReplayConfig(Schema):
     """How examples of earlier tasks are kept and fed back."""
 
@@ -52,6 +81,18 @@ class ReplayConfig(Schema):
         0.01, ge=0, le=1, description="share of each task's training examples that is kept; above 0, at least one is"
     )
     minimum: int = Field(1, ge=0, description="smallest number of examples kept from a task")
+    budget: int | str | None = Field(
+        None,
+        description="what is kept of all tasks together: a number of rows, or bytes of tokens such as `10 MB`. A later "
+        "task takes room from earlier ones; fraction and minimum are not used. None: fraction and minimum",
+    )
+    choose: Literal["random", "highest_loss", "reservoir", "balanced"] = Field(
+        "random",
+        description="which examples are kept. random: drawn by seed; balanced: drawn so that each answer is equally "
+        "frequent, in a task of few answers; highest_loss: those with the highest mean loss per learned token under "
+        "the model that has learned the task; reservoir (needs budget): every example of all tasks so far with the "
+        "same probability. All but reservoir divide a budget equally over the tasks so far",
+    )
     mode: str = Field(
         "interleave",
         pattern="^(interleave|mix)$",
@@ -65,14 +106,31 @@ class ReplayConfig(Schema):
         "of the task sees the memory once",
     )
 
+    @field_validator("budget")
+    @classmethod
+    def _is_budget(cls, value: int | str | None) -> int | str | None:
+        if value is not None:
+            read_budget(str(value))
+        return value
+
+    @property
+    def room(self) -> Budget | None:
+        """The budget of all tasks together, if there is one."""
+        return None if self.budget is None else read_budget(str(self.budget))
+
     def check(self) -> None:
         """Checks the section for methods that need a memory.
 
         Raises:
-          ValueError: nothing is kept.
+          ValueError: nothing is kept, or settings contradict each other.
         """
-        if self.fraction == 0 and self.minimum == 0:
+        if self.budget is None and self.fraction == 0 and self.minimum == 0:
             raise ValueError("replay.fraction: 0 with replay.minimum 0 keeps nothing; allowed: either above 0")
+        if self.choose == "reservoir" and self.budget is None:
+            raise ValueError("replay.choose: reservoir needs replay.budget, the size of the memory of all tasks")
+        if self.source == "synthetic" and (self.budget is not None or self.choose != "random"):
+            key = "choose" if self.budget is None else "budget"
+            raise ValueError(f"replay.{key}: written samples are chosen by likelihood; allowed with source kept only")
 
 
 class ReplayOptions(MethodOptions):

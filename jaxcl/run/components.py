@@ -10,17 +10,20 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
+from jaxtyping import Int
 
 from jaxcl.config import ExperimentConfig
 from jaxcl.data.cache import Cache, Share
 from jaxcl.data.chat_rows import ChatRows, messages_of
 from jaxcl.data.conversations import end_of_turn
+from jaxcl.data.encode import Texts
 from jaxcl.data.formats.find import SCHEMES
 from jaxcl.data.formats.storage import is_url
-from jaxcl.data.memory import TaskMemory
-from jaxcl.data.pairs import PairRows, pair_shapes
+from jaxcl.data.memory import Memory, TaskMemory
+from jaxcl.data.pairs import PairRows, shapes_for
 from jaxcl.data.pipeline import Pipeline
-from jaxcl.data.plan import Shape
+from jaxcl.data.plan import Shape, spread_sizes
 from jaxcl.data.rows import EncodedRows, HostBatch
 from jaxcl.data.sources import TaskData, load_end_task, load_task
 from jaxcl.data.spec import DataConfig, SourceSpec, TaskSpec, TokenizerConfig
@@ -56,6 +59,7 @@ class Components:
       layout: shardings of the run's arrays.
       trainer: the compiled step.
       cache: where the rows of files are encoded.
+      gone_sizes: sizes of the pairs of tasks whose data is gone, as far as the run remembers examples of them.
     """
 
     config: ExperimentConfig
@@ -66,6 +70,7 @@ class Components:
     layout: Layout
     trainer: Trainer
     cache: Cache
+    gone_sizes: tuple[Int[np.ndarray, "examples 2"], ...] = ()
 
     @property
     def names(self) -> list[str]:
@@ -82,12 +87,12 @@ class Components:
         return "all tasks" if self.method.joint else self.tasks[index].name
 
     @functools.cached_property
-    def all_train_rows(self) -> Mapping[int, EncodedRows]:
+    def all_train_rows(self) -> Mapping[int, PairRows | TextRows]:
         """The encoded training examples of every task whose data is not gone, by index."""
         available = (index for index, spec in enumerate(self.config.tasks) if not spec.data_gone)
         return {index: self.encode(index, "train") for index in available}
 
-    def train_rows(self, index: int) -> EncodedRows:
+    def train_rows(self, index: int) -> PairRows | TextRows:
         """The encoded training examples of a task.
 
         Raises:
@@ -100,10 +105,11 @@ class Components:
     @functools.cached_property
     def shapes(self) -> list[Shape] | None:
         """Shapes of prompt-answer batches, shared by all tasks and the memory, because a step is compiled per shape."""
-        rows = [rows for rows in self.all_train_rows.values() if isinstance(rows, PairRows)]
-        return pair_shapes(rows, self.config.data) if rows else None
+        sizes = [rows.sizes for rows in self.all_train_rows.values() if isinstance(rows, PairRows)]
+        sizes += self.gone_sizes
+        return shapes_for(np.concatenate(sizes), self.config.data) if sizes else None
 
-    def encode(self, index: int, split: str) -> EncodedRows:
+    def encode(self, index: int, split: str) -> PairRows | TextRows:
         """The encoded examples of a task.
 
         Args:
@@ -117,6 +123,16 @@ class Components:
         rows = getattr(task, split)
         if not rows:
             raise UserError(f"task {task.name}: no {split} examples")
+        return self.rows_of(rows, index)
+
+    def rows_of(self, rows: Texts, index: int) -> PairRows | TextRows:
+        """Rows of a task, encoded.
+
+        Args:
+          rows: rows of the task's kind, or its examples as they were encoded before.
+          index: which task.
+        """
+        task = self.tasks[index]
         if task.answered:
             return self._pairs(rows, index, task.name, self.config.data)
         return TextRows(
@@ -175,7 +191,7 @@ class Components:
         data = self.config.data.model_copy(update={"on_long_answer": "cut"})
         return self._pairs(rows, index, name, data)
 
-    def _pairs(self, rows: Rows | Sequence[Mapping[str, str]], index: int, name: str, data: DataConfig) -> PairRows:
+    def _pairs(self, rows: Texts, index: int, name: str, data: DataConfig) -> PairRows:
         kind = ChatRows if self.tasks[index].kind == "chat" else PairRows
         return kind(
             rows,
@@ -187,7 +203,7 @@ class Components:
             cache=self.cache,
         )
 
-    def pipeline(self, sources: list[EncodedRows], *, batch_size: int | None = None) -> Pipeline:
+    def pipeline(self, sources: Sequence[EncodedRows], *, batch_size: int | None = None) -> Pipeline:
         """Training batches of encoded examples; see `Pipeline`.
 
         Args:
@@ -257,7 +273,18 @@ def build(config: ExperimentConfig, folder: RunFolder) -> Components:
     tokenizer = load_tokenizer(config, tasks, folder.tokenizer)
     tokenizer.check_vocab(network.vocab_size)
     trainer = make_trainer(config, method, layout)
-    return Components(config, tasks, tokenizer, network, method, layout, trainer, cache)
+    sizes = _gone_sizes(config, tasks, method, folder)
+    return Components(config, tasks, tokenizer, network, method, layout, trainer, cache, sizes)
+
+
+def _gone_sizes(
+    config: ExperimentConfig, tasks: Sequence[TaskData], method: Method, folder: RunFolder
+) -> tuple[Int[np.ndarray, "examples 2"], ...]:
+    """Sizes of the pairs of tasks whose data is gone, as the run's memory knows them."""
+    gone = {index for index, spec in enumerate(config.tasks) if spec.data_gone and tasks[index].answered}
+    if not gone or method.replay is None or not folder.memory.is_file():
+        return ()
+    return tuple(spread_sizes(one.sizes) for one in Memory.load(folder.memory).tasks if one.task in gone)
 
 
 def _load(spec: TaskSpec, config: ExperimentConfig, cache: Cache) -> TaskData:
@@ -304,10 +331,10 @@ def _check_tasks(config: ExperimentConfig, tasks: tuple[TaskData, ...], method: 
         "pairs": (f"prompt_length + answer_length{soft}", data.prompt_length + data.answer_length + prefix),
     }
     gone = [spec.name for spec in config.tasks if spec.data_gone]
-    if gone and (method.joint or method.replay is not None):
+    if gone and method.joint:
         raise UserError(
-            f"task {gone[0]}: data_gone is true, but {config.method.name} needs the examples of earlier tasks; choose "
-            "a method that does not",
+            f"task {gone[0]}: data_gone is true, but {config.method.name} learns all tasks together and needs the "
+            "examples of each; choose a method that does not",
             exit_code=2,
         )
     written = method.replay is not None and method.replay.source != "kept"

@@ -98,7 +98,7 @@ def check_weights(config: ExperimentConfig, saved: Saved) -> None:
 
 
 def load_memory(path: Path, seed: int, saved: Saved | None) -> Memory:
-    """The memory of a run as it was when a checkpoint was written; tasks learned later are left out.
+    """The memory of a run as it was when a checkpoint was written; what later tasks changed is left out.
 
     Args:
       path: `memory.json` of the run.
@@ -114,12 +114,13 @@ def load_memory(path: Path, seed: int, saved: Saved | None) -> Memory:
     if not path.is_file():
         raise UserError(f"{path} is missing: it says which examples the run remembers of {len(known)} tasks; {_REMEDY}")
     memory = Memory.load(path)
+    memory = memory.of(set(map(int, known)))
     found = memory_prints(memory)
     for task, expected in known.items():
         if memory.seed != seed or found.get(task) != expected:
             what = f"seed {memory.seed}, not {seed}" if memory.seed != seed else f"other examples of task {task}"
             raise UserError(f"{path} has changed since the run wrote it: {what}; {_REMEDY}")
-    return memory.model_copy(update={"tasks": tuple(one for one in memory.tasks if str(one.task) in known)})
+    return memory
 
 
 def memory_prints(memory: Memory) -> dict[str, str]:

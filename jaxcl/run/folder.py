@@ -71,6 +71,7 @@ class RunFolder:
     checkpoints = property(lambda self: self.path / "checkpoints")
     tokenizer = property(lambda self: self.path / "tokenizer")
     memory = property(lambda self: self.path / "memory.json")
+    examples = property(lambda self: self.path / "memory")
     teacher = property(lambda self: self.path / "teacher")
 
     def store(self, task: int, process: int) -> Path:

@@ -15,7 +15,6 @@ import jax
 import numpy as np
 
 from jaxcl.config import ExperimentConfig
-from jaxcl.data.memory import Memory, TaskMemory
 from jaxcl.data.mix import Interleaved, Mixed
 from jaxcl.data.pipeline import Stream
 from jaxcl.data.teacher_store import TeacherStore, write_records
@@ -25,11 +24,21 @@ from jaxcl.methods.registry import find_method
 from jaxcl.reporting.report import write_report
 from jaxcl.run.components import Components, build, initial_params
 from jaxcl.run.evaluator import answering_params
-from jaxcl.run.fingerprints import load_memory, memory_prints, take_fingerprints
+from jaxcl.run.fingerprints import memory_prints, take_fingerprints
 from jaxcl.run.folder import RunFolder
+from jaxcl.run.remembering import (
+    Kept,
+    load_kept,
+    memory_pipeline,
+    remember,
+    remember_written,
+    remove_unneeded,
+    save_kept,
+    text_of,
+)
 from jaxcl.run.scoreboard import Scoreboard
 from jaxcl.run.synthesis import Writer, write_samples
-from jaxcl.run.tasks import Stage, memory_pipeline, remember, running_task
+from jaxcl.run.tasks import Stage, running_task
 from jaxcl.run.trunk import back_to_trunk, check_phases, starts_anew
 from jaxcl.sharding.processes import initialize, of_all_processes, on_first, wait_for_all
 from jaxcl.training.checkpoint import Checkpoints, Saved
@@ -150,7 +159,7 @@ class TaskSequence:
         self.checkpoints = checkpoints
         self.saved = checkpoints.latest_whole()
         self.fingerprints = take_fingerprints(parts, self.saved)
-        self.memory = load_memory(folder.memory, self.config.seed, self.saved)
+        self.kept = load_kept(folder, self.config.seed, self.saved)
         self.board = Scoreboard(parts, folder, None if self.saved is None else self.saved.progress.get("results"))
         self.main = jax.process_index() == 0
         self.sinks: list[Sink] = []
@@ -222,6 +231,7 @@ class TaskSequence:
             position = None
             self._evaluate(state, index)
         self.checkpoints.wait()  # finished only when the model is on disk
+        self._forget_unneeded()
         self.board.write(self.timing, finished=True)
         return self.board.results
 
@@ -303,11 +313,11 @@ class TaskSequence:
         return self.parts.trainer.init(initial_params(self.parts)).replace(step=step)
 
     def _conclude(self, state: TrainState, index: int) -> TrainState:
-        """Draws the task's memory, lets the method consolidate, and stores its signals for the memory."""
+        """Chooses what is remembered, lets the method consolidate, and stores its signals for the memory."""
         parts, method = self.parts, self.parts.method
-        self.memory = self._remember(state, index)
-        if self.main and self.memory.tasks:
-            self.memory.save(self.folder.memory)
+        self._forget_unneeded()
+        if method.replay is not None and not method.joint:
+            self.kept = self._remember(state, index)
         task = self._task(index, stage="after")
         new = method.consolidate(state.params, state.method_state, task)
         state = parts.trainer.with_method_state(state, new)
@@ -316,22 +326,31 @@ class TaskSequence:
         records = signal_records(parts.trainer, state, task)
         if (first := next(records, None)) is not None:
             stored = itertools.chain([first], records)
-            about = parts.about(self._memory_of(index))
+            about = parts.about(self.kept.task(index))
             write_records(self.folder.store(index, jax.process_index()), stored, about)
         wait_for_all(f"signals of task {index} stored")
         if self.main and (tables := method.tables(state.method_state)):
             write_tables(self.folder.importance, index, {name: np.asarray(value) for name, value in tables.items()})
         return state
 
-    def _remember(self, state: TrainState, index: int) -> Memory:
-        replay = self.parts.method.replay
+    def _remember(self, state: TrainState, index: int) -> Kept:
+        """What is remembered once a task is learned, written to the run folder."""
+        parts, replay = self.parts, self.parts.method.replay
         if replay is None or replay.source == "kept":
-            return remember(self.parts, self.memory, index)
+            kept = remember(parts, self.kept, index, state.params)
+            return save_kept(self.folder, self.kept, kept, lambda: text_of(parts, kept.task(index), kept.tables[index]))
         key = jax.random.fold_in(run_key(self.config.seed, "samples"), index)
         begun = replay.synthetic.writer == "start"
-        opened_by = initial_params(self.parts) if begun else self._params_before(index)
-        rows, dropped = write_samples(Writer(self.parts, index, opened_by, state.params), key)
-        return self.memory.with_written(index, self.parts.phase_name(index), rows, dropped)
+        opened_by = initial_params(parts) if begun else self._params_before(index)
+        rows, dropped = write_samples(Writer(parts, index, opened_by, state.params), key)
+        return save_kept(self.folder, self.kept, remember_written(parts, self.kept, index, rows, dropped), lambda: rows)
+
+    def _forget_unneeded(self) -> None:
+        """Removes examples that gave way to those of later tasks and that no checkpoint needs any more."""
+        if any(len(one.versions) > 1 for one in self.kept.memory.tasks):
+            self.checkpoints.wait()
+            learned = [map(int, saved.progress["memory"]) for saved in self.checkpoints.notes()]
+            on_first(lambda: remove_unneeded(self.folder, self.kept.memory, learned))
 
     def _stream(self, index: int) -> Stream:
         """The batches of a task, mixed with those of the memory if there is one."""
@@ -339,7 +358,7 @@ class TaskSequence:
         if parts.method.joint:
             return parts.pipeline(list(parts.all_train_rows.values()))
         pipeline = parts.pipeline([parts.train_rows(index)])
-        earlier = [task for task in self.memory.tasks if task.task < index and task.examples]
+        earlier = [task for task in self.kept.memory.tasks if task.task < index and task.kept]
         if replay is None or not earlier:
             return pipeline
         stores = {task.task: store for task in earlier if (store := self._open_store(task.task)) is not None}
@@ -347,7 +366,7 @@ class TaskSequence:
             Collate(parts.method, parts.trainer.target.params, parts.trainer.target.method_state) if stores else None
         )
         tasks = [task.task for task in earlier]
-        memory = memory_pipeline(parts, self.memory, tasks, stores=stores or None, collate=collate)
+        memory = memory_pipeline(parts, self.kept, tasks, stores=stores or None, collate=collate)
         if replay.mode == "mix":
             return Mixed(pipeline, memory)
         # With a fixed number of steps, the first memory step comes no later than the last one.
@@ -358,7 +377,7 @@ class TaskSequence:
     def _task(self, index: int, stage: Stage) -> RunningTask:
         """The task as the method sees it before or after training on it."""
         params_before = partial(self._params_before, index)
-        return running_task(self.parts, self.memory, index, stage=stage, params_before=params_before)
+        return running_task(self.parts, self.kept, index, stage=stage, params_before=params_before)
 
     def _params_before(self, index: int) -> Any:
         if self.parts.method.individual:
@@ -396,10 +415,7 @@ class TaskSequence:
 
     def _open_store(self, index: int) -> TeacherStore | None:
         paths = self.folder.stores(index)
-        return TeacherStore.open(paths, self.parts.about(self._memory_of(index))) if paths else None
-
-    def _memory_of(self, index: int) -> TaskMemory:
-        return next(task for task in self.memory.tasks if task.task == index)
+        return TeacherStore.open(paths, self.parts.about(self.kept.task(index))) if paths else None
 
     # Evaluation and results
 
@@ -422,7 +438,7 @@ class TaskSequence:
                 "tasks": len(self.parts.tasks),
                 "timing": self.timing,
                 "fingerprints": self.fingerprints,
-                "memory": memory_prints(self.memory),
+                "memory": memory_prints(self.kept.memory),
                 "results": self.board.results.plain(),
             }
             self.checkpoints.save(state, progress=progress, data=data, mark=mark)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 
-import jax
 import numpy as np
 from jaxtyping import Array
 
@@ -21,12 +20,10 @@ from jaxcl.data.plan import Shape
 from jaxcl.data.synthetic import Frame, Sample, choose_samples, read_body, shared_frame
 from jaxcl.errors import UserError
 from jaxcl.methods.options import SyntheticConfig
-from jaxcl.methods.passes.losses import example_losses
-from jaxcl.models.batch import Batch
 from jaxcl.models.generation import Generator
 from jaxcl.models.trainable import Params
 from jaxcl.run.components import Components
-from jaxcl.training.feed import place_batch
+from jaxcl.run.remembering import mean_losses
 
 logger = logging.getLogger(__name__)
 
@@ -96,21 +93,8 @@ class Writer:
         """Mean log-probability of each answer's tokens, in nats."""
         if not rows:
             return []
-        parts = self.parts
-        encoded = parts.encode_written(rows, self.index, "samples")
-        network, chunk = parts.network, parts.method.options.loss_chunk
-
-        def losses(params: Params, batch: Batch) -> Mapping[str, Array]:
-            states = network.hidden(params, batch).states
-            return {"losses": example_losses(network, params, states, batch, chunk), "example": batch.example}
-
-        compiled = parts.trainer.compile(losses)
-        found = np.zeros(len(rows))
-        for batch in parts.pipeline([encoded]).once(None, 0, jax.process_index(), jax.process_count()):
-            result = compiled(self.learned, place_batch(batch, parts.layout.batch))
-            examples = np.asarray(result["example"])
-            found[examples[examples >= 0]] = -np.asarray(result["losses"])[examples >= 0]
-        return found.tolist()
+        encoded = self.parts.encode_written(rows, self.index, "samples")
+        return (-mean_losses(self.parts, self.learned, self.parts.pipeline([encoded]))).tolist()
 
     @property
     def _largest(self) -> Shape:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxcl.data.memory import Memory, MemoryPipeline, SubsetRows, draw_examples
+from jaxcl.data.memory import Memory, MemoryPipeline, RememberedRows, draw_examples
 from jaxcl.data.pairs import PairRows
 from jaxcl.data.spec import DataConfig
 from jaxcl.data.teacher_store import TeacherStore, write_records
@@ -23,12 +23,22 @@ def rows(task, count=30):
 
 
 def memory():
-    both = Memory(seed=5).with_task(0, "task0", count=30, fraction=0.2, minimum=1)
-    return both.with_task(1, "task1", count=20, fraction=0.1, minimum=3)
+    both = Memory(seed=5).with_task(0, "task0", count=30, examples=[7, 3, 29, 11, 12, 20])
+    return both.with_task(1, "task1", count=20, examples=[19, 0, 4])
+
+
+def kept_rows(kept):
+    """Rows of the kept examples alone, encoded from the whole tasks."""
+    return {
+        one.task: PairRows(
+            rows(one.task, one.count).table.take(one.kept), small_tokenizer(), CONFIG, task=one.task, name=one.name
+        )
+        for one in kept.tasks
+    }
 
 
 @given(st.integers(0, 200), st.floats(0, 1), st.integers(0, 10), st.integers(0, 3), st.integers(0, 3))
-def test_so_many_different_examples_are_drawn(count, fraction, minimum, seed, task):
+def test_as_many_different_examples_are_drawn_as_asked_for(count, fraction, minimum, seed, task):
     kept = draw_examples(count, fraction, minimum, seed=seed, task=task)
     assert len(kept) == min(count, max(minimum, round(fraction * count), 1 if fraction > 0 else 0))
     assert len(set(kept)) == len(kept)
@@ -44,12 +54,39 @@ def test_draws_are_spread_over_the_task_and_differ_by_seed_and_task():
 
 
 def test_a_memory_is_kept_as_json(tmp_path):
-    kept = memory()
+    kept = memory().cut({0: 2, 1: 3}, after=1).with_files({0: {"a": "hash"}})
     kept.save(tmp_path / "memory.json")
     assert Memory.load(tmp_path / "memory.json") == kept
-    assert [len(one.examples) for one in kept.tasks] == [6, 3]
-    again = kept.with_task(0, "task0", count=30, fraction=0.2, minimum=1)
-    assert again == kept
+    assert [one.kept for one in kept.tasks] == [(3, 7), (0, 4, 19)]
+    assert [one.ranked for one in kept.tasks] == [(7, 3), (19, 0, 4)]
+    assert [len(one.versions) for one in kept.tasks] == [2, 1]
+    assert [one.versions[-1].files for one in kept.tasks] == [{"a": "hash"}, {}]
+
+
+def test_a_memory_is_as_it_was_when_fewer_tasks_were_learned():
+    kept = memory().cut({0: 2}, after=1).with_task(2, "task2", count=9, examples=[1]).cut({0: 0, 1: 1}, after=2)
+    assert [one.kept for one in kept.tasks] == [(), (19,), (1,)]
+    assert kept.of({0, 1}) == memory().cut({0: 2}, after=1)
+    assert kept.of({0}) == Memory(seed=5, tasks=memory().tasks[:1])
+    assert kept.of(set()) == Memory(seed=5)
+    assert kept.with_task(1, "task1", count=4, examples=[3]).tasks[1].kept == (3,)
+
+
+@pytest.mark.parametrize(
+    ("examples", "sizes", "message"),
+    [
+        ([3, 3], [2], "different numbers from 0 to 8"),
+        ([3, 9], [2], "different numbers from 0 to 8"),
+        ([3], [2], "a version is larger than the one before it"),
+        ([3, 4], [1, 2], "a version is larger"),
+    ],
+)
+def test_impossible_memories_are_refused(tmp_path, examples, sizes, message):
+    versions = [{"after": 0, "size": size} for size in sizes]
+    task = {"task": 0, "name": "x", "count": 9, "examples": examples, "versions": versions}
+    (tmp_path / "memory.json").write_text(json.dumps({"version": 2, "seed": 0, "tasks": [task]}))
+    with pytest.raises(UserError, match=message):
+        Memory.load(tmp_path / "memory.json")
 
 
 @pytest.mark.parametrize(
@@ -69,7 +106,7 @@ def test_unusable_memories_are_named(tmp_path, content, message):
 
 def test_batches_hold_the_kept_examples_of_all_tasks_and_nothing_else():
     kept, sources = memory(), {0: rows(0), 1: rows(1, 20)}
-    stream = MemoryPipeline(kept, sources, CONFIG, batch_size=4)
+    stream = MemoryPipeline(kept, kept_rows(kept), CONFIG, batch_size=4)
     for batches in (list(stream.once()), [stream.batch_at(s, seed=1) for s in range(stream.steps_per_epoch)]):
         seen = set()
         for batch in batches:
@@ -80,21 +117,18 @@ def test_batches_hold_the_kept_examples_of_all_tasks_and_nothing_else():
                     shape = next(s for s in stream.shapes if s.length == batch["tokens"].shape[1])
                     expected = sources[int(task)].row(int(example), shape, ())
                     np.testing.assert_array_equal(batch["tokens"][at], expected["tokens"])
-        assert seen == {(one.task, example) for one in kept.tasks for example in one.examples}
-    only = MemoryPipeline(kept, sources, CONFIG, batch_size=4, tasks=[1])
+        assert seen == {(one.task, example) for one in kept.tasks for example in one.kept}
+    only = MemoryPipeline(kept, kept_rows(kept), CONFIG, batch_size=4, tasks=[1])
     assert {int(task) for batch in only.once() for task in batch["task"]} == {1}
 
 
 def test_rows_carry_what_was_stored_beside_them(tmp_path):
-    kept, sources = memory(), {0: rows(0), 1: rows(1, 20)}
+    kept, sources = memory(), kept_rows(memory())
     stores = {}
     for one in kept.tasks:
         write_records(
             tmp_path / str(one.task),
-            (
-                (i, {"row": np.array([one.task, i], np.int32), "map": np.full(i % 3, i, np.float16)})
-                for i in one.examples
-            ),
+            ((i, {"row": np.array([one.task, i], np.int32), "map": np.full(i % 3, i, np.float16)}) for i in one.kept),
         )
         stores[one.task] = TeacherStore.open(tmp_path / str(one.task))
 
@@ -127,7 +161,7 @@ def test_rows_carry_what_was_stored_beside_them(tmp_path):
 
 
 def test_a_store_without_an_example_is_an_error(tmp_path):
-    kept, sources = memory(), {0: rows(0), 1: rows(1, 20)}
+    kept, sources = memory(), kept_rows(memory())
     write_records(tmp_path / "store", [(999, {"x": np.zeros(1)})])
     store = TeacherStore.open(tmp_path / "store")
     stream = MemoryPipeline(kept, sources, CONFIG, batch_size=8, stores={0: store, 1: store}, collate=lambda *_: {})
@@ -139,7 +173,7 @@ def test_masked_memories_look_the_same_each_time():
     """What was stored beside them belongs to these masked tokens."""
     text = [{"text": t} for t in TEXTS * 4]
     source = TextRows(text, small_tokenizer(), CONFIG, objective="masked", task=0, name="news")
-    kept = Memory(seed=5).with_task(0, "news", count=len(source), fraction=0.5, minimum=1)
+    kept = Memory(seed=5).with_task(0, "news", count=len(source), examples=range(len(source)))
     stream = MemoryPipeline(kept, {0: source}, CONFIG, batch_size=1)
     recorded = {int(batch["example"][0]): batch for batch in stream.once()}
     iterator = stream.train(seed=9)
@@ -148,19 +182,13 @@ def test_masked_memories_look_the_same_each_time():
         assert_same_batch(batch, recorded[int(batch["example"][0])])
 
 
-def test_changed_data_is_noticed():
-    with pytest.raises(UserError, match="memory of task task1 was drawn from 20 examples, the task now has 30"):
+def test_rows_that_do_not_belong_to_the_memory_are_refused():
+    with pytest.raises(ValueError, match="expected the 6 kept examples of task0, got 30"):
         MemoryPipeline(memory(), {0: rows(0), 1: rows(1)}, CONFIG, batch_size=4)
     with pytest.raises(UserError, match="memory: no examples"):
         MemoryPipeline(Memory(seed=0), {}, CONFIG, batch_size=4)
-    with pytest.raises(ValueError, match="0 to 29, got 30"):
-        SubsetRows(rows(0), [3, 30])
-
-
-def test_a_memory_compiles_no_shape_of_its_own():
-    source = rows(0)
-    stream = MemoryPipeline(memory(), {0: source, 1: rows(1, 20)}, CONFIG, batch_size=4)
-    assert stream.shapes == source.shapes([])
+    described = RememberedRows(kept_rows(memory())[1], [0, 4, 19], 20).describe()
+    assert described == {"examples": 3, "of": 20, "tokens": int(rows(1).sizes[[0, 4, 19], 0].sum())}
 
 
 def test_json_is_readable(tmp_path):

@@ -22,7 +22,7 @@ def pairs(count):
 def streams(tasks=20, memories=6, batch=2):
     new = PairPipeline(pairs(tasks), small_tokenizer(), CONFIG, batch_size=batch, task=1)
     old = PairPipeline(pairs(memories), small_tokenizer(), CONFIG, batch_size=batch, task=0)
-    memory = Memory(seed=0).with_task(0, "old", count=memories, fraction=1.0, minimum=1)
+    memory = Memory(seed=0).with_task(0, "old", count=memories, examples=range(memories))
     remembered = MemoryPipeline(memory, {0: old.sources[0]}, CONFIG, batch_size=batch, shapes=new.shapes)
     return new, remembered
 

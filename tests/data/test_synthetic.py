@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from jaxcl.data.memory import Memory
 from jaxcl.data.synthetic import Frame, Sample, choose_samples, read_body, shared_frame
 
 
@@ -63,11 +62,3 @@ def test_similarity_is_where_a_copy_begins() -> None:
     sample = [Sample("abxy", "answer", 0.0)]
     assert not choose_samples(sample, ["abcd"], 1, 0.49).samples
     assert choose_samples(sample, ["abcd"], 1, 0.51).samples
-
-
-def test_a_memory_of_written_samples_holds_them_and_no_example() -> None:
-    rows = [{"prompt": "p", "answer": "a"}, {"prompt": "q", "answer": "b"}]
-    memory = Memory(seed=1).with_task(0, "first", count=50, fraction=0.1, minimum=1)
-    memory = memory.with_written(0, "first", rows, {"copy": 3})
-    (task,) = memory.tasks
-    assert (task.count, task.examples, task.written, task.dropped) == (2, (0, 1), tuple(rows), {"copy": 3})
