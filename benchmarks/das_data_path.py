@@ -3,8 +3,9 @@
     python -m benchmarks.das_data_path --megabytes 300
 
 Writes six domains and runs `jaxcl run` twice with the setting's row length and masking: the first run encodes the
-domains, the second finds them in the cache. Prints a JSON object per run: seconds in all, seconds for the data (reading,
-counting and encoding, or opening the cache), and the largest memory of the process. Model, batches and steps are small.
+domains, the second finds them in the cache. Prints a JSON object per run: seconds in all, seconds for the data
+(reading, counting and encoding, or opening the cache), and the largest memory of the process. Model, batches and steps
+are small.
 """
 
 from __future__ import annotations
