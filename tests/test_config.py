@@ -103,7 +103,6 @@ def test_values_of_overrides(tmp_path: Path, override: str, expected: Any) -> No
         (["output=gs://bucket/run"], ["output", "is a URL, which is not supported yet", "gs://bucket/run"]),
         (["data_root=s3://bucket"], ["data_root", "is a URL"]),
         (["tokenizer.path=hf://x/y"], ["tokenizer.path", "is a URL"]),
-        (["tasks.0.source=jsonl:gs://bucket/x"], ["tasks.0.source", "is a URL"]),
         (["output=~no_such_user_here/x"], ["output", "home folder is not known"]),
         (["training.batch_sise=8"], ["training.batch_sise", "unknown key", "did you mean batch_size?", "accumulate"]),
         (["model.hiden_size=8"], ["model.hiden_size", "did you mean hidden_size?"]),

@@ -175,13 +175,17 @@ class SubsetRows(EncodedRows):
         """Sizes of the kept examples."""
         return self.rows.sizes[self.indices]
 
+    def leaves(self) -> list[EncodedRows]:
+        """The sources of the whole set."""
+        return self.rows.leaves()
+
     def number(self, index: int) -> int:
         """Number of the example in the whole set."""
         return int(self.indices[index])
 
     def shapes(self, others: Sequence[SubsetRows]) -> list[Shape]:
         """Shapes for all examples of the whole sets, so that a memory needs no further compiled step."""
-        return self.rows.shapes([other.rows for other in others])
+        return self.rows.shapes([leaf for other in others for leaf in other.leaves()])
 
     def row(self, index: int, shape: Shape, noise: Noise) -> RowFields:
         """The row of a kept example; -1 gives a filler row."""

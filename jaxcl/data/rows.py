@@ -67,6 +67,15 @@ class EncodedRows(abc.ABC):
         """Tokens of all examples."""
         return int(self.sizes[:, 0].sum())
 
+    @property
+    def units(self) -> int:
+        """Number of examples; more than there are rows if a row holds several."""
+        return len(self)
+
+    def leaves(self) -> list[EncodedRows]:
+        """The sources that these rows are a mixture of, or only themselves."""
+        return [self]
+
     def smallest(self, shapes: Sequence[Shape]) -> Int[np.ndarray, " examples"]:
         """Number of the smallest shape that each example fits, uint8; `len(shapes)` if it fits none.
 

@@ -191,8 +191,10 @@ def row_shape(config: ExperimentConfig, causal: bool) -> Shape:
     data = config.data
     if not causal:
         return Shape(data.length, round(data.length * data.mask_rate))
-    pairs = Shape(data.prompt_length + data.answer_length, data.answer_length)
-    shapes = {pairs if expected_kind(task) in ("pairs", "chat") else Shape(data.length, None) for task in config.tasks}
+    length = data.prompt_length + data.answer_length
+    pairs = Shape(length, length if data.pack_pairs else data.answer_length)
+    kinds = {expected_kind(one) for one in (*config.tasks, *filter(None, [data.general]))}
+    shapes = {pairs if kind in ("pairs", "chat") else Shape(data.length, None) for kind in kinds}
     return max(shapes, key=lambda shape: (shape.length, shape.length if shape.predict is None else shape.predict))
 
 

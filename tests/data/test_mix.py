@@ -88,7 +88,7 @@ def test_steps_for_counts_what_comes_before_the_next_task_batch(options):
         length = mixed.steps_for(task_steps)
         assert order[:length].count("t") == task_steps
         assert order[length] == "t"
-        assert mixed.task_steps_in(length) == task_steps
+        assert mixed.own_steps_in(length) == task_steps
 
 
 @pytest.mark.parametrize("options", [{}, {"every": 3}, {"every": 1}])
