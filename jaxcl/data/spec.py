@@ -25,7 +25,10 @@ TEMPLATES: dict[str, str] = {
 }
 
 
-_SOURCE = "`scheme:rest`: json:FOLDER, jsonl:FILE_OR_FOLDER, text:FILE, tfds:NAME, hf:NAME or stdlib:NAME"
+_SOURCE = (
+    "`scheme:rest`: json, jsonl, text, csv, tsv or parquet and a file, folder, glob or URL; tfds:NAME, hf:NAME or "
+    "stdlib:NAME"
+)
 
 
 def template_names_fields(value: str | None) -> str | None:
