@@ -1,6 +1,9 @@
 """Runs whose tasks are mixed with general rows: shares, every method, resuming, and what is refused."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +51,18 @@ MIXED: dict[str, Any] = {
     "data": {**PAIRS["data"], "general": None},
     "tasks": [
         {"name": "both", "mix": MIX, "mix_by": "rows"},
-        {"name": "entities", "source": "stdlib:html_entity", "train": 16, "test": 4},
+        {"name": "numbers", "source": "stdlib:unicode_numeric", "train": 16, "test": 4},
     ],
     "training": {"batch_size": 8, "epochs": 1, "log_every": 1, "checkpoint_every": 3},
 }
+
+
+IN_A_PROCESS = """
+import json, sys
+from jaxcl.config import parse_config
+from jaxcl.run import sequence
+sequence.run(parse_config(json.load(sys.stdin)))
+"""
 
 
 def with_general(content: dict[str, Any], **general: Any) -> dict[str, Any]:
@@ -72,10 +83,10 @@ def test_every_method_learns_mixtures_packed_pairs_and_general_rows(name: str, t
         "training": {"batch_size": 4, "steps": 5, "log_every": 1},
     }
     if name == "progressive_prompts":  # learns vectors before prompts
-        content = with_general(content, source="stdlib:html_entity")
+        content = with_general(content, source="stdlib:unicode_numeric")
     results = run(content, tmp_path, {"name": name, **OPTIONS.get(name, {})})
     assert results.finished
-    assert results.tasks == ["both", "entities"]
+    assert results.tasks == ["both", "numbers"]
     assert all(np.isfinite(row["loss"]) for row in numbers(tmp_path))
     joint = find_method(name).joint
     for task in (0,) if joint else (0, 1):
@@ -125,8 +136,16 @@ def test_a_resumed_run_sees_the_same_batches(whole: Path, tmp_path: Path, saves:
 def test_accumulation_and_several_devices_change_no_number(tmp_path: Path) -> None:
     content = {**SHORT, "tasks": SHORT["tasks"][:1]}
     spread = {**content, "training": {**SHORT["training"], "accumulate": 2}, "mesh": {"data": 2, "fsdp": 2}}
-    run({**content, "mesh": {"data": 1}}, tmp_path / "one", "sequential")
-    run(spread, tmp_path / "four", "sequential")
+    run(content, tmp_path / "one", "sequential")
+    there = {**spread, "output": str(tmp_path / "four"), "method": "sequential"}
+    # Only another process can have more devices.
+    subprocess.run(
+        [sys.executable, "-c", IN_A_PROCESS],
+        input=json.dumps(there),
+        env={**os.environ, "JAX_NUM_CPU_DEVICES": "4"},
+        text=True,
+        check=True,
+    )
     one, four = (numbers(tmp_path / name) for name in ("one", "four"))
     assert [row["kind"] for row in one] == [row["kind"] for row in four]
     np.testing.assert_allclose([row["loss"] for row in one], [row["loss"] for row in four], rtol=1e-4)
@@ -168,7 +187,7 @@ def test_general_rows_that_changed_stop_the_resume(tmp_path: Path) -> None:
             "method.name: progressive_prompts needs prompts and answers; data.general is text",
         ),
         (
-            with_general(TEXT, source="stdlib:html_entity"),
+            with_general(TEXT, source="stdlib:unicode_numeric"),
             "sequential",
             "^data.general: prompts and answers need a dec",
         ),
@@ -214,7 +233,7 @@ def test_steps_on_general_rows_tell_nothing_about_the_task(tmp_path: Path) -> No
 def test_a_mixture_is_learned_remembered_and_resumed(name: str, tmp_path: Path) -> None:
     method = {"name": name, **OPTIONS.get(name, {})}
     results = run(MIXED, tmp_path / "whole", method)
-    assert results.tasks == ["both", "entities"]
+    assert results.tasks == ["both", "numbers"]
     joint = name == "joint"
     source = results.data["all tasks" if joint else "both"]
     source = (source if joint else source.get("task", source))["sources"]["both"]

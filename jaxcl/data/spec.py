@@ -241,7 +241,10 @@ class TokenizerConfig(Schema):
     )
     vocab_size: int = Field(2048, ge=262, description="size of the vocabulary of a trained tokenizer")
     train_rows: int | None = Field(
-        None, ge=1, description="maximal number of training rows per task that the tokenizer is trained on; none: all"
+        None,
+        ge=1,
+        description="maximal number of training rows per task, and of general rows, that the tokenizer is trained on; "
+        "none: all",
     )
 
     @field_validator("path")

@@ -295,7 +295,7 @@ def build(config: ExperimentConfig, folder: RunFolder) -> Components:
     method = config.method.build(network, len(tasks))
     _check_tasks(config, tasks, method, general)
     _check_metrics(config, tasks)
-    tokenizer = load_tokenizer(config, tasks, folder.tokenizer)
+    tokenizer = load_tokenizer(config, tasks if general is None else (*tasks, general), folder.tokenizer)
     tokenizer.check_vocab(network.vocab_size)
     trainer = make_trainer(config, method, layout)
     return Components(config, tasks, tokenizer, network, method, layout, trainer, cache, general)
@@ -391,7 +391,7 @@ def _check_metrics(config: ExperimentConfig, tasks: tuple[TaskData, ...]) -> Non
 
 
 def load_tokenizer(config: ExperimentConfig, tasks: tuple[TaskData, ...], folder: Path) -> Tokenizer:
-    """The run's tokenizer, saved in `folder`: configured, from the weights, or trained on the tasks."""
+    """The run's tokenizer, saved in `folder`: configured, from the weights, or trained on tasks and general rows."""
     if jax.process_count() > 1:  # process 0 writes it, the others read it
         on_first(lambda: _load_tokenizer(config, tasks, folder))
     return _load_tokenizer(config, tasks, folder)

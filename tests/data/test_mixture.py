@@ -12,6 +12,7 @@ from jaxcl.data.mixture import WINDOW, MixedRows, MixturePipeline
 from jaxcl.data.packed_pairs import pack_pairs
 from jaxcl.data.pairs import PairRows
 from jaxcl.data.pipeline import Pipeline
+from jaxcl.data.repeats import row_hash, row_hashes
 from jaxcl.data.sources import load_task
 from jaxcl.data.spec import DataConfig, MixedSource, TaskSpec
 from jaxcl.data.text import TextRows
@@ -261,6 +262,8 @@ def test_the_rows_of_a_task_are_those_of_its_sources(tmp_path):
     assert data.train.fingerprint == again.train.fingerprint
     assert data.train.fingerprint["rows"] == len(data.train)
     swapped = load_task(spec.model_copy(update={"mix": spec.mix[::-1]}))
+    hashes = row_hashes(data.train)
+    assert hashes.tolist() == [row_hash(row) for row in data.train]
     assert data.train.fingerprint["ordered"] != swapped.train.fingerprint["ordered"]
     assert data.train.fingerprint["content"] == swapped.train.fingerprint["content"]
 
