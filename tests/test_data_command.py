@@ -85,7 +85,7 @@ def test_a_mixture_has_a_line_per_source_and_general_rows_have_one(config, tmp_p
     found = describe_data(str(config), [], samples=1, colour=False).splitlines()
     assert found[1].split()[:4] == ["pairs", "train", "32", "32"]
     assert found[2].startswith("- 75.0% of rows: own ")
-    assert [line.split()[5:9] for line in found[2:4]] == [
+    assert [line.split()[4:8] for line in found[2:4]] == [
         ["own", "train", "12", "12"],
         ["stdlib:unicode_bidi", "train", "20", "20"],
     ]

@@ -92,7 +92,7 @@ class MixedRows(EncodedRows):
         return first.shapes([*rest, *(leaf for other in others for leaf in other.leaves())])
 
     def row(self, index: int, shape: Shape, noise: Noise) -> RowFields:
-        """The row of an example of one of the sources."""
+        """The row of an example of one of the sources, see `EncodedRows.row`."""
         source = int(np.searchsorted(self.starts, max(index, 0), side="right")) - 1
         return self.sources[source].row(index - int(self.starts[source]) if index >= 0 else -1, shape, noise)
 
