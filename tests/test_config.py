@@ -244,5 +244,7 @@ def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (config.tasks[0].source, config.tasks[0].data_dir) == (f"jsonl:{tmp_path}/rows", f"{tmp_path}/kept")
     assert config.tasks[0].end_task is not None
     assert config.tasks[0].end_task.source == f"text:{tmp_path}/end"
+    behind_url = {**content, "tasks": [{**task, "source": "jsonl:gs://bucket/x"}]}
+    assert parse_config(behind_url).tasks[0].source == "jsonl:gs://bucket/x"
     monkeypatch.setenv("JAXCL_DATA", "~/elsewhere")
     assert parse_config(content).data_root == f"{tmp_path}/elsewhere"

@@ -71,3 +71,23 @@ def test_repeated_rows_are_left_out(config):
     found = describe_data(str(config), ["data.deduplicate=true"], samples=0, colour=False)
     assert found.splitlines()[1].split()[:4] == ["pairs", "train", "9", "9"]
     assert "itself" not in found
+
+
+def test_a_mixture_has_a_line_per_source_and_general_rows_have_one(config, tmp_path):
+    content = config.read_text().replace(
+        f'source: "jsonl:{tmp_path}/pairs", kind: pairs',
+        f'mix_by: rows, mix: [{{source: "jsonl:{tmp_path}/pairs", weight: 3, name: own}}, '
+        '{source: "stdlib:unicode_bidi", train: 20, weight: 1}]',
+    )
+    config.write_text(
+        content.replace("length: 32,", f'length: 32, general: {{source: "text:{tmp_path}/news.txt", share: 0.1}},')
+    )
+    found = describe_data(str(config), [], samples=1, colour=False).splitlines()
+    assert found[1].split()[:4] == ["pairs", "train", "32", "32"]
+    assert found[2].startswith("- 75.0% of rows: own ")
+    assert [line.split()[4:8] for line in found[2:4]] == [
+        ["own", "train", "12", "12"],
+        ["stdlib:unicode_bidi", "train", "20", "20"],
+    ]
+    assert any(line.split()[:2] == ["data.general", "train"] for line in found)
+    assert any(line.split()[:2] == ["pairs", "train"] and "itself" in line for line in found[7:])

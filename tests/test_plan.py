@@ -80,9 +80,18 @@ def test_steps_are_planned_for_the_largest_rows_of_all_tasks() -> None:
 
     assert planned(pairs, text, length=48) == planned(text, pairs, length=48) == (Shape(48, None), True)
     assert planned(pairs, text, length=16) == planned(text, pairs, length=16) == (Shape(32, 8), True)
+    general = {**PAIRS_DATA, "general": {"source": "stdlib:python_topics", "share": 0.1}, "length": 48}
+    assert row_shape(config_of({"name": "sequential"}, tasks=[pairs], data=general), causal=True) == Shape(48, None)
     # Equally long, with more scores.
     assert planned(pairs, text, length=32) == (Shape(32, None), True)
     assert planned(text, length=16) == (Shape(16, None), False)
+
+
+def test_only_what_is_trained_on_is_packed() -> None:
+    config = config_of(SEEKR, data={**PAIRS_DATA, "pack_pairs": True})
+    found = programs(config, make_mesh(config.mesh, jax.devices()[:1]))
+    scored = {name: one.arguments["batch"].targets.shape[1] for name, one in found.items() if name != "generate"}
+    assert scored == {"train": 32, "replay": 8, "sensitivity": 8, "forgettability": 8}
 
 
 def test_what_stands_before_prompts_is_planned_for() -> None:

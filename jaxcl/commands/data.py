@@ -14,10 +14,13 @@ import numpy as np
 
 from jaxcl.commands.show import table
 from jaxcl.config import load_config
+from jaxcl.data.mixture import MixedRows
+from jaxcl.data.pairs import PairRows
 from jaxcl.data.repeats import Hashes, Overlap, overlaps, row_hashes
 from jaxcl.data.rows import EncodedRows
-from jaxcl.data.sources import SPLITS
+from jaxcl.data.sources import SPLITS, TaskData
 from jaxcl.data.split import Rows
+from jaxcl.data.text import TextRows
 from jaxcl.data.tokenizer import Tokenizer
 from jaxcl.run.components import Components, build
 from jaxcl.run.folder import RunFolder
@@ -56,9 +59,16 @@ def describe_data(source: str, overrides: Sequence[str], *, samples: int, colour
             for split in ("train", scored) if task.kind == "text" else ("train",):
                 started = time.monotonic()
                 encoded = parts.encode(index, split)
-                rows.append(_row(task.name, split, getattr(task, split), encoded, time.monotonic() - started))
+                seconds = time.monotonic() - started
+                rows.append(_row(task.name, split, getattr(task, split), encoded, seconds))
+                if isinstance(encoded, MixedRows):
+                    rows += _sources(task, split, encoded)
                 if split == "train" and samples:
                     shown += [f"\n{task.name}", *_samples(encoded, parts, samples, _COLOUR if colour else _PLAIN)]
+        if parts.general is not None:
+            started = time.monotonic()
+            encoded = parts.general_rows(0)
+            rows.append(_row("data.general", "train", parts.general.train, encoded, time.monotonic() - started))
         lines = [*table(rows, left=2), "", *_repeats(parts)]
         if shown:
             what = "green" if colour else "in ⟦brackets⟧"
@@ -75,7 +85,7 @@ def use_colour() -> bool:
 def _row(name: str, split: str, rows: Rows, encoded: EncodedRows, seconds: float) -> tuple[str, ...]:
     found = encoded.describe()
     cut = sum(found.get(key, 0) for key in ("cut_passages", "cut_prompts", "cut_answers"))
-    size = getattr(encoded, "table", None)
+    sizes = [leaf.table.bytes for leaf in encoded.leaves() if isinstance(leaf, PairRows | TextRows)]
     return (
         name,
         split,
@@ -85,9 +95,17 @@ def _row(name: str, split: str, rows: Rows, encoded: EncodedRows, seconds: float
         f"{found['scored_tokens']:,}" if "scored_tokens" in found else "all",
         f"{cut:,}",
         f"{found['fill']:.1%}" if "fill" in found else "",
-        f"{size.bytes / 1e6:.1f}" if size is not None else "",
+        f"{sum(sizes) / 1e6:.1f}" if sizes else "",
         f"{seconds:.1f}",
     )
+
+
+def _sources(task: TaskData, split: str, encoded: MixedRows) -> Iterator[tuple[str, ...]]:
+    """A row per source of a mixture, whose seconds are those of the task."""
+    there = [one for one in task.mixed if getattr(one, split)]
+    for one, rows, share in zip(there, encoded.sources, encoded.shares, strict=True):
+        name = f"- {float(share):.1%} of rows: {one.name.removeprefix(f'{task.name}: ')}"
+        yield (*_row(name, split, getattr(one, split), rows, 0.0)[:-1], "")
 
 
 def _repeats(parts: Components) -> Iterator[str]:

@@ -105,7 +105,7 @@ def _default(field: FieldInfo) -> str:
         return "required"
     if isinstance(field.default, BaseModel):
         return "defaults below"
-    return "none" if field.default is None else f"`{field.default}`"
+    return "none" if field.default in (None, "", ()) else f"`{field.default}`"
 
 
 def _first_line(owner: type) -> str:

@@ -53,6 +53,13 @@ class ExampleTable:
         shard, local = self.shards[number], index - int(self._starts[number])
         return shard.tokens[local], shard.spans[local]
 
+    def last_learned(self, index: int) -> Int[np.ndarray, " tokens"]:
+        """The last span of an example that is learned, where every second one is."""
+        tokens, spans = self[index]
+        last = len(spans) // 2 * 2
+        stop = int(spans[:last].sum())
+        return tokens[stop - int(spans[last - 1]) : stop]
+
     @property
     def total(self) -> int:
         """Number of tokens of all examples."""

@@ -217,6 +217,10 @@ class RememberedRows(EncodedRows):
         """Sizes of the kept examples."""
         return self.rows.sizes
 
+    def leaves(self) -> list[EncodedRows]:
+        """The sources of the whole set."""
+        return self.rows.leaves()
+
     def number(self, index: int) -> int:
         """Number of the example in the task."""
         return int(self.numbers[index])
@@ -227,7 +231,7 @@ class RememberedRows(EncodedRows):
 
     def shapes(self, others: Sequence[RememberedRows]) -> list[Shape]:
         """Shapes for the kept examples; give the run's to a pipeline, so that its step is not compiled again."""
-        return self.rows.shapes([other.rows for other in others])
+        return self.rows.shapes([leaf for other in others for leaf in other.leaves()])
 
     def row(self, index: int, shape: Shape, noise: Noise) -> RowFields:
         """The row of a kept example; -1 gives a filler row."""

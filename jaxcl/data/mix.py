@@ -1,13 +1,15 @@
-"""A task's batches, interleaved with memory batches or each paired with one."""
+"""A task's batches, interleaved with memory or general batches, or each paired with a memory batch."""
 
 from __future__ import annotations
 
-from typing import Any
+from fractions import Fraction
+from typing import Any, Literal
 
 import numpy as np
 
-from jaxcl.data.pipeline import CheckpointableIterator, Pipeline, iterate
+from jaxcl.data.pipeline import CheckpointableIterator, Pipeline, Stream, iterate
 from jaxcl.data.rows import HostBatch
+from jaxcl.data.shares import Shares, exactly
 
 
 class Interleaved:
@@ -50,15 +52,20 @@ class Interleaved:
         """Batches, memory batches included, in one epoch of the task."""
         return self.steps_for(self.task.steps_per_epoch)
 
-    def steps_for(self, task_steps: int) -> int:
-        """Batches, memory batches included, that hold `task_steps` task batches and the memory batches after them."""
+    def steps_for(self, own_steps: int) -> int:
+        """Batches, memory batches included, that hold `own_steps` task batches and the memory batches after them."""
         memories = int(self.order.sum())
-        periods, rest = divmod(task_steps, len(self.order) - memories)
+        periods, rest = divmod(own_steps, len(self.order) - memories)
         starts = np.flatnonzero(~self.order)
         # Up to, but not including, task batch number `rest` of the next period.
         return periods * len(self.order) + (int(starts[rest]) if rest else 0)
 
-    def task_steps_in(self, steps: int) -> int:
+    @property
+    def own_steps_per_epoch(self) -> int:
+        """Task batches in one epoch of the task."""
+        return self.task.steps_per_epoch
+
+    def own_steps_in(self, steps: int) -> int:
         """Task batches among the first `steps` batches."""
         periods, rest = divmod(steps, len(self.order))
         return steps - periods * int(self.order.sum()) - int(self.order[:rest].sum())
@@ -120,6 +127,19 @@ class Mixed:
         """Batches in one epoch of the task."""
         return self.task.steps_per_epoch
 
+    @property
+    def own_steps_per_epoch(self) -> int:
+        """All batches of an epoch: each holds rows of the task."""
+        return self.steps_per_epoch
+
+    def steps_for(self, own_steps: int) -> int:
+        """The same number: every batch holds rows of the task."""
+        return own_steps
+
+    def own_steps_in(self, steps: int) -> int:
+        """The same number: every batch holds rows of the task."""
+        return steps
+
     def batch_at(self, step: int, *, seed: int, process_index: int = 0, process_count: int = 1) -> HostBatch:
         """One process's rows of the batch of a step; a pure function of its arguments.
 
@@ -147,3 +167,92 @@ class Mixed:
             "task": self.task.describe(),
             "memory": self.memory.describe(),
         }
+
+
+class WithGeneral:
+    """A stream of batches of a task and its memory, among which whole batches of general examples come evenly.
+
+    Of the first n batches, `n * share` are general ones, rounded.
+
+    Attributes:
+      own: the other batches.
+      general: the pipeline of general examples, which is passed through in epochs of its own.
+      share: share of general batches among all.
+    """
+
+    def __init__(self, own: Stream, general: Pipeline, share: Fraction) -> None:
+        """Joins them.
+
+        Args:
+          own: batches of a task, with or without a memory.
+          general: the general examples.
+          share: share of general batches among all; above 0 and below 1.
+        """
+        self.own = own
+        self.general = general
+        self.share = share
+        self.prefetch = own.prefetch
+        self.threads = own.threads
+        self._turns = Shares([share, 1 - share])
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches, general ones included, in one epoch of the task."""
+        return self.steps_for(self.own_steps_per_epoch)
+
+    @property
+    def own_steps_per_epoch(self) -> int:
+        """Task batches in one epoch of the task."""
+        return self.own.own_steps_per_epoch
+
+    def steps_for(self, own_steps: int) -> int:
+        """Batches that hold `own_steps` task batches, what was added to them, and the general batches before them."""
+        wanted = self.own.steps_for(own_steps)
+        steps = wanted
+        while (missing := wanted - self._turns.before(steps)[1]) > 0:
+            steps += missing
+        return steps
+
+    def own_steps_in(self, steps: int) -> int:
+        """Task batches among the first `steps` batches."""
+        return self.own.own_steps_in(self._turns.before(steps)[1])
+
+    def batch_at(self, step: int, *, seed: int, process_index: int = 0, process_count: int = 1) -> HostBatch:
+        """One process's rows of the batch of a step; a pure function of its arguments.
+
+        Args:
+          step: number of the batch, counted over all epochs.
+          seed: seed of the shuffle and the masking.
+          process_index: which process asks.
+          process_count: number of processes.
+        """
+        turn, number = self._turns.at(step)
+        stream: Stream = self.own if turn else self.general
+        return stream.batch_at(number, seed=seed, process_index=process_index, process_count=process_count)
+
+    def train(self, seed: int, process_index: int = 0, process_count: int = 1) -> CheckpointableIterator:
+        """An endless iterator over the batches; see `iterate`."""
+        return iterate(self, seed, process_index, process_count)
+
+    def describe(self) -> dict[str, Any]:
+        """Counts of the other batches, and of the general ones under `general`."""
+        general = {"step_share": round(float(self.share), 4), **self.general.describe()}
+        return {**self.own.describe(), "general": general}
+
+
+def general_share(share: float, by: Literal["tokens", "rows"], own: Pipeline, general: Pipeline) -> Fraction:
+    """Share of general batches for which general examples have a share of all tokens or rows.
+
+    Memory batches count as batches of the task.
+
+    Args:
+      share: of the general examples, above 0 and below 1.
+      by: what it is a share of. By rows, it is the share of batches: all have the same number of rows.
+      own: the task's batches.
+      general: the general batches.
+    """
+    wanted = exactly(share)
+    if by == "rows":
+        return wanted
+    ours, theirs = own.tokens_per_step, general.tokens_per_step
+    return wanted * ours / (wanted * ours + (1 - wanted) * theirs)

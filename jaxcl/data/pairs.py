@@ -239,10 +239,7 @@ class PairRows(EncodedRows):
 
     def answer(self, index: int) -> Int[np.ndarray, " tokens"]:
         """The tokens of the last span that is learned, end token included."""
-        tokens, spans = self.table[index]
-        last = len(spans) // 2 * 2
-        stop = int(spans[:last].sum())
-        return tokens[stop - int(spans[last - 1]) : stop].astype(np.int32)
+        return self.table.last_learned(index).astype(np.int32)
 
     def shapes(self, others: Sequence[PairRows]) -> list[Shape]:
         """See `pair_shapes`."""
@@ -253,17 +250,21 @@ class PairRows(EncodedRows):
         row = blank(shape, self.pad_id)
         if index < 0:
             return row
-        tokens, spans = self.table[index]
-        tokens = np.concatenate([self._prefix, tokens]) if len(self._prefix) else tokens
+        tokens, at = self.learned(index)
         place(row, tokens, np.array([len(tokens)]))
-        ends = len(self._prefix) + np.cumsum(spans, dtype=np.int64)
-        scored = [np.arange(start, stop) for start, stop in zip(ends[::2], ends[1::2], strict=False)]
-        at = scored[0] if len(scored) == 1 else np.concatenate(scored)
-        at = at[at > 0]  # no position predicts the first token
         row["predict"][: len(at)] = at - 1
         row["targets"][: len(at)] = tokens[at]
         row["weights"][: len(at)] = 1
         return row
+
+    def learned(self, index: int) -> tuple[Int[np.ndarray, " tokens"], Int[np.ndarray, " learned"]]:
+        """The tokens of an example, and the places of those that are learned."""
+        tokens, spans = self.table[index]
+        tokens = np.concatenate([self._prefix, tokens]) if len(self._prefix) else tokens
+        ends = len(self._prefix) + np.cumsum(spans, dtype=np.int64)
+        scored = [np.arange(start, stop) for start, stop in zip(ends[::2], ends[1::2], strict=False)]
+        at = scored[0] if len(scored) == 1 else np.concatenate(scored)
+        return tokens, at[at > 0]  # no position predicts the first token
 
     def describe(self) -> dict[str, Any]:
         """Examples, tokens, scored tokens and cut examples."""
@@ -276,7 +277,7 @@ class PairRows(EncodedRows):
         }
 
 
-def pair_shapes(rows: Sequence[PairRows], config: DataConfig) -> list[Shape]:
+def pair_shapes(rows: Sequence[EncodedRows], config: DataConfig) -> list[Shape]:
     """A few shapes for all examples of `rows`; given the rows of all tasks, the tasks share their compiled steps.
 
     Args:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from fractions import Fraction
 from typing import Any, Protocol, cast
 
 import numpy as np
+from jaxtyping import Int
 
 from jaxcl.data.labelled import LabelledRows
 from jaxcl.data.pairs import PairRows
@@ -50,7 +52,7 @@ class CheckpointableIterator(Protocol):
 
 
 class Stream(Protocol):
-    """Batches to train on: a pipeline or a mixture of two."""
+    """Batches to train on: a pipeline, or several whose batches take turns."""
 
     prefetch: int
     threads: int
@@ -58,6 +60,19 @@ class Stream(Protocol):
     @property
     def steps_per_epoch(self) -> int:
         """Batches in one epoch."""
+        ...
+
+    @property
+    def own_steps_per_epoch(self) -> int:
+        """Batches of the task in one epoch, without those that were added to them."""
+        ...
+
+    def steps_for(self, own_steps: int) -> int:
+        """Batches that hold `own_steps` batches of the task, and what was added to them."""
+        ...
+
+    def own_steps_in(self, steps: int) -> int:
+        """Batches of the task among the first `steps` batches."""
         ...
 
     def batch_at(self, step: int, *, seed: int, process_index: int, process_count: int) -> HostBatch:
@@ -118,7 +133,7 @@ class Pipeline:
       shapes: the shapes of all batches; a step is compiled for each of them.
       batch_size: rows per batch over all processes.
       steps_per_epoch: batches in which every example appears once.
-      origin: `task` or `memory`; a field of every batch.
+      origin: `task`, `memory` or `general`; a field of every batch.
     """
 
     def __init__(
@@ -140,7 +155,7 @@ class Pipeline:
           batch_size: rows per batch over all processes.
           config: `prefetch` and `threads` are used.
           shapes: shapes for prompt-answer batches (see `pair_shapes`); none: chosen from `sources`.
-          origin: `task` or `memory`.
+          origin: `task`, `memory` or `general`.
           fixed_noise: seed that masks the same tokens of a row in every epoch; required for rows with stored signals.
           lookup: returns the stored record of a row, given its task and example.
           collate: collates the stored records of a batch; required with `lookup`.
@@ -169,12 +184,12 @@ class Pipeline:
         for number, group in enumerate(dict.fromkeys(rows.group for rows in self.sources)):
             self._add_group(number, group, shapes if group == PairRows.group else None)
         self.steps_per_epoch = plan_steps(self._buckets, self._groups, batch_size)
-        self._plans: dict[tuple[int, int], Plan] = {}
+        self._plans: dict[tuple[int, ...], Plan] = {}
 
     def _add_group(self, number: int, group: str, shapes: Sequence[Shape] | None) -> None:
         members = [index for index, rows in enumerate(self.sources) if rows.group == group]
-        first = self.sources[members[0]]
-        chosen = list(shapes) if shapes is not None else first.shapes([self.sources[index] for index in members[1:]])
+        first, *others = (leaf for index in members for leaf in self.sources[index].leaves())
+        chosen = list(shapes) if shapes is not None else first.shapes(others)
         start = len(self.shapes)
         for index in members:
             smallest = self.sources[index].smallest(chosen)
@@ -185,6 +200,24 @@ class Pipeline:
             self._buckets[self._offsets[index] : self._offsets[index + 1]] = start + smallest
         self.shapes += chosen
         self._groups += [number] * len(chosen)
+
+    @property
+    def own_steps_per_epoch(self) -> int:
+        """All batches of an epoch."""
+        return self.steps_per_epoch
+
+    def steps_for(self, own_steps: int) -> int:
+        """The same number: all batches are the task's."""
+        return own_steps
+
+    def own_steps_in(self, steps: int) -> int:
+        """The same number: all batches are the task's."""
+        return steps
+
+    @property
+    def tokens_per_step(self) -> Fraction:
+        """Mean number of tokens of a batch."""
+        return Fraction(sum(rows.total for rows in self.sources), self.steps_per_epoch)
 
     def train(self, seed: int, process_index: int = 0, process_count: int = 1) -> CheckpointableIterator:
         """An endless iterator, reshuffled every epoch; see `iterate`."""
@@ -218,7 +251,11 @@ class Pipeline:
         kept = np.arange(self.examples)
         if seed is not None:
             kept = np.random.default_rng((seed, 0)).permutation(kept)
-        kept = np.sort(kept[:limit])
+        yield from self._pass(np.sort(kept[:limit]), seed, process_index, process_count)
+
+    def _pass(
+        self, kept: Int[np.ndarray, " kept"], seed: int | None, process_index: int, process_count: int
+    ) -> Iterator[HostBatch]:
         plan = plan_epoch(self._buckets[kept], self._groups, self.batch_size, 0, None)
         plan = Plan(plan.shapes, np.where(plan.rows >= 0, kept[plan.rows], -1))
         noise = (seed or 0, 0) if self._fixed_noise is None else (self._fixed_noise, 0)

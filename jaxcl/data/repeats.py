@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import UInt64
 
 from jaxcl.data.cache import Cache
-from jaxcl.data.split import ListRows, Rows, StreamedRows
+from jaxcl.data.split import JoinedRows, ListRows, Rows, StreamedRows
 
 Hashes = UInt64[np.ndarray, " rows"]
 
@@ -31,6 +31,8 @@ def row_hash(row: Mapping[str, str]) -> int:
 
 def row_hashes(rows: Rows, cache: Cache | None = None) -> Hashes:
     """`row_hash` of all rows, in their order; the cache keeps those of streamed rows."""
+    if isinstance(rows, JoinedRows):
+        return np.concatenate([row_hashes(part, cache) for part in rows.parts])
     if cache is None or not isinstance(rows, StreamedRows):
         return np.fromiter(map(row_hash, rows), np.uint64)
 

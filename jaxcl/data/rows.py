@@ -9,6 +9,7 @@ from typing import Any, NotRequired, TypedDict
 import numpy as np
 from jaxtyping import Float, Int
 
+from jaxcl.data.examples import ExampleTable
 from jaxcl.data.plan import Shape
 
 #: Seeds of everything random about a row (which tokens are masked).
@@ -48,11 +49,13 @@ class EncodedRows(abc.ABC):
       group: name of the kind of rows; only rows of the same group share a batch.
       name: name of the task.
       task: index of the task.
+      table: the examples as token sequences; rows of labelled texts have none.
     """
 
     group: str
     name: str
     task: int
+    table: ExampleTable
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -66,6 +69,15 @@ class EncodedRows(abc.ABC):
     def total(self) -> int:
         """Tokens of all examples."""
         return int(self.sizes[:, 0].sum())
+
+    @property
+    def units(self) -> int:
+        """Number of examples; more than there are rows if a row holds several."""
+        return len(self)
+
+    def leaves(self) -> list[EncodedRows]:
+        """The sources that these rows are a mixture of, or only themselves."""
+        return [self]
 
     def smallest(self, shapes: Sequence[Shape]) -> Int[np.ndarray, " examples"]:
         """Number of the smallest shape that each example fits, uint8; `len(shapes)` if it fits none.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,8 +17,8 @@ from jaxcl.data.hubs import hub_records, read_hf, read_tfds
 from jaxcl.data.messages import has_conversation
 from jaxcl.data.opening import RowReader, divide, held_out, limited, open_splits, read_rows
 from jaxcl.data.repeats import without_repeats
-from jaxcl.data.spec import EndTaskSpec, Kind, SourceSpec, TaskSpec
-from jaxcl.data.split import ListRows, Rows
+from jaxcl.data.spec import EndTaskSpec, GeneralSpec, Kind, SourceSpec, TaskSpec
+from jaxcl.data.split import JoinedRows, ListRows, Rows
 from jaxcl.data.values import class_names, same_class
 from jaxcl.errors import UserError
 
@@ -37,6 +38,7 @@ class TaskData:
       test: test rows, never empty.
       labels: class names of a labelled task, sorted unless the source gives an order.
       where: file or name that the rows of each split come from, for messages.
+      mixed: the sources of a mixture, whose rows are the task's, one source after another; else empty.
     """
 
     name: str
@@ -46,6 +48,7 @@ class TaskData:
     test: Rows
     labels: tuple[str, ...] = ()
     where: Mapping[str, str] = dataclasses.field(default_factory=dict, compare=False, repr=False)
+    mixed: tuple[TaskData, ...] = ()
 
     @property
     def answered(self) -> bool:
@@ -73,6 +76,8 @@ def source_kind(spec: SourceSpec) -> Kind | None:
     >>> source_kind(SourceSpec(source="stdlib:python_topics"))
     'text'
     """
+    if isinstance(spec, TaskSpec) and spec.mix:
+        return next(filter(None, map(source_kind, spec.mix)), None)
     scheme, _, rest = spec.source.partition(":")
     if scheme == "stdlib":
         from jaxcl.data.stdlib import stdlib_kind
@@ -81,7 +86,7 @@ def source_kind(spec: SourceSpec) -> Kind | None:
     return "text" if scheme == "text" else None
 
 
-def expected_kind(spec: TaskSpec) -> Kind:
+def expected_kind(spec: TaskSpec | GeneralSpec) -> Kind:
     """The kind that a task's rows have as far as can be said without reading them.
 
     Where neither the task's section nor its source's name says it, a task with an end task is taken for text, and any
@@ -95,7 +100,8 @@ def expected_kind(spec: TaskSpec) -> Kind:
     """
     if kind := spec.kind or source_kind(spec):
         return kind
-    return "pairs" if spec.prompt_template or spec.end_task is None else "text"
+    ended = isinstance(spec, TaskSpec) and spec.end_task is not None
+    return "pairs" if spec.prompt_template or not ended else "text"
 
 
 def load_task(spec: TaskSpec, seed: int = 0, cache: Cache | None = None, *, deduplicate: bool = False) -> TaskData:
@@ -109,9 +115,27 @@ def load_task(spec: TaskSpec, seed: int = 0, cache: Cache | None = None, *, dedu
       deduplicate: leave out training rows that repeat an earlier one, see `without_repeats`.
 
     Raises:
-      UserError: the source is unknown, cannot be read, is empty, or lacks a field.
+      UserError: the source is unknown, cannot be read, is empty, or lacks a field; or the sources of a mixture have
+        rows of different kinds.
     """
+    if spec.mix:
+        return _load_mix(spec, seed, cache, deduplicate)
     return _load(spec, spec.name, spec.kind, spec.prompt_template, seed, cache, deduplicate)
+
+
+def load_general(
+    spec: GeneralSpec, seed: int = 0, cache: Cache | None = None, *, deduplicate: bool = False
+) -> TaskData:
+    """Opens the general rows that all tasks are mixed with; see `load_task`.
+
+    Args:
+      spec: the section of the configuration.
+      seed: see `load_task`.
+      cache: see `load_task`.
+      deduplicate: see `load_task`.
+    """
+    with _named("data.general"):
+        return _load(spec, "general", spec.kind, spec.prompt_template, seed, cache, deduplicate)
 
 
 def load_end_task(spec: EndTaskSpec, name: str, seed: int = 0) -> TaskData:
@@ -142,6 +166,32 @@ def load_source(source: str, *, seed: int = 0, **options: Any) -> TaskData:
     """
     name = options.pop("name", None) or re.split(r"[:/\\]", source.rstrip(":/\\"))[-1] or "task"
     return load_task(TaskSpec(name=name, source=source, **options), seed)
+
+
+def _load_mix(spec: TaskSpec, seed: int, cache: Cache | None, deduplicate: bool) -> TaskData:
+    found: list[TaskData] = []
+    for one in spec.mix:
+        name, template = f"{spec.name}: {one.name or one.source}", one.prompt_template
+        with _named(f"task {name}"):
+            found.append(_load(one, name, spec.kind, template, seed, cache, deduplicate))
+        if found[-1].kind != found[0].kind:
+            raise UserError(
+                f"task {name}: its rows are {found[-1].kind}, those of {found[0].name} are {found[0].kind}; the "
+                "sources of a task are of one kind"
+            )
+    train, dev, test = (JoinedRows([getattr(one, split) for one in found]) for split in SPLITS)
+    where = {split: ", ".join(one.where[split] for one in found) for split in SPLITS}
+    return TaskData(spec.name, found[0].kind, train, dev, test, where=where, mixed=tuple(found))
+
+
+@contextlib.contextmanager
+def _named(words: str) -> Iterator[None]:
+    """Lets a message begin with what in the configuration it is about."""
+    try:
+        yield
+    except UserError as error:
+        text = re.sub(r"^task [^:]*: ", "", str(error)) if words.startswith("data.") else str(error)
+        raise UserError(text if text.startswith(words) else f"{words}: {text}", exit_code=error.exit_code) from error
 
 
 def _load(
@@ -304,4 +354,14 @@ def _listed(record: Record) -> str:
     return ", ".join(map(str, record)) or "none"
 
 
-__all__ = ["SPLITS", "Raw", "TaskData", "expected_kind", "load_end_task", "load_source", "load_task", "source_kind"]
+__all__ = [
+    "SPLITS",
+    "Raw",
+    "TaskData",
+    "expected_kind",
+    "load_end_task",
+    "load_general",
+    "load_source",
+    "load_task",
+    "source_kind",
+]

@@ -7,9 +7,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from jaxcl.data.formats.find import SCHEMES
-from jaxcl.data.formats.storage import is_url
-from jaxcl.data.places import place
+from jaxcl.data.places import FILE_SCHEMES, is_url, place
 from jaxcl.schema import Schema
 
 Kind = Literal["pairs", "chat", "text", "labelled"]
@@ -27,13 +25,28 @@ TEMPLATES: dict[str, str] = {
 }
 
 
+_SOURCE = (
+    "`scheme:rest`: json, jsonl, text, csv, tsv or parquet and a file, folder, glob or URL; tfds:NAME, hf:NAME or "
+    "stdlib:NAME"
+)
+
+
+def template_names_fields(value: str | None) -> str | None:
+    """Checks that a prompt template names at least one field."""
+    if value is not None:
+        try:
+            named = [field for _, field, _, _ in string.Formatter().parse(value) if field]
+        except ValueError as error:
+            raise ValueError(f"is not a template: {error}") from error
+        if not named:
+            raise ValueError("must name at least one field of the row, for example {text}")
+    return value
+
+
 class SourceSpec(Schema):
     """Where rows of text come from and what their fields are called."""
 
-    source: str = Field(
-        description="`scheme:rest`: json:, jsonl:, text:, csv:, tsv: or parquet: with a file, folder, glob or URL; "
-        "tfds:NAME, hf:NAME or stdlib:NAME"
-    )
+    source: str = Field(description=_SOURCE)
     train: int | None = Field(None, ge=1, description="maximal number of training rows used; none: all")
     dev: int | None = Field(None, ge=1, description="maximal number of development rows used; none: all")
     test: int | None = Field(None, ge=1, description="maximal number of test rows used; none: all")
@@ -56,16 +69,37 @@ class SourceSpec(Schema):
     def _source_is_place(cls, value: str) -> str:
         scheme, colon, rest = value.partition(":")
         if is_url(rest):
-            if scheme not in SCHEMES:
-                raise ValueError(f"a URL needs one of {', '.join(SCHEMES)} before it")
+            if scheme not in FILE_SCHEMES:
+                raise ValueError(f"a URL needs one of {', '.join(FILE_SCHEMES)} before it")
             return value
-        files = scheme in SCHEMES
+        files = scheme in FILE_SCHEMES
         return f"{scheme}:{place(rest)}" if colon and (files or rest.startswith("~")) else value
 
     @field_validator("data_dir")
     @classmethod
     def _is_place(cls, value: str | None) -> str | None:
         return value and place(value)
+
+
+class MixedSource(SourceSpec):
+    """One of several sources of a task."""
+
+    name: str | None = Field(None, description="name in tables and messages; none: the source")
+    weight: float = Field(description="its weight among the sources of the task, above 0")
+    prompt_template: str | None = Field(None, description="as in a task")
+
+    _checked = field_validator("prompt_template")(template_names_fields)
+
+
+class GeneralSpec(SourceSpec):
+    """General text or conversations, a share of which every task is mixed with."""
+
+    share: float = Field(gt=0, lt=1, description="share of the general rows in training")
+    by: Literal["tokens", "rows"] = Field("tokens", description="what the share is counted in")
+    kind: Kind | None = Field(None, description="as in a task")
+    prompt_template: str | None = Field(None, description="as in a task")
+
+    _checked = field_validator("prompt_template")(template_names_fields)
 
 
 class EndTaskSpec(SourceSpec):
@@ -79,6 +113,11 @@ class TaskSpec(SourceSpec):
     """One task or domain of the sequence."""
 
     name: str = Field(min_length=1, pattern=r"^[^/\\]+$", description="name in results and file names")
+    source: str = Field("", description=f"{_SOURCE}; this or mix")
+    mix: tuple[MixedSource, ...] = Field(
+        (), description="several sources instead of one, each a section with a weight and fields of its own"
+    )
+    mix_by: Literal["tokens", "rows"] = Field("tokens", description="what the weights of mix are shares of")
     kind: Kind | None = Field(
         None,
         description="pairs (prompt and answer), chat (conversations), text or labelled; none: inferred from the "
@@ -97,17 +136,23 @@ class TaskSpec(SourceSpec):
         description="the data of this learned task is deleted, so it is not scored again (jaxcl extend --data-gone)",
     )
 
-    @field_validator("prompt_template")
-    @classmethod
-    def _template_names_fields(cls, value: str | None) -> str | None:
-        if value is not None:
-            try:
-                named = [field for _, field, _, _ in string.Formatter().parse(value) if field]
-            except ValueError as error:
-                raise ValueError(f"is not a template: {error}") from error
-            if not named:
-                raise ValueError("must name at least one field of the row, for example {text}")
-        return value
+    _checked = field_validator("prompt_template")(template_names_fields)
+
+    @model_validator(mode="after")
+    def _one_or_several_sources(self) -> TaskSpec:
+        if bool(self.source) == bool(self.mix):
+            raise ValueError(f"source: task {self.name} needs either a source or a mix of several")
+        own = [*SourceSpec.model_fields, "prompt_template"]
+        for name in own if self.mix else ():
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name}: task {self.name} is a mix, so it belongs into the sections of its sources")
+        names = [one.name or one.source for one in self.mix]
+        for one, name in zip(self.mix, names, strict=True):
+            if one.weight <= 0:
+                raise ValueError(f"mix: task {self.name}: the weight of {name} must be above 0, got {one.weight}")
+            if names.count(name) > 1:
+                raise ValueError(f"mix: task {self.name}: two sources are called {name}; give them names")
+        return self
 
 
 class DataConfig(Schema):
@@ -120,6 +165,16 @@ class DataConfig(Schema):
     length: int = Field(128, ge=8, description="tokens per row of text")
     packing: bool = Field(
         True, description="several passages per row of text; false: one passage per row, cut if too long"
+    )
+    pack_pairs: bool = Field(
+        False,
+        description="several pairs or conversations per row in training, as segments that do not see each other; "
+        "batch_size then counts such rows",
+    )
+    general: GeneralSpec | None = Field(
+        None,
+        description="a share of general text or conversations in the training of every task; it is not remembered and "
+        "not scored",
     )
     template: str = Field(
         "plain", description=f"template around a prompt: {', '.join(TEMPLATES)}, or a string that contains {{prompt}}"
@@ -191,7 +246,10 @@ class TokenizerConfig(Schema):
     )
     vocab_size: int = Field(2048, ge=262, description="size of the vocabulary of a trained tokenizer")
     train_rows: int | None = Field(
-        None, ge=1, description="maximal number of training rows per task that the tokenizer is trained on; none: all"
+        None,
+        ge=1,
+        description="maximal number of training rows per task, and of general rows, that the tokenizer is trained on; "
+        "none: all",
     )
 
     @field_validator("path")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from jaxtyping import Int
 
 from jaxcl.data.cache import Cache
 from jaxcl.data.files import write_json
-from jaxcl.data.fingerprint import RowsPrint, rows_print
+from jaxcl.data.fingerprint import RowsHash, RowsPrint, rows_print
 from jaxcl.data.formats.base import Records
 
 Row = dict[str, str]
@@ -51,6 +52,42 @@ class ListRows(list[Row]):
 
 def _write_print(rows: StreamedRows, part: int, path: Path) -> None:
     write_json(path, rows.fingerprint)
+
+
+class JoinedRows:
+    """The rows of several sources, one source after another.
+
+    Attributes:
+      parts: the rows of each source.
+    """
+
+    def __init__(self, parts: Sequence[Rows]) -> None:
+        self.parts = list(parts)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def __iter__(self) -> Iterator[Row]:
+        return itertools.chain.from_iterable(self.parts)
+
+    def pick(self, numbers: Sequence[int]) -> list[Row]:
+        """The rows of the given numbers, which increase."""
+        found: list[Row] = []
+        first = 0
+        for rows in self.parts:
+            last = first + len(rows)
+            if chosen := [number - first for number in numbers if first <= number < last]:
+                found += rows.pick(chosen)
+            first = last
+        return found
+
+    @property
+    def fingerprint(self) -> RowsPrint:
+        """Fingerprint of the rows, see `rows_print`."""
+        whole = RowsHash()
+        for rows in self.parts:
+            whole = whole.join(RowsHash.read(rows.fingerprint))
+        return whole.result()
 
 
 class Members(NamedTuple):

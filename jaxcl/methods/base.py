@@ -186,7 +186,7 @@ class Method(ToolHooks, Generic[OptionsT]):
         Args:
           params: the model's params, of which `jaxcl.models.trained` are differentiated.
           state: the method's state.
-          batch: token rows, of the task at hand or remembered (`Batch.origin`).
+          batch: token rows, of the task at hand, general or remembered (`Batch.origin`).
           key: new at every step.
         """
         return language_model_terms(self.network, params, batch, key, self.options.loss_chunk)

@@ -32,7 +32,7 @@ class Batch:
         and `targets` and `weights` then have shape `[batch, length]`.
       targets: token id expected at each scored position (for a causal model: the *next* token), int32.
       weights: 1 where the score counts, 0 for padding, float32.
-      task: index of the task each row comes from, int32.
+      task: index of the task each row comes from, int32; for general rows, of a task that learns them.
       example: index of the row's example within its task's training set, int32 (for packed text the row's index;
         -1 for rows that only fill a batch).
       labels: class of each row, int32; only for end tasks.
@@ -41,8 +41,8 @@ class Batch:
       types: token type of each position, int32, for encoders that have them; `None` means 0 everywhere.
       packed: `False` promises that every row is at most one document followed by padding, which makes attention
         masks cheaper. Static.
-      origin: `"task"` for rows of the current task, `"memory"` for remembered rows. Static: each origin compiles its
-        own step.
+      origin: `"task"` for rows of the current task, `"memory"` for remembered rows, `"general"` for general rows
+        (`data.general`). Static: each origin compiles its own step.
       memory: remembered rows that are learned in the same step (`replay.mode: mix`); `None` for none.
     """
 

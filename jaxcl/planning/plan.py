@@ -143,11 +143,15 @@ def programs(config: ExperimentConfig, mesh: Mesh) -> dict[str, Program]:
     check_batch_size(training.batch_size, training.accumulate, layout.batch_ways)
     method = config.method.build(network, len(config.tasks))
     trainer = make_trainer(config, method, layout)
-    shape = row_shape(config, network.causal)
-    shape = shape._replace(length=shape.length + longest_prefix(method))
+    unpacked = config.model_copy(update={"data": config.data.model_copy(update={"pack_pairs": False})})
+    # Rows of the memory, and those that are measured between tasks, hold one pair each.
+    packed, shape = (
+        shape._replace(length=shape.length + longest_prefix(method))
+        for shape in (row_shape(one, network.causal) for one in (config, unpacked))
+    )
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=layout.replicated)
-    target, batch = trainer.target, _batch(training.batch_size, shape, layout)
+    target, batch = trainer.target, _batch(training.batch_size, packed, layout)
     optimizer = target.opt_state, target.low_bits
     parts = {"params": target.params, "optimizer": optimizer, "method": target.method_state}
 
@@ -191,8 +195,12 @@ def row_shape(config: ExperimentConfig, causal: bool) -> Shape:
     data = config.data
     if not causal:
         return Shape(data.length, round(data.length * data.mask_rate))
-    pairs = Shape(data.prompt_length + data.answer_length, data.answer_length)
-    shapes = {pairs if expected_kind(task) in ("pairs", "chat") else Shape(data.length, None) for task in config.tasks}
+    length = data.prompt_length + data.answer_length
+    pairs = Shape(length, length if data.pack_pairs else data.answer_length)
+    kinds = set(map(expected_kind, config.tasks))
+    if data.general is not None:
+        kinds.add(expected_kind(data.general))
+    shapes = {pairs if kind in ("pairs", "chat") else Shape(data.length, None) for kind in kinds}
     return max(shapes, key=lambda shape: (shape.length, shape.length if shape.predict is None else shape.predict))
 
 

@@ -167,7 +167,7 @@ def _losses(run: RunData) -> str:
         if last is None or last.get("task") != row.get("task"):
             bounds.append((float(last["step"]) if last else 0.0, _task_name(run, row.get("task"))))
     kinds = [str(kind) for kind in dict.fromkeys(row.get("kind", "task") for row in rows)]
-    labels = {"task": "rows of the task", "memory": "rows from the memory"}
+    labels = {"task": "rows of the task", "memory": "rows from the memory", "general": "general rows"}
     curves = {labels.get(kind, kind): _curve(rows, "loss", kind) for kind in kinds}
     curves = {name: curve for name, curve in curves.items() if curve[0]}
     picture = figure(plots.loss(curves, bounds, "loss", "loss")) if curves else ""

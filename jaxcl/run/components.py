@@ -7,7 +7,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,16 +18,16 @@ from jaxcl.data.cache import Cache, Share
 from jaxcl.data.chat_rows import ChatRows, messages_of
 from jaxcl.data.conversations import end_of_turn
 from jaxcl.data.encode import Texts
-from jaxcl.data.formats.find import SCHEMES
-from jaxcl.data.formats.storage import is_url
 from jaxcl.data.memory import Memory, TaskMemory
+from jaxcl.data.mixture import MixedRows, MixturePipeline
+from jaxcl.data.packed_pairs import pack_pairs
 from jaxcl.data.pairs import PairRows, shapes_for
 from jaxcl.data.pipeline import Pipeline
 from jaxcl.data.plan import Shape, spread_sizes
 from jaxcl.data.rows import EncodedRows, HostBatch
-from jaxcl.data.sources import TaskData, load_end_task, load_task
-from jaxcl.data.spec import DataConfig, SourceSpec, TaskSpec, TokenizerConfig
-from jaxcl.data.split import ListRows, Rows
+from jaxcl.data.sources import TaskData, load_end_task
+from jaxcl.data.spec import DataConfig, Kind, TokenizerConfig
+from jaxcl.data.split import Rows
 from jaxcl.data.text import TextRows
 from jaxcl.data.tokenizer import Tokenizer, prepare_tokenizer
 from jaxcl.errors import UserError
@@ -38,6 +38,7 @@ from jaxcl.models.network import Network
 from jaxcl.models.soft_tokens import SOFT_TOKENS, start_from_words
 from jaxcl.models.trainable import Params, overlay
 from jaxcl.run.folder import RunFolder
+from jaxcl.run.loading import open_general, open_task, rooted
 from jaxcl.sharding.layout import Layout
 from jaxcl.sharding.mesh import make_mesh
 from jaxcl.sharding.processes import everywhere, on_each, on_first
@@ -60,6 +61,7 @@ class Components:
       trainer: the compiled step.
       cache: where the rows of files are encoded.
       gone_sizes: sizes of the pairs of tasks whose data is gone, as far as the run remembers examples of them.
+      general: general rows that all tasks are mixed with, if there are any.
     """
 
     config: ExperimentConfig
@@ -71,6 +73,7 @@ class Components:
     trainer: Trainer
     cache: Cache
     gone_sizes: tuple[Int[np.ndarray, "examples 2"], ...] = ()
+    general: TaskData | None = None
 
     @property
     def names(self) -> list[str]:
@@ -87,12 +90,12 @@ class Components:
         return "all tasks" if self.method.joint else self.tasks[index].name
 
     @functools.cached_property
-    def all_train_rows(self) -> Mapping[int, PairRows | TextRows]:
+    def all_train_rows(self) -> Mapping[int, EncodedRows]:
         """The encoded training examples of every task whose data is not gone, by index."""
         available = (index for index, spec in enumerate(self.config.tasks) if not spec.data_gone)
         return {index: self.encode(index, "train") for index in available}
 
-    def train_rows(self, index: int) -> PairRows | TextRows:
+    def train_rows(self, index: int) -> EncodedRows:
         """The encoded training examples of a task.
 
         Raises:
@@ -105,11 +108,37 @@ class Components:
     @functools.cached_property
     def shapes(self) -> list[Shape] | None:
         """Shapes of prompt-answer batches, shared by all tasks and the memory, because a step is compiled per shape."""
-        sizes = [rows.sizes for rows in self.all_train_rows.values() if isinstance(rows, PairRows)]
+        rows = [*self.all_train_rows.values()]
+        if self.general is not None:
+            rows += [self.general_rows(index) for index in range(len(self.tasks))]
+        sizes = [one.sizes for one in dict.fromkeys(rows) if one.group == PairRows.group]
         sizes += self.gone_sizes
         return shapes_for(np.concatenate(sizes), self.config.data) if sizes else None
 
-    def encode(self, index: int, split: str) -> PairRows | TextRows:
+    @functools.cached_property
+    def learned_rows(self) -> Mapping[int, EncodedRows]:
+        """The rows of the training batches of every task whose data is not gone: its examples, packed if configured."""
+        if not self.config.data.pack_pairs or self.shapes is None:
+            return self.all_train_rows
+        return pack_pairs(self.all_train_rows, self.shapes[-1].length)
+
+    @functools.cached_property
+    def _general(self) -> dict[tuple[int, ...], EncodedRows]:
+        return {}
+
+    def general_rows(self, index: int) -> EncodedRows:
+        """The encoded general examples that a task is mixed with; one object for all tasks with one prompt prefix.
+
+        Args:
+          index: which task.
+        """
+        assert self.general is not None
+        prefix = tuple(self.method.prompt_prefix(index)) if self.general.answered else ()
+        if prefix not in self._general:
+            self._general[prefix] = self._encode(self.general.train, self.general.kind, index, "data.general")
+        return self._general[prefix]
+
+    def encode(self, index: int, split: str) -> EncodedRows:
         """The encoded examples of a task.
 
         Args:
@@ -119,11 +148,14 @@ class Components:
         Raises:
           UserError: the split is empty.
         """
-        task = self.tasks[index]
-        rows = getattr(task, split)
-        if not rows:
+        task, spec = self.tasks[index], self.config.tasks[index]
+        if not getattr(task, split):
             raise UserError(f"task {task.name}: no {split} examples")
-        return self.rows_of(rows, index)
+        if not task.mixed:
+            return self._encode(getattr(task, split), task.kind, index, task.name)
+        there = [(one, of.weight) for one, of in zip(task.mixed, spec.mix, strict=True) if getattr(one, split)]
+        sources = [self._encode(getattr(one, split), one.kind, index, one.name) for one, _ in there]
+        return MixedRows(sources, [weight for _, weight in there], spec.mix_by, name=task.name)
 
     def rows_of(self, rows: Texts, index: int) -> PairRows | TextRows:
         """Rows of a task, encoded.
@@ -132,16 +164,18 @@ class Components:
           rows: rows of the task's kind, or its examples as they were encoded before.
           index: which task.
         """
-        task = self.tasks[index]
-        if task.answered:
-            return self._pairs(rows, index, task.name, self.config.data)
+        return self._encode(rows, self.tasks[index].kind, index, self.tasks[index].name)
+
+    def _encode(self, rows: Texts, kind: Kind, index: int, name: str) -> PairRows | TextRows:
+        if kind in ("pairs", "chat"):
+            return self._pairs(rows, kind, index, name, self.config.data)
         return TextRows(
             rows,
             self.tokenizer,
             self.config.data,
             objective="causal" if self.network.causal else "masked",
             task=index,
-            name=task.name,
+            name=name,
             cache=self.cache,
         )
 
@@ -189,11 +223,11 @@ class Components:
           name: name of the task.
         """
         data = self.config.data.model_copy(update={"on_long_answer": "cut"})
-        return self._pairs(rows, index, name, data)
+        return self._pairs(rows, self.tasks[index].kind, index, name, data)
 
-    def _pairs(self, rows: Texts, index: int, name: str, data: DataConfig) -> PairRows:
-        kind = ChatRows if self.tasks[index].kind == "chat" else PairRows
-        return kind(
+    def _pairs(self, rows: Texts, kind: Kind, index: int, name: str, data: DataConfig) -> PairRows:
+        encoded = ChatRows if kind == "chat" else PairRows
+        return encoded(
             rows,
             self.tokenizer,
             data,
@@ -203,15 +237,26 @@ class Components:
             cache=self.cache,
         )
 
-    def pipeline(self, sources: Sequence[EncodedRows], *, batch_size: int | None = None) -> Pipeline:
-        """Training batches of encoded examples; see `Pipeline`.
+    def pipeline(
+        self, sources: Sequence[EncodedRows], *, batch_size: int | None = None, origin: str = "task"
+    ) -> Pipeline:
+        """Training batches of encoded examples; see `Pipeline`, and `MixturePipeline` if a source is a mixture.
 
         Args:
           sources: encoded examples.
           batch_size: rows of a batch; none: `training.batch_size`.
+          origin: see `Pipeline`.
         """
         size = batch_size or self.config.training.batch_size
-        return Pipeline(sources, size, self.config.data, shapes=self.shapes)
+        kind = MixturePipeline if any(isinstance(rows, MixedRows) for rows in sources) else Pipeline
+        return kind(sources, size, self.config.data, shapes=self.shapes, origin=origin)
+
+    def training_pipeline(self, index: int) -> Pipeline:
+        """Batches of the rows that a phase trains on, without memory and general rows."""
+        indices = list(self.learned_rows) if self.method.joint else [index]
+        if not self.method.joint:
+            self.train_rows(index)  # its data may be gone
+        return self.pipeline([self.learned_rows[one] for one in indices])
 
 
 class Processes(Share):
@@ -266,15 +311,16 @@ def build(config: ExperimentConfig, folder: RunFolder) -> Components:
         size = config.evaluation.end_task.batch_size
         check_batch_size(size, 1, layout.batch_ways, processes, key="evaluation.end_task.batch_size")
     cache = Cache(config.data.cache, Processes())
-    tasks = tuple(_load(spec, config, cache) for spec in config.tasks)
+    tasks = tuple(open_task(spec, config, cache) for spec in config.tasks)
+    general = open_general(config, cache)
     method = config.method.build(network, len(tasks))
-    _check_tasks(config, tasks, method)
+    _check_tasks(config, tasks, method, general)
     _check_metrics(config, tasks)
-    tokenizer = load_tokenizer(config, tasks, folder.tokenizer)
+    tokenizer = load_tokenizer(config, tasks if general is None else (*tasks, general), folder.tokenizer)
     tokenizer.check_vocab(network.vocab_size)
     trainer = make_trainer(config, method, layout)
     sizes = _gone_sizes(config, tasks, method, folder)
-    return Components(config, tasks, tokenizer, network, method, layout, trainer, cache, sizes)
+    return Components(config, tasks, tokenizer, network, method, layout, trainer, cache, sizes, general)
 
 
 def _gone_sizes(
@@ -285,16 +331,6 @@ def _gone_sizes(
     if not gone or method.replay is None or not folder.memory.is_file():
         return ()
     return tuple(spread_sizes(one.sizes) for one in Memory.load(folder.memory).tasks if one.task in gone)
-
-
-def _load(spec: TaskSpec, config: ExperimentConfig, cache: Cache) -> TaskData:
-    if not spec.data_gone:
-        return load_task(rooted(spec, config.data_root), cache=cache, deduplicate=config.data.deduplicate)
-    if spec.kind is None:
-        raise UserError(
-            f"task {spec.name}: its kind cannot be inferred, because data_gone is true; set kind", exit_code=2
-        )
-    return TaskData(spec.name, spec.kind, ListRows(), ListRows(), ListRows())
 
 
 def longest_prefix(method: Method[Any]) -> int:
@@ -311,6 +347,7 @@ def make_trainer(config: ExperimentConfig, method: Method, layout: Layout) -> Tr
     training = config.training
     if training.privacy is not None:
         check_private(method, config.method.name)
+        _check_private_data(config)
     return Trainer(
         method,
         config.optimizer,
@@ -321,7 +358,9 @@ def make_trainer(config: ExperimentConfig, method: Method, layout: Layout) -> Tr
     )
 
 
-def _check_tasks(config: ExperimentConfig, tasks: tuple[TaskData, ...], method: Method) -> None:
+def _check_tasks(
+    config: ExperimentConfig, tasks: tuple[TaskData, ...], method: Method, general: TaskData | None
+) -> None:
     """Checks that model and method can learn each kind of task, and that the longest row fits the model's window."""
     data, window = config.data, config.model.max_length
     prefix = longest_prefix(method)
@@ -338,31 +377,36 @@ def _check_tasks(config: ExperimentConfig, tasks: tuple[TaskData, ...], method: 
             exit_code=2,
         )
     written = method.replay is not None and method.replay.source != "kept"
-    for task in tasks:
+    for task in tasks if general is None else (*tasks, general):
+        words = "data.general" if task is general else f"task {task.name}"
         if task.answered and not method.network.causal:
-            raise UserError(
-                f"task {task.name}: prompts and answers need a decoder; the model is an encoder", exit_code=2
-            )
+            raise UserError(f"{words}: prompts and answers need a decoder; the model is an encoder", exit_code=2)
         if task.kind == "labelled":
-            raise UserError(
-                f"task {task.name}: labelled examples can only be the end_task of a text domain", exit_code=2
-            )
-        if (task.kind == "text" and prefix) or (task.kind != "pairs" and written):
+            raise UserError(f"{words}: labelled examples can only be the end_task of a text domain", exit_code=2)
+        if (task.kind == "text" and prefix) or (task.kind != "pairs" and written and task is not general):
             # Samples are split into prompt and answer, and soft tokens precede a prompt.
             key = f"name: {config.method.name}" if prefix else "replay.source: synthetic"
-            raise UserError(
-                f"method.{key} needs prompts and answers; task {task.name} is {task.kind}",
-                exit_code=2,
-            )
+            raise UserError(f"method.{key} needs prompts and answers; {words} is {task.kind}", exit_code=2)
         key, tokens = needed["pairs" if task.answered else "text"]
         if tokens > window:
             raise UserError(
-                f"data.{key}: {tokens} tokens exceed the model's window, model.max_length={window} (task {task.name})",
+                f"data.{key}: {tokens} tokens exceed the model's window, model.max_length={window} ({words})",
                 exit_code=2,
             )
     if method.replay is not None and written and method.replay.synthetic.writer == "start" and config.weights is None:
         raise UserError(
             "method.replay.synthetic.writer: start is an untrained model here (no weights); allowed: before",
+            exit_code=2,
+        )
+
+
+def _check_private_data(config: ExperimentConfig) -> None:
+    """Checks that every example is in one row per epoch, alone: epsilon is that of a row, by the number of epochs."""
+    mixed = [f"tasks.{index}.mix" for index, spec in enumerate(config.tasks) if spec.mix]
+    for key in [*mixed, *(["data.pack_pairs"] if config.data.pack_pairs else [])]:
+        raise UserError(
+            f"training.privacy: {key} puts examples into batches more than once per epoch, or several into a row, "
+            "which epsilon does not account for; leave it out",
             exit_code=2,
         )
 
@@ -378,24 +422,8 @@ def _check_metrics(config: ExperimentConfig, tasks: tuple[TaskData, ...]) -> Non
             check_answers(metric, rows.pick(scored), f"task {task.name}: {settings.split}", scored)
 
 
-Spec = TypeVar("Spec", bound=SourceSpec)
-
-
-def rooted(spec: Spec, root: str) -> Spec:
-    """A source's section with a relative path resolved from the folder `root`.
-
-    >>> from jaxcl.data.spec import SourceSpec
-    >>> rooted(SourceSpec(source="json:FOMC"), "data/TRACE").source
-    'json:data/TRACE/FOMC'
-    """
-    scheme, _, rest = spec.source.partition(":")
-    if scheme not in SCHEMES or is_url(rest):
-        return spec
-    return spec.model_copy(update={"source": f"{scheme}:{Path(root) / Path(rest).expanduser()}"})
-
-
 def load_tokenizer(config: ExperimentConfig, tasks: tuple[TaskData, ...], folder: Path) -> Tokenizer:
-    """The run's tokenizer, saved in `folder`: configured, from the weights, or trained on the tasks."""
+    """The run's tokenizer, saved in `folder`: configured, from the weights, or trained on tasks and general rows."""
     if jax.process_count() > 1:  # process 0 writes it, the others read it
         on_first(lambda: _load_tokenizer(config, tasks, folder))
     return _load_tokenizer(config, tasks, folder)

@@ -135,6 +135,7 @@ def _fingerprints(parts: Components) -> dict[str, Any]:
     return {
         "tasks": tasks,
         "end_tasks": end_tasks,
+        "general": {} if parts.general is None else {"general": _task_prints(parts.general)},
         "tokenizer": parts.tokenizer.fingerprint,
         "weights": weights_print(parts.config.weights),
     }
@@ -182,10 +183,15 @@ def weights_print(weights: str | None) -> str | None:
 def _compare(parts: Components, known: Mapping[str, Any], found: Mapping[str, Any]) -> None:
     tasks = {task.name: task for task in parts.tasks}
     ends = {parts.config.tasks[index].name: task for index, task in parts.end_tasks.items()}
-    for words, name, data in (("task", "tasks", tasks), ("end task of", "end_tasks", ends)):
+    general = {} if parts.general is None else {"general": parts.general}
+    for words, name, data in (
+        ("task ", "tasks", tasks),
+        ("end task of ", "end_tasks", ends),
+        ("data.", "general", general),
+    ):
         for task, before in known.get(name, {}).items():
             if (now := found[name].get(task)) is not None:
-                for line in _changes(f"{words} {task}", before, now, data[task]):
+                for line in _changes(f"{words}{task}", before, now, data[task]):
                     raise UserError(line)
     if known and found["tokenizer"] != known["tokenizer"]:
         where = parts.config.tokenizer.path or parts.config.weights or "tokenizer/ of the run"

@@ -26,7 +26,6 @@ from jaxcl.data.pairs import PairRows
 from jaxcl.data.pipeline import Pipeline
 from jaxcl.data.plan import count_sizes
 from jaxcl.data.rows import EncodedRows
-from jaxcl.data.text import TextRows
 from jaxcl.errors import UserError
 from jaxcl.methods.options import Budget
 from jaxcl.methods.passes.losses import example_losses
@@ -187,14 +186,14 @@ def allot(
     return Allotted({one.task: count for one, count in zip(earlier, counts, strict=False)}, counts[-1], limit)
 
 
-def few_answers(rows: PairRows | TextRows) -> list[bytes] | None:
+def few_answers(rows: EncodedRows) -> list[bytes] | None:
     """The answer of each example, if a task has few different ones (`FEW_ANSWERS`); none otherwise, and for text."""
-    if isinstance(rows, TextRows):
+    if rows.group != PairRows.group:
         return None
     answers: list[bytes] = []
     different: set[bytes] = set()
     for index in range(len(rows)):
-        answers.append(rows.answer(index).tobytes())
+        answers.append(rows.table.last_learned(index).tobytes())
         different.add(answers[-1])
         if len(different) > FEW_ANSWERS:
             return None
@@ -317,7 +316,7 @@ def memory_pipeline(
     )
 
 
-def _ranked(parts: Components, rows: PairRows | TextRows, seed: int, params: Params) -> Int[np.ndarray, " examples"]:
+def _ranked(parts: Components, rows: EncodedRows, seed: int, params: Params) -> Int[np.ndarray, " examples"]:
     """A task's examples in the order in which they are kept."""
     replay, losses, answers = parts.method.replay, None, None
     assert replay is not None
@@ -353,5 +352,5 @@ def _costs(table: ExampleTable, task: TaskMemory, room: Budget) -> Int[np.ndarra
     return table.costs[np.searchsorted(task.kept, task.ranked)]
 
 
-def _sizes(rows: PairRows | TextRows) -> list[tuple[int, int, int]]:
-    return count_sizes(rows.sizes) if isinstance(rows, PairRows) else []
+def _sizes(rows: EncodedRows) -> list[tuple[int, int, int]]:
+    return count_sizes(rows.sizes) if rows.group == PairRows.group else []

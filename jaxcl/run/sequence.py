@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import os
 import time
 from collections.abc import Iterator
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,8 +17,8 @@ import jax
 import numpy as np
 
 from jaxcl.config import ExperimentConfig
-from jaxcl.data.mix import Interleaved, Mixed
-from jaxcl.data.pipeline import Stream
+from jaxcl.data.mix import Interleaved, Mixed, WithGeneral, general_share
+from jaxcl.data.pipeline import Pipeline, Stream
 from jaxcl.data.teacher_store import TeacherStore, write_records
 from jaxcl.errors import UserError
 from jaxcl.evaluation.results import Results, write_tables
@@ -281,10 +283,10 @@ class TaskSequence:
             state = self._conclude(state, index)
         self.board.note_task(index, steps=total, described=stream.describe())
         if (privacy := self.config.training.privacy) is not None:
-            steps, own = (
-                (stream.task_steps_in(total), stream.task) if isinstance(stream, Interleaved) else (total, stream)
-            )
-            self.board.note_privacy(index, spent(privacy, steps=steps, steps_per_epoch=own.steps_per_epoch))
+            # General rows are public; the steps on them tell nothing about the task's.
+            steps = stream.own_steps_in(total)
+            epoch = stream.own_steps_per_epoch
+            self.board.note_privacy(index, spent(privacy, steps=steps, steps_per_epoch=epoch))
         self._save(state, task=index, phase="learned", mark=mark_after(index))
         return state
 
@@ -353,11 +355,20 @@ class TaskSequence:
             on_first(lambda: remove_unneeded(self.folder, self.kept.memory, learned))
 
     def _stream(self, index: int) -> Stream:
-        """The batches of a task, mixed with those of the memory if there is one."""
+        """The batches of a task, mixed with those of the memory and with general ones if there are any."""
+        parts, settings = self.parts, self.config.data.general
+        own = parts.training_pipeline(index)
+        if settings is None:
+            return self._with_memory(index, own, 0)
+        general = parts.pipeline([parts.general_rows(index)], origin="general")
+        share = general_share(settings.share, settings.by, own, general)
+        return WithGeneral(self._with_memory(index, own, share), general, share)
+
+    def _with_memory(self, index: int, pipeline: Pipeline, general: Fraction | int) -> Stream:
+        """A task's batches, mixed with those of the memory if there is one; a share of all will be general ones."""
         parts, replay = self.parts, self.parts.method.replay
         if parts.method.joint:
-            return parts.pipeline(list(parts.all_train_rows.values()))
-        pipeline = parts.pipeline([parts.train_rows(index)])
+            return pipeline
         earlier = [task for task in self.kept.memory.tasks if task.task < index and task.kept]
         if replay is None or not earlier:
             return pipeline
@@ -371,7 +382,7 @@ class TaskSequence:
             return Mixed(pipeline, memory)
         # With a fixed number of steps, the first memory step comes no later than the last one.
         batches = task_steps(self.config.training, index, len(parts.tasks), pipeline.steps_per_epoch)
-        latest = batches if self.config.training.steps is None else batches - 1
+        latest = batches if self.config.training.steps is None else math.floor(batches * (1 - general)) - 1
         return Interleaved(pipeline, memory, every=replay.every, latest=latest)
 
     def _task(self, index: int, stage: Stage) -> RunningTask:
@@ -393,20 +404,17 @@ class TaskSequence:
     def _steps(self, index: int, stream: Stream | None = None) -> int:
         """Optimizer steps of a task; for joint training, those of all tasks together.
 
-        Without a stream, those without what a memory adds.
+        Without a stream, those without what a memory or general rows add.
         """
         training, count, joint = self.config.training, len(self.parts.tasks), self.parts.method.joint
         if training.steps is not None:
             steps = [task_steps(training, task, count, 1) for task in range(count)]
             return sum(steps) if joint else steps[index]
-        if joint:
-            parts = [self.parts.pipeline([rows]).steps_per_epoch for rows in self.parts.all_train_rows.values()]
-            return sum(task_steps(training, task, count, steps) for task, steps in enumerate(parts))
-        if stream is None:
-            stream = self.parts.pipeline([self.parts.train_rows(index)])
-        if isinstance(stream, Interleaved):
-            return stream.steps_for(task_steps(training, index, count, stream.task.steps_per_epoch))
-        return task_steps(training, index, count, stream.steps_per_epoch)
+        stream = stream or self.parts.training_pipeline(index)
+        if not joint:
+            return stream.steps_for(task_steps(training, index, count, stream.own_steps_per_epoch))
+        parts = [self.parts.pipeline([rows]).steps_per_epoch for rows in self.parts.learned_rows.values()]
+        return stream.steps_for(sum(task_steps(training, task, count, steps) for task, steps in enumerate(parts)))
 
     def _remove_stores(self, index: int) -> None:
         """Removes the files of an interrupted attempt, which may have had more processes."""

@@ -1,4 +1,5 @@
 import json
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -6,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxcl.data.memory import Memory, MemoryPipeline
-from jaxcl.data.mix import Interleaved, Mixed
-from jaxcl.data.pipeline import PairPipeline
+from jaxcl.data.mix import Interleaved, Mixed, WithGeneral, general_share
+from jaxcl.data.pipeline import PairPipeline, Pipeline
 from jaxcl.data.spec import DataConfig
 from tests.tiny.batches import assert_same_batch
 from tests.tiny.texts import small_tokenizer
@@ -88,7 +89,7 @@ def test_steps_for_counts_what_comes_before_the_next_task_batch(options):
         length = mixed.steps_for(task_steps)
         assert order[:length].count("t") == task_steps
         assert order[length] == "t"
-        assert mixed.task_steps_in(length) == task_steps
+        assert mixed.own_steps_in(length) == task_steps
 
 
 @pytest.mark.parametrize("options", [{}, {"every": 3}, {"every": 1}])
@@ -151,3 +152,84 @@ def test_processes_share_each_batch(make):
 def test_wrong_arguments_are_programming_errors():
     with pytest.raises(ValueError, match="0 or more, got -1"):
         mixture(every=-1)
+
+
+# ---------------------------------------------------------------- general rows
+
+
+def general(rows=14, batch=4):
+    found = PairPipeline(pairs(rows), small_tokenizer(), CONFIG, batch_size=batch)
+    return Pipeline(found.sources, batch, CONFIG, origin="general")
+
+
+def with_general(share, own=None):
+    return WithGeneral(own or Interleaved(*streams(batch=4), every=3), general(), Fraction(share))
+
+
+def test_general_batches_come_evenly():
+    assert kinds(with_general("1/4"), 8) == "tgttmgtt"
+    order = kinds(with_general("1/10"), 400)
+    for start in range(0, 360, 7):
+        for length in (10, 33):
+            assert abs(order[start : start + length].count("g") - length / 10) < 2
+    assert order.count("g") == 40
+    assert order.index("g") == 4
+    # Without the general ones, the others are as they were.
+    assert order.replace("g", "") == kinds(mixture(every=3), 360)
+
+
+@pytest.mark.parametrize("share", ["1/10", "1/2", "9/10", "1/3"])
+def test_steps_with_general_ones_hold_the_tasks(share):
+    mixed = with_general(share)
+    order = kinds(mixed, 300)
+    for own in range(1, 20):
+        steps = mixed.steps_for(own)
+        assert mixed.own_steps_in(steps) == order[:steps].count("t") == own
+        assert order[steps - 1] != "g", "ends with a batch of the task or its memory"
+    assert mixed.own_steps_per_epoch == mixed.own.task.steps_per_epoch
+    assert mixed.steps_per_epoch == mixed.steps_for(mixed.own_steps_per_epoch)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_share_general_batches(processes):
+    mixed = with_general("1/3")
+    for step in range(9):
+        whole = mixed.batch_at(step, seed=1)
+        shares = [mixed.batch_at(step, seed=1, process_index=i, process_count=processes) for i in range(processes)]
+        assert {share["origin"] for share in shares} == {whole["origin"]}
+        for field in ("tokens", "example", "weights"):
+            np.testing.assert_array_equal(whole[field], np.concatenate([share[field] for share in shares]))
+
+
+def test_a_stream_with_general_batches_goes_on_where_it_stopped():
+    whole, begun = with_general("1/3").train(1), with_general("1/3").train(1)
+    expected = [next(whole) for _ in range(12)]
+    for _ in range(7):
+        next(begun)
+    resumed = with_general("1/3").train(1)
+    resumed.set_state(json.loads(json.dumps(begun.get_state())))
+    for batch in expected[7:]:
+        assert_same_batch(next(resumed), batch)
+    for iterator in (whole, begun, resumed):
+        iterator.close()
+
+
+def test_a_pass_over_general_examples_is_shuffled_and_whole():
+    mixed = with_general("1/2")
+    batches = [mixed.batch_at(step, seed=1) for step in range(16)]
+    seen = [batch["example"] for batch in batches if batch["origin"] == "general"]
+    assert len(seen) == 8
+    for epoch in (seen[:4], seen[4:]):
+        examples = np.concatenate(epoch)
+        assert sorted(examples[examples >= 0].tolist()) == list(range(14))
+
+
+def test_a_share_of_tokens_becomes_one_of_batches():
+    own, others = streams(batch=4)[0], general(batch=4)
+    assert general_share(0.1, "rows", own, others) == Fraction(1, 10)
+    share = general_share(0.1, "tokens", own, others)
+    tokens = share * others.tokens_per_step
+    assert tokens / (tokens + (1 - share) * own.tokens_per_step) == Fraction(1, 10)
+    described = WithGeneral(own, others, share).describe()
+    assert described["examples"] == 20
+    assert described["general"]["examples"] == 14
