@@ -47,6 +47,7 @@ def from_gguf(file: Gguf) -> dict[str, Any]:
     if "token_embd.weight" not in file.shapes:
         raise UserError(f"{file.where}: the tensor token_embd.weight is missing")
     theta = file.get("llama.rope.freq_base", 10000.0)
+    window = file.get("llama.attention.sliding_window")
     return {
         "architecture": "llama",
         "vocab_size": file.shapes["token_embd.weight"][0],
@@ -63,12 +64,8 @@ def from_gguf(file: Gguf) -> dict[str, Any]:
         "tie_embeddings": "output.weight" not in file.shapes,
         "attention_bias": "blk.0.attn_q.bias" in file.shapes,
         "mlp_bias": "blk.0.ffn_up.bias" in file.shapes,
+        **({"layer_types": ("window",), "window": window} if window else {}),
     }
-
-
-def sliding_window(file: Gguf) -> int | None:
-    """The attention window in tokens; `None` if the metadata does not limit it."""
-    return file.get("llama.attention.sliding_window")
 
 
 def token_ids(file: Gguf) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -59,7 +60,7 @@ def save_peft(
     adapters = {path: leaf for path, leaf in checked(network, params).items() if is_adapter(path)}
     with new_folder(target, tokenizer_folder) as partial:
         tensors = list(tensors_of(table, adapters))
-        write_file(partial / ADAPTER_FILE, tensors, lambda tensor: param_of(adapters, tensor), dtype)
+        write_file(partial / ADAPTER_FILE, tensors, functools.partial(param_of, adapters), dtype)
         if jax.process_index() == 0:
             write_json(partial / CONFIG_FILE, _config(network, table, adapters, base))
     return target

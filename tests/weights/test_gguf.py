@@ -175,7 +175,6 @@ def test_stretched_frequencies_are_recognised(tmp_path: Path) -> None:
         ({"architecture": "qwen2"}, r"general\.architecture=qwen2 is not supported; allowed is llama"),
         ({"metadata": {"llama.expert_count": 8}}, r"a mixture of 8 experts is not supported"),
         ({"metadata": {"llama.rope.scaling.type": "yarn"}}, r"scaling\.type=yarn is not supported"),
-        ({"metadata": {"llama.attention.sliding_window": 32}}, r"sliding window of 32 tokens"),
         ({"extra": {"token_embd.weight": None}}, r"the tensor token_embd\.weight is missing"),
     ],
 )
