@@ -89,7 +89,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         },
     },
     "mistral-without-window": {"model_type": "mistral", "sliding_window": None},
-    "ministral-all": {"model_type": "ministral", "sliding_window": 5},
+    "ministral-all": {"model_type": "ministral", "sliding_window": 5, "head_dim": 8},
     "qwen2-without-window": {"model_type": "qwen2"},
     "qwen3-biases-window": {
         "model_type": "qwen3",

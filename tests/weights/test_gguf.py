@@ -14,7 +14,8 @@ import pytest
 
 from jaxcl.errors import UserError
 from jaxcl.models.llama import LlamaConfig
-from jaxcl.models.network import Network, Params
+from jaxcl.models.network import Network
+from jaxcl.models.rotary import Params, RopeScaling
 from jaxcl.weights import load_params, load_weights, read_config, read_token_ids
 from tests.tiny.networks import CONFIGS, LLAMA, ROPE, assert_equal_bits, random_params
 
@@ -161,8 +162,7 @@ def test_stretched_frequencies_are_recognised(tmp_path: Path) -> None:
     params = random_params(Network.create(config))
     write_gguf(tmp_path / "a.gguf", config, params, extra={"rope_freqs.weight": np.asarray(factors)})
     scaling = read_config(tmp_path / "a.gguf").rope_scaling
-    assert scaling is not None
-    assert scaling.model_dump() == ROPE | {"factor": 32.0, "original_max_length": 8192}
+    assert scaling == RopeScaling(**ROPE | {"factor": 32.0, "original_max_length": 8192})
     load_weights(tmp_path / "a.gguf")
     write_gguf(tmp_path / "b.gguf", config, params, extra={"rope_freqs.weight": np.linspace(1, 9, 32)})
     with pytest.raises(UserError, match=r"rope_freqs\.weight do not follow from the llama3 rule"):

@@ -16,6 +16,7 @@ from jaxcl.errors import UserError
 from jaxcl.models.llama import LlamaConfig
 from jaxcl.models.network import Network
 from jaxcl.models.roberta import RobertaConfig
+from jaxcl.models.rotary import RopeScaling
 from jaxcl.weights import load_params, load_weights, read_config, read_token_ids, save_hf
 from tests.tiny.families import SWITCHES
 from tests.tiny.networks import BERT, CONFIGS, LLAMA, ROBERTA, assert_equal_bits, random_params
@@ -360,14 +361,9 @@ def test_newer_rope_keys_are_understood(tmp_path: Path) -> None:
     path.write_text(json.dumps(content | {"rope_parameters": rope | {"original_max_position_embeddings": 32}}))
     config = read_config(tmp_path / "model")
     assert config.rope_theta == 777.0
-    assert config.rope_scaling is not None
-    assert config.rope_scaling.model_dump() == {
-        "type": "llama3",
-        "factor": 4.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 2.0,
-        "original_max_length": 32,
-    }
+    assert config.rope_scaling == RopeScaling(
+        type="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=2.0, original_max_length=32
+    )
     path.write_text(json.dumps(content | {"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}))
     assert read_config(tmp_path / "model").rope_scaling is None
 
