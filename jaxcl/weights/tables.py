@@ -88,7 +88,7 @@ class Table:
                 return row
         if is_adapter(path):
             projection, _, part = path.rpartition("/")
-            return _adapter_row(self.row(f"{projection}/kernel"), path, part)
+            return adapter_row(self.row(f"{projection}/kernel"), path, part)
         if is_soft(path):
             return Row(path, "soft_tokens", _TABLE)
         raise ValueError(f"path: no checkpoint name is known for the parameter {path!r}")
@@ -104,10 +104,10 @@ class Table:
         return name
 
 
-def _adapter_row(kernel: Row, path: str, part: str) -> Row:
+def adapter_row(kernel: Row, path: str, part: str) -> Row:
     """The row of a part of an adapter: in the file, `[rank, inputs]` and `[outputs, rank]`.
 
-    >>> row = _adapter_row(Row("out/kernel", "o_proj.weight", _JOIN), "out/lora_a", "lora_a")
+    >>> row = adapter_row(Row("out/kernel", "o_proj.weight", _JOIN), "out/lora_a", "lora_a")
     >>> row.name, row.text
     ('base_model.model.o_proj.lora_A.weight', 'rank (heads head_dim) -> heads head_dim rank')
     """
