@@ -141,6 +141,9 @@ SANDWICH_NORMS = {
 }
 """The same with norms before and after the branches."""
 
+POST_NORMS = {path: name for path, name in SANDWICH_NORMS.items() if path.endswith("post_norm")}
+"""The same with norms after the branches only."""
+
 _PARTS = {
     "query": "self_attn.q_proj",
     "key": "self_attn.k_proj",

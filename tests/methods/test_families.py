@@ -27,9 +27,27 @@ from tests.tiny.batches import StandInTask, batch_of
 from tests.tiny.families import DECODERS, network_of
 from tests.tiny.networks import params_of, row_losses
 
-# Norms before and after, soft caps, windows; norms after, flat norms of queries and keys, layers of different rotation.
-FEW = ("gemma2", "olmo3")
-ALL = [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in DECODERS]
+# All switches at once, in one model; the families, which set some of them each, repeat it.
+MIXED: dict[str, Any] = {
+    "layer_types": ("window", "full"),
+    "window": 5,
+    "window_rope_theta": 50.0,
+    "rotary_layers": (True, True, False),
+    "rotary_share": 0.5,
+    "norm_placement": "sandwich",
+    "norm_scale": "one_plus",
+    "qk_norm": "flat",
+    "attention_bias": True,
+    "attention_out_bias": False,
+    "embedding_scale": 3.0,
+    "attention_scale": 0.3,
+    "residual_scale": 0.7,
+    "logit_divisor": 1.5,
+    "attention_cap": 3.0,
+    "logit_cap": 5.0,
+    "activation": "gelu_tanh",
+}
+ALL = ["all switches", *(pytest.param(name, marks=pytest.mark.slow) for name in DECODERS)]
 SEGMENTS = [[1] * 9, [1] * 7 + [0] * 2, [1] * 8 + [0]]  # longer than the windows, which are 5
 
 
@@ -42,7 +60,7 @@ class Model:
 
 @pytest.fixture(scope="module", params=ALL)
 def model(request: pytest.FixtureRequest) -> Model:
-    network = network_of(request.param)
+    network = network_of("llama", **MIXED) if request.param == "all switches" else network_of(request.param)
     tokens = np.random.default_rng(0).integers(4, 50, (3, 9))
     batch = dataclasses.replace(batch_of(SEGMENTS, tokens, packed=False), example=jnp.arange(3))
     return Model(network, params_of(network), batch)

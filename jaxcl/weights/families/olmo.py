@@ -8,11 +8,9 @@ from jaxcl.models.llama_config import LlamaConfig
 from jaxcl.weights.families.base import Fields
 from jaxcl.weights.families.decoder import decoder, every_nth_full
 from jaxcl.weights.families.rope import FULL, WINDOW, write_scaling
-from jaxcl.weights.tables import SANDWICH_NORMS, decoder_table
+from jaxcl.weights.tables import POST_NORMS, decoder_table
 
-_TABLE = decoder_table(
-    {path: name for path, name in SANDWICH_NORMS.items() if path.endswith("post_norm")}, flat_norms=True
-)
+_TABLE = decoder_table(POST_NORMS, flat_norms=True)
 _DEFAULTS: dict[str, Any] = {"rms_norm_eps": 1e-5, "attention_bias": False}
 _SWITCHES = {"norm_placement": "post", "qk_norm": "flat"}
 
