@@ -151,8 +151,6 @@ class Classifier(nnx.Module):
 class Llama(nnx.Module):
     """The whole decoder; `Network` runs its stages."""
 
-    causal = True
-
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs) -> None:
         c = config
         self.config = c
@@ -179,7 +177,7 @@ class Llama(nnx.Module):
         tables = every[0] if len(every) == 1 else jax.tree.map(lambda *leaves: jnp.stack(leaves), *every)
         window = c.window or None
         return Context(
-            batch.segments, tables, self.causal, batch.packed, c.scale, c.compute.kernel, window, c.attention_cap
+            batch.segments, tables, c.causal, batch.packed, c.scale, c.compute.kernel, window, c.attention_cap
         )
 
     def kinds(self) -> LayerKind | None:
@@ -214,9 +212,11 @@ class Llama(nnx.Module):
         return capped(logits if divisor == 1.0 else logits / divisor, self.config.logit_cap)
 
     def classify(self, states: Array, batch: Batch, noise: Noise | None) -> Float[Array, "batch labels"]:
-        """Class scores from the last real token, float32."""
+        """Class scores from the last real token (the first, if positions see later ones), float32."""
         if self.classifier is None:
             raise ValueError("classify: expected a config with num_labels > 0, got 0")
+        if not self.config.causal:
+            return self.classifier.out.in_float32(states[:, 0])
         index = jnp.arange(batch.segments.shape[1])
         last = jnp.max(jnp.where(batch.segments != 0, index, 0), axis=1)
         pooled = jnp.take_along_axis(states, last[:, None, None], axis=1)[:, 0]

@@ -36,6 +36,7 @@ class LlamaConfig(Schema):
     num_heads: int = Field(gt=0, description="attention (query) heads per layer")
     num_kv_heads: int = Field(0, ge=0, description="key/value heads per layer; 0: as many as num_heads")
     head_dim: int = Field(0, ge=0, description="width of a head; 0: hidden_size / num_heads")
+    causal: bool = Field(True, description="whether positions see only earlier ones; false: an encoder (EuroBERT)")
     max_length: int = Field(2048, gt=0, description="longest text the model is meant for, in tokens")
     layer_types: tuple[Literal["full", "window"], ...] = Field(
         ("full",), min_length=1, description="what each layer attends to, repeated along the layers: all, or the window"
@@ -141,11 +142,6 @@ class LlamaConfig(Schema):
     def dropout_rates(self) -> tuple[float, float]:
         """Dropout rates on residual branches and on attention probabilities."""
         return self.dropout, self.dropout if self.attention_dropout is None else self.attention_dropout
-
-    @property
-    def causal(self) -> bool:
-        """Whether a position sees only earlier ones."""
-        return True
 
     @property
     def rotary_width(self) -> int:

@@ -30,6 +30,9 @@ class RobertaConfig(Schema):
     """Shape of a RoBERTa-style encoder. BERT: position_offset 0, type_vocab_size 2, pad_id 0, layer_norm_eps 1e-12."""
 
     architecture: Literal["roberta"] = Field("roberta", description="encoder with learned positions and post-norm")
+    family: Literal["roberta", "bert", "xlm-roberta"] | None = Field(
+        None, description="model_type of exports; none: bert if position_offset is 0, otherwise roberta"
+    )
     vocab_size: int = Field(gt=0, description="number of token ids")
     hidden_size: int = Field(gt=0, description="width of the residual stream")
     intermediate_size: int = Field(gt=0, description="feed-forward intermediate units per layer")

@@ -187,6 +187,16 @@ def test_values_that_mean_the_same_are_the_same_configuration() -> None:
     assert isinstance(both, LlamaConfig)
 
 
+def test_an_encoder_sees_later_tokens_and_its_classifier_reads_the_first() -> None:
+    network = tiny_llama(causal=False, num_labels=2)
+    params, batch = params_of(network), batch_of(SEGMENTS)
+    states = network.hidden(params, batch).states
+    later = dataclasses.replace(batch, tokens=batch.tokens.at[1, 5].set((batch.tokens[1, 5] + 1) % 13))
+    assert np.abs(network.hidden(params, later).states[1, 0] - states[1, 0]).max() > 1e-3
+    want = states[:, 0] @ params["classifier"]["out"]["kernel"]
+    np.testing.assert_allclose(network.classify(params, states, batch), want, rtol=1e-5)
+
+
 def test_programs_of_networks_that_differ_in_a_switch_differ() -> None:
     batch = batch_of(SEGMENTS)
 

@@ -150,7 +150,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 EVERY = DECODERS | VARIANTS
 
+ENCODERS: dict[str, dict[str, Any]] = {"eurobert": {"model_type": "eurobert", "head_dim": 16, "attention_bias": True}}
+
 SWITCHES = {
+    "causal",
     "family",
     "layer_types",
     "window",
@@ -173,7 +176,7 @@ SWITCHES = {
 
 def content(name: str) -> dict[str, Any]:
     """The `config.json` of a tiny model."""
-    return SIZES | EVERY[name]
+    return SIZES | (EVERY | ENCODERS)[name]
 
 
 def config_of(name: str, **changes: Any) -> LlamaConfig:

@@ -14,23 +14,24 @@ from transformers import CONFIG_MAPPING
 from jaxcl.errors import UserError
 from jaxcl.models.llama_config import LlamaConfig
 from jaxcl.models.network import Network
+from jaxcl.models.roberta import RobertaConfig
 from jaxcl.weights import load_weights, save_hf
 from jaxcl.weights.families import FAMILIES, MISSING, family_of, find_family
 from jaxcl.weights.hf_config import from_hf, to_hf
-from tests.tiny.families import DECODERS, EVERY, SWITCHES, config_of, content
-from tests.tiny.networks import assert_equal_bits, random_params
+from tests.tiny.families import DECODERS, ENCODERS, EVERY, SWITCHES, config_of, content
+from tests.tiny.networks import ROBERTA, assert_equal_bits, random_params
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", EVERY | ENCODERS)
 def test_a_configuration_is_the_same_after_writing_and_reading(name: str) -> None:
     config = config_of(name)
-    assert config.family == EVERY[name]["model_type"]
+    assert config.family == content(name)["model_type"]
     written = to_hf(config, {}, "float32")
     assert LlamaConfig(**from_hf(written, "config.json")) == config
     assert json.loads(json.dumps(written)) == written
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", DECODERS | ENCODERS)
 def test_params_are_the_same_after_writing_and_reading(name: str, tmp_path: Path) -> None:
     network = Network.create(config_of(name))
     params = random_params(network)
@@ -45,7 +46,7 @@ def test_every_family_is_tried_and_sets_what_others_leave_alone() -> None:
         family.model_type for family in FAMILIES.values() if family.head == "ForCausalLM"
     }
     plain = LlamaConfig(vocab_size=1, hidden_size=2, intermediate_size=1, num_layers=1, num_heads=1)
-    found = [config_of(name) for name in EVERY]
+    found = [config_of(name) for name in EVERY | ENCODERS]
     for field in SWITCHES:
         assert any(getattr(config, field) != getattr(plain, field) for config in found), field
     for field, values in {
@@ -58,7 +59,7 @@ def test_every_family_is_tried_and_sets_what_others_leave_alone() -> None:
     assert kinds == {"linear", "llama3", "dynamic", "yarn", "longrope"}
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", DECODERS | ENCODERS)
 def test_keys_that_a_file_leaves_out_mean_what_they_mean_there(name: str) -> None:
     theirs = CONFIG_MAPPING[name]()
     for key, value in FAMILIES[name].defaults.items():
@@ -72,7 +73,7 @@ def test_keys_that_a_file_leaves_out_mean_what_they_mean_there(name: str) -> Non
             assert getattr(theirs, key) == value, key
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", DECODERS | ENCODERS)
 def test_a_file_of_sizes_alone_is_read_as_there(name: str) -> None:
     """Patterns of layers and bases of frequencies of a file that says nothing about them."""
     sizes = {"vocab_size": 9, "hidden_size": 64, "intermediate_size": 8, "num_hidden_layers": 8}
@@ -167,6 +168,24 @@ def test_settings_that_a_family_lacks(name: str, changes: dict[str, Any], messag
 def test_the_older_name_of_the_first_gemmas_activation_means_its_approximation() -> None:
     assert config_of("gemma").activation == "gelu_tanh"
     assert from_hf(content("gemma") | {"hidden_act": "gelu"}, "config.json")["activation"] == "gelu_tanh"
+
+
+def test_xlm_roberta_is_roberta_by_another_name(tmp_path: Path) -> None:
+    network = Network.create(RobertaConfig(**ROBERTA, family="xlm-roberta"))
+    save_hf(tmp_path / "model", network, random_params(network))
+    written = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert (written["model_type"], written["architectures"]) == ("xlm-roberta", ["XLMRobertaForMaskedLM"])
+    read, found = load_weights(tmp_path / "model")
+    assert read.config == network.config
+    assert_equal_bits(found, random_params(network))
+
+
+def test_an_encoder_made_of_the_decoder() -> None:
+    with pytest.raises(UserError, match="num_labels must be 0 to export"):
+        to_hf(config_of("eurobert", num_labels=3), {}, "float32")
+    with pytest.raises(UserError, match="mlp_bias=True is not supported"):
+        from_hf(content("eurobert") | {"mlp_bias": True}, "config.json")
+    assert not Network.create(config_of("eurobert")).causal
 
 
 def test_families_know_their_own_name() -> None:

@@ -65,5 +65,5 @@ def family_of(config: Config) -> Family:
       UserError: `model.family` is not one of them.
     """
     if isinstance(config, RobertaConfig):
-        return FAMILIES["bert" if encoders.is_bert(config) else "roberta"]
+        return FAMILIES[config.family or ("bert" if encoders.is_bert(config) else "roberta")]
     return find_family(config.family, "model.family")

@@ -58,6 +58,7 @@ def decoder(
     partial: bool = False,
     pattern: Pattern | None = None,
     types: bool = True,
+    head: str = "ForCausalLM",
     read: Callable[[HfConfig], Fields] | None = None,
     write: Callable[[LlamaConfig], Fields] | None = None,
 ) -> Family:
@@ -77,6 +78,7 @@ def decoder(
       partial: see `read_rope`.
       pattern: layer types where the file has none; `None`: no layer of the family has a window.
       types: whether files list the types of the layers; if not, the pattern is all there is.
+      head: see `Family`.
       read: further fields.
       write: further keys; they replace those of the same name.
     """
@@ -111,7 +113,7 @@ def decoder(
                 content["layer_types"] = [WINDOW if own else FULL for own in config.windowed]
         return content | (write(config) if write is not None else {})
 
-    return Family(model_type, classes, read_fields, write_keys, table, own_defaults)
+    return Family(model_type, classes, read_fields, write_keys, table, own_defaults, head)
 
 
 def _read_dropout(config: HfConfig) -> Fields:

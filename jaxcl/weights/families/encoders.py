@@ -1,13 +1,15 @@
-"""RoBERTa and BERT."""
+"""RoBERTa, XLM-R and BERT; EuroBERT, which is a LLaMA whose positions see later ones."""
 
 from __future__ import annotations
 
 import functools
 
 from jaxcl.errors import UserError
+from jaxcl.models.llama_config import LlamaConfig
 from jaxcl.models.roberta import RobertaConfig
 from jaxcl.weights.families.base import ACTIVATIONS, Family, Fields, HfConfig
-from jaxcl.weights.tables import BERT, ROBERTA
+from jaxcl.weights.families.decoder import decoder
+from jaxcl.weights.tables import BERT, ROBERTA, decoder_table
 
 
 def is_bert(config: RobertaConfig) -> bool:
@@ -15,7 +17,7 @@ def is_bert(config: RobertaConfig) -> bool:
     return config.position_offset == 0
 
 
-def _read(config: HfConfig, *, bert: bool) -> Fields:
+def _read(config: HfConfig, *, bert: bool, own: Fields | None = None) -> Fields:
     config.refuse("is_decoder", False)
     config.refuse("add_cross_attention", False)
     config.refuse("position_embedding_type", "absolute")
@@ -25,6 +27,7 @@ def _read(config: HfConfig, *, bert: bool) -> Fields:
     offset = 0 if bert else pad + 1
     return {
         "architecture": "roberta",
+        **(own or {}),
         "vocab_size": config.need("vocab_size"),
         "hidden_size": config.need("hidden_size"),
         "intermediate_size": config.need("intermediate_size"),
@@ -73,7 +76,34 @@ def _write(config: RobertaConfig) -> Fields:
     }
 
 
+def _write_eurobert(config: LlamaConfig) -> Fields:
+    if config.num_labels:
+        raise UserError(
+            "model: the classifier of transformers' eurobert is another one; num_labels must be 0 to export"
+        )
+    return {}
+
+
 FAMILIES = (
+    Family(
+        "xlm-roberta",
+        "XLMRoberta",
+        functools.partial(_read, bert=False, own={"family": "xlm-roberta"}),
+        _write,
+        ROBERTA,
+        head="ForMaskedLM",
+    ),
+    decoder(
+        "eurobert",
+        "EuroBert",
+        decoder_table(),
+        defaults={"max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "attention_bias": False, "mlp_bias": False},
+        switches={"causal": False},
+        keys={"attention_bias": "attention_bias"},
+        refused={"mlp_bias": False},  # would also be one of the output head
+        head="ForMaskedLM",
+        write=_write_eurobert,
+    ),
     Family("roberta", "Roberta", functools.partial(_read, bert=False), _write, ROBERTA, head="ForMaskedLM"),
     Family("bert", "Bert", functools.partial(_read, bert=True), _write, BERT, head="ForMaskedLM"),
 )
