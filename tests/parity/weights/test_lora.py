@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_file
 
 from jaxcl.models.network import Network
-from jaxcl.weights import save_hf, save_peft
+from jaxcl.weights import load_peft, read_lora, save_hf, save_peft
 from jaxcl.weights.tree import flatten, unflatten
 from tests.parity.weights.both_sides import AUTO, OURS, PAD, check, outputs_of_transformers, random_params
 from tests.tiny.families import config_of
@@ -82,6 +82,28 @@ def test_peft_reads_the_folder_and_computes_the_same(folders: tuple[str, Network
     # Every adapter of the file is one of the model's, and the other way round.
     held = {key.replace(".default", "") for key, _ in model.named_parameters() if "lora_" in key}
     assert held == set(load_file(folder / "adapter" / "adapter_model.safetensors"))
+
+
+@pytest.mark.filterwarnings("default::FutureWarning")
+@pytest.mark.parametrize("name", ["phi3", "qwen3"])
+def test_adapters_that_peft_made_compute_the_same_here(name: str, tmp_path: Path) -> None:
+    """One adapter on a fused module: its projections share the first matrix."""
+    peft = pytest.importorskip("peft", reason="peft is not installed: pip install --no-deps peft accelerate psutil")
+    network = Network.create(config_of(name))
+    params = random_params(network)
+    save_hf(tmp_path / "base", network, params, token_ids={"pad_token_id": PAD})
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    modules = ["qkv_proj", "o_proj", "gate_up_proj"] if name == "phi3" else ["q_proj", "v_proj", "down_proj"]
+    kind = peft.LoraConfig(r=3, lora_alpha=5, target_modules=modules, rank_pattern={modules[1]: 2}, use_rslora=True)
+    model = peft.get_peft_model(model, kind).eval()
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if "lora_" in path:
+                parameter.copy_(0.3 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "adapter")
+    wide = Network.create(config_of(name, lora=read_lora(tmp_path / "adapter", network)))
+    adapted = unflatten(flatten(params) | flatten(load_peft(tmp_path / "adapter", wide)))
+    check(outputs_of_transformers(model), wide, adapted)
 
 
 @pytest.mark.filterwarnings("default::FutureWarning")
