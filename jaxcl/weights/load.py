@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from jaxcl.errors import UserError
 from jaxcl.models.network import ModelConfig, Network, Params
+from jaxcl.models.roberta import RobertaConfig
 from jaxcl.weights import gguf_config, hf_config
 from jaxcl.weights.families import family_of
 from jaxcl.weights.fill import read_param
@@ -24,7 +25,7 @@ from jaxcl.weights.locate import ORBAX_CONFIG, Kind, locate
 from jaxcl.weights.match import Plan, match
 from jaxcl.weights.orbax import Orbax
 from jaxcl.weights.source import Safetensors, Source, read_json, same_values
-from jaxcl.weights.tables import LLAMA_GGUF, Table
+from jaxcl.weights.tables import GGUF_TABLES, Table
 from jaxcl.weights.tree import flatten, unflatten
 
 _CONFIG: TypeAdapter[Any] = TypeAdapter(ModelConfig)
@@ -194,9 +195,12 @@ def _open(kind: Kind, place: Path) -> Source:
 def _table(kind: Kind, network: Network) -> Table:
     if kind != "gguf":
         return family_of(network.config).table
-    if not network.causal:
+    if isinstance(network.config, RobertaConfig):
         raise UserError("encoders are read from safetensors only, not from GGUF")
-    return LLAMA_GGUF
+    if network.config.family not in GGUF_TABLES:
+        allowed = ", ".join(GGUF_TABLES)
+        raise UserError(f"model.family: {network.config.family} is not read from GGUF; allowed are {allowed}")
+    return GGUF_TABLES[network.config.family]
 
 
 def _draw(

@@ -286,15 +286,27 @@ BERT = Table(
         ("cls.predictions.bias", "cls.predictions.decoder.bias"),
     ),
 )
-LLAMA_GGUF = Table(
-    prefix="",
-    rows=_decoder_rows(
-        "blk.{layer}.",
-        _GGUF | {"embed": "token_embd", "final_norm": "output_norm", "head": "output"},
-        {"attention_norm": "attn_norm", "mlp_norm": "ffn_norm"},
-        pairs=True,
-    ),
-    # The scaled rotary frequencies are read with the configuration.
-    ignored=(r"rope_freqs\.weight",),
-    twins=(("token_embd.weight", "output.weight"),),
-)
+
+
+def _gguf_table(pairs: bool) -> Table:
+    return Table(
+        prefix="",
+        rows=_decoder_rows(
+            "blk.{layer}.",
+            _GGUF | {"embed": "token_embd", "final_norm": "output_norm", "head": "output"},
+            {"attention_norm": "attn_norm", "mlp_norm": "ffn_norm"},
+            pairs=pairs,
+        ),
+        # The scaled rotary frequencies are read with the configuration.
+        ignored=(r"rope_freqs\.weight",),
+        twins=(("token_embd.weight", "output.weight"),),
+    )
+
+
+GGUF_TABLES = {
+    "llama": _gguf_table(pairs=True),
+    "mistral": _gguf_table(pairs=True),
+    "qwen2": _gguf_table(pairs=False),
+    "qwen3": _gguf_table(pairs=False),
+}
+"""The names in GGUF files, by family. llama.cpp interleaves the rotated halves of LLaMA's queries and keys only."""
