@@ -17,7 +17,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "qwen2": {"family": "qwen2", "attention_bias": True, "attention_out_bias": False},
     "qwen3": {"family": "qwen3", "qk_norm": "head"},
 }
-"""What each `general.architecture` sets beside the sizes."""
+"""What each `general.architecture` sets in addition to the sizes."""
 
 _TOKEN_IDS = {
     "bos_token_id": "tokenizer.ggml.bos_token_id",

@@ -75,6 +75,8 @@ def _refuse_what_is_lost(config: Config, written: Mapping[str, Any]) -> None:
     again = type(config)(**from_hf(written, "config.json"))
     for name in type(config).model_fields:
         value, read = getattr(config, name), getattr(again, name)
+        if (name, value) == ("norm_scale", "cast"):
+            value = "weight"  # the cast is transformers' own
         if name not in _RUNTIME and value != read:
             raise UserError(
                 f"model: transformers' {written['model_type']} has no such network: {name}={value} would be read as "

@@ -1,7 +1,7 @@
 """DAS and SEEKR for two tasks on a tiny model of every family.
 
-What they compute is tested elsewhere, on LLaMA; here it is held against what the network itself does under the
-switches of the other families: norms after branches, caps, windows, layers that differ.
+What they compute is tested elsewhere, on LLaMA; here it is compared with what the network itself does
+under the switches of the other families: norms after branches, caps, windows, layers that differ.
 """
 
 from __future__ import annotations

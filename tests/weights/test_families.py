@@ -125,6 +125,27 @@ def test_a_file_that_has_a_vision_tower_gives_its_text_part(tmp_path: Path) -> N
     assert_equal_bits(found, params)
 
 
+def test_a_vision_tower_may_leave_most_of_its_text_part_to_the_defaults() -> None:
+    """What Gemma 3's own files hold."""
+    text = {"model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34}
+    rope = {"rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024}
+    config = LlamaConfig(**from_hf({"model_type": "gemma3", "text_config": text | rope}, "config.json"))
+    assert (config.num_heads, config.num_kv_heads, config.head_dim, config.vocab_size) == (8, 4, 256, 262208)
+    assert config.layer_types == ("window",) * 5 + ("full",)
+    assert (config.window, config.rope_theta, config.window_rope_theta) == (1024, 1e6, 1e4)
+    assert config.tie_embeddings
+
+
+def test_null_means_what_a_missing_key_means_but_for_caps() -> None:
+    nulls = {"tie_word_embeddings": None, "rms_norm_eps": None, "final_logit_softcapping": None}
+    config = LlamaConfig(**from_hf(content("gemma2") | nulls, "config.json"))
+    assert (config.tie_embeddings, config.norm_eps, config.logit_cap, config.attention_cap) == (True, 1e-6, None, 50.0)
+
+
+def test_a_norm_that_casts_first_is_what_transformers_has() -> None:
+    assert to_hf(config_of("llama", norm_scale="cast"), {}, "float32") == to_hf(config_of("llama"), {}, "float32")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -36,6 +36,8 @@ DEFAULTS: Fields = {
 }
 """What a file of a decoder means by keys that it leaves out, unless the family says otherwise."""
 
+_NULLABLE = ("attention_cap", "logit_cap")
+
 # transformers drops attention probabilities only; the rate on residual branches is jaxcl's own key.
 _RESIDUAL_DROPOUT = "residual_dropout"
 
@@ -93,7 +95,10 @@ def decoder(
         fields: Fields = {"architecture": "llama", "family": model_type, **(switches or {})}
         fields |= {field: config.need(key) for key, field in _SIZES.items()}
         fields["num_kv_heads"] = config.get("num_key_value_heads", fields["num_heads"])
-        fields |= {field: config.content.get(key) for key, field in own_keys.items()}
+        for key, field in own_keys.items():
+            value = config.content.get(key)
+            # Only of caps, null says something of its own: none.
+            fields[field] = own_defaults.get(key) if value is None and field not in _NULLABLE else value
         fields["activation"] = config.activation(activation, "silu")
         fields |= _read_dropout(config)
         fields |= read_rope(config, theta=theta, window_theta=window_theta, partial=partial)

@@ -83,7 +83,8 @@ FAMILIES = (
             renamed=((r"^(model\.)?language_model\.(model\.)?", "model."), (r"^model\.lm_head\.", "lm_head.")),
             ignored=(r"(model\.)?(vision_tower|multi_modal_projector)\..*",),
         ),
-        defaults=_LATER | {"max_position_embeddings": 131072},
+        # Files with a vision tower leave out much of their text part.
+        defaults=_LATER | {"max_position_embeddings": 131072, "vocab_size": 262208, "num_attention_heads": 8},
         switches=_SANDWICH | {"qk_norm": "head"},
         keys=_KEYS | _CAPS,
         refused=_REFUSED,
