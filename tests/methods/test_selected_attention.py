@@ -105,6 +105,7 @@ def test_gradients_are_those_of_the_formula(view: AttentionView, coded: bool) ->
                     head, position = int(HEADS[row, h]), int(QUERIES[row, q])
                     keys = np.flatnonzero(brute_row(view, row, head, position))
                     scores = key[row, keys, head // 2] @ query[row, position, head] * view.scale
+                    scores = scores if view.cap is None else view.cap * jnp.tanh(scores / view.cap)
                     p = weights[row, h, q, keys]
                     logs = np.log(p, where=p > 0, out=np.zeros_like(p)) - jax.nn.log_softmax(scores)
                     total += factors[row] * jnp.sum(p * logs) / (len(heads) * len(queries))
