@@ -1,4 +1,4 @@
-"""The worked example of the docs runs as it stands."""
+"""The worked examples of the docs run as they are."""
 
 import re
 import sys
@@ -12,6 +12,7 @@ import optax
 import pytest
 
 from jaxcl.models.batch import Batch
+from jaxcl.weights import families
 from tests.tiny.networks import tiny_llama
 from tests.tiny.runs import PAIRS, run
 
@@ -27,6 +28,21 @@ def my_methods() -> types.ModuleType:
     for block in blocks:
         exec(compile(block, "adding_a_method.md", "exec"), module.__dict__)
     return module
+
+
+def test_the_family_of_the_docs_is_read_and_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(families, "FAMILIES", dict(families.FAMILIES))
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "adding_a_model.md").read_text(encoding="utf-8"), re.DOTALL)
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, "adding_a_model.md", "exec"), names)
+    assert len(blocks) == 3
+
+
+def test_the_docs_list_every_family() -> None:
+    text = (DOCS / "adding_a_model.md").read_text(encoding="utf-8")
+    table = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    assert {name for cell in table for name in re.findall(r"`([\w-]+)`", cell)} == set(families.FAMILIES)
 
 
 def test_the_method_of_the_docs_trains(my_methods: types.ModuleType, tmp_path: Path) -> None:

@@ -100,7 +100,8 @@ def attention_divergence(
     teacher = teacher._replace(queries=jnp.where(again, -1, teacher.queries))
     real = jnp.any(visible_keys(view, teacher.queries), axis=2)
     count = jnp.sum(teacher.heads >= 0, axis=1) * jnp.sum(real, axis=1)
-    sums = _sums(_Attention(view.causal, view.scale), view.query, view.key, view.segments, teacher)
+    static = _Attention(view.causal, view.scale, view.cap)
+    sums = _sums(static, view.query, view.key, view.segments, view.window, teacher)
     return sums / jnp.maximum(count, 1), count > 0
 
 
@@ -125,6 +126,7 @@ def example_divergence(
 class _Attention(NamedTuple):
     causal: bool
     scale: float
+    cap: float | None
 
 
 class _Head(NamedTuple):
@@ -147,10 +149,10 @@ class _Block(NamedTuple):
         """Its part of `[batch, queries, length]`."""
         return values[:, self.queries, self.keys]
 
-    def scores(self, one: _Head, scale: float) -> Float[Array, "batch some_queries some_keys"]:
-        """Products of its queries and keys."""
+    def scores(self, one: _Head, view: AttentionView) -> Float[Array, "batch some_queries some_keys"]:
+        """What the softmax is taken of."""
         query, key = one.query[:, self.queries], one.key[:, self.keys]
-        return jnp.einsum("bqd,bld->bql", query, key, preferred_element_type=jnp.float32) * scale
+        return view.scores(jnp.einsum("bqd,bld->bql", query, key, preferred_element_type=jnp.float32))
 
     def stored(self, one: _Head) -> Float[Array, "batch some_queries some_keys"]:
         """Stored weights."""
@@ -160,20 +162,20 @@ class _Block(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _sums(
-    static: _Attention, query: Array, key: Array, segments: Array, teacher: AttentionTeacher
+    static: _Attention, query: Array, key: Array, segments: Array, window: Any, teacher: AttentionTeacher
 ) -> Float[Array, " batch"]:
     """Each example's sum over its (head, query) pairs."""
-    return _forward(static, query, key, segments, teacher)[0]
+    return _forward(static, query, key, segments, window, teacher)[0]
 
 
 def _forward(
-    static: _Attention, query: Array, key: Array, segments: Array, teacher: AttentionTeacher
+    static: _Attention, query: Array, key: Array, segments: Array, window: Any, teacher: AttentionTeacher
 ) -> tuple[Array, tuple[Any, ...]]:
-    view = AttentionView(query, key, segments, static.causal, static.scale)
+    view = AttentionView(query, key, segments, static.causal, static.scale, window, static.cap)
     seen = visible_keys(view, teacher.queries)
 
     def compare(block: _Block, one: _Head) -> tuple[Array, Array]:
-        scores, stored, visible = block.scores(one, static.scale), block.stored(one), block.rows(seen)
+        scores, stored, visible = block.scores(one, view), block.stored(one), block.rows(seen)
         norm = jnp.where(jnp.any(visible, axis=2), jax.nn.logsumexp(scores, axis=-1, where=visible), 0.0)
         logs = jnp.log(jnp.maximum(stored, _TINY)) - (scores - norm[..., None])
         return jnp.sum(jnp.where(stored > 0, stored * logs, 0.0), axis=-1), norm
@@ -186,14 +188,14 @@ def _forward(
 
     zeros = jnp.zeros(len(query)), jnp.zeros(teacher.rows.shape[:3])
     total, norms = _over_heads(teacher.heads, add, zeros)
-    return total, (query, key, segments, teacher, norms)
+    return total, (query, key, segments, window, teacher, norms)
 
 
 def _backward(
     static: _Attention, kept: tuple[Any, ...], cotangent: Float[Array, " batch"]
-) -> tuple[Array, Array, None, None]:
-    query, key, segments, teacher, norms = kept
-    view = AttentionView(query, key, segments, static.causal, static.scale)
+) -> tuple[Array, Array, None, None, None]:
+    query, key, segments, window, teacher, norms = kept
+    view = AttentionView(query, key, segments, static.causal, static.scale, window, static.cap)
     seen = visible_keys(view, teacher.queries)
     group = query.shape[2] // key.shape[2]
     # The place of each position among the queries: gradients come back by a gather, not by a scatter over positions.
@@ -201,9 +203,12 @@ def _backward(
 
     def differ(block: _Block, one: _Head, norm: Array) -> tuple[Array, Array]:
         stored, factor = block.stored(one), cotangent[:, None] * one.weight[:, block.queries] * static.scale
-        own = jnp.exp(block.scores(one, static.scale) - norm[:, block.queries, None])
+        scores = block.scores(one, view)
+        own = jnp.exp(scores - norm[:, block.queries, None])
         own = jnp.where(block.rows(seen), own, 0.0)
         dscores = factor[..., None] * (own * jnp.sum(stored, axis=-1, keepdims=True) - stored)
+        if static.cap is not None:  # the slope of the soft cap
+            dscores = dscores * (1 - jnp.square(scores / static.cap))
         dscores = dscores.astype(query.dtype)
         dquery = jnp.einsum("bql,bld->bqd", dscores, one.key[:, block.keys], preferred_element_type=jnp.float32)
         dkey = jnp.einsum("bql,bqd->bld", dscores, one.query[:, block.queries], preferred_element_type=jnp.float32)
@@ -220,7 +225,7 @@ def _backward(
     # A query head is selected once, so its gradient is not a sum; that of a key head shared by several queries is.
     zeros = jnp.zeros_like(query), jnp.zeros(key.shape, key.dtype if group == 1 else jnp.float32)
     dquery, dkey = _over_heads(teacher.heads, add, zeros)
-    return dquery.astype(query.dtype), dkey.astype(key.dtype), None, None
+    return dquery.astype(query.dtype), dkey.astype(key.dtype), None, None, None
 
 
 _sums.defvjp(_forward, _backward)

@@ -21,6 +21,8 @@ class AttentionView(NamedTuple):
       segments: document number of each position, 0 for padding.
       causal: whether later positions are hidden.
       scale: factor on the products of queries and keys.
+      window: a query sees only keys that are less than this many tokens away; `None`: no limit.
+      cap: soft cap of the scaled products, `cap * tanh(scores / cap)`; `None`: none.
     """
 
     query: Float[Array, "batch length heads head_dim"]
@@ -28,6 +30,13 @@ class AttentionView(NamedTuple):
     segments: Int[Array, "batch length"]
     causal: bool
     scale: float
+    window: int | Int[Array, ""] | None = None
+    cap: float | None = None
+
+    def scores(self, products: Float[Array, "..."]) -> Float[Array, "..."]:
+        """What the softmax is taken of, from products of queries and keys."""
+        scaled = products * self.scale
+        return scaled if self.cap is None else self.cap * jnp.tanh(scaled / self.cap)
 
 
 def selected_rows(
@@ -45,7 +54,7 @@ def selected_rows(
     """
     scores = jnp.einsum("bsqd,bsld->bsql", *selected_pairs(view, heads, queries), preferred_element_type=jnp.float32)
     seen = visible_keys(view, queries)[:, None] & (heads >= 0)[:, :, None, None]
-    return jax.nn.softmax(scores * view.scale, axis=-1, where=seen)
+    return jax.nn.softmax(view.scores(scores), axis=-1, where=seen)
 
 
 def attention_maps(view: AttentionView) -> Float[Array, "batch heads query length"]:
@@ -84,6 +93,9 @@ def visible_keys(view: AttentionView, queries: Int[Array, "batch queries"]) -> B
     seen = (own[:, :, None] == view.segments[:, None, :]) & (own != 0)[:, :, None] & (queries >= 0)[:, :, None]
     if view.causal:
         seen &= position[:, :, None] >= jnp.arange(view.segments.shape[1])
+    if view.window is not None:
+        distance = position[:, :, None] - jnp.arange(view.segments.shape[1])
+        seen &= jnp.abs(distance) < view.window
     return seen
 
 

@@ -18,18 +18,18 @@ class HeadSums(NamedTuple):
 
     Attributes:
       total: sums of squares.
-      triples: how many, the same for all heads.
+      triples: how many, the same for all heads; by layer where some layers see less than others.
     """
 
     total: Heads
-    triples: Float[Array, ""]
+    triples: Float[Array, ""] | Float[Array, "layers 1"]
 
     @classmethod
     def zero(cls, layers: int, heads: int) -> HeadSums:
         """Nothing yet, for this many layers and heads per layer."""
         return cls(jnp.zeros((layers, heads)), jnp.float32(0))
 
-    def add(self, squares: Heads, triples: Float[Array, ""]) -> HeadSums:
+    def add(self, squares: Heads, triples: Float[Array, ""] | Float[Array, "layers 1"]) -> HeadSums:
         """The sums with a batch added: each head's sum of squares, and over how many triples it was taken."""
         return HeadSums(self.total + squares, self.triples + triples)
 

@@ -12,11 +12,11 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from jaxcl.models.blocked_attention import blocked_attention
+from jaxcl.models.blocked_attention import Pairs, blocked_attention
 from jaxcl.models.compute import Kernel
-from jaxcl.models.mask import HIDDEN, kernel_mask
+from jaxcl.models.mask import HIDDEN, Window, capped, kernel_mask
 
 Probabilities = Float[Array, "batch heads query length"]
 
@@ -31,6 +31,9 @@ def attention(
     scale: float,
     kernel: Kernel,
     packed: bool = True,
+    window: int | None = None,
+    windowed: Bool[Array, ""] | None = None,
+    cap: float | None = None,
 ) -> Float[Array, "batch length heads head_dim"]:
     """Softmax attention within segments.
 
@@ -46,21 +49,35 @@ def attention(
       scale: factor on the products of queries and keys.
       kernel: which implementation; `auto` takes the fastest of the platform that is traced for.
       packed: `False` promises that each row is one segment followed by padding, which saves most of the masking.
+      window: position q attends to k only if they are less than this many tokens apart. Static: kernels leave out
+        what is further away.
+      windowed: whether the window is to be used; `None`: it is. Layers of a scan differ by it, so that a program
+        holds each kind of attention once.
+      cap: soft cap of the scaled products, see `capped`.
 
     Returns:
       Attended values, dtype of `query`. Softmax is computed in float32.
     """
-    chosen = choose_kernel(kernel)
-    if chosen == "splash":
+
+    def run(window: int | None) -> Array:
+        return _run(query, key, value, segments, Pairs(causal, scale, packed, window, cap), choose_kernel(kernel))
+
+    if window is None or window >= query.shape[1]:
+        return run(None)
+    return run(window) if windowed is None else jax.lax.cond(windowed, lambda: run(window), lambda: run(None))
+
+
+def _run(query: Array, key: Array, value: Array, segments: Array, pairs: Pairs, kernel: Kernel) -> Array:
+    if kernel == "splash":
         from jaxcl.models.splash import splash_attention
 
-        return splash_attention(query, key, value, segments=segments, causal=causal, scale=scale, packed=packed)
-    if chosen == "cudnn":
-        reason = _cudnn_refusal(query)
+        return splash_attention(query, key, value, segments=segments, **pairs._asdict())
+    if kernel == "cudnn":
+        reason = _cudnn_refusal(query, pairs)
         if reason is None:
-            return _cudnn_attention(query, key, value, segments, causal, scale, packed)
+            return _cudnn_attention(query, key, value, segments, pairs)
         warn_once(f"attention: cudnn cannot take this call, using xla instead: {reason}")
-    return blocked_attention(query, key, value, segments=segments, causal=causal, scale=scale, packed=packed)
+    return blocked_attention(query, key, value, segments=segments, **pairs._asdict())
 
 
 def choose_kernel(kernel: Kernel, platform: str | None = None) -> Kernel:
@@ -85,6 +102,8 @@ def explicit_attention(
     causal: bool,
     scale: float,
     packed: bool = True,
+    window: Window = None,
+    cap: float | None = None,
     transform: Callable[[Probabilities], Probabilities] | None = None,
 ) -> Float[Array, "batch length heads head_dim"]:
     """`attention` with the probabilities as an array, which `transform` may look at and change.
@@ -97,6 +116,8 @@ def explicit_attention(
       causal: as in `attention`.
       scale: as in `attention`.
       packed: as in `attention`.
+      window: as in `attention`; it may be traced.
+      cap: as in `attention`.
       transform: from probabilities `[batch, heads, length, length]` float32 to the same; rows of padding hold
         something finite.
 
@@ -107,7 +128,7 @@ def explicit_attention(
     kv_heads = key.shape[2]
     grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
     scores = jnp.einsum("bqkgd,bskd->bkgqs", grouped, key, preferred_element_type=jnp.float32) * scale
-    scores = jnp.where(kernel_mask(segments, causal, packed), scores, HIDDEN)
+    scores = jnp.where(kernel_mask(segments, causal, packed, window=window), capped(scores, cap), HIDDEN)
     probs = jax.nn.softmax(scores, axis=-1)
     if transform is not None:
         probs = transform(probs.reshape(batch, heads, length, length)).reshape(probs.shape)
@@ -115,8 +136,10 @@ def explicit_attention(
     return out.reshape(query.shape).astype(query.dtype)
 
 
-def _cudnn_refusal(query: Array) -> str | None:
+def _cudnn_refusal(query: Array, pairs: Pairs) -> str | None:
     """Why cuDNN cannot take these queries, or `None`."""
+    if pairs.cap is not None:
+        return "it has no soft cap"
     head_dim, length = query.shape[-1], query.shape[1]
     if query.dtype not in (jnp.bfloat16, jnp.float16):
         return f"it computes in bfloat16 or float16, not {query.dtype}; set compute.dtype to bfloat16"
@@ -127,12 +150,11 @@ def _cudnn_refusal(query: Array) -> str | None:
     return None
 
 
-def _cudnn_attention(
-    query: Array, key: Array, value: Array, segments: Array, causal: bool, scale: float, packed: bool
-) -> Array:
-    if packed:
+def _cudnn_attention(query: Array, key: Array, value: Array, segments: Array, pairs: Pairs) -> Array:
+    causal, scale, packed, window, _ = pairs
+    if packed or (window is not None and not causal):
         # With several documents in a row the mask has to be spelled out; it broadcasts over heads.
-        mask = kernel_mask(segments, causal, packed)[:, 0]
+        mask = kernel_mask(segments, causal, packed, window=window)[:, 0]
         return jax.nn.dot_product_attention(query, key, value, mask=mask, scale=scale, implementation="cudnn")
     # A row of padding only keeps one token, so that no softmax is empty.
     lengths = jnp.maximum(jnp.sum(segments != 0, axis=1, dtype=jnp.int32), 1)
@@ -144,6 +166,7 @@ def _cudnn_attention(
         is_causal=causal,
         query_seq_lengths=lengths,
         key_value_seq_lengths=lengths,
+        local_window_size=None if window is None else (window - 1, 0),
         implementation="cudnn",
     )
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxcl.models.mask import HIDDEN, kernel_mask
+from jaxcl.models.mask import HIDDEN, capped, kernel_mask
 
 # Measured on CPUs at length 512: 8 blocks are faster than 4 (or 16); each block is program text of its own.
 _MOST_BLOCKS = 8
@@ -33,11 +33,13 @@ def blocked_attention(
     causal: bool,
     scale: float,
     packed: bool = True,
+    window: int | None = None,
+    cap: float | None = None,
 ) -> Float[Array, "batch length heads head_dim"]:
     """See `jaxcl.models.attention.attention`.
 
-    A causal block leaves out the keys after its last query, which halves the work, and the scores of one block fit a
-    cache.
+    A causal block leaves out the keys after its last query, which halves the work, a window those that are too far
+    away, and the scores of one block fit a cache.
 
     Args:
       query: as there.
@@ -47,6 +49,8 @@ def blocked_attention(
       causal: as there.
       scale: as there.
       packed: as there.
+      window: as there.
+      cap: as there.
 
     Returns:
       Attended values, dtype of `query`.
@@ -56,14 +60,18 @@ def blocked_attention(
     # Heads before positions: then the products are plain batched matrix products, without a transposition each.
     grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
     key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
-    out = _attend(grouped, key, value, segments, _Kind(causal, scale, packed))
+    out = _attend(grouped, key, value, segments, Pairs(causal, scale, packed, window, cap))
     return out.transpose(0, 3, 1, 2, 4).reshape(query.shape)
 
 
-class _Kind(NamedTuple):
+class Pairs(NamedTuple):
+    """Which pairs of queries and keys are compared, and how; as in `attention`. Static."""
+
     causal: bool
     scale: float
     packed: bool
+    window: int | None
+    cap: float | None
 
 
 class _Kept(NamedTuple):
@@ -78,23 +86,32 @@ class _Kept(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(query: Array, key: Array, value: Array, segments: Array, kind: _Kind) -> Array:
+def _attend(query: Array, key: Array, value: Array, segments: Array, kind: Pairs) -> Array:
     return _forward(query, key, value, segments, kind)[0]
 
 
-def _blocks(length: int, causal: bool) -> list[tuple[slice, slice]]:
-    """Queries of each block, and the keys that they may see."""
+def _blocks(length: int, causal: bool, window: int | None) -> list[tuple[slice, slice]]:
+    """Queries of each block, and the keys that they may see.
+
+    >>> [(keys.start, keys.stop) for _, keys in _blocks(200, True, 20)]
+    [(0, 64), (45, 128), (109, 192), (173, 200)]
+    """
     size = max(_SMALLEST_BLOCK, -(-length // _MOST_BLOCKS))
     ends = [(start, min(start + size, length)) for start in range(0, length, size)]
-    return [(slice(start, end), slice(0, end if causal else length)) for start, end in ends]
+    reach = length if window is None else window - 1
+
+    def keys(start: int, end: int) -> slice:
+        return slice(max(0, start - reach), end if causal else min(length, end + reach))
+
+    return [(slice(start, end), keys(start, end)) for start, end in ends]
 
 
-def _forward(query: Array, key: Array, value: Array, segments: Array, kind: _Kind) -> tuple[Array, _Kept]:
+def _forward(query: Array, key: Array, value: Array, segments: Array, kind: Pairs) -> tuple[Array, _Kept]:
     outs, norms = [], []
-    for rows, seen in _blocks(query.shape[3], kind.causal):
-        mask = kernel_mask(segments, kind.causal, kind.packed, rows, seen)
+    for rows, seen in _blocks(query.shape[3], kind.causal, kind.window):
+        mask = kernel_mask(segments, kind.causal, kind.packed, rows, seen, kind.window)
         scores = _product("bkgqd,bksd->bkgqs", query[:, :, :, rows], key[:, :, seen]) * kind.scale
-        scores = jnp.where(mask, scores, HIDDEN)
+        scores = jnp.where(mask, capped(scores, kind.cap), HIDDEN)
         highest = jnp.max(scores, axis=-1, keepdims=True)
         weights = jnp.exp(scores - highest)
         total = jnp.sum(weights, axis=-1, keepdims=True)
@@ -105,20 +122,23 @@ def _forward(query: Array, key: Array, value: Array, segments: Array, kind: _Kin
     return out, _Kept(query, key, value, segments, out, norm)
 
 
-def _backward(kind: _Kind, kept: _Kept, dout: Array) -> tuple[Array, Array, Array, None]:
+def _backward(kind: Pairs, kept: _Kept, dout: Array) -> tuple[Array, Array, Array, None]:
     inner = jnp.sum(dout.astype(jnp.float32) * kept.out.astype(jnp.float32), axis=-1)[:, :, :, None]
     norm = kept.norm.swapaxes(3, 4)
     dqueries = []
     dkey, dvalue = (jnp.zeros(array.shape, jnp.float32) for array in (kept.key, kept.value))
-    for rows, seen in _blocks(kept.query.shape[3], kind.causal):
+    for rows, seen in _blocks(kept.query.shape[3], kind.causal, kind.window):
         # Keys before queries: then the sums over queries, for keys and values, are plain products too.
-        mask = kernel_mask(kept.segments, kind.causal, kind.packed, rows, seen).swapaxes(3, 4)
+        mask = kernel_mask(kept.segments, kind.causal, kind.packed, rows, seen, kind.window).swapaxes(3, 4)
         query, key, value = kept.query[:, :, :, rows], kept.key[:, :, seen], kept.value[:, :, seen]
         dblock = dout[:, :, :, rows]
-        scores = _product("bksd,bkgqd->bkgsq", key, query) * kind.scale
+        scores = capped(_product("bksd,bkgqd->bkgsq", key, query) * kind.scale, kind.cap)
         probs = jnp.exp(jnp.where(mask, scores - norm[..., rows], -jnp.inf))
         dprobs = _product("bksd,bkgqd->bkgsq", value, dblock)
-        dscores = (probs * (dprobs - inner[..., rows]) * kind.scale).astype(query.dtype)
+        dscores = probs * (dprobs - inner[..., rows]) * kind.scale
+        if kind.cap is not None:  # the slope of the soft cap
+            dscores = dscores * (1 - jnp.square(scores / kind.cap))
+        dscores = dscores.astype(query.dtype)
         dvalue = dvalue.at[:, :, seen].add(_product("bkgsq,bkgqd->bksd", probs.astype(dblock.dtype), dblock))
         dkey = dkey.at[:, :, seen].add(_product("bkgsq,bkgqd->bksd", dscores, query))
         dqueries.append(_product("bkgsq,bksd->bkgqd", dscores, key))

@@ -3,8 +3,6 @@
 Prompts are padded on the left, so that all rows write their next token in the same place of the cache. A row's
 padding is a segment of its own and its positions start at its first token, hence neither the padding nor the other
 rows change what a row says.
-
-Axis letters: b batch, s place in the cache, k key/value heads, g query heads per key/value head, d head_dim.
 """
 
 from __future__ import annotations
@@ -21,22 +19,13 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxcl.models.attention import attention
 from jaxcl.models.axes import constrain
 from jaxcl.models.batch import Batch
-from jaxcl.models.network import Network, Params
+from jaxcl.models.cache import Cache, Store
+from jaxcl.models.network import Layer, Network, Params
 
 Scalar = Array | np.number
 Trace = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 _SHORTEST_BUCKET = 16
-
-
-class Cache(NamedTuple):
-    """Keys (after rotary) and values of all layers, compute dtype.
-
-    The length is inside the heads: a layer's slice is then a batch of matrices as the products want them.
-    """
-
-    keys: Float[Array, "layers batch kv_heads cache head_dim"]
-    values: Float[Array, "layers batch kv_heads cache head_dim"]
 
 
 class Draw(NamedTuple):
@@ -241,25 +230,27 @@ def _prefill(
     batch = _rows(tokens, (positions >= 0).astype(jnp.int32), jnp.maximum(positions, 0))
     context = network.context(batch)
 
-    def body(x: Array, layer_params: Params) -> tuple[Array, Cache]:
-        block = network.layer(layer_params)
-        query, key, value = block.project(x, context.rotary)
+    def body(x: Array, layer: Layer) -> tuple[Array, Store]:
+        block, own = network.layer(layer.params), context.at(layer.kind)
+        query, key, value = block.project(x, own.rotary)
         attended = attention(
             query,
             key,
             value,
-            segments=context.segments,
-            causal=context.causal,
-            scale=context.scale,
-            kernel=context.kernel,
+            segments=own.segments,
+            causal=own.causal,
+            scale=own.scale,
+            kernel=own.kernel,
             packed=True,
+            window=own.window,
+            windowed=own.windowed,
+            cap=own.cap,
         )
         x = constrain(block.complete(x, attended, None, None), "batch", "length", "embed")
-        return x, Cache(key.swapaxes(1, 2), value.swapaxes(1, 2))
+        return x, Store(key.swapaxes(1, 2), value.swapaxes(1, 2))
 
-    x, cache = jax.lax.scan(body, network.embed(params, batch), network.blocks(params))
-    padding = [(0, 0)] * 3 + [(0, room), (0, 0)]
-    cache = jax.tree.map(lambda leaf: _constrain_cache(jnp.pad(leaf, padding)), cache)
+    x, store = jax.lax.scan(body, network.embed(params, batch), network.blocks(params))
+    cache = Cache.of_prompt(store, network.windowed(prompt + room), network.config.window, room)
     return cache, network.logits(params, network.finish(params, x[:, -1:]))[:, 0]
 
 
@@ -274,58 +265,20 @@ def _decode(
     """Runs one token per row, which goes to `place` of the cache. `padding` places at a row's start are empty."""
     batch = _rows(tokens, jnp.ones_like(tokens), (place - padding)[:, None])
     context = network.context(batch)
-    index = jnp.arange(cache.keys.shape[3])
-    seen = (index >= padding[:, None]) & (index <= place)
+    seen = cache.seen(place, padding)
 
     # The cache is carried, not scanned over: what is scanned over comes out as a new array, one copy per token.
-    def body(carry: tuple[Array, Cache], layer: tuple[Params, Array]) -> tuple[tuple[Array, Cache], None]:
+    def body(carry: tuple[Array, Cache], one: tuple[Layer, Array]) -> tuple[tuple[Array, Cache], None]:
         x, cache = carry
-        layer_params, number = layer
-        block = network.layer(layer_params)
-        query, key, value = block.project(x, context.rotary)
-
-        def put(store: Array, new: Array) -> Array:
-            zero = jnp.int32(0)
-            new = new.swapaxes(1, 2)[None].astype(store.dtype)
-            return _constrain_cache(jax.lax.dynamic_update_slice(store, new, (number, zero, zero, place, zero)))
-
-        cache = Cache(put(cache.keys, key), put(cache.values, value))
-        keys, values = (jax.lax.dynamic_index_in_dim(store, number, keepdims=False) for store in cache)
-        attended = cached_attention(query, keys, values, seen, context.scale)
+        layer, number = one
+        block, own = network.layer(layer.params), context.at(layer.kind)
+        query, key, value = block.project(x, own.rotary)
+        cache, attended = cache.step(query, key, value, number=number, place=place, seen=seen, context=own)
         return (block.complete(x, attended, None, None), cache), None
 
-    layers = (network.blocks(params), jnp.arange(network.num_layers, dtype=jnp.int32))
+    layers = (network.blocks(params), cache.numbers(network.config.windowed))
     (x, cache), _ = jax.lax.scan(body, (network.embed(params, batch), cache), layers)
     return cache, network.logits(params, network.finish(params, x))[:, 0]
-
-
-def cached_attention(
-    query: Float[Array, "batch 1 heads head_dim"],
-    keys: Float[Array, "batch kv_heads cache head_dim"],
-    values: Float[Array, "batch kv_heads cache head_dim"],
-    seen: Bool[Array, "batch cache"],
-    scale: float,
-) -> Float[Array, "batch 1 heads head_dim"]:
-    """Attention of one query per row to the places of a cache that are `seen`; softmax in float32.
-
-    Args:
-      query: queries; head h reads key/value head `h // (heads / kv_heads)`.
-      keys: cached keys.
-      values: cached values.
-      seen: which places hold something the row may attend to.
-      scale: factor on the products of queries and keys.
-
-    Returns:
-      Attended values, dtype of `query`.
-    """
-    batch, _, heads, head_dim = query.shape
-    kv_heads = keys.shape[1]
-    grouped = query.reshape(batch, kv_heads, heads // kv_heads, head_dim)
-    scores = jnp.einsum("bkgd,bksd->bkgs", grouped, keys, preferred_element_type=jnp.float32) * scale
-    # Finite, so that a row of padding only gives something finite.
-    scores = jnp.where(seen[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    probs = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-    return jnp.einsum("bkgs,bksd->bkgd", probs, values).reshape(query.shape).astype(query.dtype)
 
 
 def _chooser(draw: Draw | None, batch: int) -> Callable[[Array, Array], Array]:
@@ -359,10 +312,6 @@ def keep_nucleus(logits: Float[Array, "batch vocab"], top_p: Scalar | float) -> 
     before = jnp.cumsum(probs, axis=-1) - probs
     least = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits >= least, logits, -jnp.inf)
-
-
-def _constrain_cache(store: Array) -> Array:
-    return constrain(store, None, "batch", "kv_heads", None, None)
 
 
 def _rows(tokens: Array, segments: Array, positions: Array) -> Batch:

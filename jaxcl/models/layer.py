@@ -6,16 +6,29 @@ import dataclasses
 from typing import Any, NamedTuple, Protocol
 
 import jax
-from jaxtyping import Array, Float, Int
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxcl.models.attention import attention, explicit_attention
 from jaxcl.models.axes import constrain
 from jaxcl.models.compute import Kernel
 from jaxcl.models.gates import Gates, gate
 from jaxcl.models.layers import derive, dropout
-from jaxcl.models.mask import visible
+from jaxcl.models.mask import Window, visible
 from jaxcl.models.probe import AttentionView, Probe, Tap
 from jaxcl.models.rotary import Rotary
+
+
+class LayerKind(NamedTuple):
+    """What one layer has and another has not, scanned along with their params.
+
+    Attributes:
+      rotary: which of `Context.rotary` it uses; `None`: there is only one.
+      windowed: whether it has the window; `None`: all have it, or none.
+    """
+
+    rotary: Int[Array, "..."] | None
+    windowed: Bool[Array, "..."] | None
 
 
 class Context(NamedTuple):
@@ -23,11 +36,15 @@ class Context(NamedTuple):
 
     Attributes:
       segments: document number of each position, 0 for padding.
-      rotary: tables of the rotary embedding, `None` for learned positions.
+      rotary: tables of the rotary embedding, `None` for learned positions. Where layers differ, one for each kind,
+        with a leading axis, until `at` chooses.
       causal: whether later positions are hidden.
       packed: whether a row may hold several documents.
       scale: factor on the products of queries and keys.
       kernel: which attention kernel.
+      window: how many tokens apart queries and keys may not be; `None`: no limit.
+      cap: soft cap of the scaled products; `None`: none.
+      windowed: whether the layer at hand has the window; `None`: all have it.
     """
 
     segments: Int[Array, "batch length"]
@@ -36,6 +53,25 @@ class Context(NamedTuple):
     packed: bool
     scale: float
     kernel: Kernel
+    window: int | None = None
+    cap: float | None = None
+    windowed: Bool[Array, ""] | None = None
+
+    def at(self, kind: LayerKind | None) -> Context:
+        """The context of one layer; its `kind` comes from `Network.blocks`."""
+        if kind is None:
+            return self
+        rotary = self.rotary
+        if kind.rotary is not None:
+            rotary = jax.tree.map(lambda table: table[kind.rotary], rotary)
+        return self._replace(rotary=rotary, windowed=kind.windowed)
+
+    @property
+    def reach(self) -> Window:
+        """The window of the layer at hand; where layers differ, a number that the program computes."""
+        if self.window is None or self.windowed is None:
+            return self.window
+        return jnp.where(self.windowed, self.window, self.segments.shape[1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +141,7 @@ def apply_block(
         x = constrain(block.complete(x, attended, gates, noise), "batch", "length", "embed")
     if probe is None:
         return x, None
-    view = AttentionView(query, key, context.segments, context.causal, context.scale)
+    view = AttentionView(query, key, context.segments, context.causal, context.scale, context.reach, context.cap)
     with jax.named_scope("probe"):
         return x, probe.function(view, probe.inputs)
 
@@ -122,11 +158,14 @@ def _attend(query: Array, key: Array, value: Array, context: Context, tap: Tap |
             scale=context.scale,
             kernel=context.kernel,
             packed=context.packed,
+            window=context.window,
+            windowed=context.windowed,
+            cap=context.cap,
         )
 
     def transform(probs: Array) -> Array:
         if tap is not None:
-            probs = tap.function(probs, visible(context.segments, context.causal), tap.inputs)
+            probs = tap.function(probs, visible(context.segments, context.causal, context.reach), tap.inputs)
         return probs if noise is None else noise.drop_attention(probs)
 
     return explicit_attention(
@@ -137,5 +176,7 @@ def _attend(query: Array, key: Array, value: Array, context: Context, tap: Tap |
         causal=context.causal,
         scale=context.scale,
         packed=context.packed,
+        window=context.reach,
+        cap=context.cap,
         transform=transform,
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -164,16 +165,45 @@ class Embedding(nnx.Module):
         return product(x, table.T, 1, jnp.float32)
 
 
+NormScale = Literal["weight", "one_plus", "cast"]
+
+
 class RMSNorm(nnx.Module):
-    """`x / sqrt(mean(x^2) + eps) * scale`, computed in float32 (arXiv 1910.07467, equation 4)."""
+    """`x / sqrt(mean(x^2) + eps) * scale`, computed in float32 (arXiv 1910.07467, equation 4).
 
-    def __init__(self, embed: int, *, eps: float, compute: Compute, layers: int | None = None) -> None:
-        self.scale = constant(1.0, (embed,), ("embed",), compute, layers)
+    Args:
+      sizes: sizes by axis name that the mean is taken over, the last dimensions of the argument.
+      eps: added to the mean.
+      compute: gives the dtype of the scale.
+      layers: see `parameter`.
+      how: what multiplies: the param; 1 plus the param (Gemma), which then starts at 0; or the param, after the cast to
+        the dtype of the argument.
+      unit: see `parameter`.
+    """
+
+    def __init__(
+        self,
+        sizes: Sizes,
+        *,
+        eps: float,
+        compute: Compute,
+        layers: int | None = None,
+        how: NormScale = "weight",
+        unit: str | None = None,
+    ) -> None:
+        start = 0.0 if how == "one_plus" else 1.0
+        self.scale = constant(start, tuple(sizes.values()), tuple(sizes), compute, layers, unit)
         self.eps = eps
+        self.how = how
 
-    def __call__(self, x: Float[Array, "... embed"]) -> Float[Array, "... embed"]:
-        """Normalises the last axis; dtype of `x`."""
-        return _rms_norm(x, self.scale[...], jnp.float32(self.eps))
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Normalises the last axes; dtype of `x`."""
+        scale = self.scale[...]
+        if self.how == "one_plus":
+            scale = 1.0 + scale.astype(jnp.float32)
+        if self.how == "cast":
+            return _rms_norm(x, jnp.ones_like(scale), jnp.float32(self.eps)) * scale.astype(x.dtype)
+        return _rms_norm(x, scale, jnp.float32(self.eps))
 
 
 class LayerNorm(nnx.Module):
@@ -243,7 +273,8 @@ def place_hash(words: UInt32[Array, "2"] | UInt32[Array, "rows 2"], shape: Seque
 @recomputed
 def _rms_norm(x: Array, scale: Array, eps: Array) -> Array:
     wide = x.astype(jnp.float32)
-    wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    axes = tuple(range(x.ndim - scale.ndim, x.ndim))
+    wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=axes, keepdims=True) + eps)
     return (wide * scale.astype(jnp.float32)).astype(x.dtype)
 
 

@@ -1,92 +1,44 @@
-"""LLaMA-style decoder: LLaMA 2 and 3, Vicuna, SmolLM2, TinyLlama, Mistral without sliding window.
+"""The decoder. `LlamaConfig` has the switches by which families differ; with none of them set it is LLaMA.
+
+A switch that is not set leaves no trace in the compiled program. What differs from layer to layer is data that is
+scanned along (`LayerKind`), so that the program does not grow with depth.
 
 Axis names: batch, length, heads, kv_heads, head_dim, embed, mlp, vocab, layers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
-from pydantic import Field, field_validator, model_validator
 
+from jaxcl.models.activation import ACTIVATIONS
 from jaxcl.models.axes import constrain
 from jaxcl.models.batch import Batch
-from jaxcl.models.compute import Compute, recomputed
+from jaxcl.models.compute import recomputed
 from jaxcl.models.gates import Gates, gate
-from jaxcl.models.layer import Context, Noise
+from jaxcl.models.layer import Context, LayerKind, Noise
 from jaxcl.models.layers import Embedding, Linear, RMSNorm
-from jaxcl.models.lora import LoraConfig, adapter_for
-from jaxcl.models.rotary import RopeScaling, Rotary, frequencies, rotary, rotate
+from jaxcl.models.llama_config import LlamaConfig, Rope
+from jaxcl.models.lora import adapter_for
+from jaxcl.models.mask import capped
+from jaxcl.models.rotary import Rotary, rotary, rotate, unrotated
 from jaxcl.models.soft_tokens import soft_id
-from jaxcl.schema import Schema
+
+__all__ = ["Llama", "LlamaConfig"]
 
 
-class LlamaConfig(Schema):
-    """Shape of a LLaMA-style decoder."""
-
-    architecture: Literal["llama"] = Field("llama", description="decoder with rotary positions, RMSNorm and SwiGLU")
-    vocab_size: int = Field(gt=0, description="number of token ids")
-    hidden_size: int = Field(gt=0, description="width of the residual stream")
-    intermediate_size: int = Field(gt=0, description="feed-forward intermediate units per layer")
-    num_layers: int = Field(gt=0, description="number of layers")
-    num_heads: int = Field(gt=0, description="attention (query) heads per layer")
-    num_kv_heads: int = Field(0, ge=0, description="key/value heads per layer; 0: as many as num_heads")
-    head_dim: int = Field(0, ge=0, description="width of a head; 0: hidden_size / num_heads")
-    max_length: int = Field(2048, gt=0, description="longest text the model is meant for, in tokens")
-    rope_theta: float = Field(10000.0, gt=0, description="base of the rotary frequencies")
-    rope_scaling: RopeScaling | None = Field(None, description="stretch of the rotary frequencies; none: as trained")
-    norm_eps: float = Field(1e-5, gt=0, description="epsilon of RMSNorm")
-    tie_embeddings: bool = Field(False, description="whether the output head is the token embedding")
-    attention_bias: bool = Field(False, description="biases on query, key, value and output projections")
-    mlp_bias: bool = Field(False, description="biases on gate, up and down projections")
-    dropout: float = Field(
-        0.0, ge=0, lt=1, description="dropout on residual branches and, unless that has its own, on attention"
-    )
-    attention_dropout: float | None = Field(
-        None, ge=0, lt=1, description="dropout on attention probabilities; none: as dropout"
-    )
-    num_labels: int = Field(0, ge=0, description="classes of the classification head; 0: no such head")
-    init_std: float = Field(0.02, gt=0, description="standard deviation of initial weights")
-    lora: LoraConfig | None = Field(None, description="low-rank adapters, which are then all that is trained")
-    soft_tokens: int = Field(
-        0, ge=0, description="trained vectors for prompts to begin with, which are then all that is trained"
-    )
-    compute: Compute = Field(Compute(), description="precision, rematerialisation, kernel")
-
-    @field_validator("num_kv_heads", "head_dim", mode="before")
-    @classmethod
-    def _none_is_zero(cls, value: Any) -> Any:
-        return 0 if value is None else value
-
-    @model_validator(mode="after")
-    def _resolve(self) -> LlamaConfig:
-        """Replaces 0 in `num_kv_heads` and `head_dim` by the value it means, and checks that the sizes fit together."""
-        values = self.__dict__  # the model is frozen for everyone else
-        values["num_kv_heads"] = self.num_kv_heads or self.num_heads
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
-        if not self.head_dim and self.hidden_size % self.num_heads:
-            raise ValueError(f"hidden_size ({self.hidden_size}) must be a multiple of num_heads ({self.num_heads})")
-        values["head_dim"] = self.head_dim or self.hidden_size // self.num_heads
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}")
-        if self.soft_tokens > self.vocab_size:  # each starts as a word of its own
-            raise ValueError(f"soft_tokens ({self.soft_tokens}) must be at most vocab_size ({self.vocab_size})")
-        return self
-
-    @property
-    def dropout_rates(self) -> tuple[float, float]:
-        """Dropout rates on residual branches and on attention probabilities."""
-        return self.dropout, self.dropout if self.attention_dropout is None else self.attention_dropout
+def _norm(config: LlamaConfig, layers: int | None, unit: str | None = None, **sizes: int) -> RMSNorm:
+    sizes = sizes or {"embed": config.hidden_size}
+    return RMSNorm(sizes, eps=config.norm_eps, compute=config.compute, layers=layers, how=config.norm_scale, unit=unit)
 
 
 class LlamaAttention(nnx.Module):
-    """The four projections of grouped-query attention."""
+    """The four projections of grouped-query attention, and the norms of queries and keys."""
 
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs, layers: int) -> None:
         c = config
@@ -97,11 +49,25 @@ class LlamaAttention(nnx.Module):
         self.query = linear(embed, heads, std=c.init_std, unit="heads", lora=lora("query"))
         self.key = linear(embed, kv_heads, std=c.init_std, unit="heads", lora=lora("key"))
         self.value = linear(embed, kv_heads, std=c.init_std, unit="heads", lora=lora("value"))
-        self.out = linear(heads, embed, std=_residual_std(c), unit="heads", lora=lora("out"))
+        out_bias = c.attention_bias if c.attention_out_bias is None else c.attention_out_bias
+        self.out = linear(heads, embed, std=_residual_std(c), unit="heads", lora=lora("out"), bias=out_bias)
+        norm = partial(_norm, c, layers, "heads")
+        self.query_norm, self.key_norm = {
+            "none": lambda: (None, None),
+            "head": lambda: (norm(**depth), norm(**depth)),  # shared by the heads, so it belongs to none of them
+            "flat": lambda: (norm(**heads), norm(**kv_heads)),
+        }[c.qk_norm]()
+
+    def project(self, x: Float[Array, "batch length embed"], rotary: Rotary) -> tuple[Array, Array, Array]:
+        """Rotated queries and keys, and values."""
+        query, key = self.query(x), self.key(x)
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        return rotate(query, rotary), rotate(key, rotary), self.value(x)
 
 
 class LlamaMlp(nnx.Module):
-    """`down(silu(gate x) * up x)` (arXiv 2002.05202)."""
+    """`down(activation(gate x) * up x)` (arXiv 2002.05202)."""
 
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs, layers: int) -> None:
         c = config
@@ -111,44 +77,62 @@ class LlamaMlp(nnx.Module):
         self.gate = linear(embed, mlp, std=c.init_std, unit="intermediate", lora=lora("gate"))
         self.up = linear(embed, mlp, std=c.init_std, unit="intermediate", lora=lora("up"))
         self.down = linear(mlp, embed, std=_residual_std(c), unit="output", lora=lora("down"))
+        self.activation = c.activation
 
-    def __call__(self, x: Float[Array, "batch length embed"], gates: Gates | None) -> Array:
-        """Feed-forward output, gated."""
+    def __call__(
+        self, x: Float[Array, "batch length embed"], gates: Gates | None, norm: RMSNorm | None = None
+    ) -> Array:
+        """Feed-forward output, normalised and gated.
+
+        The gate of an output unit is on what the unit adds to the residual stream, so it comes after the norm.
+        """
         gated, up = (constrain(part(x), "batch", "length", "mlp") for part in (self.gate, self.up))
 
         @recomputed
         def rest(gated: Array, up: Array, factor: Array | None) -> Array:
-            return self.down(gate(jax.nn.silu(gated) * up, factor, axis=2))
+            return self.down(gate(ACTIVATIONS[self.activation](gated) * up, factor, axis=2))
 
         if gates is None:
-            return rest(gated, up, None)
-        return gate(rest(gates.before_activation(gated), up, gates.after_activation), gates.output, axis=2)
+            out = rest(gated, up, None)
+        else:
+            out = rest(gates.before_activation(gated), up, gates.after_activation)
+        out = out if norm is None else norm(out)
+        return out if gates is None else gate(out, gates.output, axis=2)
 
 
 class LlamaBlock(nnx.Module):
-    """Pre-norm layer: `x + attention(norm(x))`, then `x + mlp(norm(x))`."""
+    """`x + attention(x)`, then `x + mlp(x)`, with norms before the branches (`pre`), after them (`post`), or both."""
 
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs, layers: int) -> None:
-        self.attention_norm = RMSNorm(config.hidden_size, eps=config.norm_eps, compute=config.compute, layers=layers)
-        self.attention = LlamaAttention(config, rngs, layers)
-        self.mlp_norm = RMSNorm(config.hidden_size, eps=config.norm_eps, compute=config.compute, layers=layers)
-        self.mlp = LlamaMlp(config, rngs, layers)
+        c = config
+        before, after = c.norm_placement != "post", c.norm_placement != "pre"
+        self.attention_norm = _norm(c, layers) if before else None
+        self.attention = LlamaAttention(c, rngs, layers)
+        self.attention_post_norm = _norm(c, layers) if after else None
+        self.mlp_norm = _norm(c, layers) if before else None
+        self.mlp = LlamaMlp(c, rngs, layers)
+        self.mlp_post_norm = _norm(c, layers, "output") if after else None
+        self.residual_scale = c.residual_scale
 
     def project(self, x: Float[Array, "batch length embed"], rotary: Rotary | None) -> tuple[Array, Array, Array]:
         """Rotated queries and keys, and values."""
         if rotary is None:
             raise ValueError("rotary: expected the tables of a decoder's positions, got None")
-        x = self.attention_norm(x)
-        query, key = self.attention.query(x), self.attention.key(x)
-        return rotate(query, rotary), rotate(key, rotary), self.attention.value(x)
+        return self.attention.project(x if self.attention_norm is None else self.attention_norm(x), rotary)
 
     def complete(self, x: Array, attended: Array, gates: Gates | None, noise: Noise | None) -> Array:
         """Output projection, residual, feed-forward, residual."""
         update = self.attention.out(attended)
-        x = x + (update if noise is None else noise.drop(update, 1))
+        if self.attention_post_norm is not None:
+            update = self.attention_post_norm(update)
+        x = x + self._branch(update, noise, 1)
         with jax.named_scope("mlp"):
-            update = self.mlp(self.mlp_norm(x), gates)
-        return x + (update if noise is None else noise.drop(update, 2))
+            update = self.mlp(x if self.mlp_norm is None else self.mlp_norm(x), gates, self.mlp_post_norm)
+        return x + self._branch(update, noise, 2)
+
+    def _branch(self, update: Array, noise: Noise | None, place: int) -> Array:
+        update = update if noise is None else noise.drop(update, place)
+        return update if self.residual_scale == 1.0 else update * jnp.asarray(self.residual_scale, update.dtype)
 
 
 class Classifier(nnx.Module):
@@ -170,15 +154,13 @@ class Classifier(nnx.Module):
 class Llama(nnx.Module):
     """The whole decoder; `Network` runs its stages."""
 
-    causal = True
-
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs) -> None:
         c = config
         self.config = c
         table = ("vocab", "embed")
         self.embed = Embedding(rngs, c.vocab_size, c.hidden_size, axes=table, std=c.init_std, compute=c.compute)
         self.blocks = LlamaBlock(c, rngs, c.num_layers)
-        self.final_norm = RMSNorm(c.hidden_size, eps=c.norm_eps, compute=c.compute)
+        self.final_norm = _norm(c, None)
         embed, vocab = {"embed": c.hidden_size}, {"vocab": c.vocab_size}
         untied = not c.tie_embeddings
         self.head = Linear(rngs, embed, vocab, bias=False, std=c.init_std, compute=c.compute) if untied else None
@@ -189,17 +171,38 @@ class Llama(nnx.Module):
     def context(self, batch: Batch) -> Context:
         """Rotary tables and mask inputs of a batch."""
         c = self.config
-        tables = rotary(batch.positions, frequencies(c.head_dim, c.rope_theta, c.rope_scaling))
-        scale = c.head_dim**-0.5
-        return Context(batch.segments, tables, self.causal, batch.packed, scale, c.compute.kernel)
+        kinds = [
+            None if rope is None else rotary(batch.positions, c.rotary_width, rope.theta, rope.scaling)
+            for rope in _kinds(c.ropes)
+        ]
+        rotated = next(tables for tables in kinds if tables is not None)
+        every = [unrotated(rotated) if tables is None else tables for tables in kinds]
+        tables = every[0] if len(every) == 1 else jax.tree.map(lambda *leaves: jnp.stack(leaves), *every)
+        window = c.window or None
+        return Context(
+            batch.segments, tables, c.causal, batch.packed, c.scale, c.compute.kernel, window, c.attention_cap
+        )
+
+    def kinds(self) -> LayerKind | None:
+        """What tells the layers apart, leaves `[layers]`; `None` if they are alike."""
+        c = self.config
+        ropes, windowed = _kinds(c.ropes), set(c.windowed)
+        rotary = jnp.array([ropes.index(rope) for rope in c.ropes], jnp.int32) if len(ropes) > 1 else None
+        which = jnp.array(c.windowed) if len(windowed) > 1 else None
+        return None if rotary is None and which is None else LayerKind(rotary, which)
 
     def start(self, batch: Batch, noise: Noise | None) -> Float[Array, "batch length embed"]:
         """Token embeddings; see `soft_tokens` for negative ids."""
+        x = self._vectors(batch.tokens)
+        scale = self.config.embedding_scale
+        return x if scale == 1.0 else x * jnp.asarray(scale, x.dtype)
+
+    def _vectors(self, tokens: Array) -> Array:
         if self.soft_tokens is None:
-            return self.embed(batch.tokens)
-        soft = batch.tokens < 0
-        words = self.embed(jnp.where(soft, 0, batch.tokens))
-        return jnp.where(soft[..., None], self.soft_tokens(jnp.where(soft, soft_id(batch.tokens), 0)), words)
+            return self.embed(tokens)
+        soft = tokens < 0
+        words = self.embed(jnp.where(soft, 0, tokens))
+        return jnp.where(soft[..., None], self.soft_tokens(jnp.where(soft, soft_id(tokens), 0)), words)
 
     def finish(self, x: Float[Array, "batch length embed"]) -> Float[Array, "batch length embed"]:
         """The norm after the last layer."""
@@ -207,18 +210,25 @@ class Llama(nnx.Module):
 
     def logits(self, states: Float[Array, "... embed"]) -> Float[Array, "... vocab"]:
         """Scores of the next token, float32."""
-        if self.head is None:
-            return self.embed.logits(states)
-        return self.head.in_float32(states)
+        logits = self.embed.logits(states) if self.head is None else self.head.in_float32(states)
+        divisor = self.config.logit_divisor
+        return capped(logits if divisor == 1.0 else logits / divisor, self.config.logit_cap)
 
     def classify(self, states: Array, batch: Batch, noise: Noise | None) -> Float[Array, "batch labels"]:
-        """Class scores from the last real token, float32."""
+        """Class scores from the last real token (the first, if positions see later ones), float32."""
         if self.classifier is None:
             raise ValueError("classify: expected a config with num_labels > 0, got 0")
+        if not self.config.causal:
+            return self.classifier.out.in_float32(states[:, 0])
         index = jnp.arange(batch.segments.shape[1])
         last = jnp.max(jnp.where(batch.segments != 0, index, 0), axis=1)
         pooled = jnp.take_along_axis(states, last[:, None, None], axis=1)[:, 0]
         return self.classifier.out.in_float32(pooled)
+
+
+def _kinds(ropes: Sequence[Rope | None]) -> list[Rope | None]:
+    """Those that differ, in the order of the layers."""
+    return [rope for place, rope in enumerate(ropes) if rope not in ropes[:place]]
 
 
 def _soft_tokens(config: LlamaConfig, rngs: nnx.Rngs) -> Embedding:

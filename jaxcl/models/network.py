@@ -16,7 +16,7 @@ from pydantic import Field
 from jaxcl.models.axes import constrain
 from jaxcl.models.batch import Batch
 from jaxcl.models.gates import Gates
-from jaxcl.models.layer import Context, Noise, apply_block
+from jaxcl.models.layer import Context, LayerKind, Noise, apply_block
 from jaxcl.models.layers import derive
 from jaxcl.models.llama import Llama, LlamaConfig
 from jaxcl.models.probe import Probe, Tap
@@ -39,10 +39,22 @@ class Hidden(NamedTuple):
     probed: Any
 
 
+class Layer(NamedTuple):
+    """One layer, or all of them along a leading axis.
+
+    Attributes:
+      params: the layer's params.
+      kind: what it has and others have not; `None` where all layers are alike.
+    """
+
+    params: Params
+    kind: LayerKind | None
+
+
 class _PerLayer(NamedTuple):
     """What is scanned along with the layers; `None` where absent."""
 
-    params: Params
+    layer: Layer
     gates: Gates | None
     tap: Any
     probe: Any
@@ -78,7 +90,11 @@ class Network:
     @property
     def causal(self) -> bool:
         """Whether a position sees only earlier ones."""
-        return isinstance(self.config, LlamaConfig)
+        return self.config.causal
+
+    def windowed(self, length: int) -> tuple[bool, ...]:
+        """Which layers have a window that is shorter than rows of `length` tokens."""
+        return tuple(own and self.config.window < length for own in self.config.windowed)
 
     @property
     def num_layers(self) -> int:
@@ -193,7 +209,7 @@ class Network:
 
         def body(x: Array, layer: _PerLayer) -> tuple[Array, Any]:
             return self.block(
-                layer.params,
+                layer.layer,
                 x,
                 batch,
                 context=context,
@@ -205,7 +221,7 @@ class Network:
             )
 
         layers = _PerLayer(
-            params=self.blocks(params),
+            layer=self.blocks(params),
             gates=gates,
             tap=None if tap is None else tap.inputs,
             probe=None if probe is None else probe.inputs,
@@ -258,13 +274,13 @@ class Network:
         x = self._merge(params).start(batch, self._noise(dropout_key, dropout_rate))
         return constrain(x, "batch", "length", "embed")
 
-    def blocks(self, params: Params) -> Params:
-        """The params of all layers, leaves `[layers, ...]`: what a scan over layers runs along."""
-        return params["blocks"]
+    def blocks(self, params: Params) -> Layer:
+        """All layers, leaves `[layers, ...]`: what a scan over layers runs along."""
+        return Layer(params["blocks"], _abstract(self.config).model.kinds())
 
     def block(
         self,
-        layer_params: Params,
+        layer: Layer,
         x: Float[Array, "batch length embed"],
         batch: Batch,
         *,
@@ -278,7 +294,7 @@ class Network:
         """One layer, for callers that walk the layers themselves.
 
         Args:
-          layer_params: `blocks(params)` at one layer, without the layer axis.
+          layer: `blocks(params)` at one layer, without the layer axis.
           x: the layer's input.
           batch: token rows.
           context: `context(batch)`, to compute it once for all layers.
@@ -291,9 +307,9 @@ class Network:
         Returns:
           The layer's output, and the probe's.
         """
-        block = self.layer(layer_params)
+        block = self.layer(layer.params)
         noise = self._noise(dropout_key, dropout_rate)
-        context = self.context(batch) if context is None else context
+        context = (self.context(batch) if context is None else context).at(layer.kind)
         return apply_block(block, x, context, gates=gates, tap=tap, probe=probe, noise=noise)
 
     def layer(self, layer_params: Params) -> Any:

@@ -5,7 +5,6 @@ Axis names: batch, length, heads, head_dim, embed, mlp, vocab, layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
@@ -15,30 +14,25 @@ from flax import nnx
 from jaxtyping import Array, Float
 from pydantic import Field, model_validator
 
+from jaxcl.models.activation import ACTIVATIONS, Activation
 from jaxcl.models.axes import constrain
 from jaxcl.models.batch import Batch
 from jaxcl.models.compute import Compute, recomputed
 from jaxcl.models.gates import Gates, gate
-from jaxcl.models.layer import Context, Noise
+from jaxcl.models.layer import Context, LayerKind, Noise
 from jaxcl.models.layers import Embedding, LayerNorm, Linear, constant
 from jaxcl.models.lora import LoraConfig, adapter_for
 from jaxcl.models.rotary import Rotary
 from jaxcl.schema import Schema
-
-Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
-
-_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu": partial(jax.nn.gelu, approximate=False),
-    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
-    "relu": jax.nn.relu,
-    "silu": jax.nn.silu,
-}
 
 
 class RobertaConfig(Schema):
     """Shape of a RoBERTa-style encoder. BERT: position_offset 0, type_vocab_size 2, pad_id 0, layer_norm_eps 1e-12."""
 
     architecture: Literal["roberta"] = Field("roberta", description="encoder with learned positions and post-norm")
+    family: Literal["roberta", "bert", "xlm-roberta"] | None = Field(
+        None, description="model_type of exports; none: bert if position_offset is 0, otherwise roberta"
+    )
     vocab_size: int = Field(gt=0, description="number of token ids")
     hidden_size: int = Field(gt=0, description="width of the residual stream")
     intermediate_size: int = Field(gt=0, description="feed-forward intermediate units per layer")
@@ -77,6 +71,21 @@ class RobertaConfig(Schema):
     def head_dim(self) -> int:
         """Width of a head."""
         return self.hidden_size // self.num_heads
+
+    @property
+    def causal(self) -> bool:
+        """Whether a position sees only earlier ones."""
+        return False
+
+    @property
+    def window(self) -> int:
+        """No layer has a window."""
+        return 0
+
+    @property
+    def windowed(self) -> tuple[bool, ...]:
+        """Which layers attend to a window only."""
+        return (False,) * self.num_layers
 
     @property
     def num_kv_heads(self) -> int:
@@ -135,7 +144,7 @@ class RobertaMlp(nnx.Module):
 
         @recomputed
         def rest(up: Array, factor: Array | None) -> Array:
-            return self.down(gate(_ACTIVATIONS[self.activation](up), factor, axis=2))
+            return self.down(gate(ACTIVATIONS[self.activation](up), factor, axis=2))
 
         if gates is None:
             return rest(up, None)
@@ -205,6 +214,10 @@ class Roberta(nnx.Module):
         c = self.config
         return Context(batch.segments, None, self.causal, batch.packed, c.head_dim**-0.5, c.compute.kernel)
 
+    def kinds(self) -> LayerKind | None:
+        """Nothing: the layers are alike."""
+        return None
+
     def start(self, batch: Batch, noise: Noise | None) -> Float[Array, "batch length embed"]:
         """Embeddings of tokens, positions and types."""
         x = self.embed(batch)
@@ -216,7 +229,7 @@ class Roberta(nnx.Module):
 
     def logits(self, states: Float[Array, "... embed"]) -> Float[Array, "... vocab"]:
         """Scores of the token at each position, float32."""
-        x = self.head.norm(_ACTIVATIONS[self.head.activation](self.head.dense(states)))
+        x = self.head.norm(ACTIVATIONS[self.head.activation](self.head.dense(states)))
         return self.embed.word.logits(x) + self.head.bias[...].astype(jnp.float32)
 
     def classify(self, states: Array, batch: Batch, noise: Noise | None) -> Float[Array, "batch labels"]:

@@ -7,6 +7,7 @@ serves, and falls back to XLA on CPU: another dependency for nothing that is mis
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     BlockSizes,
     CausalMask,
     FullMask,
+    LocalMask,
     MultiHeadMask,
     SegmentIds,
     make_splash_mha,
@@ -36,6 +38,8 @@ def splash_attention(
     causal: bool,
     scale: float,
     packed: bool,
+    window: int | None = None,
+    cap: float | None = None,
     interpret: bool = False,
 ) -> Float[Array, "batch length heads head_dim"]:
     """As `jaxcl.models.attention.attention`. Any length: it is padded to a multiple of 128.
@@ -50,6 +54,8 @@ def splash_attention(
       causal: whether later positions are hidden.
       scale: factor on the products of queries and keys.
       packed: whether a row may hold several documents.
+      window: how many tokens apart a query and a key may not be; `None`: no limit.
+      cap: soft cap of the scaled products.
       interpret: run in Pallas' interpreter, on any platform; for tests.
 
     Returns:
@@ -72,7 +78,7 @@ def splash_attention(
     masked = packed or not causal
 
     def local(query: Array, key: Array, value: Array, segments: Array) -> Array:
-        kernel = _kernel(query.shape[1], query.shape[2], causal, interpret)
+        kernel = _kernel(query.shape[2], _mask(query.shape[1], causal, window), cap, interpret)
         query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
         if masked:
             out = jax.vmap(lambda q, k, v, s: kernel(q, k, v, segment_ids=SegmentIds(s, s)))(
@@ -88,9 +94,15 @@ def splash_attention(
     return run(query, key, value, segments)[:, :length].astype(query.dtype)
 
 
-def _kernel(length: int, heads: int, causal: bool, interpret: bool) -> Callable[..., Array]:
-    block = next(size for size in range(_LARGEST_BLOCK, 0, -_LANES) if length % size == 0)
-    mask = CausalMask((length, length)) if causal else FullMask((length, length))
+def _mask(length: int, causal: bool, window: int | None) -> Any:
+    square = (length, length)
+    if window is not None:
+        return LocalMask(square, (window - 1, 0 if causal else window - 1), 0)
+    return CausalMask(square) if causal else FullMask(square)
+
+
+def _kernel(heads: int, mask: Any, cap: float | None, interpret: bool) -> Callable[..., Array]:
+    block = next(size for size in range(_LARGEST_BLOCK, 0, -_LANES) if mask.shape[0] % size == 0)
     return make_splash_mha(
         MultiHeadMask([mask] * heads),
         block_sizes=BlockSizes(
@@ -103,5 +115,6 @@ def _kernel(length: int, heads: int, causal: bool, interpret: bool) -> Callable[
         ),
         head_shards=1,
         q_seq_shards=1,
+        attn_logits_soft_cap=cap,
         interpret=interpret,
     )

@@ -39,7 +39,7 @@ def read_param(source: Source, found: Match, leaf: jax.ShapeDtypeStruct, shardin
 
     def read(name: str, shape: tuple[int, ...], bounds: Index) -> np.ndarray:
         with np.errstate(over="ignore"):  # found below
-            value = layout.read(functools.partial(source.read, name), shape, bounds).astype(leaf.dtype)
+            value = layout.read(functools.partial(found.read, source, name), shape, bounds).astype(leaf.dtype)
         if not np.isfinite(value).all():
             raise not_finite(source.where, name, str(leaf.dtype))
         return value

@@ -16,6 +16,7 @@ from jaxcl.errors import UserError
 from jaxcl.models.network import ModelConfig, Network, Params
 from jaxcl.models.roberta import RobertaConfig
 from jaxcl.weights import gguf_config, hf_config
+from jaxcl.weights.families import family_of
 from jaxcl.weights.fill import read_param
 from jaxcl.weights.finite import refuse_not_finite
 from jaxcl.weights.folder import GENERATION_FILE
@@ -24,7 +25,7 @@ from jaxcl.weights.locate import ORBAX_CONFIG, Kind, locate
 from jaxcl.weights.match import Plan, match
 from jaxcl.weights.orbax import Orbax
 from jaxcl.weights.source import Safetensors, Source, read_json, same_values
-from jaxcl.weights.tables import BERT, LLAMA, LLAMA_GGUF, ROBERTA, Table
+from jaxcl.weights.tables import GGUF_TABLES, Table
 from jaxcl.weights.tree import flatten, unflatten
 
 _CONFIG: TypeAdapter[Any] = TypeAdapter(ModelConfig)
@@ -46,16 +47,15 @@ def read_config(path: str | os.PathLike[str], **changes: Any) -> ModelConfig:
       UserError: no readable checkpoint, or a network that jaxcl does not support.
     """
     kind, place = locate(path)
-    window = None
     if kind == "orbax":
         where, fields = str(place / ORBAX_CONFIG), read_json(place / ORBAX_CONFIG)
     elif kind == "gguf":
         with Gguf(place) as file:
-            where, fields, window = file.where, gguf_config.from_gguf(file), gguf_config.sliding_window(file)
+            where, fields = file.where, gguf_config.from_gguf(file)
     else:
         config_file = (place if place.is_dir() else place.parent) / "config.json"
         where, content = str(config_file), read_json(config_file)
-        fields, window = hf_config.from_hf(content, where), hf_config.sliding_window(content)
+        fields = hf_config.from_hf(content, where)
         # As in transformers, a head of its own in the file counts more than `tie_word_embeddings`.
         if fields.get("tie_embeddings") and "tie_embeddings" not in changes and _has_own_head(place):
             _log.warning(
@@ -69,11 +69,6 @@ def read_config(path: str | os.PathLike[str], **changes: Any) -> ModelConfig:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"][1:])
         raise UserError(f"{where}: {key + ': ' if key else ''}{first['msg']}") from None
-    if window and window < config.max_length:
-        raise UserError(
-            f"{where}: attention over a sliding window of {window} tokens is not supported; max_length (now "
-            f"{config.max_length}) must be at most {window}, so that the window has no effect"
-        )
     return config
 
 
@@ -198,12 +193,14 @@ def _open(kind: Kind, place: Path) -> Source:
 
 
 def _table(kind: Kind, network: Network) -> Table:
-    config = network.config
-    if isinstance(config, RobertaConfig):
-        if kind == "gguf":
-            raise UserError("encoders are read from safetensors only, not from GGUF")
-        return BERT if hf_config.is_bert(config) else ROBERTA
-    return LLAMA_GGUF if kind == "gguf" else LLAMA
+    if kind != "gguf":
+        return family_of(network.config).table
+    if isinstance(network.config, RobertaConfig):
+        raise UserError("encoders are read from safetensors only, not from GGUF")
+    if network.config.family not in GGUF_TABLES:
+        allowed = ", ".join(GGUF_TABLES)
+        raise UserError(f"model.family: {network.config.family} is not read from GGUF; allowed are {allowed}")
+    return GGUF_TABLES[network.config.family]
 
 
 def _draw(

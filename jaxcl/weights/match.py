@@ -6,9 +6,13 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+
 from jaxcl.errors import UserError
 from jaxcl.models.lora import is_adapter
 from jaxcl.models.soft_tokens import is_soft
+from jaxcl.weights.axes import Index
+from jaxcl.weights.source import Source
 from jaxcl.weights.tables import Row, Table
 
 _HEAD, _CLASSIFIER = "head/", "classifier/"
@@ -36,10 +40,19 @@ class Match(NamedTuple):
     Attributes:
       row: name and layout.
       names: one tensor, or one per layer.
+      start: where it begins along the tensor's first axis; not 0 only in tensors that hold several parameters.
     """
 
     row: Row
     names: tuple[str, ...]
+    start: int = 0
+
+    def read(self, source: Source, name: str, index: Index) -> np.ndarray:
+        """Part of one of the tensors, counted from where the parameter begins."""
+        if not self.start:
+            return source.read(name, index)
+        first = slice(index[0].start + self.start, index[0].stop + self.start)
+        return source.read(name, (first, *index[1:]))
 
 
 class Plan(NamedTuple):
@@ -97,12 +110,14 @@ def match(source: Names, table: Table, shapes: Mapping[str, Any], *, draw: bool,
         if lost := [name for name in names if name not in present]:
             missing[path] = lost[0]
         else:
-            matches[path] = Match(row, tuple(present[name] for name in names))
+            before = row.together[: row.together.index(path)] if row.together else ()
+            start = sum(_source_shape(table.row(one), shapes[one])[0] for one in before)
+            matches[path] = Match(row, tuple(present[name] for name in names), start)
     drawn = (_HEAD, _CLASSIFIER) if fresh_head or not draw else (_CLASSIFIER,)
     fresh = tuple(path for path in missing if path.startswith(drawn) or is_adapter(path) or is_soft(path))
     _check_missing(source, missing, fresh, draw)
     _check_extra(source, table, [name for name in present if name not in used], prefixed)
-    _check_shapes(source, matches, shapes)
+    _check_shapes(source, table, matches, shapes)
     both = tuple((present[one], present[other]) for one, other in twins if present[one] != present[other])
     plan = Plan(matches, fresh, both)
     plan.tell(source.where)
@@ -163,10 +178,15 @@ def _check_extra(source: Names, table: Table, extra: list[str], prefixed: bool) 
         raise UserError(f"{source.where}: the model has no parameter for the tensor {unknown[0]}{_more(unknown)}")
 
 
-def _check_shapes(source: Names, matches: Mapping[str, Match], shapes: Mapping[str, Any]) -> None:
-    for path, (row, names) in matches.items():
-        shape = shapes[path].shape[1:] if row.stacked else shapes[path].shape
-        expected = row.layout.source_shape(shape)
+def _source_shape(row: Row, leaf: Any) -> tuple[int, ...]:
+    """The shape that a parameter takes in its tensor."""
+    return row.layout.source_shape(leaf.shape[1:] if row.stacked else leaf.shape)
+
+
+def _check_shapes(source: Names, table: Table, matches: Mapping[str, Match], shapes: Mapping[str, Any]) -> None:
+    for path, (row, names, _) in matches.items():
+        parts = [_source_shape(table.row(one), shapes[one]) for one in row.together or (path,)]
+        expected = (sum(part[0] for part in parts), *parts[0][1:])
         for name in names:
             if source.shapes[name] != expected:
                 raise UserError(

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+from jaxtyping import Array
 
 from jaxcl.errors import UserError
 from jaxcl.models.lora import is_adapter
 from jaxcl.models.network import Network, Params
 from jaxcl.weights.folder import new_folder
 from jaxcl.weights.save import DTYPES, checked, param_of, table_of, tensors_of, write_file, write_json
-from jaxcl.weights.tables import Table
+from jaxcl.weights.tables import Row, Table, adapter_row
+from jaxcl.weights.tree import flatten
 
 CONFIG_FILE = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -57,15 +63,77 @@ def save_peft(
     target = Path(folder).expanduser().absolute()
     table = table_of(network)
     adapters = {path: leaf for path, leaf in checked(network, params).items() if is_adapter(path)}
+    held = _as_in_file(network, table, adapters)
     with new_folder(target, tokenizer_folder) as partial:
-        tensors = list(tensors_of(table, adapters))
-        write_file(partial / ADAPTER_FILE, tensors, lambda tensor: param_of(adapters, tensor), dtype)
+        tensors = list(tensors_of(held.table, held.adapters))
+        write_file(partial / ADAPTER_FILE, tensors, functools.partial(param_of, held.adapters), dtype)
         if jax.process_index() == 0:
-            write_json(partial / CONFIG_FILE, _config(network, table, adapters, base))
+            write_json(partial / CONFIG_FILE, _config(network, table, adapters, base, held.parts))
     return target
 
 
-def _config(network: Network, table: Table, paths: Iterable[str], base: str | None) -> dict[str, Any]:
+class _Held(NamedTuple):
+    """Adapters as a file has them.
+
+    Attributes:
+      table: their names.
+      adapters: the params.
+      parts: of modules that hold several projections, by name: how many of them have an adapter.
+    """
+
+    table: Table
+    adapters: Mapping[str, Array]
+    parts: Mapping[str, int]
+
+
+def _as_in_file(network: Network, table: Table, adapters: Mapping[str, Array]) -> _Held:
+    """Where a module of the file holds several projections, their adapters are one of all their ranks.
+
+    With factors A and B of each, it has the A one after another, and the B on the diagonal: the sum is the same.
+    """
+    held: dict[str, Array] = {}
+    rows: list[Row] = []
+    parts: dict[str, int] = {}
+    shapes = flatten(network.shapes())
+    for path, leaf in adapters.items():
+        projection, _, part = path.rpartition("/")
+        kernel = table.row(f"{projection}/kernel")
+        if not kernel.together:
+            held[path] = leaf
+            rows.append(table.row(path))
+            continue
+        every = [one.removesuffix("/kernel") for one in kernel.together]
+        adapted = [one for one in every if f"{one}/{part}" in adapters]
+        name = kernel.name.removesuffix(".weight").rpartition(".")[2]
+        parts[name] = len(adapted)
+        if projection != adapted[0]:
+            continue  # written with the first
+        fused = f"{'+'.join(adapted)}/{part}"
+        if part == "lora_a":
+            held[fused] = jnp.concatenate([adapters[f"{one}/{part}"] for one in adapted], axis=-1)
+        else:
+            sizes = [math.prod(shapes[f"{one}/kernel"].shape[2:]) for one in every]
+            held[fused] = _on_the_diagonal([adapters.get(f"{one}/{part}") for one in every], sizes)
+        rows.append(adapter_row(kernel._replace(text="output input -> input output", together=()), fused, part))
+    return _Held(dataclasses.replace(table, rows=(*table.rows, *rows)), held, parts)
+
+
+def _on_the_diagonal(parts: Sequence[Array | None], sizes: Sequence[int]) -> Array:
+    """Of parts `[layers, rank, outputs..]`: `[layers, ranks, all outputs]`, 0 where a part is not."""
+    ranks = [0 if part is None else part.shape[1] for part in parts]
+    layers = next(len(part) for part in parts if part is not None)
+    dtype = next(part.dtype for part in parts if part is not None)
+    whole = jnp.zeros((layers, sum(ranks), sum(sizes)), dtype)
+    for place, part in enumerate(parts):
+        if part is not None:
+            at = (0, sum(ranks[:place]), sum(sizes[:place]))
+            whole = jax.lax.dynamic_update_slice(whole, part.reshape(layers, ranks[place], sizes[place]), at)
+    return whole
+
+
+def _config(
+    network: Network, table: Table, paths: Iterable[str], base: str | None, parts: Mapping[str, int]
+) -> dict[str, Any]:
     lora = network.config.lora
     assert lora is not None  # see `save_peft`
     return {
@@ -74,6 +142,9 @@ def _config(network: Network, table: Table, paths: Iterable[str], base: str | No
         "base_model_name_or_path": base,
         "r": lora.rank,
         "lora_alpha": lora.alpha,
+        # Both by the same number, so that the factor stays.
+        "rank_pattern": {name: lora.rank * count for name, count in parts.items() if count > 1},
+        "alpha_pattern": {name: lora.alpha * count for name, count in parts.items() if count > 1},
         "lora_dropout": 0.0,
         "target_modules": _modules(table, {path.rpartition("/")[0] for path in paths}, network.num_layers),
         "bias": "none",
@@ -89,10 +160,10 @@ def _modules(table: Table, projections: set[str], layers: int) -> list[str]:
         for row in table.rows
         if row.path.endswith("/kernel")
     }
+    chosen = {kernels[projection] for projection in projections}
     names: set[str] = set()
-    for projection in projections:
-        word = kernels[projection].rpartition(".")[2]
-        namesakes = {path for path, name in kernels.items() if name.rpartition(".")[2] == word}
-        whole = {kernels[projection].format(layer=layer) for layer in range(layers)}
-        names |= {word} if namesakes <= projections else whole
+    for module in chosen:
+        word = module.rpartition(".")[2]
+        namesakes = {name for name in kernels.values() if name.rpartition(".")[2] == word}
+        names |= {word} if namesakes <= chosen else {module.format(layer=layer) for layer in range(layers)}
     return sorted(names)

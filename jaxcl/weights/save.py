@@ -17,12 +17,12 @@ from jaxtyping import Array
 from jaxcl.errors import UserError
 from jaxcl.models.lora import is_adapter, product
 from jaxcl.models.network import Network, Params
-from jaxcl.models.roberta import RobertaConfig
 from jaxcl.models.trainable import ADAPTER_NAMES
+from jaxcl.weights.families import family_of
 from jaxcl.weights.folder import new_folder
-from jaxcl.weights.hf_config import is_bert, to_hf
+from jaxcl.weights.hf_config import to_hf
 from jaxcl.weights.source import INDEX_FILE, SINGLE_FILE
-from jaxcl.weights.tables import BERT, LLAMA, ROBERTA, Row, Table
+from jaxcl.weights.tables import Row, Table
 from jaxcl.weights.tree import flatten
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -30,11 +30,11 @@ FILE_BYTES = 5 * 10**9
 
 
 class Tensor(NamedTuple):
-    """A tensor of the file, and the part of the params that it is made from."""
+    """A tensor of the file, and the parts of the params that it is made from, one after another."""
 
     name: str
     shape: tuple[int, ...]
-    row: Row
+    rows: tuple[Row, ...]
     layer: int | None
 
     def bytes(self, itemsize: int) -> int:
@@ -112,9 +112,7 @@ def checked(network: Network, params: Params) -> dict[str, Array]:
 
 def table_of(network: Network) -> Table:
     """The names of a network's params in safetensors files."""
-    if isinstance(network.config, RobertaConfig):
-        return BERT if is_bert(network.config) else ROBERTA
-    return LLAMA
+    return family_of(network.config).table
 
 
 def tensors_of(table: Table, flat: Mapping[str, Array]) -> Iterator[Tensor]:
@@ -122,28 +120,35 @@ def tensors_of(table: Table, flat: Mapping[str, Array]) -> Iterator[Tensor]:
     for path, leaf in flat.items():
         row = table.row(path)
         if not row.stacked:
-            yield Tensor(row.name, row.layout.source_shape(leaf.shape), row, None)
+            yield Tensor(row.name, row.layout.source_shape(leaf.shape), (row,), None)
             continue
-        inner = row.layout.source_shape(leaf.shape[1:])
+        if row.together and path != row.together[0]:
+            continue  # written with the first
+        rows = tuple(table.row(one) for one in row.together) or (row,)
+        parts = [one.layout.source_shape(flat[one.path].shape[1:]) for one in rows]
+        shape = (sum(part[0] for part in parts), *parts[0][1:])
         for layer in range(leaf.shape[0]):
-            yield Tensor(row.name.format(layer=layer), inner, row, layer)
+            yield Tensor(row.name.format(layer=layer), shape, rows, layer)
 
 
-def param_of(flat: Mapping[str, Array], tensor: Tensor) -> Array:
-    """The part of the params that a tensor is made from."""
-    array = flat[tensor.row.path]
-    return array if tensor.layer is None else _layer(array, tensor.layer)
+Part = Callable[[str, int | None], Array]
+"""From a path, and a layer if there is one, to the array that is written for it."""
 
 
-def _merging(network: Network, flat: Mapping[str, Array]) -> Callable[[Tensor], Array]:
+def param_of(flat: Mapping[str, Array], path: str, layer: int | None) -> Array:
+    """A param, or one layer of it."""
+    return flat[path] if layer is None else _layer(flat[path], layer)
+
+
+def _merging(network: Network, flat: Mapping[str, Array]) -> Part:
     """Like `param_of`, with adapters merged into their kernels."""
     lora = network.config.lora
 
-    def part(tensor: Tensor) -> Array:
-        array, projection = param_of(flat, tensor), tensor.row.path.removesuffix("/kernel")
-        if lora is None or tensor.layer is None or f"{projection}/lora_a" not in flat:
+    def part(path: str, layer: int | None) -> Array:
+        array, projection = param_of(flat, path, layer), path.removesuffix("/kernel")
+        if lora is None or layer is None or f"{projection}/lora_a" not in flat:
             return array
-        a, b = (_layer(flat[f"{projection}/{name}"], tensor.layer) for name in ADAPTER_NAMES)
+        a, b = (_layer(flat[f"{projection}/{name}"], layer) for name in ADAPTER_NAMES)
         return _add(array, a, b, lora.scale)
 
     return part
@@ -163,7 +168,7 @@ def _divide(tensors: list[Tensor], dtype: str, limit: int) -> list[list[Tensor]]
     return parts
 
 
-def _write_files(folder: Path, parts: list[list[Tensor]], part: Callable[[Tensor], Array], dtype: str) -> None:
+def _write_files(folder: Path, parts: list[list[Tensor]], part: Part, dtype: str) -> None:
     if len(parts) == 1:
         write_file(folder / SINGLE_FILE, parts[0], part, dtype)
         return
@@ -177,7 +182,7 @@ def _write_files(folder: Path, parts: list[list[Tensor]], part: Callable[[Tensor
         write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def write_file(path: Path, tensors: list[Tensor], part: Callable[[Tensor], Array], dtype: str) -> int:
+def write_file(path: Path, tensors: list[Tensor], part: Part, dtype: str) -> int:
     """Writes a safetensors file tensor by tensor; the safetensors package needs all tensors at once.
 
     The format: length of the header (8 bytes, little endian), the header (JSON, padded with spaces to a multiple of
@@ -186,7 +191,7 @@ def write_file(path: Path, tensors: list[Tensor], part: Callable[[Tensor], Array
     Args:
       path: the file; process 0 writes it.
       tensors: its tensors.
-      part: returns the part of the params that a tensor is made from.
+      part: returns what a tensor is made from.
       dtype: dtype in the file.
 
     Returns:
@@ -201,7 +206,7 @@ def write_file(path: Path, tensors: list[Tensor], part: Callable[[Tensor], Array
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     # All processes take part in gathering; one writes.
-    values = (_gather(part(tensor), tensor, dtype) for tensor in tensors)
+    values = (_whole(tensor, part, dtype) for tensor in tensors)
     if jax.process_index() != 0:
         for _ in values:
             pass
@@ -214,18 +219,22 @@ def write_file(path: Path, tensors: list[Tensor], part: Callable[[Tensor], Array
     return end
 
 
-def _gather(part: Array, tensor: Tensor, dtype: str) -> np.ndarray:
-    """One tensor on the host, with the file's layout."""
+def _whole(tensor: Tensor, part: Part, dtype: str) -> np.ndarray:
+    """One tensor on the host."""
+    parts = [_gather(part(row.path, tensor.layer), row, tensor.name, dtype) for row in tensor.rows]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _gather(part: Array, row: Row, name: str, dtype: str) -> np.ndarray:
+    """One param, or one layer of it, on the host, with the file's layout."""
     if isinstance(part, jax.Array) and not part.is_fully_addressable:
         host = multihost_utils.process_allgather(part, tiled=True)
     else:
         host = np.asarray(part)
     with np.errstate(over="ignore"):
-        value = tensor.row.layout.write(host.astype(dtype))
+        value = row.layout.write(host.astype(dtype))
     if dtype == "float16" and np.isinf(value).any() and not np.isinf(host).any():
-        raise UserError(
-            f"the tensor {tensor.name} holds values beyond float16's largest, 65504; use bfloat16 or float32"
-        )
+        raise UserError(f"the tensor {name} holds values beyond float16's largest, 65504; use bfloat16 or float32")
     return value
 
 

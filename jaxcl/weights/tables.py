@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from jaxcl.models.lora import is_adapter
 from jaxcl.models.soft_tokens import is_soft
@@ -31,11 +32,20 @@ _SPLIT_PAIRS_BIAS = "(heads half pair) -> heads (pair half)"
 
 
 class Row(NamedTuple):
-    """One parameter in a checkpoint."""
+    """One parameter in a checkpoint.
+
+    Attributes:
+      path: the parameter.
+      name: the tensor, with `{layer}` for the number of the layer.
+      text: the layout, see `Layout`.
+      together: the parameters, this one among them, that make up the tensor one after another along its first axis;
+        none where the parameter has the tensor for itself.
+    """
 
     path: str
     name: str
     text: str
+    together: tuple[str, ...] = ()
 
     @property
     def layout(self) -> Layout:
@@ -78,7 +88,7 @@ class Table:
                 return row
         if is_adapter(path):
             projection, _, part = path.rpartition("/")
-            return _adapter_row(self.row(f"{projection}/kernel"), path, part)
+            return adapter_row(self.row(f"{projection}/kernel"), path, part)
         if is_soft(path):
             return Row(path, "soft_tokens", _TABLE)
         raise ValueError(f"path: no checkpoint name is known for the parameter {path!r}")
@@ -94,10 +104,10 @@ class Table:
         return name
 
 
-def _adapter_row(kernel: Row, path: str, part: str) -> Row:
+def adapter_row(kernel: Row, path: str, part: str) -> Row:
     """The row of a part of an adapter: in the file, `[rank, inputs]` and `[outputs, rank]`.
 
-    >>> row = _adapter_row(Row("out/kernel", "o_proj.weight", _JOIN), "out/lora_a", "lora_a")
+    >>> row = adapter_row(Row("out/kernel", "o_proj.weight", _JOIN), "out/lora_a", "lora_a")
     >>> row.name, row.text
     ('base_model.model.o_proj.lora_A.weight', 'rank (heads head_dim) -> heads head_dim rank')
     """
@@ -110,7 +120,8 @@ def _adapter_row(kernel: Row, path: str, part: str) -> Row:
     return Row(path, f"{ADAPTER_PREFIX}{name}.weight", texts[part])
 
 
-def _linear(path: str, name: str, kernel: str, bias: str | None = None) -> tuple[Row, ...]:
+def linear(path: str, name: str, kernel: str, bias: str | None = None) -> tuple[Row, ...]:
+    """The rows of a projection, with a bias if that has a layout."""
     weight = Row(f"{path}/kernel", f"{name}.weight", kernel)
     return (weight,) if bias is None else (weight, Row(f"{path}/bias", f"{name}.bias", bias))
 
@@ -119,52 +130,102 @@ def _norm(path: str, name: str) -> tuple[Row, ...]:
     return (Row(f"{path}/scale", f"{name}.weight", _VECTOR), Row(f"{path}/bias", f"{name}.bias", _VECTOR))
 
 
-def _llama_rows(block: str, names: dict[str, str], split: str, split_bias: str) -> tuple[Row, ...]:
+NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+"""Names of the norms in files of models with norms before the branches."""
+
+SANDWICH_NORMS = {
+    "attention_norm": "input_layernorm",
+    "attention_post_norm": "post_attention_layernorm",
+    "mlp_norm": "pre_feedforward_layernorm",
+    "mlp_post_norm": "post_feedforward_layernorm",
+}
+"""The same with norms before and after the branches."""
+
+POST_NORMS = {path: name for path, name in SANDWICH_NORMS.items() if path.endswith("post_norm")}
+"""The same with norms after the branches only."""
+
+_PARTS = {
+    "query": "self_attn.q_proj",
+    "key": "self_attn.k_proj",
+    "value": "self_attn.v_proj",
+    "out": "self_attn.o_proj",
+    "query_norm": "self_attn.q_norm",
+    "key_norm": "self_attn.k_norm",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+_WHOLE = {"embed": "model.embed_tokens", "final_norm": "model.norm", "head": "lm_head"}
+_GGUF = {
+    "query": "attn_q",
+    "key": "attn_k",
+    "value": "attn_v",
+    "out": "attn_output",
+    "query_norm": "attn_q_norm",
+    "key_norm": "attn_k_norm",
+    "gate": "ffn_gate",
+    "up": "ffn_up",
+    "down": "ffn_down",
+}
+
+
+def _decoder_rows(
+    block: str,
+    names: Mapping[str, str],
+    norms: Mapping[str, str],
+    *,
+    flat_norms: bool = False,
+    fused: Mapping[str, tuple[str, ...]] | None = None,
+    pairs: bool = False,
+) -> tuple[Row, ...]:
+    """The rows of a decoder.
+
+    Args:
+      block: prefix of the tensors of a layer.
+      names: names of its parts, without `weight`.
+      norms: names of those of its norms that it has.
+      flat_norms: whether the norms of queries and keys run over all heads.
+      fused: tensors that hold several projections, by name: paths of these, one after another.
+      pairs: whether the rotated halves of queries and keys are interleaved.
+    """
+    split, split_bias = (_SPLIT_PAIRS, _SPLIT_PAIRS_BIAS) if pairs else (_SPLIT, _SPLIT_BIAS)
+    own_norm = _SPLIT_BIAS if flat_norms else "head_dim -> head_dim"
+    layer = [Row(f"blocks/{path}/scale", f"{block}{name}.weight", _VECTOR) for path, name in norms.items()]
+    for path, kernel, bias in (
+        ("attention/query", split, split_bias),
+        ("attention/key", split, split_bias),
+        ("attention/value", _SPLIT, _SPLIT_BIAS),
+        ("attention/out", _JOIN, _VECTOR),
+        ("mlp/gate", _UP, "mlp -> mlp"),
+        ("mlp/up", _UP, "mlp -> mlp"),
+        ("mlp/down", _DOWN, _VECTOR),
+    ):
+        layer += linear(f"blocks/{path}", block + names[path.rpartition("/")[2]], kernel, bias)
+    for part in ("query_norm", "key_norm"):
+        layer.append(Row(f"blocks/attention/{part}/scale", f"{block}{names[part]}.weight", own_norm))
+    for name, paths in (fused or {}).items():
+        for kind, ending in (("kernel", "weight"), ("bias", "bias")):
+            together = tuple(f"blocks/{path}/{kind}" for path in paths)
+            layer = [
+                row._replace(name=f"{block}{name}.{ending}", together=together) if row.path in together else row
+                for row in layer
+            ]
     return (
         Row("embed/embedding", names["embed"] + ".weight", _TABLE),
-        Row("blocks/attention_norm/scale", block + names["attention_norm"] + ".weight", _VECTOR),
-        *_linear("blocks/attention/query", block + names["query"], split, split_bias),
-        *_linear("blocks/attention/key", block + names["key"], split, split_bias),
-        *_linear("blocks/attention/value", block + names["value"], _SPLIT, _SPLIT_BIAS),
-        *_linear("blocks/attention/out", block + names["out"], _JOIN, _VECTOR),
-        Row("blocks/mlp_norm/scale", block + names["mlp_norm"] + ".weight", _VECTOR),
-        *_linear("blocks/mlp/gate", block + names["gate"], _UP, "mlp -> mlp"),
-        *_linear("blocks/mlp/up", block + names["up"], _UP, "mlp -> mlp"),
-        *_linear("blocks/mlp/down", block + names["down"], _DOWN, _VECTOR),
+        *layer,
         Row("final_norm/scale", names["final_norm"] + ".weight", _VECTOR),
         Row("head/kernel", names["head"] + ".weight", _SQUARE),
         Row("classifier/out/kernel", "score.weight", _SQUARE),
     )
 
 
-_LLAMA = {
-    "embed": "model.embed_tokens",
-    "attention_norm": "input_layernorm",
-    "query": "self_attn.q_proj",
-    "key": "self_attn.k_proj",
-    "value": "self_attn.v_proj",
-    "out": "self_attn.o_proj",
-    "mlp_norm": "post_attention_layernorm",
-    "gate": "mlp.gate_proj",
-    "up": "mlp.up_proj",
-    "down": "mlp.down_proj",
-    "final_norm": "model.norm",
-    "head": "lm_head",
-}
-_LLAMA_GGUF = {
-    "embed": "token_embd",
-    "attention_norm": "attn_norm",
-    "query": "attn_q",
-    "key": "attn_k",
-    "value": "attn_v",
-    "out": "attn_output",
-    "mlp_norm": "ffn_norm",
-    "gate": "ffn_gate",
-    "up": "ffn_up",
-    "down": "ffn_down",
-    "final_norm": "output_norm",
-    "head": "output",
-}
+def decoder_table(norms: Mapping[str, str] = NORMS, **changes: Any) -> Table:
+    """The names of a decoder in safetensors files; `changes` are further arguments of `Table` and of the rows."""
+    of_table = {name: changes.pop(name) for name in ("renamed", "ignored") if name in changes}
+    rows = _decoder_rows("model.layers.{layer}.", _PARTS | _WHOLE, norms, **changes)
+    ignored = (*_BUFFERS, *of_table.pop("ignored", ()))
+    twins = (("model.embed_tokens.weight", "lm_head.weight"),)
+    return Table(prefix="model.", rows=rows, ignored=ignored, twins=twins, **of_table)
 
 
 def _encoder_rows(prefix: str, head: str, bias: str, norm: str, classifier: tuple[str, str]) -> tuple[Row, ...]:
@@ -175,19 +236,19 @@ def _encoder_rows(prefix: str, head: str, bias: str, norm: str, classifier: tupl
             for kind, name in (("word", "word"), ("position", "position"), ("type", "token_type"))
         ),
         *_norm("embed/norm", prefix + "embeddings.LayerNorm"),
-        *_linear("blocks/attention/query", block + "attention.self.query", _SPLIT, _SPLIT_BIAS),
-        *_linear("blocks/attention/key", block + "attention.self.key", _SPLIT, _SPLIT_BIAS),
-        *_linear("blocks/attention/value", block + "attention.self.value", _SPLIT, _SPLIT_BIAS),
-        *_linear("blocks/attention/out", block + "attention.output.dense", _JOIN, _VECTOR),
+        *linear("blocks/attention/query", block + "attention.self.query", _SPLIT, _SPLIT_BIAS),
+        *linear("blocks/attention/key", block + "attention.self.key", _SPLIT, _SPLIT_BIAS),
+        *linear("blocks/attention/value", block + "attention.self.value", _SPLIT, _SPLIT_BIAS),
+        *linear("blocks/attention/out", block + "attention.output.dense", _JOIN, _VECTOR),
         *_norm("blocks/attention_norm", block + "attention.output.LayerNorm"),
-        *_linear("blocks/mlp/up", block + "intermediate.dense", _UP, "mlp -> mlp"),
-        *_linear("blocks/mlp/down", block + "output.dense", _DOWN, _VECTOR),
+        *linear("blocks/mlp/up", block + "intermediate.dense", _UP, "mlp -> mlp"),
+        *linear("blocks/mlp/down", block + "output.dense", _DOWN, _VECTOR),
         *_norm("blocks/mlp_norm", block + "output.LayerNorm"),
-        *_linear("head/dense", f"{head}dense", _SQUARE, _VECTOR),
+        *linear("head/dense", f"{head}dense", _SQUARE, _VECTOR),
         *_norm("head/norm", f"{head}{norm}"),
         Row("head/bias", bias, "vocab -> vocab"),
-        *_linear("classifier/dense", classifier[0], _SQUARE, _VECTOR),
-        *_linear("classifier/out", classifier[1], _SQUARE, _VECTOR),
+        *linear("classifier/dense", classifier[0], _SQUARE, _VECTOR),
+        *linear("classifier/out", classifier[1], _SQUARE, _VECTOR),
     )
 
 
@@ -195,12 +256,6 @@ _OLD_LAYER_NORM = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.bet
 # Buffers that are computed from the configuration.
 _BUFFERS = (r".*rotary_emb\.inv_freq", r".*embeddings\.(position_ids|token_type_ids)")
 
-LLAMA = Table(
-    prefix="model.",
-    rows=_llama_rows("model.layers.{layer}.", _LLAMA, _SPLIT, _SPLIT_BIAS),
-    ignored=_BUFFERS,
-    twins=(("model.embed_tokens.weight", "lm_head.weight"),),
-)
 ROBERTA = Table(
     prefix="roberta.",
     rows=_encoder_rows(
@@ -231,10 +286,27 @@ BERT = Table(
         ("cls.predictions.bias", "cls.predictions.decoder.bias"),
     ),
 )
-LLAMA_GGUF = Table(
-    prefix="",
-    rows=_llama_rows("blk.{layer}.", _LLAMA_GGUF, _SPLIT_PAIRS, _SPLIT_PAIRS_BIAS),
-    # The scaled rotary frequencies are read with the configuration.
-    ignored=(r"rope_freqs\.weight",),
-    twins=(("token_embd.weight", "output.weight"),),
-)
+
+
+def _gguf_table(pairs: bool) -> Table:
+    return Table(
+        prefix="",
+        rows=_decoder_rows(
+            "blk.{layer}.",
+            _GGUF | {"embed": "token_embd", "final_norm": "output_norm", "head": "output"},
+            {"attention_norm": "attn_norm", "mlp_norm": "ffn_norm"},
+            pairs=pairs,
+        ),
+        # The scaled rotary frequencies are read with the configuration.
+        ignored=(r"rope_freqs\.weight",),
+        twins=(("token_embd.weight", "output.weight"),),
+    )
+
+
+GGUF_TABLES = {
+    "llama": _gguf_table(pairs=True),
+    "mistral": _gguf_table(pairs=True),
+    "qwen2": _gguf_table(pairs=False),
+    "qwen3": _gguf_table(pairs=False),
+}
+"""The names in GGUF files, by family. llama.cpp interleaves the rotated halves of LLaMA's queries and keys only."""

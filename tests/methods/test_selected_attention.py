@@ -17,12 +17,13 @@ def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(module, "_BLOCK", request.param)
 
 
-@pytest.fixture(scope="module", params=[True, False])
+@pytest.fixture(scope="module", params=[(True, None, None), (False, None, None), (True, 3, 0.8)])
 def view(request: pytest.FixtureRequest) -> AttentionView:
+    causal, window, cap = request.param
     query = RNG.normal(size=(3, 6, 4, 2)).astype(np.float32)
     key = RNG.normal(size=(3, 6, 2, 2)).astype(np.float32)
     segments = np.array([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0], [0, 0, 0, 0, 0, 0]])
-    return AttentionView(jnp.asarray(query), jnp.asarray(key), jnp.asarray(segments), request.param, 0.7)
+    return AttentionView(jnp.asarray(query), jnp.asarray(key), jnp.asarray(segments), causal, 0.7, window, cap)
 
 
 def brute_row(view: AttentionView, row: int, head: int, query: int) -> np.ndarray:
@@ -30,9 +31,11 @@ def brute_row(view: AttentionView, row: int, head: int, query: int) -> np.ndarra
         key
         for key in range(6)
         if view.segments[row, key] == view.segments[row, query] and (key <= query or not view.causal)
+        if view.window is None or abs(query - key) < view.window
     ]
     group = view.query.shape[2] // view.key.shape[2]
     scores = np.array([np.dot(view.query[row, query, head], view.key[row, key, head // group]) for key in keys]) * 0.7
+    scores = scores if view.cap is None else view.cap * np.tanh(scores / view.cap)
     out = np.zeros(6)
     out[keys] = np.exp(log_softmax(scores))
     return out
@@ -102,6 +105,7 @@ def test_gradients_are_those_of_the_formula(view: AttentionView, coded: bool) ->
                     head, position = int(HEADS[row, h]), int(QUERIES[row, q])
                     keys = np.flatnonzero(brute_row(view, row, head, position))
                     scores = key[row, keys, head // 2] @ query[row, position, head] * view.scale
+                    scores = scores if view.cap is None else view.cap * jnp.tanh(scores / view.cap)
                     p = weights[row, h, q, keys]
                     logs = np.log(p, where=p > 0, out=np.zeros_like(p)) - jax.nn.log_softmax(scores)
                     total += factors[row] * jnp.sum(p * logs) / (len(heads) * len(queries))

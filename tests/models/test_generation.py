@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jaxcl.models.batch import Batch
-from jaxcl.models.generation import Generator, keep_nucleus
+from jaxcl.models.generation import Generator, _prefill, keep_nucleus
 from jaxcl.models.llama import LlamaConfig
 from jaxcl.models.network import Network, Params
 from jaxcl.models.roberta import RobertaConfig
@@ -96,6 +96,15 @@ def greedy(score: Score, prompt: list[int], count: int) -> list[int]:
             "head_dim": 6,
             "rope_scaling": {"type": "llama3", "factor": 8.0, "original_max_length": 8},
         },
+        # Windows that are shorter than the prompts and longer than them.
+        {"layer_types": ("window",), "window": 5, "attention_cap": 3.0},
+        {
+            "layer_types": ("window", "full"),
+            "window": 4,
+            "rotary_layers": (True, True, False),
+            "window_rope_theta": 9.0,
+        },
+        {"layer_types": ("full", "window"), "window": 11},
     ],
 )
 def test_greedy_takes_the_likeliest_token_of_the_full_forward_pass(changes: dict[str, Any]) -> None:
@@ -107,6 +116,14 @@ def test_greedy_takes_the_likeliest_token_of_the_full_forward_pass(changes: dict
     expected = [greedy(score, prompt, 6) for prompt in PROMPTS]
     assert generator(network)(params, PROMPTS) == expected
     assert len({token for answer in expected for token in answer}) > 5  # no constant answer could pass
+
+
+def test_layers_with_a_window_keep_the_window_only() -> None:
+    network = tiny(layer_types=("window", "full", "window"), window=4)
+    shapes = network.shapes(), jnp.zeros((2, 8), jnp.int32), jnp.full(2, 8)
+    cache, _ = jax.eval_shape(functools.partial(_prefill, network, room=5), *shapes)
+    assert cache.full.keys.shape == (1, 2, 2, 13, 4)
+    assert cache.window.keys.shape == cache.window.values.shape == (2, 2, 2, 4, 4)
 
 
 def test_greedy_with_shared_heads(network: Network, params: Params, score: Score) -> None:

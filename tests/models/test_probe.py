@@ -107,7 +107,7 @@ def test_the_tap_receives_the_maps_that_attention_uses(architecture: str) -> Non
     for layer in range(2):
         view = AttentionView(queries[layer], keys[layer], batch.segments, network.causal, network.head_dim**-0.5)
         maps.append(full_maps(view))
-        x, _ = network.block(jax.tree.map(lambda leaf, layer=layer: leaf[layer], params["blocks"]), x, batch)
+        x, _ = network.block(jax.tree.map(lambda leaf, layer=layer: leaf[layer], network.blocks(params)), x, batch)
     tap = Tap(replace, jnp.asarray(np.stack(maps), jnp.float32))
     real = np.asarray(batch.segments) != 0
     got = network.hidden(params, batch, tap=tap).states

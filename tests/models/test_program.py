@@ -12,10 +12,12 @@ from jaxcl.models import layer
 from jaxcl.models import network as network_module
 from jaxcl.models.attention import attention
 from jaxcl.models.compute import recomputed
-from jaxcl.models.llama import LlamaMlp
+from jaxcl.models.layers import RMSNorm
+from jaxcl.models.llama import Llama, LlamaBlock, LlamaMlp
 from jaxcl.models.network import Network
 from jaxcl.models.probe import Probe, Tap
 from jaxcl.models.roberta import RobertaMlp
+from jaxcl.models.rotary import Rotary, rotary, rotate
 from tests.tiny.batches import batch_of
 from tests.tiny.networks import BUILDERS, params_of, row_losses
 
@@ -39,7 +41,7 @@ def program(network: Network, **arguments: Any) -> str:
 
 
 def without_features(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replaces every function that knows of gates, taps, probes or dropout by one that does not."""
+    """Replaces every function that knows of gates, taps, probes, dropout or switches by one that does not."""
 
     def apply_block(block: Any, x: jax.Array, context: Any, **_: Any) -> tuple[jax.Array, None]:
         query, key, value = block.project(x, context.rotary)
@@ -47,8 +49,29 @@ def without_features(monkeypatch: pytest.MonkeyPatch) -> None:
         context.pop("rotary")
         return block.complete(x, attention(query, key, value, **context), None, None), None
 
-    def llama_mlp(self: LlamaMlp, x: jax.Array, gates: None) -> jax.Array:
+    def llama_mlp(self: LlamaMlp, x: jax.Array, *_: None) -> jax.Array:
         return recomputed(lambda gated, up: self.down(jax.nn.silu(gated) * up))(self.gate(x), self.up(x))
+
+    def llama_project(self: LlamaBlock, x: jax.Array, rotary: Rotary) -> tuple[jax.Array, ...]:
+        x, parts = self.attention_norm(x), self.attention
+        query, key = parts.query(x), parts.key(x)
+        return rotate(query, rotary), rotate(key, rotary), parts.value(x)
+
+    def llama_complete(self: LlamaBlock, x: jax.Array, attended: jax.Array, *_: None) -> jax.Array:
+        x = x + self.attention.out(attended)
+        return x + llama_mlp(self.mlp, self.mlp_norm(x))
+
+    def llama_context(self: Llama, batch: Any) -> layer.Context:
+        c = self.config
+        tables = rotary(batch.positions, c.head_dim, c.rope_theta, c.rope_scaling)
+        return layer.Context(batch.segments, tables, True, batch.packed, c.head_dim**-0.5, c.compute.kernel)
+
+    def rms_norm(self: RMSNorm, x: jax.Array) -> jax.Array:
+        def norm(x: jax.Array, scale: jax.Array, eps: jax.Array) -> jax.Array:
+            x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
+            return x * scale
+
+        return recomputed(norm)(x, self.scale[...], jnp.float32(self.eps))
 
     def roberta_mlp(self: RobertaMlp, x: jax.Array, gates: None) -> jax.Array:
         return recomputed(lambda up: self.down(jax.nn.gelu(up, approximate=False)))(self.up(x))
@@ -63,6 +86,12 @@ def without_features(monkeypatch: pytest.MonkeyPatch) -> None:
         return network_module.Hidden(self.finish(params, x), None)
 
     monkeypatch.setattr(LlamaMlp, "__call__", llama_mlp)
+    monkeypatch.setattr(LlamaBlock, "project", llama_project)
+    monkeypatch.setattr(LlamaBlock, "complete", llama_complete)
+    monkeypatch.setattr(Llama, "context", llama_context)
+    monkeypatch.setattr(Llama, "start", lambda self, batch, noise: self.embed(batch.tokens))
+    monkeypatch.setattr(Llama, "logits", lambda self, states: self.head.in_float32(states))
+    monkeypatch.setattr(RMSNorm, "__call__", rms_norm)
     monkeypatch.setattr(RobertaMlp, "__call__", roberta_mlp)
     monkeypatch.setattr(layer, "apply_block", apply_block)
     monkeypatch.setattr(Network, "hidden", hidden)

@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from jaxcl.errors import UserError
 from jaxcl.models.network import Network
-from jaxcl.weights import convert, load_params, load_weights, save_hf, save_orbax, save_peft
+from jaxcl.weights import convert, load_params, load_peft, load_weights, read_lora, save_hf, save_orbax, save_peft
 from jaxcl.weights.tree import flatten, unflatten
+from tests.tiny.families import config_of
 from tests.tiny.networks import CONFIGS, LORA, assert_equal_bits, random_params
 
 ENCODER = ("query", "key", "value", "out", "up", "down")
@@ -113,3 +114,98 @@ def test_a_model_without_adapters_has_none_to_write(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no adapters \(model\.lora\); allowed formats are hf, orbax"):
         convert(tmp_path / "model", tmp_path / "adapter", format="peft")
     assert not (tmp_path / "adapter").exists()
+
+
+def adapters_of(params: Any) -> dict[str, Any]:
+    return {path: leaf for path, leaf in flatten(params).items() if "lora" in path}
+
+
+def product_of(adapters: dict[str, Any], projection: str, scale: float) -> np.ndarray:
+    """What the adapter of a projection adds to its kernel, `[layers, inputs, outputs]`."""
+    a, b = (np.asarray(adapters[f"blocks/{projection}/lora_{part}"], np.float64) for part in "ab")
+    a, b = a.reshape(len(a), -1, a.shape[-1]), b.reshape(len(b), b.shape[1], -1)
+    return scale * a @ b
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_adapters_of_a_peft_folder_are_read_to_the_bit(name: str, tmp_path: Path) -> None:
+    network = adapted(name, ("query", "out", "down"))
+    params = random_params(network)
+    save_peft(tmp_path / "adapter", network, params)
+    found = read_lora(tmp_path / "adapter", Network.create(CONFIGS[name]))
+    assert found.model_dump() == {**LORA, "targets": ("down", "out", "query")}
+    read = load_peft(tmp_path / "adapter", Network.create(network.config.model_copy(update={"lora": found})))
+    assert_equal_bits(read, unflatten(adapters_of(params)))
+
+
+@pytest.mark.parametrize("targets", [("query", "key", "value", "up"), ("query", "value")])
+def test_adapters_on_a_fused_module_are_read_back_as_what_they_add(targets: tuple[str, ...], tmp_path: Path) -> None:
+    network = Network.create(config_of("phi3", lora={"rank": 2, "alpha": 3.0, "targets": targets}))
+    params = random_params(network)
+    save_peft(tmp_path / "adapter", network, params)
+    found = read_lora(tmp_path / "adapter", network)
+    assert found.scale == 1.5
+    wider = Network.create(config_of("phi3", lora=found))
+    read = adapters_of(load_peft(tmp_path / "adapter", wider))
+    for target in targets:
+        projection = f"{'mlp' if target == 'up' else 'attention'}/{target}"
+        np.testing.assert_allclose(
+            product_of(read, projection, found.scale), product_of(adapters_of(params), projection, 1.5), atol=1e-5
+        )
+    # A module that holds several projections gives all of them an adapter, of nothing where there was none.
+    for target in set(found.targets) - set(targets):
+        projection = f"{'mlp' if target == 'gate' else 'attention'}/{target}"
+        assert np.all(product_of(read, projection, found.scale) == 0)
+
+
+def test_modules_of_other_ranks_and_factors_are_read_as_what_they_add(tmp_path: Path) -> None:
+    network = adapted("llama", ("query", "down"))
+    params = random_params(network)
+    save_peft(tmp_path / "adapter", network, params)
+    file, config = tmp_path / "adapter" / "adapter_model.safetensors", tmp_path / "adapter" / "adapter_config.json"
+    tensors = load_file(file)
+    for name in [name for name in tensors if "down_proj" in name]:
+        tensors[name] = tensors[name][:1] if "lora_A" in name else tensors[name][:, :1]
+    save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, file)
+    content = json.loads(config.read_text())
+    config.write_text(json.dumps(content | {"rank_pattern": {"down_proj": 1}, "alpha_pattern": {"down_proj": 2.5}}))
+    read = adapters_of(load_peft(tmp_path / "adapter", network))
+    cut = {path: leaf[..., :1] if path.endswith("a") else leaf[:, :1] for path, leaf in adapters_of(params).items()}
+    scale = network.config.lora.scale
+    np.testing.assert_allclose(product_of(read, "mlp/down", scale), product_of(cut, "mlp/down", 2.5), atol=1e-5)
+    np.testing.assert_allclose(
+        product_of(read, "attention/query", scale), product_of(adapters_of(params), "attention/query", scale)
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"peft_type": "IA3"}, r"adapter_config.json: peft_type=IA3 is not supported; allowed is LORA"),
+        ({"use_dora": True}, r"use_dora=True is not supported; allowed is False"),
+        ({"modules_to_save": ["lm_head"]}, r"modules_to_save=\['lm_head'\] is not supported"),
+    ],
+)
+def test_adapters_of_other_kinds_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    network = adapted("llama", ("query",))
+    save_peft(tmp_path / "adapter", network, random_params(network))
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    with pytest.raises(UserError, match=message):
+        load_peft(tmp_path / "adapter", network)
+
+
+def test_adapters_that_do_not_fit_the_network_are_named(tmp_path: Path) -> None:
+    network = adapted("llama", ("query", "up"))
+    save_peft(tmp_path / "adapter", network, random_params(network))
+    with pytest.raises(UserError, match=r"no adapters \(model.lora\)"):
+        load_peft(tmp_path / "adapter", Network.create(CONFIGS["llama"]))
+    with pytest.raises(UserError, match=r"layers.0.mlp.down_proj.lora_A.weight is missing; see model.lora.targets"):
+        load_peft(tmp_path / "adapter", adapted("llama", ("query", "up", "down")))
+    with pytest.raises(UserError, match=r"no adapter for the tensor .*layers.0.mlp.up_proj"):
+        load_peft(tmp_path / "adapter", adapted("llama", ("query",)))
+    with pytest.raises(UserError, match=r"no module model.layers.0.mlp.up_proj that could have an adapter"):
+        read_lora(tmp_path / "adapter", Network.create(CONFIGS["bert"]))
+    small = network.config.model_copy(update={"lora": network.config.lora.model_copy(update={"rank": 2})})
+    with pytest.raises(UserError, match=r"q_proj.lora_A.weight has shape \[3, 24\]; .* needs \[2, 24\]"):
+        load_peft(tmp_path / "adapter", Network.create(small))

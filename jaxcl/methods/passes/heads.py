@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from jaxcl.functional.attention_rows import attention_maps
@@ -15,7 +16,7 @@ from jaxcl.functional.heads import HeadSums, watch
 from jaxcl.methods.passes.losses import example_losses
 from jaxcl.models.batch import Batch
 from jaxcl.models.mask import visible
-from jaxcl.models.network import Network, Params
+from jaxcl.models.network import Layer, Network, Params
 from jaxcl.models.probe import Probe, Tap
 
 
@@ -60,7 +61,7 @@ def add_forgettability(network: Network, sums: HeadSums, before: Params, after: 
     context = network.context(batch)
     probe = Probe(lambda view, _: attention_maps(view))
 
-    def body(inputs: tuple[Array, Array], layers: tuple[Params, Params]) -> tuple[tuple[Array, Array], Array]:
+    def body(inputs: tuple[Array, Array], layers: tuple[Layer, Layer]) -> tuple[tuple[Array, Array], Array]:
         (x, x_probs), (y, y_probs) = (
             network.block(layer, state, batch, context=context, probe=probe)
             for layer, state in zip(layers, inputs, strict=True)
@@ -73,6 +74,13 @@ def add_forgettability(network: Network, sums: HeadSums, before: Params, after: 
     return sums.add(squares, _pairs(network, batch))
 
 
-def _pairs(network: Network, batch: Batch) -> Float[Array, ""]:
-    """Number of visible (query, key) pairs."""
-    return jnp.sum(visible(batch.segments, network.causal).astype(jnp.float32))
+def _pairs(network: Network, batch: Batch) -> Float[Array, ""] | Float[Array, "layers 1"]:
+    """Number of visible (query, key) pairs; by layer where some have a window and others have not."""
+
+    def count(window: int | None) -> Array:
+        return jnp.sum(visible(batch.segments, network.causal, window).astype(jnp.float32))
+
+    windowed, window = network.windowed(batch.tokens.shape[1]), network.config.window
+    if len(set(windowed)) == 1:
+        return count(window if windowed[0] else None)
+    return jnp.where(np.array(windowed)[:, None], count(window), count(None))

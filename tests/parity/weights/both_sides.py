@@ -90,7 +90,7 @@ def outputs_of_transformers(model: torch.nn.Module) -> dict[str, np.ndarray]:
         "input_ids": torch.tensor(tokens().astype(np.int64)),
         "attention_mask": torch.tensor(REAL.astype(np.int64)),
     }
-    if model.config.model_type in ("bert", "roberta"):
+    if model.config.model_type in ("bert", "roberta", "xlm-roberta"):
         inputs["token_type_ids"] = torch.tensor(types(model.config).astype(np.int64))
     with torch.no_grad():
         out = model(**inputs)

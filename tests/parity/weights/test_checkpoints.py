@@ -56,6 +56,10 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "roberta-tanh": ("RobertaForMaskedLM", "RobertaConfig", ENCODER | {"hidden_act": "gelu_new"}),
     "roberta-body": ("RobertaModel", "RobertaConfig", ENCODER),
     "roberta-labels": ("RobertaForSequenceClassification", "RobertaConfig", ENCODER | {"num_labels": 2}),
+    "xlm-roberta": ("XLMRobertaForMaskedLM", "XLMRobertaConfig", ENCODER | {"type_vocab_size": 1}),
+    "xlm-roberta-labels": ("XLMRobertaForSequenceClassification", "XLMRobertaConfig", ENCODER | {"num_labels": 3}),
+    "eurobert": ("EuroBertForMaskedLM", "EuroBertConfig", DECODER | {"attention_bias": True}),
+    "eurobert-tied": ("EuroBertForMaskedLM", "EuroBertConfig", DECODER | {"head_dim": 16, "tie_word_embeddings": True}),
     "bert": ("BertForMaskedLM", "BertConfig", ENCODER),
     "bert-relu": ("BertForMaskedLM", "BertConfig", ENCODER | {"hidden_act": "relu"}),
     "bert-pretraining": ("BertForPreTraining", "BertConfig", ENCODER),
@@ -160,7 +164,7 @@ def test_conversion_of_a_transformers_model_through_orbax_and_back(tmp_path: Pat
     assert (carried.bos_token_id, carried.eos_token_id) == (7, [8, 9])
 
 
-@pytest.mark.parametrize("name", ["bert-labels", "roberta-labels", "llama-labels"])
+@pytest.mark.parametrize("name", ["bert-labels", "roberta-labels", "xlm-roberta-labels", "llama-labels"])
 def test_conversion_of_a_classifier(name: str, tmp_path: Path) -> None:
     kind, config_kind, fields = MODELS[name]
     model = random_model(kind, getattr(transformers, config_kind)(**fields))

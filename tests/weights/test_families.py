@@ -1,0 +1,214 @@
+"""Families of checkpoints: `config.json` to switches and back, without torch. Numbers: `tests/parity/weights`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from transformers import CONFIG_MAPPING
+
+from jaxcl.errors import UserError
+from jaxcl.models.llama_config import LlamaConfig
+from jaxcl.models.network import Network
+from jaxcl.models.roberta import RobertaConfig
+from jaxcl.weights import load_weights, save_hf
+from jaxcl.weights.families import FAMILIES, MISSING, family_of, find_family
+from jaxcl.weights.hf_config import from_hf, to_hf
+from tests.tiny.families import DECODERS, ENCODERS, EVERY, SWITCHES, config_of, content
+from tests.tiny.networks import ROBERTA, assert_equal_bits, random_params
+
+
+@pytest.mark.parametrize("name", EVERY | ENCODERS)
+def test_a_configuration_is_the_same_after_writing_and_reading(name: str) -> None:
+    config = config_of(name)
+    assert config.family == content(name)["model_type"]
+    written = to_hf(config, {}, "float32")
+    assert LlamaConfig(**from_hf(written, "config.json")) == config
+    assert json.loads(json.dumps(written)) == written
+
+
+@pytest.mark.parametrize("name", DECODERS | ENCODERS)
+def test_params_are_the_same_after_writing_and_reading(name: str, tmp_path: Path) -> None:
+    network = Network.create(config_of(name))
+    params = random_params(network)
+    save_hf(tmp_path / "model", network, params)
+    read, found = load_weights(tmp_path / "model")
+    assert read.config == network.config
+    assert_equal_bits(found, params)
+
+
+def test_every_family_is_tried_and_sets_what_others_leave_alone() -> None:
+    assert {FAMILIES[name].model_type for name in DECODERS} == {
+        family.model_type for family in FAMILIES.values() if family.head == "ForCausalLM"
+    }
+    plain = LlamaConfig(vocab_size=1, hidden_size=2, intermediate_size=1, num_layers=1, num_heads=1)
+    found = [config_of(name) for name in EVERY | ENCODERS]
+    for field in SWITCHES:
+        assert any(getattr(config, field) != getattr(plain, field) for config in found), field
+    for field, values in {
+        "norm_placement": {"pre", "post", "sandwich"},
+        "qk_norm": {"none", "head", "flat"},
+        "norm_scale": {"weight", "one_plus"},
+    }.items():
+        assert {getattr(config, field) for config in found} == values
+    kinds = {config.rope_scaling.type for config in found if config.rope_scaling is not None}
+    assert kinds == {"linear", "llama3", "dynamic", "yarn", "longrope"}
+
+
+@pytest.mark.parametrize("name", DECODERS | ENCODERS)
+def test_keys_that_a_file_leaves_out_mean_what_they_mean_there(name: str) -> None:
+    theirs = CONFIG_MAPPING[name]()
+    for key, value in FAMILIES[name].defaults.items():
+        if key in ("hidden_act", "hidden_activation") and not hasattr(theirs, key):
+            continue  # the two names of one key
+        if key in ("use_bidirectional_attention", "attention_bias", "no_rope_layer_interval"):
+            assert bool(getattr(theirs, key, False)) == bool(value), key
+        elif key == "sliding_window" and getattr(theirs, "use_sliding_window", True) is False:
+            assert getattr(theirs, key) is None  # not used by default
+        elif key != "head_dim" or value is not None:
+            assert getattr(theirs, key) == value, key
+
+
+@pytest.mark.parametrize("name", DECODERS | ENCODERS)
+def test_a_file_of_sizes_alone_is_read_as_there(name: str) -> None:
+    """Patterns of layers and bases of frequencies of a file that says nothing about them."""
+    sizes = {"vocab_size": 9, "hidden_size": 64, "intermediate_size": 8, "num_hidden_layers": 8}
+    ours = LlamaConfig(**from_hf({"model_type": name, "num_attention_heads": 32, **sizes}, "config.json"))
+    theirs = CONFIG_MAPPING[name](num_attention_heads=32, **sizes)
+    rope = theirs.rope_parameters
+    assert ours.rope_theta == rope.get("full_attention", rope)["rope_theta"]
+    if "sliding_attention" in rope and ours.rope_scaling is None:
+        assert (ours.window_rope_theta or ours.rope_theta) == rope["sliding_attention"]["rope_theta"]
+    window = theirs.sliding_window if hasattr(theirs, "sliding_window") else None
+    types = getattr(theirs, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * 8
+    assert list(ours.windowed) == [kind == "sliding_attention" for kind in types]
+    assert ours.window == (window if any(ours.windowed) else 0)
+    assert (ours.num_kv_heads, ours.max_length) == (theirs.num_key_value_heads or 32, theirs.max_position_embeddings)
+    assert ours.tie_embeddings == theirs.tie_word_embeddings
+
+
+def test_fused_tensors_hold_their_parts_in_order(tmp_path: Path) -> None:
+    network = Network.create(config_of("phi3", num_kv_heads=2))
+    params = random_params(network)
+    save_hf(tmp_path / "model", network, params)
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    blocks = params["blocks"]
+    qkv = tensors["model.layers.1.self_attn.qkv_proj.weight"]  # 4 + 2 + 2 heads of 8
+    assert qkv.shape == (64, 32)
+    np.testing.assert_array_equal(qkv[8 * 3 + 2], blocks["attention"]["query"]["kernel"][1, :, 3, 2])
+    np.testing.assert_array_equal(qkv[32 + 8 + 5], blocks["attention"]["key"]["kernel"][1, :, 1, 5])
+    np.testing.assert_array_equal(qkv[48 + 3], blocks["attention"]["value"]["kernel"][1, :, 0, 3])
+    np.testing.assert_array_equal(
+        tensors["model.layers.0.mlp.gate_up_proj.weight"][28 + 7], blocks["mlp"]["up"]["kernel"][0, :, 7]
+    )
+
+
+def test_a_file_that_has_a_vision_tower_gives_its_text_part(tmp_path: Path) -> None:
+    network = Network.create(config_of("gemma3_text"))
+    params = random_params(network)
+    save_hf(tmp_path / "model", network, params)
+    folder = tmp_path / "model"
+    text = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": text}))
+    tensors = load_file(folder / "model.safetensors")
+    names = {name: "language_model." + name for name in tensors}
+    tensors = {names[name]: value for name, value in tensors.items()}
+    from safetensors.numpy import save_file
+
+    save_file(tensors | {"vision_tower.vision_model.post_layernorm.weight": np.ones(3)}, folder / "model.safetensors")
+    read, found = load_weights(folder)
+    assert read.config == network.config
+    assert_equal_bits(found, params)
+
+
+def test_a_vision_tower_may_leave_most_of_its_text_part_to_the_defaults() -> None:
+    """What Gemma 3's own files hold."""
+    text = {"model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34}
+    rope = {"rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024}
+    config = LlamaConfig(**from_hf({"model_type": "gemma3", "text_config": text | rope}, "config.json"))
+    assert (config.num_heads, config.num_kv_heads, config.head_dim, config.vocab_size) == (8, 4, 256, 262208)
+    assert config.layer_types == ("window",) * 5 + ("full",)
+    assert (config.window, config.rope_theta, config.window_rope_theta) == (1024, 1e6, 1e4)
+    assert config.tie_embeddings
+
+
+def test_null_means_what_a_missing_key_means_but_for_caps() -> None:
+    nulls = {"tie_word_embeddings": None, "rms_norm_eps": None, "final_logit_softcapping": None}
+    config = LlamaConfig(**from_hf(content("gemma2") | nulls, "config.json"))
+    assert (config.tie_embeddings, config.norm_eps, config.logit_cap, config.attention_cap) == (True, 1e-6, None, 50.0)
+
+
+def test_a_norm_that_casts_first_is_what_transformers_has() -> None:
+    assert to_hf(config_of("llama", norm_scale="cast"), {}, "float32") == to_hf(config_of("llama"), {}, "float32")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"norm_placement": "post"}, r"llama has no such network: norm_placement=post would be read as pre"),
+        ({"family": "qwen2"}, r"qwen2 has no such network: .*bias"),
+        ({"family": "gpt_oss"}, r"model_type=gpt_oss is not supported: it needs attention sinks"),
+        ({"family": "nonsense"}, r"model\.family: model_type=nonsense is not supported; allowed are llama, mistral"),
+    ],
+)
+def test_networks_that_a_family_lacks_are_not_exported(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        to_hf(config_of("llama", **changes), {}, "float32")
+
+
+def test_what_is_not_here_is_refused_with_the_switch_that_is_missing() -> None:
+    assert not set(MISSING) & set(FAMILIES)
+    for name, missing in MISSING.items():
+        with pytest.raises(UserError, match=f"config.json: model_type={name} is not supported: it needs {missing}$"):
+            find_family(name, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("gemma2", {"use_bidirectional_attention": True}, r"use_bidirectional_attention=True is not supported"),
+        ("ministral", {"layer_types": ["chunked_attention"] * 2}, r"layer_types: chunked_attention is not supported"),
+        ("ministral", {"layer_types": ["full_attention"]}, r"layer_types has 1 entries for 2 layers"),
+        ("phi3", {"embd_pdrop": 0.1}, r"embd_pdrop=0.1 is not supported; allowed is 0.0"),
+        (
+            "gemma3_text",
+            {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+            r"rope_type=linear in sliding_attention is not supported",
+        ),
+    ],
+)
+def test_settings_that_a_family_lacks(name: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        from_hf(content(name) | changes, "config.json")
+
+
+def test_the_older_name_of_the_first_gemmas_activation_means_its_approximation() -> None:
+    assert config_of("gemma").activation == "gelu_tanh"
+    assert from_hf(content("gemma") | {"hidden_act": "gelu"}, "config.json")["activation"] == "gelu_tanh"
+
+
+def test_xlm_roberta_is_roberta_by_another_name(tmp_path: Path) -> None:
+    network = Network.create(RobertaConfig(**ROBERTA, family="xlm-roberta"))
+    save_hf(tmp_path / "model", network, random_params(network))
+    written = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert (written["model_type"], written["architectures"]) == ("xlm-roberta", ["XLMRobertaForMaskedLM"])
+    read, found = load_weights(tmp_path / "model")
+    assert read.config == network.config
+    assert_equal_bits(found, random_params(network))
+
+
+def test_an_encoder_made_of_the_decoder() -> None:
+    with pytest.raises(UserError, match="num_labels must be 0 to export"):
+        to_hf(config_of("eurobert", num_labels=3), {}, "float32")
+    with pytest.raises(UserError, match="mlp_bias=True is not supported"):
+        from_hf(content("eurobert") | {"mlp_bias": True}, "config.json")
+    assert not Network.create(config_of("eurobert")).causal
+
+
+def test_families_know_their_own_name() -> None:
+    for name in DECODERS:
+        assert family_of(config_of(name)).model_type == name
