@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxcl.models.network import Network, Params
-from jaxcl.weights.save import param_of, table_of, tensors_of
+from jaxcl.weights.save import Tensor, param_of, table_of, tensors_of
 from jaxcl.weights.tree import flatten
 
 
@@ -26,7 +28,8 @@ def named(network: Network, tree: Params) -> dict[str, Array]:
       One tensor per name, in the dtype of its leaf.
 
     Raises:
-      ValueError: a leaf that the network has no param for, or whose shape does not broadcast to it.
+      ValueError: a leaf that the network has no param for, or whose shape does not broadcast to it; or a part of a
+        tree that has only some of the params of a tensor.
 
     Examples:
       >>> import jax
@@ -48,5 +51,13 @@ def named(network: Network, tree: Params) -> dict[str, Array]:
             raise ValueError(
                 f"tree: {path} has shape {list(jnp.shape(leaf))}, which does not broadcast to {list(shapes[path])}"
             ) from None
-    tensors = tensors_of(table_of(network), flat)
-    return {tensor.name: tensor.row.layout.arranged(param_of(flat, tensor)) for tensor in tensors}
+    try:
+        tensors = list(tensors_of(table_of(network), flat))
+    except KeyError as error:
+        raise ValueError(f"tree: {error} is missing, which makes one tensor together with others of the tree") from None
+    return {tensor.name: _whole(flat, tensor) for tensor in tensors}
+
+
+def _whole(flat: Mapping[str, Array], tensor: Tensor) -> Array:
+    parts = [row.layout.arranged(param_of(flat, row.path, tensor.layer)) for row in tensor.rows]
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
