@@ -94,6 +94,11 @@ def encoded(
     return TextRows(rows, tokenizer, config, objective=objective, task=0, name="corpus", cache=cache)
 
 
+def build_masked(folder: Path) -> dict[str, float]:
+    """Builds the cache of masked rows."""
+    return {"tokens": encoded(folder, opened(folder), "masked", 164).total}
+
+
 def build(folder: Path, objective: Objective = "causal", length: int = 2048) -> dict[str, float]:
     """Seconds to build the cache and to tokenise alone, part by part in turns, and the cache's bytes per token."""
     backend = Tokenizer.load(folder / "tokenizer").backend
@@ -138,7 +143,7 @@ def feed(folder: Path, objective: Objective = "causal", length: int = 2048, batc
 PARTS = {
     "build": build,
     "feed": feed,
-    "build_masked": lambda folder: build(folder, "masked", 164),
+    "build_masked": build_masked,
     "feed_masked": lambda folder: feed(folder, "masked", 164, 64),
 }
 
@@ -146,7 +151,9 @@ PARTS = {
 def measured(part: str, folder: Path) -> dict[str, float]:
     """One measurement in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.data_scale", "--part", part, "--folder", str(folder)]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    print(f"{part}: {found}", file=sys.stderr, flush=True)
+    return found
 
 
 def measure(megabytes: float, folder: Path) -> dict[str, float]:
