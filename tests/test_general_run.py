@@ -73,7 +73,12 @@ def kinds(folder: Path, task: int) -> list[str]:
     return [row["kind"] for row in numbers(folder) if row["task"] == task]
 
 
-@pytest.mark.parametrize("name", sorted(METHODS))
+FAST = ("das", "seekr", "joint")
+
+
+@pytest.mark.parametrize(
+    "name", [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in sorted(METHODS) if name not in FAST)]
+)
 def test_every_method_learns_mixtures_packed_pairs_and_general_rows(name: str, tmp_path: Path) -> None:
     content = {
         **SHORT,
@@ -129,6 +134,7 @@ def test_an_epoch_holds_all_batches_of_the_task_and_general_ones_besides(whole: 
     assert second.count("memory") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("saves", [2, 4])
 def test_a_resumed_run_sees_the_same_batches(whole: Path, tmp_path: Path, saves: int) -> None:
     method = {"name": "replay", "replay": REPLAY}
@@ -138,6 +144,7 @@ def test_a_resumed_run_sees_the_same_batches(whole: Path, tmp_path: Path, saves:
     assert numbers(tmp_path) == numbers(whole)
 
 
+@pytest.mark.slow
 def test_accumulation_and_several_devices_change_no_number(tmp_path: Path) -> None:
     content = {**SHORT, "tasks": SHORT["tasks"][:1]}
     spread = {**content, "training": {**SHORT["training"], "accumulate": 2}, "mesh": {"data": 2, "fsdp": 2}}
@@ -156,6 +163,7 @@ def test_accumulation_and_several_devices_change_no_number(tmp_path: Path) -> No
     np.testing.assert_allclose([row["loss"] for row in one], [row["loss"] for row in four], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_by_tokens_the_share_is_that_of_tokens(tmp_path: Path) -> None:
     content = with_general(SHORT, by="tokens", share=0.5)
     parts = build(parse_config({**content, "output": str(tmp_path), "method": "sequential"}), RunFolder(tmp_path))
@@ -234,6 +242,7 @@ def test_steps_on_general_rows_tell_nothing_about_the_task(tmp_path: Path) -> No
 # ---------------------------------------------------------------- mixtures and packed pairs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["seekr", "joint"])
 def test_a_mixture_is_learned_remembered_and_resumed(name: str, tmp_path: Path) -> None:
     method = {"name": name, **OPTIONS.get(name, {})}

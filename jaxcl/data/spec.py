@@ -7,7 +7,9 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from jaxcl.data.places import FILE_SCHEMES, is_url, place
+from jaxcl.data.formats.find import SCHEMES
+from jaxcl.data.formats.storage import is_url
+from jaxcl.data.places import place
 from jaxcl.schema import Schema
 
 Kind = Literal["pairs", "chat", "text", "labelled"]
@@ -69,10 +71,10 @@ class SourceSpec(Schema):
     def _source_is_place(cls, value: str) -> str:
         scheme, colon, rest = value.partition(":")
         if is_url(rest):
-            if scheme not in FILE_SCHEMES:
-                raise ValueError(f"a URL needs one of {', '.join(FILE_SCHEMES)} before it")
+            if scheme not in SCHEMES:
+                raise ValueError(f"a URL needs one of {', '.join(SCHEMES)} before it")
             return value
-        files = scheme in FILE_SCHEMES
+        files = scheme in SCHEMES
         return f"{scheme}:{place(rest)}" if colon and (files or rest.startswith("~")) else value
 
     @field_validator("data_dir")

@@ -24,7 +24,8 @@ from jaxcl.models.generation import Generator
 from jaxcl.models.network import Network
 from jaxcl.planning.hardware import Topology, find_devices, parse_topology
 from jaxcl.planning.step import StepPlan, plan_step
-from jaxcl.run.components import longest_prefix, make_trainer
+from jaxcl.run.checks import longest_prefix
+from jaxcl.run.components import make_trainer
 from jaxcl.schema import Schema
 from jaxcl.sharding.layout import Layout
 from jaxcl.sharding.mesh import AXES, make_mesh, mesh_sizes

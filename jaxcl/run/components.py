@@ -7,7 +7,6 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -27,16 +26,14 @@ from jaxcl.data.plan import Shape, spread_sizes
 from jaxcl.data.rows import EncodedRows, HostBatch
 from jaxcl.data.sources import TaskData, load_end_task
 from jaxcl.data.spec import DataConfig, Kind, TokenizerConfig
-from jaxcl.data.split import Rows
 from jaxcl.data.text import TextRows
 from jaxcl.data.tokenizer import Tokenizer, prepare_tokenizer
 from jaxcl.errors import UserError
-from jaxcl.evaluation.metrics import check_answers
-from jaxcl.evaluation.scoring import drawn
 from jaxcl.methods.base import Method
 from jaxcl.models.network import Network
 from jaxcl.models.soft_tokens import SOFT_TOKENS, start_from_words
 from jaxcl.models.trainable import Params, overlay
+from jaxcl.run.checks import check_metrics, check_private_data, check_tasks
 from jaxcl.run.folder import RunFolder
 from jaxcl.run.loading import open_general, open_task, rooted
 from jaxcl.sharding.layout import Layout
@@ -184,6 +181,8 @@ class Components:
         for index in self.all_train_rows:
             if not self.tasks[index].answered:
                 self.encode(index, self.config.evaluation.split)
+        if self.general is not None:
+            self.general_rows(0)
 
     @functools.cached_property
     def end_tasks(self) -> Mapping[int, TaskData]:
@@ -314,8 +313,8 @@ def build(config: ExperimentConfig, folder: RunFolder) -> Components:
     tasks = tuple(open_task(spec, config, cache) for spec in config.tasks)
     general = open_general(config, cache)
     method = config.method.build(network, len(tasks))
-    _check_tasks(config, tasks, method, general)
-    _check_metrics(config, tasks)
+    check_tasks(config, tasks, method, general)
+    check_metrics(config, tasks)
     tokenizer = load_tokenizer(config, tasks if general is None else (*tasks, general), folder.tokenizer)
     tokenizer.check_vocab(network.vocab_size)
     trainer = make_trainer(config, method, layout)
@@ -333,11 +332,6 @@ def _gone_sizes(
     return tuple(spread_sizes(one.sizes) for one in Memory.load(folder.memory).tasks if one.task in gone)
 
 
-def longest_prefix(method: Method[Any]) -> int:
-    """Tokens of the longest `Method.prompt_prefix` of all tasks."""
-    return max(len(method.prompt_prefix(index)) for index in range(method.num_tasks))
-
-
 def make_trainer(config: ExperimentConfig, method: Method, layout: Layout) -> Trainer:
     """The method's trainer, as configured.
 
@@ -347,7 +341,7 @@ def make_trainer(config: ExperimentConfig, method: Method, layout: Layout) -> Tr
     training = config.training
     if training.privacy is not None:
         check_private(method, config.method.name)
-        _check_private_data(config)
+        check_private_data(config)
     return Trainer(
         method,
         config.optimizer,
@@ -356,70 +350,6 @@ def make_trainer(config: ExperimentConfig, method: Method, layout: Layout) -> Tr
         seed=config.seed,
         privacy=training.privacy,
     )
-
-
-def _check_tasks(
-    config: ExperimentConfig, tasks: tuple[TaskData, ...], method: Method, general: TaskData | None
-) -> None:
-    """Checks that model and method can learn each kind of task, and that the longest row fits the model's window."""
-    data, window = config.data, config.model.max_length
-    prefix = longest_prefix(method)
-    soft = f" + {prefix} soft tokens" if prefix else ""
-    needed = {
-        "text": ("length", data.length),
-        "pairs": (f"prompt_length + answer_length{soft}", data.prompt_length + data.answer_length + prefix),
-    }
-    gone = [spec.name for spec in config.tasks if spec.data_gone]
-    if gone and method.joint:
-        raise UserError(
-            f"task {gone[0]}: data_gone is true, but {config.method.name} learns all tasks together and needs the "
-            "examples of each; choose a method that does not",
-            exit_code=2,
-        )
-    written = method.replay is not None and method.replay.source != "kept"
-    for task in tasks if general is None else (*tasks, general):
-        words = "data.general" if task is general else f"task {task.name}"
-        if task.answered and not method.network.causal:
-            raise UserError(f"{words}: prompts and answers need a decoder; the model is an encoder", exit_code=2)
-        if task.kind == "labelled":
-            raise UserError(f"{words}: labelled examples can only be the end_task of a text domain", exit_code=2)
-        if (task.kind == "text" and prefix) or (task.kind != "pairs" and written and task is not general):
-            # Samples are split into prompt and answer, and soft tokens precede a prompt.
-            key = f"name: {config.method.name}" if prefix else "replay.source: synthetic"
-            raise UserError(f"method.{key} needs prompts and answers; {words} is {task.kind}", exit_code=2)
-        key, tokens = needed["pairs" if task.answered else "text"]
-        if tokens > window:
-            raise UserError(
-                f"data.{key}: {tokens} tokens exceed the model's window, model.max_length={window} ({words})",
-                exit_code=2,
-            )
-    if method.replay is not None and written and method.replay.synthetic.writer == "start" and config.weights is None:
-        raise UserError(
-            "method.replay.synthetic.writer: start is an untrained model here (no weights); allowed: before",
-            exit_code=2,
-        )
-
-
-def _check_private_data(config: ExperimentConfig) -> None:
-    """Checks that every example is in one row per epoch, alone: epsilon is that of a row, by the number of epochs."""
-    mixed = [f"tasks.{index}.mix" for index, spec in enumerate(config.tasks) if spec.mix]
-    for key in [*mixed, *(["data.pack_pairs"] if config.data.pack_pairs else [])]:
-        raise UserError(
-            f"training.privacy: {key} puts examples into batches more than once per epoch, or several into a row, "
-            "which epsilon does not account for; leave it out",
-            exit_code=2,
-        )
-
-
-def _check_metrics(config: ExperimentConfig, tasks: tuple[TaskData, ...]) -> None:
-    """Checks that a perfect model would score 100 on each task."""
-    settings = config.evaluation
-    for spec, task in zip(config.tasks, tasks, strict=True):
-        if task.answered:
-            metric = settings.metric_for("pairs", spec.metric)
-            rows: Rows = getattr(task, settings.split)
-            scored = drawn(len(rows), settings.limit)
-            check_answers(metric, rows.pick(scored), f"task {task.name}: {settings.split}", scored)
 
 
 def load_tokenizer(config: ExperimentConfig, tasks: tuple[TaskData, ...], folder: Path) -> Tokenizer:

@@ -22,7 +22,8 @@ from jaxcl.methods.base import Method
 from jaxcl.models.batch import Batch
 from jaxcl.models.generation import Generator
 from jaxcl.models.trainable import Params
-from jaxcl.run.components import Components, ProcessShare, longest_prefix
+from jaxcl.run.checks import longest_prefix
+from jaxcl.run.components import Components, ProcessShare
 from jaxcl.sharding.processes import is_first
 from jaxcl.training.feed import place_batch
 from jaxcl.training.state import TrainState

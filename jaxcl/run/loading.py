@@ -7,7 +7,8 @@ from typing import TypeVar
 
 from jaxcl.config import ExperimentConfig
 from jaxcl.data.cache import Cache
-from jaxcl.data.places import FILE_SCHEMES, is_url
+from jaxcl.data.formats.find import SCHEMES
+from jaxcl.data.formats.storage import is_url
 from jaxcl.data.sources import TaskData, load_general, load_task
 from jaxcl.data.spec import SourceSpec, TaskSpec
 from jaxcl.data.split import ListRows
@@ -50,7 +51,7 @@ def rooted(spec: Spec, root: str) -> Spec:
     'parquet:hf://datasets/x/y/*.parquet'
     """
     scheme, _, rest = spec.source.partition(":")
-    if scheme not in FILE_SCHEMES or is_url(rest):
+    if scheme not in SCHEMES or is_url(rest):
         return spec
     return spec.model_copy(update={"source": f"{scheme}:{Path(root) / Path(rest).expanduser()}"})
 

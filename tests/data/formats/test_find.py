@@ -6,7 +6,6 @@ import sys
 import pytest
 
 from jaxcl.data.formats import SCHEMES, ListRecords, Part, find_records
-from jaxcl.data.places import FILE_SCHEMES
 from jaxcl.errors import UserError
 
 
@@ -130,10 +129,6 @@ def test_a_file_that_becomes_a_folder(tmp_path):
     for use in (records.key, lambda: list(records.read(Part(str(tmp_path / "a.jsonl"))))):
         with pytest.raises(UserError, match=r"cannot read .*a\.jsonl: is a directory"):
             use()
-
-
-def test_places_knows_the_schemes_of_files():
-    assert set(FILE_SCHEMES) == set(SCHEMES)
 
 
 def test_home_folder(tmp_path, monkeypatch):

@@ -1,0 +1,82 @@
+"""What can be said before training: whether model, method and data of a run go together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxcl.config import ExperimentConfig
+from jaxcl.data.sources import TaskData
+from jaxcl.data.split import Rows
+from jaxcl.errors import UserError
+from jaxcl.evaluation.metrics import check_answers
+from jaxcl.evaluation.scoring import drawn
+from jaxcl.methods.base import Method
+
+
+def longest_prefix(method: Method[Any]) -> int:
+    """Tokens of the longest `Method.prompt_prefix` of all tasks."""
+    return max(len(method.prompt_prefix(index)) for index in range(method.num_tasks))
+
+
+def check_tasks(
+    config: ExperimentConfig, tasks: tuple[TaskData, ...], method: Method, general: TaskData | None
+) -> None:
+    """Checks that model and method can learn each kind of task, and that the longest row fits the model's window."""
+    data, window = config.data, config.model.max_length
+    prefix = longest_prefix(method)
+    soft = f" + {prefix} soft tokens" if prefix else ""
+    needed = {
+        "text": ("length", data.length),
+        "pairs": (f"prompt_length + answer_length{soft}", data.prompt_length + data.answer_length + prefix),
+    }
+    gone = [spec.name for spec in config.tasks if spec.data_gone]
+    if gone and method.joint:
+        raise UserError(
+            f"task {gone[0]}: data_gone is true, but {config.method.name} learns all tasks together and needs the "
+            "examples of each; choose a method that does not",
+            exit_code=2,
+        )
+    written = method.replay is not None and method.replay.source != "kept"
+    for task in tasks if general is None else (*tasks, general):
+        words = "data.general" if task is general else f"task {task.name}"
+        if task.answered and not method.network.causal:
+            raise UserError(f"{words}: prompts and answers need a decoder; the model is an encoder", exit_code=2)
+        if task.kind == "labelled":
+            raise UserError(f"{words}: labelled examples can only be the end_task of a text domain", exit_code=2)
+        if (task.kind == "text" and prefix) or (task.kind != "pairs" and written and task is not general):
+            # Samples are split into prompt and answer, and soft tokens precede a prompt.
+            key = f"name: {config.method.name}" if prefix else "replay.source: synthetic"
+            raise UserError(f"method.{key} needs prompts and answers; {words} is {task.kind}", exit_code=2)
+        key, tokens = needed["pairs" if task.answered else "text"]
+        if tokens > window:
+            raise UserError(
+                f"data.{key}: {tokens} tokens exceed the model's window, model.max_length={window} ({words})",
+                exit_code=2,
+            )
+    if method.replay is not None and written and method.replay.synthetic.writer == "start" and config.weights is None:
+        raise UserError(
+            "method.replay.synthetic.writer: start is an untrained model here (no weights); allowed: before",
+            exit_code=2,
+        )
+
+
+def check_private_data(config: ExperimentConfig) -> None:
+    """Checks that every example is in one row per epoch, alone: epsilon is that of a row, by the number of epochs."""
+    mixed = [f"tasks.{index}.mix" for index, spec in enumerate(config.tasks) if spec.mix]
+    for key in [*mixed, *(["data.pack_pairs"] if config.data.pack_pairs else [])]:
+        raise UserError(
+            f"training.privacy: {key} puts examples into batches more than once per epoch, or several into a row, "
+            "which epsilon does not account for; leave it out",
+            exit_code=2,
+        )
+
+
+def check_metrics(config: ExperimentConfig, tasks: tuple[TaskData, ...]) -> None:
+    """Checks that a perfect model would score 100 on each task."""
+    settings = config.evaluation
+    for spec, task in zip(config.tasks, tasks, strict=True):
+        if task.answered:
+            metric = settings.metric_for("pairs", spec.metric)
+            rows: Rows = getattr(task, settings.split)
+            scored = drawn(len(rows), settings.limit)
+            check_answers(metric, rows.pick(scored), f"task {task.name}: {settings.split}", scored)
