@@ -24,7 +24,8 @@ from jaxcl.run import sequence
 from jaxcl.run.components import Components, build
 from jaxcl.run.folder import RunFolder
 from jaxcl.run.remembering import load_kept, memory_pipeline
-from jaxcl.training.checkpoint import Checkpoints, mark_after
+from jaxcl.training.checkpoint import Checkpoints
+from jaxcl.training.kept import mark_after
 from tests.tiny.batches import assert_same_batch
 from tests.tiny.faults import killed_at_save
 from tests.tiny.runs import DECODER, ENCODER, TOKENIZER

@@ -9,7 +9,6 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from jaxcl.data.examples import ExampleTable
 from jaxcl.data.pipeline import Pipeline
 from jaxcl.data.plan import Plan, Shape, plan_epoch
 from jaxcl.data.rows import EncodedRows, HostBatch, Noise, RowFields
@@ -49,7 +48,6 @@ class MixedRows(EncodedRows):
         self.task = self.sources[0].task
         sizes = [Fraction(rows.total if by == "tokens" else rows.units, len(rows)) for rows in self.sources]
         self.shares = Shares([exactly(weight) / size for weight, size in zip(self.weights, sizes, strict=True)]).shares
-        self.table = ExampleTable([shard for rows in self.sources for shard in rows.table.shards])
         self.starts = np.concatenate([[0], np.cumsum([len(rows) for rows in self.sources], dtype=np.int64)])
 
     def changed(self, change: Callable[[EncodedRows], EncodedRows]) -> MixedRows:

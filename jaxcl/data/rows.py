@@ -49,7 +49,7 @@ class EncodedRows(abc.ABC):
       group: name of the kind of rows; only rows of the same group share a batch.
       name: name of the task.
       task: index of the task.
-      table: the examples as token sequences; rows of labelled texts have none.
+      table: the examples as token sequences; only rows that are read from one have it.
     """
 
     group: str
@@ -74,6 +74,11 @@ class EncodedRows(abc.ABC):
     def units(self) -> int:
         """Number of examples; more than there are rows if a row holds several."""
         return len(self)
+
+    @property
+    def examples(self) -> ExampleTable:
+        """The examples of all sources as token sequences."""
+        return ExampleTable([shard for leaf in self.leaves() for shard in leaf.table.shards])
 
     def leaves(self) -> list[EncodedRows]:
         """The sources that these rows are a mixture of, or only themselves."""

@@ -95,7 +95,7 @@ def remember(parts: Components, kept: Kept, index: int, params: Params) -> Kept:
     else:
         order = _ranked(parts, rows, kept.memory.seed, params)
         if room is not None:
-            costs = rows.table.costs[order] if room.unit == "bytes" else np.ones(len(order), np.int64)
+            costs = rows.examples.costs[order] if room.unit == "bytes" else np.ones(len(order), np.int64)
             allotted = allot(room, kept, index, order, costs, reservoir=replay.choose == "reservoir")
         chosen = order[: allotted.new].tolist()
     memory = kept.memory.cut(allotted.earlier, after=index).with_task(
@@ -107,7 +107,7 @@ def remember(parts: Components, kept: Kept, index: int, params: Params) -> Kept:
         rows=parts.train_prints[index],
         sizes=_sizes(rows),
     )
-    return _with_tables(kept, memory, index, rows.table)
+    return _with_tables(kept, memory, index, rows.examples)
 
 
 def remember_written(
@@ -122,7 +122,7 @@ def remember_written(
       rows: the samples, with `prompt` and `answer`.
       dropped: how many were dropped, by reason.
     """
-    table = parts.encode_written(rows, index, parts.phase_name(index)).table
+    table = parts.encode_written(rows, index, parts.phase_name(index)).examples
     memory = kept.memory.with_task(
         index,
         parts.phase_name(index),
@@ -190,10 +190,10 @@ def few_answers(rows: EncodedRows) -> list[bytes] | None:
     """The answer of each example, if a task has few different ones (`FEW_ANSWERS`); none otherwise, and for text."""
     if rows.group != PairRows.group:
         return None
-    answers: list[bytes] = []
+    table, answers = rows.examples, list[bytes]()
     different: set[bytes] = set()
     for index in range(len(rows)):
-        answers.append(rows.table.last_learned(index).tobytes())
+        answers.append(table.last_learned(index).tobytes())
         different.add(answers[-1])
         if len(different) > FEW_ANSWERS:
             return None
