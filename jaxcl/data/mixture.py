@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 
-from jaxcl.data.examples import ExampleTable
 from jaxcl.data.pipeline import Pipeline
 from jaxcl.data.plan import Plan, Shape, plan_epoch
 from jaxcl.data.rows import EncodedRows, HostBatch, Noise, RowFields
@@ -78,11 +77,6 @@ class MixedRows(EncodedRows):
     def units(self) -> int:
         """See `EncodedRows.units`."""
         return sum(rows.units for rows in self.sources)
-
-    @property
-    def table(self) -> ExampleTable:
-        """Tokens and spans of the examples of all sources, for sources that have such a table."""
-        return ExampleTable([shard for leaf in self.leaves() for shard in cast(Any, leaf).table.shards])
 
     def leaves(self) -> list[EncodedRows]:
         """The examples of each source."""
