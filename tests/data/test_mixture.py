@@ -202,7 +202,7 @@ def test_rows_of_a_mixture_are_those_of_its_sources():
         np.testing.assert_array_equal(
             mixed.row(index, shape, (0,))["tokens"], mixed.sources[source].row(local, shape, (0,))["tokens"]
         )
-        np.testing.assert_array_equal(mixed.table[index][0], mixed.sources[source].table[local][0])
+        np.testing.assert_array_equal(mixed.examples[index][0], mixed.sources[source].table[local][0])
     assert not mixed.row(-1, shape, (0,))["weights"].any()
     described = Pipeline([mixed], 4, BUCKETS).describe()["sources"]["mixed"]
     assert described["examples"] == 69
