@@ -6,9 +6,11 @@ import pytest
 
 from jaxcl.config import parse_config
 from jaxcl.data.chat_rows import ChatRows, encode_openings
+from jaxcl.data.chat_templates import CHAT_TEMPLATES
 from jaxcl.data.conversations import end_of_turn
 from jaxcl.data.sources import load_source
 from jaxcl.data.spec import DataConfig
+from jaxcl.data.tokenizer import Tokenizer
 from jaxcl.errors import UserError
 from jaxcl.run import sequence
 from jaxcl.run.components import build
@@ -98,3 +100,46 @@ def test_written_samples_are_not_for_conversations(tmp_path):
     method = {"name": "replay", "replay": {"source": "synthetic", "fraction": 0.25}}
     with pytest.raises(UserError, match="needs prompts and answers; task chats is chat"):
         sequence.run(parse_config(config(tmp_path, method)))
+
+
+ENCLOSING = (
+    "{%- for m in messages %}{%- if m['role'] == 'assistant' %}{% generation %}"
+    "{{ '<|im_start|>assistant\n' + m['content'] + '<|im_end|>\n' }}{% endgeneration %}{%- else %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{%- endif %}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{%- endif %}"
+)
+
+
+def test_marks_that_enclose_more_than_the_answer_change_neither_prompt_nor_end():
+    known = chat_tokenizer("chatml")
+    ids = {"pad": known.pad_id, "bos": known.bos_id, "eos": known.eos_id}
+    tokenizer = Tokenizer(known.backend, ids, add_bos=known.add_bos, chat_template=ENCLOSING)
+    assert end_of_turn(tokenizer) == known.backend.token_to_id("<|im_end|>")
+    (opening,) = encode_openings(
+        [json.dumps([{"role": "user", "content": "hello"}])], tokenizer, DataConfig(prompt_length=96)
+    )
+    assert tokenizer.decode(opening, skip_special=False).endswith("hello<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_a_run_leaves_the_template_and_the_end_of_its_conversations(tmp_path):
+    write_tasks(tmp_path)
+    known = chat_tokenizer("chatml")
+    ids = {"pad": known.pad_id, "bos": known.bos_id, "eos": known.backend.token_to_id("<|im_start|>")}
+    Tokenizer(known.backend, ids, add_bos=False).save(tmp_path / "bare")
+    content = config(tmp_path, {"name": "sequential"}, chat_template="chatml")
+    content["tokenizer"] = {"path": str(tmp_path / "bare")}
+    parts = build(parse_config(content), RunFolder(tmp_path / "run"))
+    left = Tokenizer.load(RunFolder(tmp_path / "run").tokenizer)
+    assert left.backend.token_to_id("<|im_end|>") in left.end_ids
+    assert set(parts.end_ids) == set(left.end_ids)
+    assert left.chat_template == CHAT_TEMPLATES["chatml"]
+
+
+def test_openings_that_do_not_fit_are_refused_before_training(tmp_path):
+    write_tasks(tmp_path)
+    long = [{"role": "system", "content": "word " * 60}, *conversation(0)]
+    (tmp_path / "chats" / "test.jsonl").write_text(json.dumps({"messages": long}) + "\n")
+    content = config(tmp_path, {"name": "sequential"}, prompt_length=40, answer_length=80)
+    with pytest.raises(UserError, match=r"task chats: scored test row 1: .* prompt_length alone"):
+        sequence.run(parse_config(content))
+    assert not list((tmp_path / "run" / "checkpoints").glob("[0-9]*"))

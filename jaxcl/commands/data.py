@@ -133,7 +133,7 @@ def _repeats(parts: Components) -> Iterator[str]:
         left=2,
     )
     if any(one.of == one.other for one in found):
-        yield "data.deduplicate: true leaves repeated training rows out."
+        yield "data.deduplicate: true leaves training rows out that repeat one of their source."
 
 
 def _counted(one: Overlap, total: int) -> tuple[str, ...]:

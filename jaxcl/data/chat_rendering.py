@@ -24,6 +24,7 @@ TODAY = date(2024, 7, 26)
 
 # Noncharacters of Unicode, which no text should hold: marks are made of those that a conversation does not hold.
 _NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
+_MARKS = re.compile(r"(\{%-?)\s*(?:end)?generation\s*(-?%\})")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # Shadows the function of transformers, which gives the time of the call.
 _STRFTIME = "{{%- macro strftime_now(format) -%}}{{{{- format{} -}}}}{{%- endmacro -%}}".format(
@@ -75,6 +76,15 @@ class _Layout(NamedTuple):
     literals: list[str]
     heads: dict[int, int]
     tails: dict[int, int]
+
+
+def without_marks(template: str) -> str:
+    """A template without its generation marks; it renders the same text.
+
+    >>> without_marks("{%- generation %}{{ m }}{%- endgeneration -%}")
+    '{%- set _ = 0 %}{{ m }}{%- set _ = 0 -%}'
+    """
+    return _MARKS.sub(r"\1 set _ = 0 \2", template)
 
 
 @functools.lru_cache(maxsize=8)

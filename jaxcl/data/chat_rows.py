@@ -25,13 +25,16 @@ def messages_of(row: Mapping[str, str]) -> list[Message]:
     return [*json.loads(row["prompt"]), {"role": "assistant", "content": row["answer"]}]
 
 
-def encode_openings(prompts: Sequence[str], tokenizer: Tokenizer, config: DataConfig) -> list[list[int]]:
+def encode_openings(
+    prompts: Sequence[str], tokenizer: Tokenizer, config: DataConfig, where: str = "conversation"
+) -> list[list[int]]:
     """Token ids of conversations up to the answer that a model is to give.
 
     Args:
       prompts: a JSON list of messages each.
       tokenizer: the model's tokenizer.
       config: `prompt_length` and `chat_template` are used.
+      where: what they are called in messages, before their number.
 
     Raises:
       UserError: see `encode_conversations`.
@@ -41,9 +44,10 @@ def encode_openings(prompts: Sequence[str], tokenizer: Tokenizer, config: DataCo
         tokenizer,
         length=config.prompt_length,
         learn="last",
-        where=lambda index: f"conversation {index + 1}",
+        where=lambda index: f"{where} {index + 1}",
         template=config.chat_template,
         on_long_answer="cut",
+        marks=False,  # they may enclose the generation prompt
     )
     return [ids[: spans[0]] for ids, spans in zip(found.ids, found.spans, strict=True)]
 
@@ -59,6 +63,7 @@ class ChatEncoder:
         self.key: Mapping[str, Any] = {
             "kind": "chat",
             "tokenizer": tokenizer.fingerprint,
+            "special_tokens": dict(tokenizer.special_tokens),
             "template": find_template(config.chat_template, tokenizer),
             "length": config.prompt_length + config.answer_length,
             "learn": config.learn,

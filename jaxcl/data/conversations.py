@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
-from jaxcl.data.chat_rendering import Piece, Renderer, Rendering, renderer
+from jaxcl.data.chat_rendering import Piece, Renderer, Rendering, renderer, without_marks
 from jaxcl.data.chat_templates import find_template
 from jaxcl.data.chat_tokens import Tokens, tokenize
 from jaxcl.data.messages import Message
@@ -59,6 +59,7 @@ def encode_conversations(
     where: Callable[[int], str],
     template: str = "model",
     on_long_answer: Literal["error", "cut"] = "error",
+    marks: bool = True,
 ) -> EncodedConversations:
     """Token ids of conversations and what is learned of them.
 
@@ -81,11 +82,13 @@ def encode_conversations(
       template: `model` for the tokenizer's own chat template, or a name of `CHAT_TEMPLATES`.
       on_long_answer: what happens to a conversation that is still too long: an error, or it keeps up to `length // 4`
         tokens of the cut message and loses its end.
+      marks: whether generation marks count; without, what is learned follows the generation prompt in any template.
 
     Raises:
       UserError: there is no chat template, it fails or hides what is to be learned, or a conversation is too long.
     """
-    render = renderer(tokenizer, find_template(template, tokenizer))
+    found = find_template(template, tokenizer)
+    render = renderer(tokenizer, found if marks else without_marks(found))
     kept = [_up_to_last_answer(messages, where(index)) for index, messages in enumerate(conversations)]
     rows = _encode(kept, tokenizer, render, learn, [where(index) for index in range(len(kept))])
     dropped = 0
@@ -129,6 +132,7 @@ def end_of_turn(tokenizer: Tokenizer, template: str = "model") -> int:
         learn="last",
         where=lambda _: "a short conversation",
         template=template,
+        marks=False,  # they may enclose what follows the end token
     )
     return found.ids[0][sum(found.spans[0][:2]) - 1]
 
@@ -193,15 +197,16 @@ def _cut(row: _Row, messages: Sequence[Message], length: int, on_long_answer: st
     else:
         raise UserError(
             f"{where}: the last exchange has {len(row.ids) - max(0, stop - start - 1)} tokens with one of the user's "
-            f"text; data.length is {length}; raise it, or set data.on_long_answer to cut"
+            f"text; a conversation may have {length} (data.prompt_length + data.answer_length); raise them, or set "
+            "data.on_long_answer to cut"
         )
     ids = [*row.ids[:start], *row.ids[start + removed :]][:length]
     moved = ((first - removed, last - removed) if first >= start else (first, last) for first, last in row.learned)
     learned = [(first, min(last, length)) for first, last in moved if first < length]
     if not learned:
         raise UserError(
-            f"{where}: the messages before the first answer that is learned fill all {length} tokens of data.length; "
-            "raise it"
+            f"{where}: the messages before the first answer that is learned fill all {length} tokens of a conversation "
+            "(data.prompt_length + data.answer_length, or prompt_length alone where an answer is asked for); raise them"
         )
     return row._replace(ids=ids, learned=learned)
 

@@ -128,7 +128,7 @@ def open_splits(
             fingerprint=whole.result(),
             key=key | {"split": split},
         )
-    if not all(map(len, opened.values())):  # few rows: at least one different row goes to each split
+    if not cache.share.agree(all(map(len, opened.values()))):  # few rows: at least one different row goes to each split
         return divide(read_rows(records, reader), given, held, share, seed)
     return opened
 
@@ -142,7 +142,7 @@ def limited(rows: Rows, limit: int | None, seed: int, cache: Cache | None = None
       seed: seed of the choice.
       cache: keeps the fingerprint of chosen rows that are streamed.
     """
-    if limit is None or limit >= len(rows):
+    if limit is None or (cache.share.agree if cache is not None else bool)(limit >= len(rows)):
         return rows
     chosen = np.sort(np.random.default_rng((seed, len(rows))).permutation(len(rows))[:limit])
     if cache is None or not isinstance(rows, StreamedRows):

@@ -57,7 +57,8 @@ def first_ones(hashes: Hashes) -> np.ndarray:
 def without_repeats(rows: Rows, cache: Cache | None = None) -> Rows:
     """The rows without those that repeat an earlier one."""
     kept = first_ones(row_hashes(rows, cache))
-    if len(kept) == len(rows):
+    # All processes take the same way, also if their copies differ: that is found out later.
+    if (cache.share.agree if cache is not None else bool)(len(kept) == len(rows)):
         return rows
     if cache is None or not isinstance(rows, StreamedRows):
         return ListRows(rows.pick(kept.tolist()))

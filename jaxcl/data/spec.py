@@ -203,7 +203,7 @@ class DataConfig(Schema):
     length_multiple: int = Field(16, ge=1, description="auto chooses multiples of this")
     deduplicate: bool = Field(
         False,
-        description="leave out training rows that repeat an earlier one of the task; case and white space make no "
+        description="leave out training rows that repeat an earlier one of their source; case and white space make no "
         "difference",
     )
     cache: str | None = Field(

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from jaxcl.data.cache import Cache
 from jaxcl.data.files import write_json
-from jaxcl.data.fingerprint import RowsHash, RowsPrint, rows_print
+from jaxcl.data.fingerprint import RowsHash, RowsPrint, rows_print, texts_print
 from jaxcl.data.formats.base import Records
 
 Row = dict[str, str]
@@ -87,7 +87,8 @@ class JoinedRows:
         whole = RowsHash()
         for rows in self.parts:
             whole = whole.join(RowsHash.read(rows.fingerprint))
-        return whole.result()
+        # Rows that move from one source to another change the mixture, although their order is the same.
+        return {**whole.result(), "ordered": texts_print(rows.fingerprint["ordered"] for rows in self.parts)}
 
 
 class Members(NamedTuple):
@@ -101,11 +102,10 @@ class Members(NamedTuple):
     scans: Sequence[Path]
     number: int
 
-    def of(self, part: int) -> list[bool]:
+    def of(self, part: int) -> Bool[np.ndarray, " rows"]:
         """Whether each row of a part belongs to it."""
         with np.load(self.scans[part]) as scan:
-            found: list[bool] = (scan["splits"] == self.number).tolist()
-        return found
+            return np.asarray(scan["splits"] == self.number)
 
 
 class StreamedRows:

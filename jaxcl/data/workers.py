@@ -61,8 +61,14 @@ def in_workers(work: Callable[[Any], object], items: Sequence[Any], count: int |
     with contextlib.ExitStack() as stack:
         workers = [stack.enter_context(_started(work, max(1, cores() // count))) for _ in range(count)]
         with ThreadPoolExecutor(count) as pool:
-            for done in [pool.submit(serve, worker) for worker in workers]:
-                done.result()
+            try:
+                for done in [pool.submit(serve, worker) for worker in workers]:
+                    done.result()
+            except BaseException:  # an interruption as well
+                failed.set()
+                for worker in workers:
+                    worker.kill()
+                raise
 
 
 def _is_picklable(value: object) -> bool:

@@ -15,6 +15,7 @@ from jaxtyping import Int
 from jaxcl.config import ExperimentConfig
 from jaxcl.data.cache import Cache, Share
 from jaxcl.data.chat_rows import ChatRows, messages_of
+from jaxcl.data.chat_templates import find_template
 from jaxcl.data.conversations import end_of_turn
 from jaxcl.data.encode import Texts
 from jaxcl.data.memory import Memory, TaskMemory
@@ -183,6 +184,7 @@ class Components:
                 self.encode(index, self.config.evaluation.split)
         if self.general is not None:
             self.general_rows(0)
+        _ = self.shapes  # refuses lengths that are too small
 
     @functools.cached_property
     def end_tasks(self) -> Mapping[int, TaskData]:
@@ -207,11 +209,8 @@ class Components:
 
     @property
     def end_ids(self) -> tuple[int, ...]:
-        """The tokens that end an answer: the tokenizer's, and in conversations, that of the chat template."""
-        ends = set(self.tokenizer.end_ids)
-        if any(task.kind == "chat" for task in self.tasks):
-            ends.add(end_of_turn(self.tokenizer, self.config.data.chat_template))
-        return tuple(sorted(ends))
+        """The tokens that end an answer, in conversations also that of the chat template."""
+        return tuple(sorted(self.tokenizer.end_ids))
 
     def encode_written(self, rows: Sequence[Mapping[str, str]], index: int, name: str) -> PairRows:
         """Prompts and answers that a model wrote for a task, encoded; too long answers are cut.
@@ -367,6 +366,14 @@ def _load_tokenizer(config: ExperimentConfig, tasks: tuple[TaskData, ...], folde
         settings = TokenizerConfig(path=str(locate(config.weights)[1]))
     texts = functools.partial(_texts, tasks, settings.train_rows)
     tokenizer = prepare_tokenizer(settings, texts, folder, masked=not Network.create(config.model).causal)
+    if any(task.kind == "chat" for task in tasks):
+        # The model that the run leaves is asked by this template, and its answers end as the template ends them.
+        template = find_template(config.data.chat_template, tokenizer)
+        ends = tuple(dict.fromkeys([*tokenizer.end_ids, end_of_turn(tokenizer, config.data.chat_template)]))
+        if (template, ends) != (tokenizer.chat_template, tokenizer.end_ids):
+            tokenizer.chat_template, tokenizer.end_ids = template, ends
+            if jax.process_index() == 0:
+                tokenizer.save(folder)
     if settings.path is not None and not (folder / "tokenizer.json").exists():
         tokenizer.save(folder)
     return tokenizer

@@ -113,6 +113,10 @@ class Evaluator:
                 self._check_split(task, f"task {task.name}")
                 if task.answered:
                     self._check_answers(task, self.metrics[index])
+                if task.kind == "chat":
+                    prompts = [row["prompt"] for row in self._pairs(index)]
+                    words = f"task {task.name}: scored {self.settings.split} row"
+                    encode_openings(prompts, self.parts.tokenizer, self.parts.config.data, words)
         for index, task in self.parts.end_tasks.items():
             self._check_split(task, f"end task of {self.parts.names[index]}")
             assert self._end_task_metric(index)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from jaxcl.config import ExperimentConfig
+from jaxcl.data.chat_templates import find_template
 from jaxcl.data.fingerprint import RowsPrint, files_print, rows_print, texts_print
 from jaxcl.data.memory import Memory
 from jaxcl.data.sources import SPLITS, TaskData
@@ -137,6 +138,7 @@ def _fingerprints(parts: Components) -> dict[str, Any]:
         "end_tasks": end_tasks,
         "general": {} if parts.general is None else {"general": _task_prints(parts.general)},
         "tokenizer": parts.tokenizer.fingerprint,
+        "chat": _chat_print(parts),
         "weights": weights_print(parts.config.weights),
     }
 
@@ -145,6 +147,8 @@ def _check_processes(found: Mapping[str, Any]) -> None:
     """Checks that all processes have the same fingerprints: each may read copies of its own."""
     named = {f"task {name}": one for name, one in found["tasks"].items()}
     named |= {f"end task of {name}": one for name, one in found["end_tasks"].items()}
+    named |= {f"data.{name}": one for name, one in found["general"].items()}
+    named |= {"the chat template": found["chat"]} if found["chat"] else {}
     named |= {"the tokenizer": found["tokenizer"], "the weights": found["weights"]}
     digests = [bytes.fromhex(texts_print([json.dumps(one, sort_keys=True)])) for one in named.values()]
     everywhere = of_all_processes(np.array([list(digest) for digest in digests], np.uint8))
@@ -153,6 +157,14 @@ def _check_processes(found: Mapping[str, Any]) -> None:
         differs = (everywhere[process, index] != everywhere[0, index]).any()
         if differs and there[process, index] and there[0, index]:
             raise UserError(f"{name}: process {process} reads something else than process 0; give all the same copy")
+
+
+def _chat_print(parts: Components) -> str | None:
+    """Fingerprint of the chat template, if there are conversations."""
+    if not any(task.kind == "chat" for task in parts.tasks):
+        return None
+    template = find_template(parts.config.data.chat_template, parts.tokenizer)
+    return texts_print([template, json.dumps(dict(parts.tokenizer.special_tokens), sort_keys=True)])
 
 
 def _task_prints(task: TaskData) -> dict[str, RowsPrint]:
@@ -196,6 +208,8 @@ def _compare(parts: Components, known: Mapping[str, Any], found: Mapping[str, An
     if known and found["tokenizer"] != known["tokenizer"]:
         where = parts.config.tokenizer.path or parts.config.weights or "tokenizer/ of the run"
         raise UserError(f"the tokenizer ({where}) is not the one that the run was started with; {_REMEDY}")
+    if None not in (known.get("chat"), found["chat"]) and known["chat"] != found["chat"]:
+        raise UserError(f"the chat template is not the one that the run was started with; {_REMEDY}")
     if None not in (known.get("weights"), found["weights"]) and known["weights"] != found["weights"]:
         raise UserError(f"the weights ({parts.config.weights}) are not those that the run was started with; {_REMEDY}")
 

@@ -96,7 +96,10 @@ def remember(parts: Components, kept: Kept, index: int, params: Params) -> Kept:
         order = _ranked(parts, rows, kept.memory.seed, params)
         if room is not None:
             costs = rows.examples.costs[order] if room.unit == "bytes" else np.ones(len(order), np.int64)
-            allotted = allot(room, kept, index, order, costs, reservoir=replay.choose == "reservoir")
+            # One that is larger than a task's last share would leave nothing of its task.
+            if (fits := costs <= room.amount // parts.phases).any():
+                order, costs = order[fits], costs[fits]
+            allotted = allot(room, kept, index, order, costs, count=len(rows), reservoir=replay.choose == "reservoir")
         chosen = order[: allotted.new].tolist()
     memory = kept.memory.cut(allotted.earlier, after=index).with_task(
         index,
@@ -151,6 +154,7 @@ def allot(
     order: Int[np.ndarray, " examples"],
     costs: Int[np.ndarray, " examples"],
     *,
+    count: int,
     reservoir: bool,
 ) -> Allotted:
     """Divides a budget over the tasks so far.
@@ -161,6 +165,7 @@ def allot(
       index: the task that was learned.
       order: its examples, those first that are kept first.
       costs: what each of these takes of the budget.
+      count: number of all its examples.
       reservoir: by priority over all tasks together, instead of equally over tasks.
 
     Raises:
@@ -172,7 +177,7 @@ def allot(
     limit = None
     if reservoir:
         drawn = [priorities(one.count, seed=seed, task=one.task)[list(one.ranked)] for one in earlier]
-        drawn.append(priorities(len(order), seed=seed, task=index)[order])
+        drawn.append(priorities(count, seed=seed, task=index)[order])
         before = [one.limit for one in kept.memory.tasks if one.task < index]
         counts, limit = reservoir_counts(drawn, all_costs, room.amount, before[-1] if before else None)
     else:
