@@ -187,7 +187,8 @@ def test_exported_models_load_in_transformers_with_identical_logits(both: Any, t
     np.testing.assert_array_equal(theirs(again.eval(), rows, real)[0], theirs(model, rows, real)[0])
 
 
-@pytest.mark.parametrize("name", sorted(DECODERS))
+# transformers has no classifier of Granite.
+@pytest.mark.parametrize("name", sorted(DECODERS.keys() - {"granite"}))
 def test_a_classifier_goes_there_and_back(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     keys = dict(content(name)) | {"num_labels": 3}
