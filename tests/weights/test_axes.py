@@ -6,9 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxcl.weights.axes import Layout, whole
-from jaxcl.weights.tables import BERT, LLAMA, LLAMA_GGUF, ROBERTA
+from jaxcl.weights.tables import BERT, GGUF_TABLES, ROBERTA, decoder_table
 
-LAYOUTS = sorted({row.text for table in (LLAMA, ROBERTA, BERT, LLAMA_GGUF) for row in table.rows})
+LLAMA, LLAMA_GGUF = decoder_table(), GGUF_TABLES["llama"]
+
+LAYOUTS = sorted({row.text for table in (LLAMA, ROBERTA, BERT, *GGUF_TABLES.values()) for row in table.rows})
 
 
 def target_shape(layout: Layout) -> tuple[int, ...]:
