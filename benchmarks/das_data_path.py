@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import resource
 import subprocess
 import sys
@@ -22,20 +21,9 @@ from pathlib import Path
 
 import yaml
 
-from benchmarks.data_scale import sentences
+from benchmarks.data_scale import sentences, write_corpus
 
 DOMAINS = ("restaurant", "acl", "ai", "phone", "pubmed", "camera")
-
-
-def write_domain(path: Path, megabytes: float, seed: int, pool: list[str]) -> None:
-    """A text file of passages of one to eight sentences."""
-    draw = random.Random(seed)
-    left = megabytes * 1e6
-    with path.open("w", encoding="utf-8") as file:
-        while left > 0:
-            line = " ".join(draw.choices(pool, k=draw.randint(1, 8))).replace("\n", " ") + "\n"
-            file.write(line)
-            left -= len(line.encode())
 
 
 def config(folder: Path, output: str) -> dict[str, object]:
@@ -81,7 +69,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         folder, pool = Path(place), sentences()
         for number, name in enumerate(DOMAINS):
-            write_domain(folder / f"{name}.txt", options.megabytes, number, pool)
+            write_corpus(folder / f"{name}.txt", options.megabytes, pool, number)
         for output in ("first", "second"):
             print(json.dumps({"run": output, **{k: round(v, 2) for k, v in run(folder, output).items()}}), flush=True)
 

@@ -53,9 +53,9 @@ def sentences() -> list[str]:
     return found
 
 
-def write_corpus(path: Path, megabytes: float) -> None:
-    """A text file of passages of one to eight sentences."""
-    pool, draw = sentences(), random.Random(0)
+def write_corpus(path: Path, megabytes: float, pool: list[str], seed: int = 0) -> None:
+    """A text file of passages of one to eight sentences of a pool."""
+    draw = random.Random(seed)
     left = megabytes * 1e6
     with path.open("w", encoding="utf-8") as file:
         while left > 0:
@@ -156,9 +156,9 @@ def measured(part: str, folder: Path) -> dict[str, float]:
     return found
 
 
-def measure(megabytes: float, folder: Path) -> dict[str, float]:
+def measure(megabytes: float, folder: Path, pool: list[str]) -> dict[str, float]:
     """All measurements for one size."""
-    write_corpus(folder / "corpus.txt", megabytes)
+    write_corpus(folder / "corpus.txt", megabytes, pool)
     found = {part: measured(part, folder) for part in PARTS}
     return {
         "megabytes": megabytes,
@@ -187,10 +187,10 @@ def main() -> None:
         return
     sizes = []
     with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        Tokenizer.train(sentences(), VOCABULARY).save(folder / "tokenizer")
+        folder, pool = Path(place), sentences()
+        Tokenizer.train(pool, VOCABULARY).save(folder / "tokenizer")
         for megabytes in options.megabytes.split(","):
-            sizes.append(measure(float(megabytes), folder))
+            sizes.append(measure(float(megabytes), folder, pool))
     print(json.dumps({"sizes": sizes}, indent=1))
 
 

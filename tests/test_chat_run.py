@@ -131,7 +131,7 @@ def test_a_run_leaves_the_template_and_the_end_of_its_conversations(tmp_path):
     parts = build(parse_config(content), RunFolder(tmp_path / "run"))
     left = Tokenizer.load(RunFolder(tmp_path / "run").tokenizer)
     assert left.backend.token_to_id("<|im_end|>") in left.end_ids
-    assert set(parts.end_ids) == set(left.end_ids)
+    assert set(parts.tokenizer.end_ids) == set(left.end_ids)
     assert left.chat_template == CHAT_TEMPLATES["chatml"]
 
 

@@ -71,7 +71,9 @@ def _one_or_list(ids: tuple[int, ...]) -> int | list[int] | None:
 
 def _check_base(model: Model, source: str) -> None:
     """Checks that neither the method nor anybody else has changed the weights, to which the adapters belong."""
-    if model.config is not None and find_method(model.config.method.name).final_params is not Method.final_params:
+    if model.config is None:
+        return
+    if find_method(model.config.method.name).final_params is not Method.final_params:
         raise UserError(
             f"{source}: {model.config.method.name} changes the weights, too, so the adapters alone are useless; "
             "allowed formats are hf, orbax",
@@ -79,5 +81,5 @@ def _check_base(model: Model, source: str) -> None:
         )
     with Checkpoints.reading(RunFolder(Path(source)).checkpoints) as checkpoints:
         saved = checkpoints.latest()
-    if model.config is not None and saved is not None:
+    if saved is not None:
         check_weights(model.config, saved)

@@ -110,6 +110,15 @@ class Cache:
         return paths
 
 
+def agreed(cache: Cache | None, found: bool) -> bool:
+    """Whether something is so in every process that shares a cache; without one, whether it is so here.
+
+    Processes that find different things in copies of their own then take the same way, and the difference is found
+    when fingerprints are compared.
+    """
+    return found if cache is None else cache.share.agree(found)
+
+
 def default_folder() -> Path:
     """The cache folder unless `data.cache` names one: `jaxcl/data` in the user's cache folder."""
     if found := os.environ.get(VARIABLE):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -73,18 +74,20 @@ class ChatEncoder:
     def shards(self, rows: NumberedRows) -> Iterator[Shard]:
         """The examples of conversations; see `Encoder.shards`."""
         for batch in batched(rows):
-            numbers = [number for number, _ in batch]
             found = encode_conversations(
                 [messages_of(row) for _, row in batch],
                 self._tokenizer,
                 length=self._config.prompt_length + self._config.answer_length,
                 learn=self._config.learn,
-                where=lambda index, numbers=numbers: f"{self._name} row {numbers[index] + 1}",  # type: ignore[misc]
+                where=functools.partial(self._place, batch),
                 template=self._config.chat_template,
                 on_long_answer=self._config.on_long_answer,
             )
             counts = {"dropped_turns": found.dropped_turns, "cut_prompts": found.cut}
             yield Shard(Ragged.of(found.ids, self.dtype), Ragged.of(found.spans), counts)
+
+    def _place(self, batch: Sequence[tuple[int, Mapping[str, str]]], index: int) -> str:
+        return f"{self._name} row {batch[index][0] + 1}"
 
 
 class ChatRows(PairRows):

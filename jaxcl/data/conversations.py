@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 from jaxcl.data.chat_rendering import Piece, Renderer, Rendering, renderer, without_marks
 from jaxcl.data.chat_templates import find_template
 from jaxcl.data.chat_tokens import Tokens, tokenize
-from jaxcl.data.messages import Message
+from jaxcl.data.messages import Message, up_to_last_answer
 from jaxcl.data.tokenizer import Tokenizer
 from jaxcl.errors import UserError
 
@@ -89,7 +89,7 @@ def encode_conversations(
     """
     found = find_template(template, tokenizer)
     render = renderer(tokenizer, found if marks else without_marks(found))
-    kept = [_up_to_last_answer(messages, where(index)) for index, messages in enumerate(conversations)]
+    kept = [up_to_last_answer(messages, where(index)) for index, messages in enumerate(conversations)]
     rows = _encode(kept, tokenizer, render, learn, [where(index) for index in range(len(kept))])
     dropped = 0
     cut = 0
@@ -135,13 +135,6 @@ def end_of_turn(tokenizer: Tokenizer, template: str = "model") -> int:
         marks=False,  # they may enclose what follows the end token
     )
     return found.ids[0][sum(found.spans[0][:2]) - 1]
-
-
-def _up_to_last_answer(messages: Sequence[Message], where: str) -> Sequence[Message]:
-    for count in range(len(messages), 0, -1):
-        if messages[count - 1]["role"] == "assistant":
-            return messages[:count]
-    raise UserError(f"{where}: no message is the assistant's, so there is nothing to learn")
 
 
 def _encode(

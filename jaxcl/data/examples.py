@@ -131,11 +131,9 @@ def write_shards(path: Path, shards: Iterable[Shard], dtype: np.dtype) -> None:
     schema = pa.schema([("tokens", pa.large_list(pa.from_numpy_dtype(dtype))), ("spans", pa.list_(pa.uint32()))])
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         for shard in shards:
-            tokens = pa.LargeListArray.from_arrays(shard.tokens.offsets, pa.array(shard.tokens.values.astype(dtype)))
-            spans = pa.ListArray.from_arrays(
-                shard.spans.offsets.astype(np.int32), pa.array(shard.spans.values.astype(np.uint32))
-            )
-            # By hand: with a schema of nullable fields, nothing is copied.
+            ids, lengths = shard.tokens.values.astype(dtype, copy=False), shard.spans.values.astype(np.uint32)
+            tokens = pa.LargeListArray.from_arrays(shard.tokens.offsets, pa.array(ids))
+            spans = pa.ListArray.from_arrays(shard.spans.offsets.astype(np.int32), pa.array(lengths))
             batch = pa.record_batch([tokens, spans], schema=schema)
             writer.write_batch(batch, custom_metadata={"counts": json.dumps(dict(shard.counts))})
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TypedDict
+from typing import BinaryIO, TypedDict
 
 _BYTES = 16
 _PRIME = 2**127 - 1
 _BASE = 0x5BD1E995_9E3779B9_7F4A7C15_F39CC060 % _PRIME
-# Files up to `_WHOLE` bytes are hashed whole; of larger files, `_BLOCKS` blocks, spread evenly.
-_WHOLE = 32 * 2**20
-_BLOCK, _BLOCKS = 2**16, 512
+#: Bytes of a block, and how many of them are read at most: files up to their product, 32 MiB, are read whole.
+BLOCK, BLOCKS = 2**16, 512
 
 
 class RowsPrint(TypedDict):
@@ -110,16 +109,26 @@ def files_print(files: Iterable[Path]) -> str:
         size = path.stat().st_size
         whole.update(f"{len(path.name)} {path.name} {size} ".encode("utf-8", "surrogateescape"))
         with open(path, "rb") as file:
-            for start in _starts(size):
-                file.seek(start)
-                whole.update(file.read(_BLOCK))
+            for block in sampled(file, size):
+                whole.update(block)
     return whole.hexdigest()
 
 
-def _starts(size: int) -> Iterable[int]:
-    if size <= _WHOLE:
-        return range(0, size, _BLOCK)
-    return ((size - _BLOCK) * index // (_BLOCKS - 1) for index in range(_BLOCKS))
+def sampled(file: BinaryIO, size: int, blocks: int | None = None) -> Iterator[bytes]:
+    """The bytes of a file by which it is recognised: all of a small one; of a larger one some blocks, spread evenly.
+
+    Args:
+      file: the open file.
+      size: its bytes.
+      blocks: largest number of blocks of `BLOCK` bytes; none: `BLOCKS`.
+    """
+    blocks = BLOCKS if blocks is None else blocks
+    starts: Iterable[int] = range(0, size, BLOCK)
+    if size > blocks * BLOCK:
+        starts = ((size - BLOCK) * index // (blocks - 1) for index in range(blocks))
+    for start in starts:
+        file.seek(start)
+        yield file.read(BLOCK)
 
 
 def _digest(texts: Iterable[str]) -> bytes:

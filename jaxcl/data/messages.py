@@ -43,6 +43,22 @@ def has_conversation(record: Mapping[str, Any]) -> bool:
     return any(_is_list(record.get(name)) for name in _LISTS) or {"instruction", "output"} <= set(record)
 
 
+def up_to_last_answer(messages: Sequence[Message], where: str) -> Sequence[Message]:
+    """A conversation without what comes after the last answer, which teaches nothing.
+
+    Args:
+      messages: the conversation.
+      where: file and row, for messages.
+
+    Raises:
+      UserError: no message is the assistant's.
+    """
+    for count in range(len(messages), 0, -1):
+        if messages[count - 1]["role"] == "assistant":
+            return messages[:count]
+    raise UserError(f"{where}: no message is the assistant's, so there is nothing to learn")
+
+
 def read_messages(record: Mapping[str, Any], where: str) -> list[Message]:
     r"""The messages of a record in one of three forms.
 

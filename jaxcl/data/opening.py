@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from jaxcl.data.cache import Cache
+from jaxcl.data.cache import Cache, agreed
 from jaxcl.data.fingerprint import RowsHash, RowsPrint
 from jaxcl.data.formats.base import Part, Record, Records
 from jaxcl.data.heldout import hold_out, rank
-from jaxcl.data.messages import Message, read_messages
+from jaxcl.data.messages import read_messages, up_to_last_answer
 from jaxcl.data.spec import Kind
 from jaxcl.data.split import ListRows, Members, Row, Rows, StreamedRows
 from jaxcl.data.values import as_text
@@ -51,7 +51,7 @@ class RowReader:
           UserError: the record lacks a field, or a field is not text.
         """
         if self.kind == "chat":
-            *before, last = _up_to_last_answer(read_messages(record, str(place)))
+            *before, last = up_to_last_answer(read_messages(record, str(place)), str(place))
             return {"prompt": json.dumps(before, ensure_ascii=False), "answer": last["content"]}
         for field in (*self._names.values(), *self._wanted):
             if field not in record:
@@ -62,12 +62,6 @@ class RowReader:
             values = {field: as_text(record[field], field, place) for field in self._wanted}
             row["prompt"] = string.Formatter().vformat(self._template, (), values)
         return None if self.kind == "text" and not row["text"].strip() else row
-
-
-def _up_to_last_answer(messages: list[Message]) -> list[Message]:
-    """What comes after the last answer teaches nothing."""
-    last = max(number for number, message in enumerate(messages) if message["role"] == "assistant")
-    return messages[: last + 1]
 
 
 def held_out(given: str, splits: Mapping[str, Any]) -> tuple[str, ...]:
@@ -128,7 +122,7 @@ def open_splits(
             fingerprint=whole.result(),
             key=key | {"split": split},
         )
-    if not cache.share.agree(all(map(len, opened.values()))):  # few rows: at least one different row goes to each split
+    if not agreed(cache, all(map(len, opened.values()))):  # few rows: at least one different row goes to each split
         return divide(read_rows(records, reader), given, held, share, seed)
     return opened
 
@@ -142,7 +136,7 @@ def limited(rows: Rows, limit: int | None, seed: int, cache: Cache | None = None
       seed: seed of the choice.
       cache: keeps the fingerprint of chosen rows that are streamed.
     """
-    if limit is None or (cache.share.agree if cache is not None else bool)(limit >= len(rows)):
+    if limit is None or agreed(cache, limit >= len(rows)):
         return rows
     chosen = np.sort(np.random.default_rng((seed, len(rows))).permutation(len(rows))[:limit])
     if cache is None or not isinstance(rows, StreamedRows):

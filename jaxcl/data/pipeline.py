@@ -76,15 +76,7 @@ class Stream(Protocol):
         ...
 
     def batch_at(self, step: int, *, seed: int, process_index: int, process_count: int) -> HostBatch:
-        """One process's rows of the batch of a step."""
-        ...
-
-    def train(self, seed: int, process_index: int = 0, process_count: int = 1) -> CheckpointableIterator:
-        """An endless iterator over the batches; see `iterate`."""
-        ...
-
-    def describe(self) -> dict[str, Any]:
-        """Counts for the log and the report.
+        """One process's rows of the batch of a step.
 
         Args:
           step: number of the batch, counted over all epochs.
@@ -92,6 +84,14 @@ class Stream(Protocol):
           process_index: which process asks.
           process_count: number of processes.
         """
+        ...
+
+    def train(self, seed: int, process_index: int = 0, process_count: int = 1) -> CheckpointableIterator:
+        """An endless iterator over the batches; see `iterate`."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Counts for the log and the report."""
         ...
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import UInt64
 
-from jaxcl.data.cache import Cache
+from jaxcl.data.cache import Cache, agreed
 from jaxcl.data.split import JoinedRows, ListRows, Rows, StreamedRows
 
 Hashes = UInt64[np.ndarray, " rows"]
@@ -57,8 +57,7 @@ def first_ones(hashes: Hashes) -> np.ndarray:
 def without_repeats(rows: Rows, cache: Cache | None = None) -> Rows:
     """The rows without those that repeat an earlier one."""
     kept = first_ones(row_hashes(rows, cache))
-    # All processes take the same way, also if their copies differ: that is found out later.
-    if (cache.share.agree if cache is not None else bool)(len(kept) == len(rows)):
+    if agreed(cache, len(kept) == len(rows)):
         return rows
     if cache is None or not isinstance(rows, StreamedRows):
         return ListRows(rows.pick(kept.tolist()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
 import itertools
 import json
@@ -199,14 +200,13 @@ class StreamedRows:
 
     def pick(self, numbers: Sequence[int]) -> list[Row]:
         """The rows of the given numbers, which increase; reads up to the last of them."""
-        wanted = set(numbers)
         found: list[Row] = []
         for part in range(len(self.parts)):
-            if len(found) == len(wanted):
-                break
-            first, stop = (self._number_before(int(self._starts[part + step])) for step in (0, 1))
-            if any(first <= number < stop for number in wanted):
-                found += [row for number, row in self.part(part) if number in wanted]
+            bounds = (self._number_before(int(self._starts[part + step])) for step in (0, 1))
+            first, last = (bisect.bisect_left(numbers, bound) for bound in bounds)
+            if wanted := set(numbers[first:last]):
+                rows = (row for number, row in self.part(part) if number in wanted)
+                found += itertools.islice(rows, len(wanted))
         return found
 
     @property

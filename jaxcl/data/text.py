@@ -150,7 +150,7 @@ class TextRows(EncodedRows):
 
     @property
     def sizes(self) -> Int[np.ndarray, "examples 2"]:
-        """Tokens per row; all of them are scored, so that there is no number of scored positions."""
+        """Tokens per row, and 0: every position of a row is scored, whatever its tokens."""
         lengths = self.table.lengths
         return np.stack([lengths, np.zeros_like(lengths)], axis=1)
 

@@ -207,11 +207,6 @@ class Components:
         sizes = {"layers": network.num_layers, "heads": network.num_heads, "vocabulary": network.vocab_size}
         return {"task": task.name, "rows": task.rows, "tokenizer": self.tokenizer.fingerprint, **sizes}
 
-    @property
-    def end_ids(self) -> tuple[int, ...]:
-        """The tokens that end an answer, in conversations also that of the chat template."""
-        return tuple(sorted(self.tokenizer.end_ids))
-
     def encode_written(self, rows: Sequence[Mapping[str, str]], index: int, name: str) -> PairRows:
         """Prompts and answers that a model wrote for a task, encoded; too long answers are cut.
 

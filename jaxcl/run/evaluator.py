@@ -112,7 +112,7 @@ class Evaluator:
             if not self.parts.config.tasks[index].data_gone:
                 self._check_split(task, f"task {task.name}")
                 if task.answered:
-                    self._check_answers(task, self.metrics[index])
+                    self._check_answers(index)
                 if task.kind == "chat":
                     prompts = [row["prompt"] for row in self._pairs(index)]
                     words = f"task {task.name}: scored {self.settings.split} row"
@@ -131,13 +131,13 @@ class Evaluator:
                 exit_code=2,
             )
 
-    def _check_answers(self, task: TaskData, metric: str) -> None:
-        """Compares the answers' lengths with `max_new_tokens`."""
+    def _check_answers(self, index: int) -> None:
+        """Compares the lengths of a task's answers with `max_new_tokens`."""
+        task, metric, settings = self.parts.tasks[index], self.metrics[index], self.settings
         of_beginning = find_metric(metric).of_beginning
         if of_beginning == "all":
             return
-        settings, rows = self.settings, getattr(task, self.settings.split)
-        chosen = rows.pick(drawn(len(rows), settings.limit))
+        chosen = self._pairs(index)
         answers, prompts = ([row[name] for row in chosen] for name in ("answer", "prompt"))
         if task.kind == "chat":
             encoded = self.parts.tokenizer.encode_batch(answers, continued=True)
@@ -191,7 +191,7 @@ class Evaluator:
             batch_size=self.settings.batch_size,
             prompt_length=data.prompt_length + longest_prefix(self.parts.method),
             max_new_tokens=self.settings.max_new_tokens,
-            eos_id=self.parts.end_ids,
+            eos_id=tokenizer.end_ids,
             pad_id=tokenizer.pad_id,
             trace=self.parts.trainer.compile.trace,
         )

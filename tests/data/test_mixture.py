@@ -135,7 +135,7 @@ def test_a_stream_goes_on_where_it_stopped(kind):
         assert_same_batch(next(resumed), expected)
     assert any(
         (one["example"] != other["example"]).any()
-        for one, other in zip(batches, stream(kind).train(seed=4))  # noqa: B905
+        for one, other in zip(batches, stream(kind).train(seed=4), strict=False)
     )
     for iterator in (whole, begun, resumed):
         iterator.close()

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 
+from jaxcl.data import fingerprint
 from jaxcl.data.formats import storage
 
 _BYTES = 16
-# Files up to `_WHOLE` bytes are hashed whole; of others, blocks that are spread evenly.
-_WHOLE = 32 * 2**20
-_BLOCK, _BLOCKS = 2**16, 512
 # Behind a URL each block is a request, so few are read where the file system says when a file changed.
 _REMOTE_BLOCKS = 4
 
@@ -33,16 +31,9 @@ def files_key(files: Sequence[str]) -> str:
         size, changed = storage.stat(path)
         remote = bool(changed) and storage.is_url(path)
         name = path.replace("\\", "/").rpartition("/")[2]
-        stamp = changed if remote or size > _WHOLE else ""
+        stamp = changed if remote or size > fingerprint.BLOCKS * fingerprint.BLOCK else ""
         found.update(repr((name, size, stamp)).encode("utf-8", "surrogateescape"))
         with storage.naming(path), closing(storage.open_binary(path)) as file:
-            for start in _starts(size, _REMOTE_BLOCKS if remote else _BLOCKS, size <= _WHOLE and not remote):
-                file.seek(start)
-                found.update(file.read(_BLOCK))
+            for block in fingerprint.sampled(file, size, _REMOTE_BLOCKS if remote else None):
+                found.update(block)
     return found.hexdigest()
-
-
-def _starts(size: int, blocks: int, whole: bool) -> Iterable[int]:
-    if whole or size <= blocks * _BLOCK:
-        return range(0, size, _BLOCK)
-    return ((size - _BLOCK) * index // (blocks - 1) for index in range(blocks))

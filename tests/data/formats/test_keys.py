@@ -1,3 +1,4 @@
+import io
 import os
 import shutil
 from unittest import mock
@@ -5,7 +6,8 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from jaxcl.data.formats import ListRecords, find_records, fingerprint
+from jaxcl.data import fingerprint
+from jaxcl.data.formats import ListRecords, find_records
 from jaxcl.data.formats.fingerprint import files_key
 
 ROWS = [{"a": "x", "b": [1, None, 2.5, True, b"y", {"c": "d"}]}, {"a": np.arange(3)}]
@@ -52,9 +54,8 @@ def test_large_files_are_sampled_and_their_time_counts(tmp_path):
     path.write_bytes(content)
     os.utime(path, (1, 1))
     with (
-        mock.patch.object(fingerprint, "_WHOLE", 999),
-        mock.patch.object(fingerprint, "_BLOCK", 10),
-        mock.patch.object(fingerprint, "_BLOCKS", 5),
+        mock.patch.object(fingerprint, "BLOCK", 10),
+        mock.patch.object(fingerprint, "BLOCKS", 5),
     ):
         before = files_key([str(path)])
         for at, noticed in ((0, True), (300, False), (999, True)):
@@ -75,9 +76,8 @@ def test_files_at_the_limit_are_read_whole(tmp_path):
     path.write_bytes(bytes(100))
     keys = set()
     with (
-        mock.patch.object(fingerprint, "_WHOLE", 100),
-        mock.patch.object(fingerprint, "_BLOCK", 10),
-        mock.patch.object(fingerprint, "_BLOCKS", 5),
+        mock.patch.object(fingerprint, "BLOCK", 10),
+        mock.patch.object(fingerprint, "BLOCKS", 10),
     ):
         for at in range(100):
             path.write_bytes(bytes(at) + b"1" + bytes(99 - at))
@@ -90,9 +90,10 @@ def test_a_url_costs_few_requests(memory):
 
     system, inner = fsspec.core.url_to_fs(memory)
     system.pipe(f"{inner}/a", bytes(1000))
-    with mock.patch.object(fingerprint, "_BLOCK", 10):
+    with mock.patch.object(fingerprint, "BLOCK", 10):
         before = files_key([f"{memory}/a"])
-        assert list(fingerprint._starts(1000, 4, False)) == [0, 330, 660, 990]
+        places = bytes(number // 10 for number in range(1000))
+        assert [block[0] for block in fingerprint.sampled(io.BytesIO(places), 1000, 4)] == [0, 33, 66, 99]
         system.pipe(f"{inner}/a", bytes(1000))  # written anew: the file system gives it another time
         assert files_key([f"{memory}/a"]) != before
 
