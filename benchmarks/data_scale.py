@@ -10,6 +10,7 @@ JSON object, `sizes`, with per size:
     peak_gb             largest memory of the process that builds the cache or feeds from it
     bytes_per_token     size of the cache
     first_batch_s       from a task's configuration to its first batch, with the cache, after the imports
+    first_batch_two_s   the same on two processes: the later of the two
     feed_tokens_per_s   tokens in batches of 2,048-token rows in random order
     masked_tokens_per_s the same for masked rows of 164 tokens
 """
@@ -19,15 +20,19 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import random
 import re
 import resource
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+import jax
 
 from jaxcl.data.cache import Cache, Share
 from jaxcl.data.pipeline import Pipeline, iterate
@@ -37,6 +42,8 @@ from jaxcl.data.split import StreamedRows
 from jaxcl.data.text import Objective, TextRows
 from jaxcl.data.tokenizer import Tokenizer
 from jaxcl.errors import UserError
+from jaxcl.run.components import Processes
+from jaxcl.sharding.processes import initialize, wait_for_all
 
 SOURCES = ("python_topics", "docstrings:numpy", "docstrings:jax", "docstrings:asyncio")
 VOCABULARY = 32_000
@@ -77,10 +84,10 @@ class OnePart(Share):
             action()
 
 
-def opened(folder: Path) -> StreamedRows:
+def opened(folder: Path, share: Share | None = None) -> StreamedRows:
     """The training rows of the corpus, counted in the cache."""
     spec = TaskSpec(name="corpus", source=f"text:{folder / 'corpus.txt'}", heldout=0.001)
-    rows = load_task(spec, cache=Cache(folder / "cache")).train
+    rows = load_task(spec, cache=Cache(folder / "cache", share)).train
     assert isinstance(rows, StreamedRows)
     return rows
 
@@ -127,6 +134,17 @@ def build(folder: Path, objective: Objective = "causal", length: int = 2048) -> 
     }
 
 
+def first_batch(folder: Path) -> dict[str, float]:
+    """Seconds to the first batch in each of several processes, once they are connected."""
+    initialize()
+    started = time.perf_counter()
+    pipeline = Pipeline([encoded(folder, opened(folder, Processes()), "causal", 2048, Processes())], 16, DataConfig())
+    next(iterate(pipeline, 0, jax.process_index(), jax.process_count()))
+    seconds = time.perf_counter() - started
+    wait_for_all("measured")
+    return {"first_batch_s": seconds}
+
+
 def feed(folder: Path, objective: Objective = "causal", length: int = 2048, batch: int = 16) -> dict[str, float]:
     """Seconds to the first batch, and tokens per second after it."""
     started = time.perf_counter()
@@ -143,15 +161,25 @@ def feed(folder: Path, objective: Objective = "causal", length: int = 2048, batc
 PARTS = {
     "build": build,
     "feed": feed,
+    "first_batch": first_batch,
     "build_masked": build_masked,
     "feed_masked": lambda folder: feed(folder, "masked", 164, 64),
 }
 
 
-def measured(part: str, folder: Path) -> dict[str, float]:
-    """One measurement in a process of its own."""
+def measured(part: str, folder: Path, processes: int = 1) -> dict[str, float]:
+    """One measurement in a process of its own, or in several at once: the largest of their numbers."""
     command = [sys.executable, "-m", "benchmarks.data_scale", "--part", part, "--folder", str(folder)]
-    found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    together = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(processes)}
+    started = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, **together, "JAX_PROCESS_ID": str(index)})
+        for index in range(processes)
+    ]
+    each = [json.loads(one.communicate()[0]) for one in started]
+    found = {name: max(one[name] for one in each) for name in each[0]}
     print(f"{part}: {found}", file=sys.stderr, flush=True)
     return found
 
@@ -159,13 +187,14 @@ def measured(part: str, folder: Path) -> dict[str, float]:
 def measure(megabytes: float, folder: Path, pool: list[str]) -> dict[str, float]:
     """All measurements for one size."""
     write_corpus(folder / "corpus.txt", megabytes, pool)
-    found = {part: measured(part, folder) for part in PARTS}
+    found = {part: measured(part, folder, 2 if part == "first_batch" else 1) for part in PARTS}
     return {
         "megabytes": megabytes,
         "cost_ratio": round(found["build"]["seconds"] / found["build"]["alone"], 3),
         "peak_gb": round(max(one["peak_gb"] for one in found.values()), 3),
         "bytes_per_token": round(found["build"]["bytes_per_token"], 3),
         "first_batch_s": round(found["feed"]["first_batch_s"], 2),
+        "first_batch_two_s": round(found["first_batch"]["first_batch_s"], 2),
         "feed_tokens_per_s": round(found["feed"]["tokens_per_s"]),
         "masked_tokens_per_s": round(found["feed_masked"]["tokens_per_s"]),
         "tokens": found["build"]["tokens"],

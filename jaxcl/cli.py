@@ -30,13 +30,14 @@ def _run(args: argparse.Namespace) -> None:
     from jaxcl.config import load_config
     from jaxcl.run.sequence import run
 
-    _say(run(load_config(args.config, args.overrides)).report)
+    _say(run(load_config(args.config, args.overrides), data_changed=args.data_changed).report)
 
 
 def _extend(args: argparse.Namespace) -> None:
     from jaxcl.commands.extend import extend
 
-    _say(extend(Path(args.run), args.overrides, args.length, data_gone=args.data_gone).report)
+    done = extend(Path(args.run), args.overrides, args.length, data_gone=args.data_gone, data_changed=args.data_changed)
+    _say(done.report)
 
 
 def _importance(args: argparse.Namespace) -> None:

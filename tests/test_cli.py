@@ -150,18 +150,18 @@ def test_extend_and_importance_hand_their_arguments_on(monkeypatch: pytest.Monke
     outcome = SimpleNamespace(report="page")
     monkeypatch.setattr(
         "jaxcl.commands.extend.extend",
-        lambda *arguments, data_gone: seen.append((*arguments, data_gone)) or outcome,
+        lambda *arguments, **flags: seen.append((*arguments, *flags.values())) or outcome,
     )
     monkeypatch.setattr(
         "jaxcl.commands.importance.measure_importance", lambda *arguments: seen.append(arguments) or "page"
     )
     assert main(["extend", "run", "name=x", "--length", "100", "source=y"]) == 0
-    assert main(["extend", "run", "name=x", "--length", "0.5", "--data-gone"]) == 0
+    assert main(["extend", "run", "name=x", "--length", "0.5", "--data-gone", "--data-changed"]) == 0
     assert main(["importance", "c.yaml", "seed=1", "--out", "o"]) == 0
     assert main(["importance", "run"]) == 0
     assert seen == [
-        (Path("run"), ["name=x", "source=y"], 100, False),
-        (Path("run"), ["name=x"], 0.5, True),
+        (Path("run"), ["name=x", "source=y"], 100, False, False),
+        (Path("run"), ["name=x"], 0.5, True, True),
         ("c.yaml", ["seed=1"], Path("o")),
         ("run", [], None),
     ]

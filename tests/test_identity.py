@@ -17,6 +17,7 @@ from jaxcl.data.fingerprint import files_print, rows_print
 from jaxcl.errors import UserError
 from jaxcl.evaluation.results import Results
 from jaxcl.run import fingerprints, sequence
+from jaxcl.training.checkpoint import Checkpoints
 from tests.tiny.faults import killed_at_save
 from tests.tiny.runs import DECODER, TOKENIZER
 
@@ -49,8 +50,9 @@ def write_data(root: Path) -> Path:
     return root
 
 
-def run(root: Path, output: Path, **changes: Any) -> Results:
-    return sequence.run(parse_config({**TINY, "data_root": str(root), "output": str(output), **changes})).results
+def run(root: Path, output: Path, *, flags: dict[str, bool] | None = None, **changes: Any) -> Results:
+    config = parse_config({**TINY, "data_root": str(root), "output": str(output), **changes})
+    return sequence.run(config, **flags or {}).results
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +162,24 @@ def test_changed_rows_are_one_line_before_training(
     start = f"task {task}: the {split} rows in {path} have changed since the run read them: {words}; "
     assert str(caught.value).startswith(start)
     assert "\n" not in str(caught.value)
+
+
+def test_changed_data_is_gone_on_with_deliberately(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(copy / "data/two/train.jsonl", rows("two", 20))
+    write(copy / "data/three/train.jsonl", rows("three", 40))
+    with pytest.raises(UserError, match=r"removed; restore them, go on with them deliberately \(--data-changed\), or "):
+        run(copy, copy / "run")
+    results = run(copy, copy / "run", flags={"data_changed": True})
+    said = capsys.readouterr().err
+    assert "task two: the train rows in" in said
+    assert "24 before, 20 now, removed; goes on with them (--data-changed)" in said
+    assert "24 before, 40 now" in said
+    assert results.finished
+    assert results.data["three"]["task"]["examples"] == 40
+    with Checkpoints.reading(copy / "run/checkpoints") as checkpoints:
+        noted = checkpoints.notes()[-1].progress["fingerprints"]["tasks"]
+    assert {name: one["train"]["rows"] for name, one in noted.items()} == {"one": 24, "two": 20, "three": 40}
+    assert run(copy, copy / "run") == results
 
 
 MEASURED = ["method={name: das, general_knowledge: false, contrast_weight: 0, importance_examples: 8}"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,18 @@ from jaxcl.data.spec import TaskSpec
 from jaxcl.errors import UserError
 from jaxcl.evaluation.results import Results
 from jaxcl.methods import find_method
-from jaxcl.run.evaluator import scored_kind
 from jaxcl.run.folder import RunFolder
 from jaxcl.run.sequence import Outcome, run
 
 
-def extend(folder: Path, task: Sequence[str], length: float | None = None, *, data_gone: bool = False) -> Outcome:
+def extend(
+    folder: Path,
+    task: Sequence[str],
+    length: float | None = None,
+    *,
+    data_gone: bool = False,
+    data_changed: bool = False,
+) -> Outcome:
     """Lets a finished run learn one more task; it is scored again on the data of the earlier tasks.
 
     The run continues from its last checkpoint, with the method's state. Its folder then contains a run over all tasks.
@@ -31,6 +37,7 @@ def extend(folder: Path, task: Sequence[str], length: float | None = None, *, da
         one.
       data_gone: the earlier tasks' data no longer exists: only the folder is needed, and the earlier tasks are not
         scored again.
+      data_changed: go on even if the data is not that which the run began with; what changed is said.
 
     Returns:
       The results over all tasks, and the path of the report.
@@ -49,18 +56,17 @@ def extend(folder: Path, task: Sequence[str], length: float | None = None, *, da
         # Either the same call again, to be resumed or already finished, or another task with the same name.
         earlier = _without_last(content)
         if validate(ExperimentConfig, _with_task(earlier, added, length, stored), str(stored)) == before:
-            return run(before)
+            return run(before, data_changed=data_changed)
     results = Results.read(opened.results)
-    grown = _with_task(_without_data(content, results) if data_gone else content, added, length, stored)
+    grown = _with_task(_without_data(content, results.kinds) if data_gone else content, added, length, stored)
     config = validate(ExperimentConfig, grown, str(stored))
     if not results.finished or results.tasks != names:
         raise UserError(f"{folder}: the run is not finished; finish it first: jaxcl run {stored}")
-    return run(config, grown_from=before)
+    return run(config, grown_from=before, data_changed=data_changed)
 
 
-def _without_data(content: dict[str, Any], results: Results) -> dict[str, Any]:
+def _without_data(content: dict[str, Any], kinds: Mapping[str, str]) -> dict[str, Any]:
     """The configuration with `data_gone` for all tasks, and with their kinds, which data cannot show any more."""
-    kinds = dict(zip(results.tasks, map(scored_kind, results.metric), strict=True))
     tasks = [{**one, "data_gone": True, "kind": one["kind"] or kinds.get(one["name"])} for one in content["tasks"]]
     return {**content, "tasks": tasks}
 

@@ -92,8 +92,7 @@ def _prompt_prefix(name: str, model: Model, task: str | None) -> Sequence[int]:
 
 def _prompt_ids(model: Model, prompt: str, raw: bool) -> list[int]:
     tokenizer = model.tokenizer
-    chat = model.config is not None and any(spec.kind == "chat" for spec in model.config.tasks)
-    if model.config is not None and not raw and not chat:
+    if model.config is not None and not raw and not model.chat:
         return encode_prompts([prompt], tokenizer, model.config.data).ids[0]
     if tokenizer.chat_template is not None and not raw:
         text = as_chat(tokenizer.chat_template, prompt, tokenizer.special_tokens)

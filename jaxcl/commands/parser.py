@@ -54,6 +54,9 @@ def _place(text: str) -> str:
         raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
 
 
+_CHANGED_HELP = "go on although data has changed since the run read it; says what changed"
+
+
 def _text(text: str) -> str:
     try:
         text.encode("utf-8")
@@ -103,6 +106,7 @@ def _run(commands: _Commands) -> None:
     run.add_argument(
         "overrides", type=_text, nargs="*", metavar="KEY=VALUE", help="values that replace those in the file"
     )
+    run.add_argument("--data-changed", action="store_true", help=_CHANGED_HELP)
 
 
 def _extend(commands: _Commands) -> None:
@@ -126,6 +130,7 @@ def _extend(commands: _Commands) -> None:
     extend.add_argument("--length", type=_number, default=None, metavar="N", help=length_help)
     gone_help = "the earlier tasks' data no longer exists: they are not scored again; not for joint"
     extend.add_argument("--data-gone", action="store_true", help=gone_help)
+    extend.add_argument("--data-changed", action="store_true", help=_CHANGED_HELP)
 
 
 def _importance(commands: _Commands) -> None:

@@ -17,7 +17,7 @@ from jaxcl.errors import UserError
 from jaxcl.methods.base import Method
 from jaxcl.models.trainable import Params
 from jaxcl.run.components import Components, build, initial_params
-from jaxcl.run.fingerprints import take_fingerprints
+from jaxcl.run.fingerprints import check_same
 from jaxcl.run.folder import RunFolder
 from jaxcl.run.remembering import Kept, load_kept, memory_pipeline, remembered_rows
 from jaxcl.sharding.processes import initialize
@@ -86,7 +86,8 @@ def describe_teacher(path: Path) -> str:
     lines = [f"{path}: {config.method.name}"]
     with Checkpoints.reading(folder.checkpoints) as checkpoints:
         saved = checkpoints.latest()
-        take_fingerprints(parts, saved)
+        if saved is not None:
+            check_same(parts, saved, config)
         kept = load_kept(folder, config.seed, saved)
         models = KeptModels(parts, checkpoints)
         for task in kept.memory.tasks:

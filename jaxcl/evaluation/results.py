@@ -52,6 +52,7 @@ class Results(Measure):
     method: str = Field(description="name of the method")
     seed: int = Field(description="seed of the run")
     tasks: list[str] = Field(description="names of the tasks, in the order learned")
+    kinds: dict[str, str] = Field({}, description="kind of each task's rows, given or inferred: text, pairs, ...")
     joint: bool = Field(False, description="all tasks were learned at once: the matrix has one row")
     finished: bool = Field(False, description="whether the last task was learned and evaluated")
     further: dict[str, Measure] = Field({}, description="other measures of the same tasks, by name")

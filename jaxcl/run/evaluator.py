@@ -16,7 +16,7 @@ from jaxcl.data.rows import HostBatch
 from jaxcl.data.sources import TaskData
 from jaxcl.errors import UserError
 from jaxcl.evaluation.end_tasks import score_end_task
-from jaxcl.evaluation.metrics import Kind, find_metric
+from jaxcl.evaluation.metrics import find_metric
 from jaxcl.evaluation.scoring import drawn, score_pairs, text_loss
 from jaxcl.methods.base import Method
 from jaxcl.models.batch import Batch
@@ -276,15 +276,6 @@ class Evaluator:
 def higher_is_better(metrics: Sequence[str]) -> list[bool]:
     """Whether larger is better, for metrics by their names in results."""
     return [find_metric(name.removeprefix(f"{_END_TASK} ")).higher_is_better for name in metrics]
-
-
-def scored_kind(metric: str) -> Kind:
-    """The kind of task that a metric in results belongs to.
-
-    >>> scored_kind("end task macro_f1"), scored_kind("exact_match")
-    ('text', 'pairs')
-    """
-    return "text" if metric.startswith(_END_TASK) or "text" in find_metric(metric).kinds else "pairs"
 
 
 def scored_tasks(parts: Components, after: int) -> Iterator[int]:

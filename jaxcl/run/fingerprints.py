@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +24,20 @@ from jaxcl.data.sources import SPLITS, TaskData
 from jaxcl.data.tokenizer import Tokenizer
 from jaxcl.errors import UserError
 from jaxcl.run.components import Components
-from jaxcl.sharding.processes import of_all_processes
+from jaxcl.sharding.processes import of_all_processes, on_first
 from jaxcl.training.checkpoint import Saved
 
 _REMEDY = "restore it, or start a new run in another output"
+_DATA_REMEDY = "restore them, go on with them deliberately (--data-changed), or start a new run in another output"
 
 
-def take_fingerprints(parts: Components, saved: Saved | None = None) -> dict[str, Any]:
+def take_fingerprints(parts: Components, saved: Saved | None = None, *, data_changed: bool = False) -> dict[str, Any]:
     """The fingerprints of a run's data, tokenizer and weights, to be stored with its checkpoints.
 
     Args:
       parts: the parts of the run.
       saved: the checkpoint that the run goes on from; its fingerprints are kept for tasks whose data is gone.
+      data_changed: go on with data that has changed, and say what did on the standard error stream.
 
     Raises:
       UserError: something has changed since the checkpoint was written, or is not the same for all processes; names
@@ -42,6 +46,10 @@ def take_fingerprints(parts: Components, saved: Saved | None = None) -> dict[str
     known = {} if saved is None else saved.progress["fingerprints"]
     found = _fingerprints(parts)
     _check_processes(found)
+    for line in _data_changes(parts, known, found):
+        if not data_changed:
+            raise UserError(f"{line}; {_DATA_REMEDY}")
+        on_first(partial(print, f"{line}; goes on with them (--data-changed)", file=sys.stderr))
     _compare(parts, known, found)
     gone = {name for name in known.get("tasks", {}) if name not in found["tasks"] and name in parts.names}
     found["tasks"] |= {name: known["tasks"][name] for name in gone}
@@ -65,7 +73,10 @@ def check_same(parts: Components, saved: Saved, run: ExperimentConfig) -> None:
     known = dict(saved.progress["fingerprints"])
     for kind in ("tasks", "end_tasks"):
         known[kind] = {name: prints for name, prints in known.get(kind, {}).items() if name in same}
-    _compare(parts, known, _fingerprints(parts))
+    found = _fingerprints(parts)
+    for line in _data_changes(parts, known, found):
+        raise UserError(f"{line}; restore them")
+    _compare(parts, known, found)
 
 
 def check_tokenizer(tokenizer: Tokenizer, saved: Saved, where: Path) -> None:
@@ -192,7 +203,8 @@ def weights_print(weights: str | None) -> str | None:
         raise UserError(f"weights {place}: cannot be read: {error.strerror or error}") from None
 
 
-def _compare(parts: Components, known: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+def _data_changes(parts: Components, known: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[str]:
+    """A line per split of a task that has changed."""
     tasks = {task.name: task for task in parts.tasks}
     ends = {parts.config.tasks[index].name: task for index, task in parts.end_tasks.items()}
     general = {} if parts.general is None else {"general": parts.general}
@@ -203,8 +215,11 @@ def _compare(parts: Components, known: Mapping[str, Any], found: Mapping[str, An
     ):
         for task, before in known.get(name, {}).items():
             if (now := found[name].get(task)) is not None:
-                for line in _changes(f"{words}{task}", before, now, data[task]):
-                    raise UserError(line)
+                yield from _changes(f"{words}{task}", before, now, data[task])
+
+
+def _compare(parts: Components, known: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    """Checks that tokenizer, chat template and weights have not changed."""
     if known and found["tokenizer"] != known["tokenizer"]:
         where = parts.config.tokenizer.path or parts.config.weights or "tokenizer/ of the run"
         raise UserError(f"the tokenizer ({where}) is not the one that the run was started with; {_REMEDY}")
@@ -222,7 +237,7 @@ def _changes(name: str, before: Mapping[str, RowsPrint], now: Mapping[str, RowsP
             where = data.where.get(split, data.where.get("train", "its source"))
             what = "classes" if split == "labels" else f"{split} rows"
             change = _change(old or rows_print([]), new or rows_print([]), rows)
-            yield f"{name}: the {what} in {where} have changed since the run read them: {change}; {_REMEDY}"
+            yield f"{name}: the {what} in {where} have changed since the run read them: {change}"
 
 
 def _change(old: RowsPrint, new: RowsPrint, rows: Any) -> str:

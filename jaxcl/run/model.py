@@ -27,12 +27,14 @@ class Model(NamedTuple):
       params: its params.
       tokenizer: text to ids and back.
       config: the configuration of its run; `None` for a checkpoint of another library.
+      chat: whether its run learned conversations.
     """
 
     network: Network
     params: Params
     tokenizer: Tokenizer
     config: ExperimentConfig | None
+    chat: bool = False
 
 
 def load_model(name: str) -> Model:
@@ -57,7 +59,8 @@ def load_model(name: str) -> Model:
     params, saved = latest_params(folder, target)
     tokenizer = Tokenizer.load(folder.tokenizer)
     check_tokenizer(tokenizer, saved, folder.tokenizer)
-    return Model(network, params, tokenizer, config)
+    kinds = saved.progress["results"].get("kinds", {})
+    return Model(network, params, tokenizer, config, chat="chat" in kinds.values())
 
 
 def latest_params(folder: RunFolder, target: Params) -> tuple[Params, Saved]:

@@ -140,12 +140,16 @@ class Scoreboard:
             method=self.parts.config.method.name,
             seed=self.parts.config.seed,
             tasks=self.parts.names,
+            kinds=self._kinds(),
             joint=self.parts.method.joint,
             seconds=0.0,
             parameters=self.parts.network.num_params,
             device=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
             versions=installed_versions(),
         )
+
+    def _kinds(self) -> dict[str, str]:
+        return {task.name: task.kind for task in self.parts.tasks}
 
     def _so_far(self, noted: Results | None) -> Results:
         """The results in the folder and in the checkpoint, extended to tasks that were added since."""
@@ -172,7 +176,7 @@ class Scoreboard:
             for name, part in stored.further.items()
         }
         own = self._extended(stored, self.evaluator.metrics)
-        changes = {**own, "tasks": self.parts.names, "further": further, "finished": False}
+        changes = {**own, "tasks": self.parts.names, "kinds": self._kinds(), "further": further, "finished": False}
         return stored.model_copy(update=changes)
 
     def _extended(self, before: Measure, metrics: list[str]) -> dict[str, Any]:

@@ -67,7 +67,7 @@ class Outcome(NamedTuple):
     report: Path
 
 
-def run(config: ExperimentConfig, *, grown_from: ExperimentConfig | None = None) -> Outcome:
+def run(config: ExperimentConfig, *, grown_from: ExperimentConfig | None = None, data_changed: bool = False) -> Outcome:
     """Trains through the sequence of tasks and evaluates after each.
 
     If the run folder contains an interrupted run of the same configuration, it is resumed; the results of a finished
@@ -77,6 +77,7 @@ def run(config: ExperimentConfig, *, grown_from: ExperimentConfig | None = None)
       config: the configuration.
       grown_from: the configuration of the run in the folder, if `config` has more tasks at the end: the run continues
         with these.
+      data_changed: go on even if the data is not that which the run began with; what changed is said.
 
     Returns:
       The results, and the path of the report.
@@ -102,7 +103,7 @@ def run(config: ExperimentConfig, *, grown_from: ExperimentConfig | None = None)
         parts = build(config, folder)
         keep = config.training.keep, config.training.keep_tasks
         with Checkpoints(folder.checkpoints, keep=keep[0], keep_marked=keep[1]) as checkpoints:
-            sequence = TaskSequence(parts, folder, checkpoints)
+            sequence = TaskSequence(parts, folder, checkpoints, data_changed=data_changed)
             sequence.board.evaluator.check()
             sequence.check_schedule()
             if grown_from is not None:
@@ -154,13 +155,15 @@ def _keep_compiled_programs() -> None:
 class TaskSequence:
     """One run through the tasks. The run folder contains all that is needed to resume it."""
 
-    def __init__(self, parts: Components, folder: RunFolder, checkpoints: Checkpoints) -> None:
+    def __init__(
+        self, parts: Components, folder: RunFolder, checkpoints: Checkpoints, *, data_changed: bool = False
+    ) -> None:
         self.parts = parts
         self.config = parts.config
         self.folder = folder
         self.checkpoints = checkpoints
         self.saved = checkpoints.latest_whole()
-        self.fingerprints = take_fingerprints(parts, self.saved)
+        self.fingerprints = take_fingerprints(parts, self.saved, data_changed=data_changed)
         self.kept = load_kept(folder, self.config.seed, self.saved)
         self.board = Scoreboard(parts, folder, None if self.saved is None else self.saved.progress.get("results"))
         self.main = jax.process_index() == 0
