@@ -8,7 +8,7 @@ Importing it loads jax, optax and jaxtyping, and nothing else of jaxcl.
   `attention_divergence`
 - Distillation of outputs: `top_scores`, `top_divergence`, `full_divergence`
 - Elastic weight consolidation: `FisherSums`, `summed_squares`, `quadratic_penalty`
-- Losses: `Term`, `cross_entropy`, `token_losses`, `over_positions`
+- Losses: `Term`, `Balance`, `cross_entropy`, `token_losses`, `over_positions`
 - What was kept and what was forgotten: `ContinualMatrix`
 """
 
@@ -21,6 +21,7 @@ from jaxcl.functional.attention_distillation import (
 )
 from jaxcl.functional.attention_rows import (
     AttentionView,
+    CodedRows,
     attention_maps,
     decode_rows,
     encode_rows,
@@ -28,6 +29,7 @@ from jaxcl.functional.attention_rows import (
     selected_rows,
     visible_keys,
 )
+from jaxcl.functional.balance import Balance
 from jaxcl.functional.contrastive import contrast, pool
 from jaxcl.functional.distillation import TopScores, divergence, full_divergence, top_divergence, top_scores
 from jaxcl.functional.fisher import FisherSums, quadratic_penalty, summed_squares
@@ -56,6 +58,8 @@ __all__ = [
     "LAYER",
     "AttentionTeacher",
     "AttentionView",
+    "Balance",
+    "CodedRows",
     "ContinualMatrix",
     "FisherSums",
     "HeadSums",

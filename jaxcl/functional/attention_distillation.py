@@ -19,10 +19,11 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxcl.functional.attention_rows import (
     AttentionView,
+    CodedRows,
     decode_rows,
     encode_rows,
     selected_pairs,
@@ -34,7 +35,7 @@ _BLOCK = 128  # queries; fewer than two blocks of them are not divided
 # The smallest weight that float32 resolves.
 _TINY = float(jnp.finfo(jnp.float32).tiny)
 Carry = TypeVar("Carry")
-AttentionRows = Float[Array, "batch selected queries length"] | UInt8[Array, "batch selected queries length"]
+AttentionRows = Float[Array, "batch selected queries length"] | CodedRows
 
 
 class AttentionTeacher(NamedTuple):
@@ -71,11 +72,16 @@ def write_rows(view: AttentionView, teacher: AttentionTeacher) -> AttentionRows:
       teacher: where the rows of which heads and queries go.
     """
 
-    def add(place: Array, stored: Array) -> Array:
+    def add(place: Array, stored: AttentionRows) -> AttentionRows:
         head = _take(teacher.heads, place)
-        rows = selected_rows(view, head[:, None], teacher.queries)[:, 0]
-        rows = encode_rows(rows) if stored.dtype == jnp.uint8 else rows
-        return _put(stored, place, jnp.where(head[:, None, None] >= 0, rows, _take(stored, place)))
+        exact = selected_rows(view, head[:, None], teacher.queries)[:, 0]
+        rows = encode_rows(exact) if isinstance(stored, CodedRows) else exact
+
+        def put(before: Array, new: Array) -> Array:
+            real = (head >= 0).reshape(-1, *[1] * (new.ndim - 1))
+            return _put(before, place, jnp.where(real, new, _take(before, place)))
+
+        return jax.tree.map(put, stored, rows)
 
     return _over_heads(teacher.heads, add, teacher.rows)
 
@@ -156,8 +162,9 @@ class _Block(NamedTuple):
 
     def stored(self, one: _Head) -> Float[Array, "batch some_queries some_keys"]:
         """Stored weights."""
-        stored = self.rows(one.stored)
-        return decode_rows(stored) if stored.dtype == jnp.uint8 else stored
+        if isinstance(one.stored, CodedRows):
+            return decode_rows(CodedRows(self.rows(one.stored.codes), one.stored.largest[:, self.queries]))
+        return self.rows(one.stored)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -186,7 +193,7 @@ def _forward(
         divergence, norm = (jnp.concatenate(part, axis=1) for part in zip(*parts, strict=True))
         return carry[0] + jnp.sum(divergence * one.weight, axis=-1), _put(carry[1], place, norm)
 
-    zeros = jnp.zeros(len(query)), jnp.zeros(teacher.rows.shape[:3])
+    zeros = jnp.zeros(len(query)), jnp.zeros((*teacher.heads.shape, teacher.queries.shape[1]))
     total, norms = _over_heads(teacher.heads, add, zeros)
     return total, (query, key, segments, window, teacher, norms)
 
@@ -277,9 +284,9 @@ def _places(queries: Int[Array, "batch queries"], length: int) -> tuple[Bool[Arr
     return index >= 0, jnp.maximum(index, 0)
 
 
-def _take(values: Array, place: Int[Array, " batch"]) -> Array:
-    """Each example's value at its place along the second axis."""
-    return jax.vmap(lambda values, place: values[place])(values, place)
+def _take(values: PyTree, place: Int[Array, " batch"]) -> PyTree:
+    """Each example's value at its place along the second axis, of every array."""
+    return jax.vmap(lambda values, place: jax.tree.map(lambda one: one[place], values))(values, place)
 
 
 def _put(values: Array, place: Int[Array, " batch"], new: Array) -> Array:

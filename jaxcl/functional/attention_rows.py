@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
+_LARGEST, _STEPS = 255, 254.0  # the code of a row's largest weight; that of the second largest
+
 
 class AttentionView(NamedTuple):
     """What a probe sees of one layer's attention.
@@ -124,23 +126,46 @@ def sample_queries(
     return jnp.pad(drawn, ((0, 0), (0, budget - drawn.shape[1])), constant_values=-1)
 
 
-def encode_rows(rows: Float[Array, "... length"]) -> UInt8[Array, "... length"]:
-    """Attention rows in 8 bits: square roots of the weights, in 255ths of the row's largest.
+class CodedRows(NamedTuple):
+    """Attention rows in 8 bits; see `encode_rows`.
 
-    Roots spend the steps where a divergence is sensitive, and reach down to a 260,000th of the largest weight. The
-    scale is not kept: rows sum to 1.
+    Attributes:
+      codes: 255 at a row's largest weight; elsewhere roots of the weights, in 254ths of that of the second largest.
+      largest: the largest weight of each row; the others sum to 1 minus it.
+    """
+
+    codes: UInt8[Array, "... length"]
+    largest: Float[Array, "..."]
+
+
+def encode_rows(rows: Float[Array, "... length"]) -> CodedRows:
+    """Codes attention rows in 8 bits.
+
+    Roots spend the steps where a divergence is sensitive, and reach down to a 260,000th of what they are relative to.
+    The largest weight is held exactly: it is often that of a sink, such as the first token, and many times the others,
+    which in steps of its root would be rounded to none or to a multiple of what they are.
+
+    Args:
+      rows: weights that sum to 1, or zeros.
 
     Examples:
-      >>> encode_rows(jnp.array([[0.8, 0.2, 0.0]])).tolist()
-      [[255, 128, 0]]
+      >>> coded = encode_rows(jnp.array([[0.9, 0.08, 0.02, 0.0]]))
+      >>> coded.codes.tolist(), coded.largest.tolist() == [float(jnp.float32(0.9))]
+      ([[255, 254, 127, 0]], True)
     """
     largest = jnp.max(rows, axis=-1, keepdims=True)
-    shares = rows / jnp.where(largest == 0, 1.0, largest)
-    return jnp.round(255.0 * jnp.sqrt(shares)).astype(jnp.uint8)
+    first = jnp.arange(rows.shape[-1]) == jnp.argmax(rows, axis=-1, keepdims=True)
+    others = jnp.where(first, 0.0, rows)
+    second = jnp.max(others, axis=-1, keepdims=True)
+    codes = jnp.round(_STEPS * jnp.sqrt(others / jnp.where(second == 0, 1.0, second)))
+    codes = jnp.where(first & (largest > 0), _LARGEST, codes).astype(jnp.uint8)
+    return CodedRows(codes, largest[..., 0].astype(jnp.float32))
 
 
-def decode_rows(coded: UInt8[Array, "... length"]) -> Float[Array, "... length"]:
-    """What `encode_rows` coded, scaled to sum 1 again; rows of zeros stay."""
-    weights = jnp.square(coded.astype(jnp.float32))
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    return weights / jnp.where(total == 0, 1.0, total)
+def decode_rows(coded: CodedRows) -> Float[Array, "... length"]:
+    """What `encode_rows` coded, summing to 1 again; rows of zeros stay."""
+    first = coded.codes == _LARGEST
+    others = jnp.where(first, 0.0, jnp.square(coded.codes.astype(jnp.float32)))
+    total = jnp.sum(others, axis=-1, keepdims=True)
+    largest = coded.largest[..., None]
+    return jnp.where(first, largest, others * ((1.0 - largest) / jnp.where(total == 0, 1.0, total)))

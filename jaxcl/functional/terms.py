@@ -16,12 +16,12 @@ class Term(NamedTuple):
     Attributes:
       sum: over what the term is a mean of (tokens, examples), float32.
       count: how many of them; 0 turns the term off.
-      weight: its factor in the loss.
+      weight: its factor in the loss, a constant to the gradient.
     """
 
     sum: Float[Array, ""]
     count: Float[Array, ""]  # type: ignore[assignment]  # nobody counts occurrences in a term
-    weight: float = 1.0
+    weight: float | Float[Array, ""] = 1.0
 
 
 Terms = Mapping[str, Term]

@@ -163,7 +163,9 @@ class Method(ToolHooks, Generic[OptionsT]):
         """
         return state
 
-    def track(self, params: Params, state: State, before: Params, gradient: Params) -> State:
+    def track(
+        self, params: Params, state: State, before: Params, gradient: Params, means: Mapping[str, Array]
+    ) -> State:
         """The state after a step; pure.
 
         Args:
@@ -171,6 +173,8 @@ class Method(ToolHooks, Generic[OptionsT]):
           state: the state that the step began with.
           before: what is trained, before the step; likewise.
           gradient: of the step's loss, float32, before clipping.
+          means: mean of each term over the step's whole batch, by name, without its weight; those of remembered rows
+            that are mixed into a batch are prefixed with `memory_`.
         """
         return state
 

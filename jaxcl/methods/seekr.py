@@ -23,17 +23,19 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
-from pydantic import Field
+from pydantic import Field, NonNegativeFloat
 
 from jaxcl.errors import UserError
 from jaxcl.functional.attention_distillation import (
+    AttentionRows,
     AttentionTeacher,
     attention_divergence,
     example_divergence,
     heads_of_layers,
     write_rows,
 )
-from jaxcl.functional.attention_rows import sample_queries
+from jaxcl.functional.attention_rows import CodedRows, encode_rows, sample_queries
+from jaxcl.functional.balance import Balance
 from jaxcl.functional.distillation import TopScores, full_divergence, top_divergence, top_scores
 from jaxcl.functional.heads import (
     HeadImportance,
@@ -86,7 +88,15 @@ class SeekrOptions(ReplayOptions):
     logit_weight: float = Field(
         0.5, ge=0, le=1, description="a: weight of output distillation; cross-entropy of remembered rows gets 1 - a"
     )
-    attention_weight: float = Field(1000.0, ge=0, description="b: weight of attention distillation")
+    attention_weight: NonNegativeFloat | Literal["auto"] = Field(
+        1000.0,
+        description="b: weight of attention distillation; auto: what keeps the attention term at `attention_share` of "
+        "the other terms of remembered rows, from running means, whatever the learning rate",
+    )
+    attention_share: float = Field(
+        1.0, gt=0, description="with attention_weight auto: the weighted attention term over the other terms"
+    )
+    attention_limit: float = Field(1000.0, gt=0, description="with attention_weight auto: largest weight")
     store_logits: int = Field(512, ge=0, description="number of tokens whose scores are stored per position; 0: all")
     store_drawn: float = Field(
         0.125,
@@ -105,14 +115,16 @@ class Seekr(Method[SeekrOptions]):
 
     State: `sensitivity` (normalised) and `forgettability` `[tasks, layers, heads]`, zeros for tasks to come; `heads`
     `[tasks, selected, 2]`, the (layer, head) pairs selected when each task was learned, -1 for tasks to come. With
-    `distil_on: task` also `teacher`, the trained params before the task at hand, and `learned`, the tasks before it.
+    `distil_on: task` also `teacher`, the trained params before the task at hand, and `learned`, the tasks before it;
+    with `attention_weight: auto` also `balance`, the running means of the terms (`jaxcl.functional.Balance`).
 
     What is stored with remembered rows and comes back as `batch.teacher` (a teacher made by hand must hold the same):
 
     - `heads [batch, selected, 2]`, integers: the (layer, head) pairs whose rows are stored; -1 for none;
     - `queries [batch, queries]`, int32: the positions of the stored rows, strictly rising, -1 behind the last;
-    - `rows [batch, selected, queries, length]`: attention weights of these heads at these positions, float32, or coded
-      in uint8 by `jaxcl.functional.encode_rows` (`store_attention`);
+    - `rows [batch, selected, queries, length]`: attention weights of these heads at these positions, float32; with
+      `store_attention: uint8` their codes, and `largest [batch, selected, queries]`, float32: the arrays of
+      `jaxcl.functional.CodedRows`;
     - outputs at the scored positions (`predict`; all of them where `batch.predict` is None): `top_ids` (int32) and
       `top_values` (log probabilities, float32) `[batch, predict, top]`, the likeliest tokens; with `store_drawn` also
       `drawn_ids` and `drawn_values` `[batch, predict, drawn]` (`jaxcl.functional.TopScores`). With `store_logits: 0`
@@ -180,7 +192,21 @@ class Seekr(Method[SeekrOptions]):
         state: dict[str, Any] = {"sensitivity": scores, "forgettability": scores, "heads": heads}
         if self.options.distil_on == "task":
             state |= {"teacher": trained(params), "learned": jnp.int32(0)}
+        if self.options.attention_weight == "auto":
+            state["balance"] = Balance.zero()
         return state
+
+    def track(
+        self, params: Params, state: State, before: Params, gradient: Params, means: Mapping[str, Array]
+    ) -> State:
+        """With `attention_weight: auto`, the running means of the terms of remembered rows."""
+        attention = next((name for name in ("attention", "memory_attention") if name in means), None)
+        if attention is None or self.options.attention_weight != "auto":
+            return state
+        loss, outputs = (means[attention.replace("attention", name)] for name in ("loss", "logits"))
+        a = self.options.logit_weight
+        own = 1.0 if self.options.distil_on == "task" else 1 - a
+        return state | {"balance": state["balance"].add(means[attention], own * loss + a * outputs)}
 
     def prepare(self, params: Params, state: State, task: Task) -> State:
         """With `distil_on: task`, the model as it is becomes the teacher."""
@@ -212,7 +238,7 @@ class Seekr(Method[SeekrOptions]):
             )
         if missing := sorted(self.stored.keys() - batch.teacher.keys()):
             raise ValueError(f"batch.teacher: {', '.join(missing)} missing; see the class Seekr")
-        return self._distilled(params, batch, batch.teacher, key)
+        return self._distilled(params, state, batch, batch.teacher, key)
 
     def attention_by_layer(
         self, params: Params, batch: Batch, key: Array | None = None
@@ -249,21 +275,23 @@ class Seekr(Method[SeekrOptions]):
 
         nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(read))
         teacher = jax.lax.stop_gradient(jax.lax.cond(known, read, lambda: nothing))
-        terms = self._distilled(params, batch, teacher | {"heads": heads, "queries": queries}, model_key)
+        terms = self._distilled(params, state, batch, teacher | {"heads": heads, "queries": queries}, model_key)
         terms["loss"] = terms["loss"]._replace(weight=1.0)
         for name in terms.keys() - {"loss"}:
             terms[name] = Term(terms[name].sum * known, terms[name].count * known, terms[name].weight)
         return terms
 
-    def _distilled(self, params: Params, batch: Batch, teacher: Mapping[str, Array], key: Array) -> dict[str, Term]:
+    def _distilled(
+        self, params: Params, state: State, batch: Batch, teacher: Mapping[str, Array], key: Array
+    ) -> dict[str, Term]:
         """Cross-entropy and both divergences from a teacher (SEEKR, equation 9)."""
         terms = {}
-        probe = self._probe(teacher) if self.options.attention_weight > 0 else None
+        probe = self._probe(teacher) if self.options.attention_weight != 0 else None
         hidden = self.network.hidden(params, batch, probe=probe, dropout_key=key)
         if probe is not None:
             divergence, present = example_divergence(*hidden.probed)
             count = jnp.sum(present.astype(jnp.float32))
-            terms["attention"] = Term(jnp.sum(divergence), count, self.options.attention_weight)
+            terms["attention"] = Term(jnp.sum(divergence), count, self._attention_weight(state))
 
         def scores(part: tuple[Array, Array, dict[str, Array]]) -> tuple[Array, Array]:
             logits = self.network.logits(params, part[0])
@@ -277,12 +305,18 @@ class Seekr(Method[SeekrOptions]):
         terms["logits"] = Term(sums[1], count, self.options.logit_weight)
         return terms
 
+    def _attention_weight(self, state: State) -> float | Array:
+        options = self.options
+        if options.attention_weight != "auto":
+            return options.attention_weight
+        weight: Array = state["balance"].weight(options.attention_share, options.attention_limit)
+        return weight
+
     def _probe(self, teacher: Mapping[str, Array]) -> Probe:
         """Compares a teacher's attention rows with each layer's own."""
+        rows = CodedRows(teacher["rows"], teacher["largest"]) if "largest" in teacher else teacher["rows"]
         return Probe(
-            lambda view, heads: attention_divergence(
-                view, AttentionTeacher(teacher["rows"], heads, teacher["queries"])
-            ),
+            lambda view, heads: attention_divergence(view, AttentionTeacher(rows, heads, teacher["queries"])),
             heads_of_layers(teacher["heads"], self.network.num_layers),
         )
 
@@ -294,6 +328,8 @@ class Seekr(Method[SeekrOptions]):
             "queries": Stored(("queries",), fill=-1),
             "rows": Stored((None, "queries", "length")),
         }
+        if self._coded:
+            attention["largest"] = Stored((None, "queries"))
         return attention | {name: Stored(("predict",)) for name in self._outputs}
 
     @jax.named_scope("teacher")
@@ -322,10 +358,12 @@ class Seekr(Method[SeekrOptions]):
           See `signals`.
         """
         network, context = self.network, self.network.context(batch)
-        dtype = jnp.uint8 if self.options.store_attention == "uint8" else jnp.float32
-        rows = jnp.zeros((*heads.shape[:2], queries.shape[1], batch.tokens.shape[1]), dtype)
+        zeros = jnp.zeros((*heads.shape[:2], queries.shape[1], batch.tokens.shape[1]))
+        rows: AttentionRows = encode_rows(zeros) if self._coded else zeros
 
-        def body(carry: tuple[Array, Array], layer: tuple[Params, Array]) -> tuple[tuple[Array, Array], None]:
+        def body(
+            carry: tuple[Array, AttentionRows], layer: tuple[Params, Array]
+        ) -> tuple[tuple[Array, AttentionRows], None]:
             x, rows = carry
             probe = Probe(write_rows, AttentionTeacher(rows, layer[1], queries))
             return network.block(layer[0], x, batch, context=context, probe=probe), None
@@ -339,7 +377,8 @@ class Seekr(Method[SeekrOptions]):
             (states, offsets),
             self.options.loss_chunk,
         )
-        return {"heads": heads.astype(jnp.int16), "queries": queries, "rows": rows, **outputs}
+        stored = {"rows": rows.codes, "largest": rows.largest} if isinstance(rows, CodedRows) else {"rows": rows}
+        return {"heads": heads.astype(jnp.int16), "queries": queries, **stored, **outputs}
 
     def tables(self, state: State) -> dict[str, Array]:
         """Both measures by task, importance over the tasks so far, and the heads selected by task."""
@@ -386,6 +425,10 @@ class Seekr(Method[SeekrOptions]):
         importance = combine(state["sensitivity"], state["forgettability"], self.options.importance, key)
         heads = select_heads(importance, self.layers, self.heads, self.per_layer)
         return state | {"heads": state["heads"].at[index].set(heads)}
+
+    @property
+    def _coded(self) -> bool:
+        return self.options.store_attention == "uint8"
 
     @property
     def _outputs(self) -> tuple[str, ...]:

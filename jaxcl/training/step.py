@@ -92,7 +92,7 @@ def make_train_step(
                 after = jax.tree.map(lambda old, new: jnp.where(still, old, new), before, after)
             params, low_bits = split(after, low_bits)
         with jax.named_scope("track"):
-            tracked = method.track(after, _own(state.method_state), before, grads)
+            tracked = method.track(after, _own(state.method_state), before, grads, means)
             method_state = check_replacement("method state", state.method_state, tracked)
         with jax.named_scope("metrics"):
             both = [batch] if batch.memory is None else [batch, batch.memory]

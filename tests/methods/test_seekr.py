@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from jaxcl.errors import UserError
+from jaxcl.functional.balance import Balance
 from jaxcl.functional.heads import HeadSums
 from jaxcl.methods.options import ReplayConfig, ReplayOptions
 from jaxcl.methods.passes.heads import add_forgettability, add_sensitivity
@@ -181,6 +182,33 @@ def test_weights_are_a_and_b(exact: tuple[Batch, Any, Any]) -> None:
     found = terms_of(make_method(logit_weight=0.2, attention_weight=7.0), after, batch)
     assert [round(found[name][2], 6) for name in ("loss", "logits", "attention")] == [0.8, 0.2, 7.0]
     assert sorted(terms_of(make_method(attention_weight=0.0), after, batch)) == ["logits", "loss"]
+
+
+def test_auto_keeps_the_attention_term_in_proportion_to_the_others(exact: tuple[Batch, Any, Any]) -> None:
+    batch, after, _ = exact
+    method = make_method(logit_weight=0.2, attention_weight="auto", attention_share=3.0, attention_limit=50.0)
+    state = method.init(after)
+    loss = jax.jit(lambda state: method.loss(after, state, batch, jax.random.key(0)))
+    assert float(loss(state)["attention"].weight) == 0
+    values = [(2.0, 1.0, 0.5), (4.0, 0.5, 0.1), (3.0, 0.7, 0.3)]
+    for prefix, one in zip(("", "memory_", ""), values, strict=True):
+        means = {
+            f"{prefix}{name}": jnp.float32(x) for name, x in zip(("loss", "logits", "attention"), one, strict=True)
+        }
+        state = method.track(after, state, after, after, means)
+        state = method.track(after, state, after, after, {"loss": jnp.float32(9.0)})  # rows of the task at hand
+    weights = [0.1 * 0.9**age for age in (2, 1, 0)]
+    rest = sum(w * (0.8 * c + 0.2 * o) for w, (c, o, _) in zip(weights, values, strict=True))
+    term = sum(w * a for w, (_, _, a) in zip(weights, values, strict=True))
+    assert float(loss(state)["attention"].weight) == pytest.approx(3 * rest / term, rel=1e-5)
+    limited = make_method(attention_weight="auto", attention_share=3000.0, attention_limit=50.0)
+    assert float(limited.loss(after, state, batch, jax.random.key(0))["attention"].weight) == 50.0
+
+
+def test_what_says_nothing_changes_no_balance() -> None:
+    balance = Balance.zero().add(jnp.float32(0.5), jnp.float32(2.0))
+    for term, rest in ((0.0, 1.0), (np.nan, 1.0), (1.0, np.inf)):
+        assert balance.add(jnp.float32(term), jnp.float32(rest)) == balance
 
 
 def test_a_model_has_no_divergence_from_itself(params: Any, exact: tuple[Batch, Any, Any]) -> None:

@@ -5,7 +5,14 @@ import pytest
 
 from jaxcl.functional import attention_distillation as module
 from jaxcl.functional.attention_distillation import AttentionTeacher, attention_divergence, write_rows
-from jaxcl.functional.attention_rows import AttentionView, decode_rows, encode_rows, sample_queries, selected_rows
+from jaxcl.functional.attention_rows import (
+    AttentionView,
+    CodedRows,
+    decode_rows,
+    encode_rows,
+    sample_queries,
+    selected_rows,
+)
 from tests.tiny.networks import log_softmax
 
 RNG = np.random.default_rng(0)
@@ -125,12 +132,15 @@ def test_gradients_are_those_of_the_formula(view: AttentionView, coded: bool) ->
 
 
 def test_rows_are_written_in_the_places_of_the_layer_s_heads(view: AttentionView) -> None:
-    for before in (jnp.full((3, 2, 3, 6), 7, jnp.uint8), jnp.full((3, 2, 3, 6), 7.0)):
+    plain = jnp.full((3, 2, 3, 6), 7.0)
+    for before in (CodedRows(plain.astype(jnp.uint8), plain[..., 0]), plain):
         exact = selected_rows(view, HEADS, QUERIES)
-        expected = encode_rows(exact) if before.dtype == jnp.uint8 else exact
+        expected = encode_rows(exact) if isinstance(before, CodedRows) else exact
         found = write_rows(view, AttentionTeacher(before, HEADS, QUERIES))
-        assert found.dtype == before.dtype
-        np.testing.assert_allclose(found, np.where(HEADS[..., None, None] >= 0, expected, 7), atol=1e-6)
+        assert jax.tree.map(lambda one: one.dtype, found) == jax.tree.map(lambda one: one.dtype, before)
+        for one, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            real = (HEADS >= 0).reshape(3, 2, *[1] * (one.ndim - 2))
+            np.testing.assert_allclose(one, np.where(real, wanted, 7), atol=1e-6)
 
 
 def test_an_example_without_heads_is_untouched_by_those_of_others() -> None:

@@ -40,7 +40,7 @@ class Pull(TinyMethod):
         rows = jnp.float32(batch.size)
         return {"pull": Term(sum(jax.tree.leaves(pulls), jnp.float32(0)) * rows, rows)}
 
-    def track(self, params: Any, state: Any, before: Any, gradient: Any) -> Any:
+    def track(self, params: Any, state: Any, before: Any, gradient: Any, means: Any) -> Any:
         return {"way": jax.tree.map(lambda way, new, old: way + (new - old), state["way"], params, before)}
 
 

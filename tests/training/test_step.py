@@ -242,7 +242,7 @@ class PathIntegral(TinyMethod):
     def init(self, params: Any) -> Any:
         return {"gathered": jax.tree.map(jnp.zeros_like, params), "steps": jnp.int32(0)}
 
-    def track(self, params: Any, state: Any, before: Any, gradient: Any) -> Any:
+    def track(self, params: Any, state: Any, before: Any, gradient: Any, means: Any) -> Any:
         part = jax.tree.map(lambda new, old, slope: slope * (new - old), params, before, gradient)
         return {"gathered": jax.tree.map(jnp.subtract, state["gathered"], part), "steps": state["steps"] + 1}
 
@@ -273,7 +273,7 @@ def test_a_method_gathers_along_the_way(accumulate: int) -> None:
 
 def test_what_track_returns_keeps_its_shape() -> None:
     class Growing(PathIntegral):
-        def track(self, params: Any, state: Any, before: Any, gradient: Any) -> Any:
+        def track(self, params: Any, state: Any, before: Any, gradient: Any, means: Any) -> Any:
             return {**state, "steps": jnp.zeros(2, jnp.int32)}
 
     with pytest.raises(
