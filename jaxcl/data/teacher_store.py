@@ -20,7 +20,7 @@ from jaxcl.data.files import replacing
 from jaxcl.errors import UserError
 
 _MAGIC = b"jaxcl-teacher\x00"
-VERSION = 2  # 2: adds what a store belongs to
+VERSION = 3  # 2: adds what a store belongs to; 3: coded attention rows hold their largest weight
 # ArrayRecord compresses whole groups: groups of one record let a read fetch only that record.
 _OPTIONS = "group_size:1"
 

@@ -8,6 +8,7 @@ Importing it loads jax, optax and jaxtyping, and nothing else of jaxcl.
   `attention_divergence`
 - Distillation of outputs: `top_scores`, `top_divergence`, `full_divergence`
 - Elastic weight consolidation: `FisherSums`, `summed_squares`, `quadratic_penalty`
+- Averages of params: `averaged`, `restart_average`, `finish_average`
 - Losses: `Term`, `Balance`, `cross_entropy`, `token_losses`, `over_positions`
 - What was kept and what was forgotten: `ContinualMatrix`
 """
@@ -29,6 +30,7 @@ from jaxcl.functional.attention_rows import (
     selected_rows,
     visible_keys,
 )
+from jaxcl.functional.averaging import averaged, finish_average, restart_average
 from jaxcl.functional.balance import Balance
 from jaxcl.functional.contrastive import contrast, pool
 from jaxcl.functional.distillation import TopScores, divergence, full_divergence, top_divergence, top_scores
@@ -71,6 +73,7 @@ __all__ = [
     "accumulate",
     "attention_divergence",
     "attention_maps",
+    "averaged",
     "combine",
     "contrast",
     "cross_entropy",
@@ -79,6 +82,7 @@ __all__ = [
     "encode_rows",
     "example_divergence",
     "example_means",
+    "finish_average",
     "full_divergence",
     "gate_gradients",
     "heads_of_layers",
@@ -93,6 +97,7 @@ __all__ = [
     "quadratic_penalty",
     "real_length",
     "resolve_budget",
+    "restart_average",
     "sample_queries",
     "scored_states",
     "select_heads",

@@ -283,7 +283,7 @@ class TaskSequence:
         finally:
             rows.close()
         with self._timed("method"):
-            state = self._conclude(state, index)
+            state = self._conclude(parts.trainer.finish_task(state), index)
         self.board.note_task(index, steps=total, described=stream.describe())
         if (privacy := self.config.training.privacy) is not None:
             # General rows are public; the steps on them tell nothing about the task's.

@@ -10,9 +10,11 @@ import optax
 from jaxtyping import Array, PyTree
 from pydantic import Field, model_validator
 
+from jaxcl.functional.averaging import Average
 from jaxcl.methods.base import OptimizerParts
 from jaxcl.schema import Schema
 
+_RATES: dict[Average, float] = {"ema": 0.02, "wise": 0.5, "sfa": 0.25}
 _UNDECAYED = frozenset({"bias", "scale"})
 
 
@@ -83,11 +85,32 @@ class OptimizerConfig(Schema):
     offload: bool = Field(
         False, description="keep the moments in host memory and copy them to the devices for each update"
     )
+    average: Literal["none", "ema", "wise", "sfa"] = Field(
+        "none",
+        description="params that a task ends with, for any method; ema: their running mean; wise: between those before "
+        "the task and after it; sfa: pulled towards those before the task every average_every steps. Keeps a copy of "
+        "the trained params",
+    )
+    average_rate: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="ema: weight of a step's params in the mean, default 0.02; wise: share of the task's way that is "
+        "kept, default 0.5; sfa: weight of the params before the task, default 0.25",
+    )
+    average_every: int = Field(25, ge=1, description="sfa: steps from one average to the next")
     reset_optimizer: bool = Field(
         True,
         description="reset the moments at the start of each task; where it is not given, false for wsd and infinite, "
         "whose tasks go on with the moments from before the decay",
     )
+
+    @property
+    def averaging(self) -> tuple[Average, float] | None:
+        """How params are averaged, and the rate; see `jaxcl.functional.averaging`."""
+        if self.average == "none":
+            return None
+        return self.average, _RATES[self.average] if self.average_rate is None else self.average_rate
 
     @property
     def goes_on_before_decay(self) -> bool:
@@ -109,8 +132,17 @@ class OptimizerConfig(Schema):
                 raise ValueError(
                     f"{name} is only for schedule {' or '.join(schedules)}; the schedule is {self.schedule}"
                 )
+        if self.average == "none" and self.average_rate is not None:
+            raise ValueError("average_rate is only for average ema, wise or sfa; average is none")
+        if self.average != "none" and self.warm_moments:
+            raise ValueError(f"average {self.average} and warm_moments exclude each other")
         if not self.goes_on_before_decay:
             return self
+        if self.average != "none":
+            raise ValueError(
+                f"average {self.average} needs a schedule whose tasks go on from the end of the last one: constant, "
+                f"linear or cosine, not {self.schedule}"
+            )
         if self.schedule == "infinite" and self.final > self.constant:
             raise ValueError(f"final must be at most constant ({self.constant}), got {self.final}")
         exponential = self.decay_shape == "exponential" or (self.decay_shape is None and self.schedule == "infinite")

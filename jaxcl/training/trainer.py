@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from jaxcl.functional.averaging import Averaged, averaged, finish_average, restart_average
 from jaxcl.methods.base import Method
 from jaxcl.models.batch import Batch
-from jaxcl.models.trainable import trained
+from jaxcl.models.trainable import overlay, trained
 from jaxcl.sharding.layout import Layout, put
 from jaxcl.training.compile import Compiler
 from jaxcl.training.feed import Feed, RowIterator
 from jaxcl.training.keys import run_key
-from jaxcl.training.low_bits import no_low_bits
+from jaxcl.training.low_bits import no_low_bits, split, widen
 from jaxcl.training.optimizer import OptimizerConfig, make_parts
 from jaxcl.training.privacy import PrivacyConfig
 from jaxcl.training.schedule import Clock
@@ -60,6 +62,8 @@ class Trainer:
         self.layout = layout
         self.compile = Compiler(layout)
         self._transform = method.transform(make_parts(optimizer))
+        if optimizer.averaging is not None:
+            self._transform = averaged(self._transform, *optimizer.averaging, optimizer.average_every)
         shapes = jax.eval_shape(self._init, layout.shapes)
         self.shardings = state_shardings(shapes, layout)
         opt_shardings = None
@@ -70,6 +74,7 @@ class Trainer:
         self.target: TrainState = abstract(shapes, self.shardings)
         self._seed = seed
         self._reset = jax.jit(_fresh(self._init_optimizer), out_shardings=self.shardings.opt_state)
+        self._on_devices = opt_shardings
         self._no_low_bits = jax.jit(_no_low_bits, out_shardings=self.shardings.low_bits)
         step = make_train_step(
             method,
@@ -138,7 +143,31 @@ class Trainer:
             # The old moments are deleted before the new ones are created, so that memory never holds both.
             jax.tree.map(lambda leaf: leaf.delete(), state.opt_state)
             state = state.replace(opt_state=self._reset(state.params))
+        if self.optimizer.averaging is not None:
+            wide = widen(trained(state.params), self._held(state)[1])
+            restart = jax.jit(restart_average, donate_argnums=0, out_shardings=self.shardings.opt_state)
+            state = state.replace(opt_state=restart(self._held(state)[0], wide))
         return state.replace(clock=clock)
+
+    def finish_task(self, state: TrainState) -> TrainState:
+        """The state after a task's last step, with its params averaged (`optimizer.average`); `state` is donated."""
+        if self.optimizer.averaging is None:
+            return state
+        how, rate = self.optimizer.averaging
+
+        def finish(params: PyTree, opt_state: Averaged, low_bits: PyTree) -> tuple[PyTree, PyTree]:
+            end = finish_average(opt_state, widen(trained(params), low_bits), how, rate)
+            part, low_bits = split(end, low_bits)
+            return overlay(params, part), low_bits
+
+        compiled = jax.jit(finish, donate_argnums=0, out_shardings=(self.layout.params, self.shardings.low_bits))
+        params, low_bits = compiled(state.params, *self._held(state))
+        return state.replace(params=params, low_bits=low_bits)
+
+    def _held(self, state: TrainState) -> tuple[Any, PyTree]:
+        """Optimizer state and low bits on the devices, wherever they are held."""
+        held = state.opt_state, state.low_bits
+        return held if self._on_devices is None else jax.device_put(held, self._on_devices)
 
     def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """Dispatches one optimizer step; `state` is donated. See `make_train_step`."""
