@@ -43,6 +43,7 @@ def test_a_whole_run(name: str, tmp_path: Path) -> None:
     assert ("memory" in {row["kind"] for row in rows}) == remembers
 
 
+@pytest.mark.slow
 def test_remembered_masked_text_is_matched_as_it_was_stored(tmp_path: Path) -> None:
     """With a learning rate of 0 outputs equal the stored ones only if the same tokens are masked, epoch by epoch."""
     content = {
@@ -107,6 +108,7 @@ class Silenced(Method):
         return jax.tree.map(lambda leaf: jnp.where(index == 0, 0.0, leaf), params)
 
 
+@pytest.mark.slow
 def test_a_method_may_answer_each_task_with_other_params(tmp_path: Path) -> None:
     tasks = [DOMAINS["tasks"][0], {**DOMAINS["tasks"][1], "end_task": TEXT["tasks"][0]["end_task"]}]
     content = {**DOMAINS, "tasks": tasks, "evaluation": TEXT["evaluation"]}

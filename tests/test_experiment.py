@@ -95,7 +95,7 @@ def test_a_trained_model_writes_text(seekr_folder: Path) -> None:
         generate_text(str(seekr_folder), "DIGIT " * 300, **{**options, "raw": True})
 
 
-@pytest.mark.parametrize("saves", [2, 3, 4])
+@pytest.mark.parametrize("saves", [2, *(pytest.param(saves, marks=pytest.mark.slow) for saves in (3, 4))])
 def test_an_interrupted_run_goes_on_exactly_where_it_stopped(seekr_folder: Path, tmp_path: Path, saves: int) -> None:
     """Killed right after its 2nd, 3rd and 4th checkpoint: within the first task, at its end, within the second."""
     folder = tmp_path / "run"
@@ -115,6 +115,7 @@ def test_joint_training_learns_all_tasks_at_once(tmp_path: Path) -> None:
     assert results.bwt is None
 
 
+@pytest.mark.slow
 def test_das_over_text_domains_with_an_end_task(tmp_path: Path) -> None:
     results = run(TEXT, tmp_path / "run", {"name": "das", "importance_examples": 16})
     assert results.metric == ["perplexity"] * 2

@@ -116,6 +116,7 @@ def check_equal(folder: Path, whole: Path) -> None:
             np.testing.assert_array_equal(tables[table], expected[table])
 
 
+@pytest.mark.slow
 def test_seekr_learns_one_more_task_as_if_it_had_been_there_from_the_start(tmp_path: Path, tokenizer: Path) -> None:
     runs = Runs("pairs", tmp_path, tokenizer)
     results = runs.extend(runs.two)
@@ -145,7 +146,7 @@ def test_one_more_domain_goes_on_from_before_the_decay(tmp_path: Path, tokenizer
     check_equal(runs.two, runs.whole)
 
 
-@pytest.mark.parametrize("save", [1, 2])
+@pytest.mark.parametrize("save", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_an_interrupted_extension_goes_on(das: Runs, tmp_path: Path, save: int) -> None:
     """Killed before the new task's first step, and within it."""
     folder = tmp_path / "run"
@@ -213,6 +214,7 @@ def without_data(tmp_path: Path, tokenizer: Path, kind: str, **changes: Any) -> 
     return tmp_path / "run", words(jsonl_task(tmp_path / "letter", "letter", kind)), results
 
 
+@pytest.mark.slow
 def test_das_goes_on_from_the_run_folder_alone(tmp_path: Path, tokenizer: Path) -> None:
     folder, task, earlier = without_data(tmp_path, tokenizer, "text")
     with pytest.raises(UserError, match="language"):
@@ -237,6 +239,7 @@ def test_das_goes_on_from_the_run_folder_alone(tmp_path: Path, tokenizer: Path) 
         measure_importance(str(folder), [], tmp_path / "importance")
 
 
+@pytest.mark.slow
 def test_models_that_stay_as_they_are_keep_their_scores(tmp_path: Path, tokenizer: Path) -> None:
     folder, task, earlier = without_data(tmp_path, tokenizer, "pairs", method="one")
     results = extend(folder, task, data_gone=True).results
@@ -245,6 +248,7 @@ def test_models_that_stay_as_they_are_keep_their_scores(tmp_path: Path, tokenize
     assert read_yaml(folder / "config.yaml")["tasks"][0]["kind"] == "pairs"
 
 
+@pytest.mark.slow
 def test_seekr_learns_the_same_whether_earlier_data_is_there(
     tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -73,7 +73,7 @@ def kinds(folder: Path, task: int) -> list[str]:
     return [row["kind"] for row in numbers(folder) if row["task"] == task]
 
 
-FAST = ("das", "seekr", "joint")
+FAST = ("seekr",)
 
 
 @pytest.mark.parametrize(
@@ -227,6 +227,7 @@ def test_a_share_is_between_0_and_1(share: float) -> None:
         parse_config({**with_general(SHORT, share=share), "output": "x", "method": "sequential"})
 
 
+@pytest.mark.slow
 def test_steps_on_general_rows_tell_nothing_about_the_task(tmp_path: Path) -> None:
     pytest.importorskip("dp_accounting")
     privacy = {"clip": 1.0, "noise_multiplier": 1.0, "delta": 1e-3}

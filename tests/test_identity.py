@@ -208,6 +208,7 @@ def test_an_edited_tokenizer_is_refused(copy: Path) -> None:
     assert not (copy / "converted").exists()
 
 
+@pytest.mark.slow
 def test_importance_is_measured_on_the_rows_of_the_run_or_on_others_by_name(
     copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

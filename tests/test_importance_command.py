@@ -52,6 +52,7 @@ def run(content: dict[str, Any], folder: Path, **changes: Any) -> Path:
     return output
 
 
+@pytest.mark.slow
 def test_das_measures_what_a_run_that_moves_nothing_measures(tmp_path: Path) -> None:
     page = measure_importance(written(TEXT, tmp_path), [], None)
     assert page == tmp_path / "run_importance" / "importance.html"
@@ -69,7 +70,9 @@ def test_das_measures_what_a_run_that_moves_nothing_measures(tmp_path: Path) -> 
     assert not (tmp_path / "run_importance" / "config.yaml").exists()
 
 
-@pytest.mark.parametrize("content", [TEXT, PAIRS], ids=["das", "seekr"])
+@pytest.mark.parametrize(
+    "content", [pytest.param(TEXT, marks=pytest.mark.slow, id="das"), pytest.param(PAIRS, id="seekr")]
+)
 def test_micro_batches_measure_the_same(
     content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

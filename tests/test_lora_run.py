@@ -73,6 +73,7 @@ def test_adapters_beside_changed_weights_are_not_written_alone(olora: Path) -> N
         convert(str(olora), olora.parent / "nothing", "peft", "float32")
 
 
+@pytest.mark.slow
 def test_a_model_from_elsewhere_learns_by_adapters_alone(exported: Path) -> None:
     folder = exported.parent / "lora"
     content = {**ADAPTED, "weights": str(exported), "model": {"lora": LORA}, "tasks": ADAPTED["tasks"][:1]}
@@ -100,6 +101,7 @@ def test_a_model_from_elsewhere_learns_by_adapters_alone(exported: Path) -> None
         (exported / "model.safetensors").write_bytes(kept)
 
 
+@pytest.mark.slow
 def test_an_adapter_a_task_is_separate_models_with_adapters(tmp_path: Path) -> None:
     results = run({**ADAPTED, "training": {"batch_size": 8, "steps": 2}}, tmp_path / "one", "one")
     assert [results.matrix[1][task] is not None for task in (0, 1)] == [True, True]

@@ -109,7 +109,7 @@ class Subset(EncodedRows):
         return {}
 
 
-@pytest.mark.parametrize(("kind", "base"), [("pairs", TINY), ("text", TEXT)])
+@pytest.mark.parametrize(("kind", "base"), [("pairs", TINY), pytest.param("text", TEXT, marks=pytest.mark.slow)])
 def test_batches_from_the_run_folder_are_those_of_the_whole_tasks(
     tmp_path: Path, kind: str, base: dict[str, Any]
 ) -> None:
@@ -167,6 +167,7 @@ def test_a_reservoir_keeps_the_smallest_priorities_of_all_tasks(tmp_path: Path) 
     assert kept == {(task, number) for _, task, number in drawn[:20]}
 
 
+@pytest.mark.slow
 def test_a_budget_in_bytes_holds_what_fits(tmp_path: Path) -> None:
     write_data(tmp_path)
     parts = run(tmp_path, tmp_path / "run", {"budget": "1 kB"})
@@ -196,6 +197,7 @@ def losses_of(parts: Components, params: Any, index: int) -> np.ndarray:
     return np.array(found)
 
 
+@pytest.mark.slow
 def test_the_highest_losses_under_the_model_after_the_task_are_kept(tmp_path: Path) -> None:
     write_data(tmp_path)
     parts = run(tmp_path, tmp_path / "run", {"fraction": 0.25, "choose": "highest_loss"})
@@ -216,7 +218,7 @@ def content(output: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in [*(output / "memory").iterdir(), output / "memory.json"]}
 
 
-@pytest.mark.parametrize("choose", ["balanced", "highest_loss"])
+@pytest.mark.parametrize("choose", ["balanced", pytest.param("highest_loss", marks=pytest.mark.slow)])
 def test_a_memory_that_is_cut_is_exact_after_interruptions(tmp_path: Path, choose: str) -> None:
     """Killed between what a task changes in the memory and its checkpoint, and after that."""
     write_data(tmp_path)

@@ -79,6 +79,7 @@ def test_trainer_around_another_model() -> None:
     assert losses[-1] < 0.3 * losses[0]
 
 
+@pytest.mark.slow
 def test_a_network_looked_at_from_outside() -> None:
     found = run(3)
     params, batch, losses = (found[name] for name in ("params", "batch", "losses"))

@@ -15,6 +15,7 @@ PRIVACY = {"clip": 1.0, "noise_multiplier": 1.0, "delta": 1e-3}
 PRIVATE: dict[str, Any] = {**PAIRS, "training": {**PAIRS["training"], "privacy": PRIVACY}}
 
 
+@pytest.mark.slow
 def test_results_say_what_each_task_has_told(tmp_path: Path) -> None:
     results = run(PRIVATE, tmp_path / "private", "sequential")
     content = json.loads((tmp_path / "private" / "results.json").read_text())["extra"]["privacy"]

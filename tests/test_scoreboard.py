@@ -56,6 +56,7 @@ def run(folder: Path, tasks: list[dict[str, Any]] = TEXT["tasks"], **evaluation:
     return sequence.run(parse_config(content)).results
 
 
+@pytest.mark.slow
 def test_end_tasks_as_the_metric_measured_only_where_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = Given(monkeypatch)
     results = run(tmp_path / "run", text_metric="end_task", end_tasks="last")

@@ -83,6 +83,7 @@ def chain(parts: Any, tokens: list[int]) -> Any:
     return params
 
 
+@pytest.mark.slow
 def test_a_model_continues_the_instruction_and_answers_what_it_wrote(tmp_path: Path) -> None:
     parts = build(parse_config({**PAIRS, "output": str(tmp_path), "method": WRITTEN}), RunFolder(tmp_path))
     encode, frame = parts.tokenizer.encode, Frame("Say ", "\nIs:")
@@ -143,6 +144,7 @@ def test_text_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
         run(TEXT, tmp_path / "text", method)
 
 
+@pytest.mark.slow
 def test_prompts_are_written_by_the_model_the_run_began_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writers: list[Any] = []
 

@@ -105,6 +105,7 @@ def test_loss_of_information_is_that_of_each_form(report: str) -> None:
             assert change == pytest.approx(stored / exact - 1, abs=2e-5)
 
 
+@pytest.mark.slow
 def test_stores_of_other_sizes_are_compared_without_another_run(folder: Path, report: str) -> None:
     options = argparse.Namespace(stored="4", drawn="0,0.5", draws=5)
     found = store_loss.changes(RunFolder(folder), options)
@@ -117,6 +118,7 @@ def test_stores_of_other_sizes_are_compared_without_another_run(folder: Path, re
         assert abs(found[task]["4, 0.5 drawn"]["mean"]) < 0.5 * abs(found[task]["4, 0 drawn"]["mean"])
 
 
+@pytest.mark.slow
 def test_an_exact_store_loses_nothing_and_mixed_memory_is_learned_in_every_step(tmp_path: Path) -> None:
     mixed = {"fraction": 0.25, "mode": "mix"}
     folder = run(tmp_path / "exact", store_logits=0, store_attention="float32", replay=mixed)

@@ -115,6 +115,7 @@ def test_methods_see_the_decayed_model(wsd: tuple[Path, list[Any]]) -> None:
     assert same(second.method_state["anchor"], decayed)
 
 
+@pytest.mark.slow
 def test_the_model_before_a_task_is_the_decayed_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The teacher of `lwf`, and what `Task.params_before` reads."""
     from jaxcl.methods.lwf import Lwf
@@ -155,6 +156,7 @@ def test_an_interrupted_run_goes_on_exactly(wsd: tuple[Path, list[Any]], tmp_pat
     check_equal(tmp_path / "run", wsd[0])
 
 
+@pytest.mark.slow
 def test_a_run_killed_before_the_checkpoint_writes_it_when_it_goes_on(
     wsd: tuple[Path, list[Any]], tmp_path: Path
 ) -> None:
@@ -164,6 +166,7 @@ def test_a_run_killed_before_the_checkpoint_writes_it_when_it_goes_on(
     check_equal(tmp_path / "run", wsd[0])
 
 
+@pytest.mark.slow
 def test_a_missing_start_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     find = Checkpoints.find
     monkeypatch.setattr(Checkpoints, "find", lambda self, mark: None if "decay" in mark else find(self, mark))
@@ -206,6 +209,7 @@ def test_adapters_that_join_the_weights_do_so_before_the_decay(tmp_path: Path) -
     assert same(second["lora_a"], after["lora_a"])
 
 
+@pytest.mark.slow
 def test_separate_models_start_anew(tmp_path: Path) -> None:
     with starts() as found:
         run({**TEXT, "optimizer": INFINITE}, tmp_path / "run", "one")

@@ -61,7 +61,7 @@ class Rows:
             yield self.batch(np.arange(start, min(start + BATCH, len(self.labels))))
 
 
-@pytest.mark.parametrize("config", [LLAMA, ROBERTA])
+@pytest.mark.parametrize("config", [LLAMA, pytest.param(ROBERTA, marks=pytest.mark.slow)])
 def test_learns_a_learnable_task_and_leaves_the_model_alone(config: Any) -> None:
     network = Network.create(config)
     params = plain_params(network, 0)
@@ -206,6 +206,7 @@ def test_deviation_of_the_repetitions() -> None:
     assert EndTaskScore(0.0, 0.0, 60.0, runs[:1], none, none, 0.0).deviation("accuracy") is None
 
 
+@pytest.mark.slow
 def test_a_model_held_in_bfloat16_is_tuned_in_float32() -> None:
     """At a rate of 1e-5 hardly a weight would move in bfloat16."""
     held = LLAMA.model_copy(update={"compute": LLAMA.compute.model_copy(update={"param_dtype": "bfloat16"})})
