@@ -50,6 +50,7 @@ from jaxcl.functional.losses import (
     over_positions,
     real_length,
     scored_states,
+    token_gates,
     token_losses,
 )
 from jaxcl.functional.matrix import ContinualMatrix
@@ -105,6 +106,7 @@ __all__ = [
     "soft_mask",
     "soft_masks",
     "summed_squares",
+    "token_gates",
     "token_losses",
     "top_divergence",
     "top_scores",

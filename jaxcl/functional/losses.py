@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
+
+Gate = Literal["none", "probability", "entropy"]
+_LIKELIEST = 20
 
 Logits = Callable[[Float[Array, "batch positions embed"]], Float[Array, "batch positions vocab"]]
 """From states to token scores."""
@@ -79,11 +84,49 @@ def token_losses(logits: Float[Array, "... vocab"], targets: Int[Array, "..."]) 
     return jax.nn.logsumexp(logits, axis=-1) - target
 
 
+def token_gates(
+    logits: Float[Array, "... vocab"], targets: Int[Array, "..."], gate: Gate
+) -> Float[Array, "..."] | float:
+    """What each token's loss is multiplied by; a constant to the gradient.
+
+    A model forgets most where it is sure of another token than the one it is taught: there the gradient is largest.
+
+    Args:
+      logits: token scores.
+      targets: the token expected at each position.
+      gate: none: 1. probability: the target's own, p (dynamic fine-tuning, arXiv 2508.05629). entropy: that of the 20
+        likeliest tokens, renormalised, in units of ln 20 (entropy-adaptive fine-tuning).
+
+    Examples:
+      >>> logits = jnp.log(jnp.array([0.25, 0.75]))
+      >>> round(float(token_gates(logits, jnp.array(1), "probability")), 6)
+      0.75
+      >>> round(float(token_gates(jnp.zeros(40), jnp.array(1), "entropy")), 6)
+      1.0
+    """
+    if gate == "none":
+        return 1.0
+    if gate == "probability":
+        return jax.lax.stop_gradient(jnp.exp(-token_losses(logits, targets)))
+    top = min(_LIKELIEST, logits.shape[-1])
+    logs = jax.nn.log_softmax(jax.lax.top_k(jax.lax.stop_gradient(logits), top)[0], axis=-1)
+    return -jnp.sum(jnp.exp(logs) * logs, axis=-1) / math.log(_LIKELIEST)
+
+
 def chunked_token_losses(
-    logits: Logits, states: Float[Array, "batch predict embed"], targets: Int[Array, "batch predict"], chunk: int
+    logits: Logits,
+    states: Float[Array, "batch predict embed"],
+    targets: Int[Array, "batch predict"],
+    chunk: int,
+    gate: Gate = "none",
 ) -> Float[Array, "batch predict"]:
-    """`token_losses` of states, in chunks; see `cross_entropy` for the arguments."""
-    return over_positions(lambda part: token_losses(logits(part[0]), part[1]), (states, targets), chunk)
+    """`token_losses` of states times `token_gates`, in chunks; see `cross_entropy` for the arguments."""
+
+    def losses(part: tuple[Array, Array]) -> Array:
+        scores = logits(part[0])
+        return token_losses(scores, part[1]) * token_gates(scores, part[1], gate)
+
+    return over_positions(losses, (states, targets), chunk)
 
 
 def cross_entropy(
@@ -92,6 +135,7 @@ def cross_entropy(
     targets: Int[Array, "batch predict"],
     weights: Float[Array, "batch predict"],
     chunk: int,
+    gate: Gate = "none",
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Cross-entropy of token scores.
 
@@ -101,11 +145,12 @@ def cross_entropy(
       targets: the token expected at each.
       weights: 1 where the score counts, else 0.
       chunk: see `over_positions`; static.
+      gate: see `token_gates`; static.
 
     Returns:
       Weighted sum of the losses in nats, and sum of the weights.
     """
-    return jnp.sum(chunked_token_losses(logits, states, targets, chunk) * weights), jnp.sum(weights)
+    return jnp.sum(chunked_token_losses(logits, states, targets, chunk, gate) * weights), jnp.sum(weights)
 
 
 def example_means(

@@ -193,7 +193,7 @@ class Method(ToolHooks, Generic[OptionsT]):
           batch: token rows, of the task at hand, general or remembered (`Batch.origin`).
           key: new at every step.
         """
-        return language_model_terms(self.network, params, batch, key, self.options.loss_chunk)
+        return language_model_terms(self.network, params, batch, key, self.options.loss_chunk, self.options.loss_gate)
 
     def transform(self, parts: OptimizerParts) -> optax.GradientTransformationExtraArgs:
         """The optimizer, with the method's own transformations where they belong."""

@@ -10,13 +10,15 @@ the new one fall away. The baseline that DAS calls KD is a relative: its code co
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 from pydantic import Field
 
 from jaxcl.functional.distillation import full_divergence
-from jaxcl.functional.losses import over_positions, scored_states, token_losses
+from jaxcl.functional.losses import chunked_token_losses, over_positions, scored_states, token_gates, token_losses
 from jaxcl.functional.terms import Term, Terms
 from jaxcl.methods.base import Method, Params, State, Task
 from jaxcl.methods.options import MethodOptions
@@ -49,21 +51,21 @@ class Lwf(Method[LwfOptions]):
     def loss(self, params: Params, state: State, batch: Batch, key: Array) -> Terms:
         """Language-model loss and divergence from the teacher; the latter has count 0 during the first task."""
         network, temperature, chunk = self.network, self.options.temperature, self.options.loss_chunk
+        gate = self.options.loss_gate
         states = scored_states(network.hidden(params, batch, dropout_key=key).states, batch.predict)
         teacher = overlay(params, state["teacher"])
 
         def alone(states: Array) -> tuple[Array, Array]:
-            def losses(part: tuple[Array, Array]) -> Array:
-                return token_losses(network.logits(params, part[0]), part[1])
-
-            losses_alone = over_positions(losses, (states, batch.targets), chunk)
+            logits = functools.partial(network.logits, params)
+            losses_alone = chunked_token_losses(logits, states, batch.targets, chunk, gate)
             return losses_alone, jnp.zeros_like(losses_alone)
 
         def taught(states: Array) -> tuple[Array, Array]:
             def scores(part: tuple[Array, Array, Array]) -> tuple[Array, Array]:
                 logits = network.logits(params, part[0])
                 softened = jax.nn.log_softmax(network.logits(teacher, part[1]) / temperature, axis=-1)
-                return token_losses(logits, part[2]), full_divergence(softened, logits / temperature)
+                own = token_losses(logits, part[2]) * token_gates(logits, part[2], gate)
+                return own, full_divergence(softened, logits / temperature)
 
             known = scored_states(network.hidden(teacher, batch).states, batch.predict)
             return over_positions(scores, (states, known, batch.targets), chunk)

@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 
 from pydantic import Field, field_validator
 
+from jaxcl.functional.losses import Gate
 from jaxcl.schema import Schema
 
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kMG]i?B)\s*")
@@ -21,6 +22,11 @@ class MethodOptions(Schema):
         ge=0,
         description="scored positions of a row whose token scores exist at the same time; more are worked through "
         "one part after the other and computed again in the backward pass; 0: no limit",
+    )
+    loss_gate: Gate = Field(
+        "none",
+        description="factor on the loss of each token of the task at hand; none: 1; probability: the model's own "
+        "probability of the token (DFT); entropy: how unsure the model is there (EAFT)",
     )
 
 

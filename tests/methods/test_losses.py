@@ -8,7 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcl.functional.losses import cross_entropy, over_positions, scored_states, token_losses
+from jaxcl.functional.losses import (
+    chunked_token_losses,
+    cross_entropy,
+    over_positions,
+    scored_states,
+    token_gates,
+    token_losses,
+)
 from jaxcl.functional.terms import Term
 from jaxcl.methods.passes.losses import example_losses, language_model_terms
 from jaxcl.models.batch import Batch
@@ -28,6 +35,28 @@ def test_token_losses_equal_numpy() -> None:
 def test_token_losses_survive_large_scores() -> None:
     losses = token_losses(jnp.array([[1e4, 0.0], [-1e4, 0.0]]), jnp.array([0, 0]))
     np.testing.assert_array_equal(losses, [0.0, 1e4])
+
+
+@pytest.mark.parametrize("vocab", [11, 40])
+@pytest.mark.parametrize("gate", ["probability", "entropy"])
+def test_gates_scale_loss_and_gradient_of_each_token(gate: Any, vocab: int) -> None:
+    rng = np.random.default_rng(0)
+    logits, targets = rng.normal(0, 2, (2, 3, vocab)), rng.integers(0, vocab, (2, 3))
+    logs = log_softmax(logits)
+    if gate == "probability":
+        expected = np.exp(np.take_along_axis(logs, targets[..., None], -1)[..., 0])
+    else:
+        top = np.exp(np.sort(logs, axis=-1)[..., ::-1][..., :20])
+        top /= top.sum(-1, keepdims=True)
+        expected = -(top * np.log(top)).sum(-1) / np.log(20)
+    scores, targets = jnp.asarray(logits, jnp.float32), jnp.asarray(targets)
+    np.testing.assert_allclose(token_gates(scores, targets, gate), expected, rtol=1e-5)
+
+    def total(scores: jax.Array, gate: Any) -> jax.Array:
+        return chunked_token_losses(lambda states: states, scores, targets, 2, gate).sum()
+
+    gated, plain = (jax.grad(total)(scores, one) for one in (gate, "none"))
+    np.testing.assert_allclose(gated, expected[..., None] * plain, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 4, 5, 9, 0])
@@ -153,3 +182,18 @@ def test_dropout_is_drawn_where_the_model_has_it() -> None:
         )
         sums = {float(terms(jax.random.key(seed))["loss"].sum) for seed in (1, 2)}
         assert (len(sums) == 2) == differs
+
+
+def test_only_rows_of_the_task_at_hand_are_gated() -> None:
+    network = tiny_llama()
+    params, batch = init(network), make_batch()
+
+    def terms(origin: Any, gate: Any) -> Term:
+        rows = dataclasses.replace(batch, origin=origin)
+        return language_model_terms(network, params, rows, jax.random.key(0), 0, gate)["loss"]
+
+    plain = float(terms("task", "none").sum)
+    assert float(terms("memory", "probability").sum) == pytest.approx(plain)
+    for gate in ("probability", "entropy"):
+        assert 0 < float(terms("task", gate).sum) < 0.99 * plain
+        assert float(terms("task", gate).count) == float(terms("task", "none").count)

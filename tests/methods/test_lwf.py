@@ -115,3 +115,20 @@ def test_shapes_of_the_state_never_change(network: Network) -> None:
     start, later = method.init(params), prepared(method, perturbed(params, 0.1))
     assert jax.tree.structure(start) == jax.tree.structure(later)
     jax.tree.map(lambda a, b: np.testing.assert_equal((a.shape, a.dtype), (b.shape, b.dtype)), start, later)
+
+
+@pytest.mark.parametrize("learned", [0, 1])
+def test_a_gate_is_on_the_own_loss_and_not_on_the_divergence(learned: int) -> None:
+    network, batch = tiny_llama(), make_batch()
+    params = init(network)
+
+    def terms(gate: Any) -> Any:
+        method = Lwf(LwfOptions(loss_gate=gate), network, 2)
+        state = prepared(method, perturbed(params, 0.1), index=learned)
+        return jax.jit(lambda: method.loss(params, state, batch, jax.random.key(0)))()
+
+    plain, gated = terms("none"), terms("probability")
+    expected = language_model_terms(network, params, batch, jax.random.key(0), 0, "probability")["loss"]
+    np.testing.assert_allclose(gated["loss"].sum, expected.sum, rtol=1e-5)
+    assert float(gated["loss"].sum) < 0.99 * float(plain["loss"].sum)
+    np.testing.assert_allclose(gated["distillation"].sum, plain["distillation"].sum, rtol=1e-6)

@@ -6,14 +6,19 @@ import functools
 
 from jaxtyping import Array, Float
 
-from jaxcl.functional.losses import chunked_token_losses, cross_entropy, example_means, scored_states
+from jaxcl.functional.losses import Gate, chunked_token_losses, cross_entropy, example_means, scored_states
 from jaxcl.functional.terms import Term, Terms
 from jaxcl.models.batch import Batch
 from jaxcl.models.network import Network, Params
 
 
 def language_model_loss(
-    network: Network, params: Params, states: Float[Array, "batch length embed"], batch: Batch, chunk: int
+    network: Network,
+    params: Params,
+    states: Float[Array, "batch length embed"],
+    batch: Batch,
+    chunk: int,
+    gate: Gate = "none",
 ) -> Term:
     """Cross-entropy of a batch's own targets as a term.
 
@@ -23,12 +28,16 @@ def language_model_loss(
       states: its states at all positions.
       batch: token rows.
       chunk: see `over_positions`; static.
+      gate: see `token_gates`; remembered rows are learned without. Static.
     """
-    logits = functools.partial(network.logits, params)
-    return Term(*cross_entropy(logits, scored_states(states, batch.predict), batch.targets, batch.weights, chunk))
+    logits, scored = functools.partial(network.logits, params), scored_states(states, batch.predict)
+    gate = "none" if batch.origin == "memory" else gate
+    return Term(*cross_entropy(logits, scored, batch.targets, batch.weights, chunk, gate))
 
 
-def language_model_terms(network: Network, params: Params, batch: Batch, key: Array, chunk: int) -> Terms:
+def language_model_terms(
+    network: Network, params: Params, batch: Batch, key: Array, chunk: int, gate: Gate = "none"
+) -> Terms:
     """What plain training minimises: next-token or masked-token cross-entropy, under dropout if the model has any.
 
     Args:
@@ -37,12 +46,13 @@ def language_model_terms(network: Network, params: Params, batch: Batch, key: Ar
       batch: token rows.
       key: for dropout.
       chunk: see `over_positions`; static.
+      gate: see `language_model_loss`.
 
     Returns:
       `{"loss": Term}`; the count is the number of scored tokens.
     """
     states = network.hidden(params, batch, dropout_key=key).states
-    return {"loss": language_model_loss(network, params, states, batch, chunk)}
+    return {"loss": language_model_loss(network, params, states, batch, chunk, gate)}
 
 
 def example_losses(
