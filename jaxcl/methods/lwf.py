@@ -11,6 +11,7 @@ the new one fall away. The baseline that DAS calls KD is a relative: its code co
 from __future__ import annotations
 
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -30,14 +31,19 @@ class LwfOptions(MethodOptions):
     """Options of `lwf`; the defaults are the paper's."""
 
     weight: float = Field(1.0, ge=0, description="factor on the divergence from the previous model")
+    teacher: Literal["before", "start"] = Field(
+        "before",
+        description="who teaches; before: the model before the task at hand; start: that before the first task, during "
+        "all tasks: what it knew in general is held, without any of its data",
+    )
     temperature: float = Field(2.0, gt=0, description="T: both distributions are softened by it")
 
 
 class Lwf(Method[LwfOptions]):
     """Distils the previous model's outputs on the new task's inputs.
 
-    State: `teacher`, the trained params before the task at hand (their memory once more); `learned`, the number of
-    tasks before it. Without any, the teacher is not run.
+    State: `teacher`, the trained params before the task at hand or before all (their memory once more); `learned`, the
+    number of tasks that the teacher has learned, 0 for one that is not run.
     """
 
     def init(self, params: Params) -> State:
@@ -45,7 +51,9 @@ class Lwf(Method[LwfOptions]):
         return {"teacher": trained(params), "learned": jnp.int32(0)}
 
     def prepare(self, params: Params, state: State, task: Task) -> State:
-        """The model as it is becomes the teacher."""
+        """The model as it is becomes the teacher, unless that is the one before the first task."""
+        if self.options.teacher == "start":
+            return state if task.index > 0 else {"teacher": trained(params), "learned": jnp.int32(1)}
         return {"teacher": trained(params), "learned": jnp.int32(task.index)}
 
     def loss(self, params: Params, state: State, batch: Batch, key: Array) -> Terms:

@@ -85,6 +85,8 @@ class OptimizerConfig(Schema):
     offload: bool = Field(
         False, description="keep the moments in host memory and copy them to the devices for each update"
     )
+    freeze_layers: int = Field(0, ge=0, description="lowest layers that stay as they are")
+    freeze_embeddings: bool = Field(False, description="embeddings and output heads stay as they are")
     average: Literal["none", "ema", "wise", "sfa"] = Field(
         "none",
         description="params that a task ends with, for any method; ema: their running mean; wise: between those before "

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from jaxcl.errors import UserError
 from jaxcl.functional.averaging import Averaged, averaged, finish_average, restart_average
 from jaxcl.methods.base import Method
 from jaxcl.models.batch import Batch
@@ -17,6 +18,7 @@ from jaxcl.models.trainable import overlay, trained
 from jaxcl.sharding.layout import Layout, put
 from jaxcl.training.compile import Compiler
 from jaxcl.training.feed import Feed, RowIterator
+from jaxcl.training.freeze import freezing, moving
 from jaxcl.training.keys import run_key
 from jaxcl.training.low_bits import no_low_bits, split, widen
 from jaxcl.training.optimizer import OptimizerConfig, make_parts
@@ -62,6 +64,8 @@ class Trainer:
         self.layout = layout
         self.compile = Compiler(layout)
         self._transform = method.transform(make_parts(optimizer))
+        if optimizer.freeze_layers or optimizer.freeze_embeddings:
+            self._transform = freezing(self._transform, _moving(method, optimizer))
         if optimizer.averaging is not None:
             self._transform = averaged(self._transform, *optimizer.averaging, optimizer.average_every)
         shapes = jax.eval_shape(self._init, layout.shapes)
@@ -222,6 +226,18 @@ class Trainer:
     def _init_optimizer(self, params: PyTree) -> PyTree:
         """Moments in float32 even if the params are bfloat16: a second moment in bfloat16 would stop changing."""
         return self._transform.init(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), trained(params)))
+
+
+def _moving(method: Method, optimizer: OptimizerConfig) -> PyTree:
+    """What is not frozen, of what is trained."""
+    network, layers = method.network, optimizer.freeze_layers
+    if layers > network.num_layers:
+        raise UserError(f"optimizer.freeze_layers: {layers} is over the model's {network.num_layers}", exit_code=2)
+    moves = moving(network.axes(), network.shapes(), layers=layers, embeddings=optimizer.freeze_embeddings)
+    part = trained(moves)
+    if not any(leaf.any() for leaf in jax.tree.leaves(part)):
+        raise UserError("optimizer.freeze_layers, freeze_embeddings: nothing is left to train", exit_code=2)
+    return part
 
 
 def _no_low_bits(params: PyTree) -> PyTree:

@@ -132,3 +132,16 @@ def test_a_gate_is_on_the_own_loss_and_not_on_the_divergence(learned: int) -> No
     np.testing.assert_allclose(gated["loss"].sum, expected.sum, rtol=1e-5)
     assert float(gated["loss"].sum) < 0.99 * float(plain["loss"].sum)
     np.testing.assert_allclose(gated["distillation"].sum, plain["distillation"].sum, rtol=1e-6)
+
+
+def test_the_start_may_teach_all_tasks(network: Network) -> None:
+    params, later, batch = init(network), perturbed(init(network), 0.1), make_batch()
+    method = Lwf(LwfOptions(teacher="start", temperature=1.0), network, 2)
+    state = prepared(method, params, index=0)
+    divergence = method.loss(later, state, batch, jax.random.key(0))["distillation"]
+    teacher, student = (softened(network, one, batch, 1.0) for one in (params, later))
+    by_token = (np.exp(teacher) * (teacher - student)).sum(-1)
+    np.testing.assert_allclose(divergence.sum, (by_token * np.asarray(batch.weights)).sum(), rtol=1e-4)
+    assert float(divergence.count) > 0
+    second = method.prepare(later, state, StandInTask([], index=1))
+    assert jax.tree.all(jax.tree.map(np.array_equal, second, state))
