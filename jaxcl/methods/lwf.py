@@ -20,6 +20,7 @@ from jaxcl.functional.losses import over_positions, scored_states, token_losses
 from jaxcl.functional.terms import Term, Terms
 from jaxcl.methods.base import Method, Params, State, Task
 from jaxcl.methods.options import MethodOptions
+from jaxcl.methods.passes.losses import router_terms
 from jaxcl.models.batch import Batch
 from jaxcl.models.trainable import overlay, trained
 
@@ -49,7 +50,8 @@ class Lwf(Method[LwfOptions]):
     def loss(self, params: Params, state: State, batch: Batch, key: Array) -> Terms:
         """Language-model loss and divergence from the teacher; the latter has count 0 during the first task."""
         network, temperature, chunk = self.network, self.options.temperature, self.options.loss_chunk
-        states = scored_states(network.hidden(params, batch, dropout_key=key).states, batch.predict)
+        hidden = network.hidden(params, batch, dropout_key=key)
+        states = scored_states(hidden.states, batch.predict)
         teacher = overlay(params, state["teacher"])
 
         def alone(states: Array) -> tuple[Array, Array]:
@@ -74,4 +76,5 @@ class Lwf(Method[LwfOptions]):
         return {
             "loss": Term(jnp.sum(losses * batch.weights), count),
             "distillation": Term(jnp.sum(divergences * batch.weights), count * has_teacher, self.options.weight),
+            **router_terms(network, hidden, batch),
         }
