@@ -200,6 +200,7 @@ def _own_experts(
         """Without what a grouped product leaves in rows that belong to none of its groups."""
         return values if held == total else jnp.where(is_own, values, 0)
 
+    @jax.named_scope("grouped_product")  # by which `jaxcl plan` finds them
     def product(values: Array, kernel: Array) -> Array:
         return checkpoint_name(jax.lax.ragged_dot(kept(values), kernel, sizes), PRODUCT)
 

@@ -125,6 +125,19 @@ class Network:
         return self.config.mlp_units if isinstance(self.config, LlamaConfig) else self.config.intermediate_size
 
     @property
+    def num_experts(self) -> int:
+        """Feed-forward experts per layer; 0 for networks without."""
+        return self.config.num_experts if isinstance(self.config, LlamaConfig) else 0
+
+    @property
+    def active_units(self) -> int:
+        """Feed-forward intermediate units per layer that a token goes through."""
+        c = self.config
+        return (
+            c.experts_per_token * c.expert_size if isinstance(c, LlamaConfig) and c.num_experts else c.intermediate_size
+        )
+
+    @property
     def router_loss_weight(self) -> float:
         """Factor on the routers' load-balancing loss; 0 for networks without such a loss."""
         return self.config.router_loss_weight if isinstance(self.config, LlamaConfig) else 0.0
@@ -157,12 +170,8 @@ class Network:
     @property
     def num_active_params(self) -> int:
         """Number of params that one token is computed with: all but those of the experts that it does not go to."""
-        c = self.config
-        if not (isinstance(c, LlamaConfig) and c.num_experts):
-            return self.num_params
-        return (
-            self.num_params - c.num_layers * (c.num_experts - c.experts_per_token) * 3 * c.expert_size * c.hidden_size
-        )
+        spare = self.num_layers * (self.intermediate_size - self.active_units)
+        return self.num_params - 3 * spare * self.hidden_size
 
     def init(self, key: Array) -> Params:
         """Fresh params; can be jitted."""
