@@ -1,6 +1,6 @@
 """Mixture of experts: each token goes through the few feed-forward parts that a router chooses for it.
 
-No token is dropped: tokens are sorted by expert, and grouped products (`jax.lax.ragged_dot`) take groups of any size.
+No token is dropped: tokens are sorted by expert, and grouped products take groups of any size.
 Where experts are split over devices, each device computes what its own experts add to the tokens that it holds, and the
 parts are summed.
 
@@ -16,16 +16,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxcl.models.activation import ACTIVATIONS
 from jaxcl.models.axes import Names, per_shard
 from jaxcl.models.compute import recomputed
 from jaxcl.models.gates import Gates, gate
+from jaxcl.models.grouped import grouped_product
 from jaxcl.models.layers import Linear, RMSNorm, parameter
 from jaxcl.models.llama_config import LlamaConfig
-from jaxcl.models.product import PRODUCT
 
 # Logical axes of what each device computes on its own.
 _TOKENS = ("batch", "length", None)
@@ -200,9 +199,8 @@ def _own_experts(
         """Without what a grouped product leaves in rows that belong to none of its groups."""
         return values if held == total else jnp.where(is_own, values, 0)
 
-    @jax.named_scope("grouped_product")  # by which `jaxcl plan` finds them
     def product(values: Array, kernel: Array) -> Array:
-        return checkpoint_name(jax.lax.ragged_dot(kept(values), kernel, sizes), PRODUCT)
+        return grouped_product(kept(values), kernel, sizes)
 
     repeated = jnp.broadcast_to(x[:, :, None], (rows, length, count, x.shape[-1])).reshape(local.size, -1)
     sorted_x = _taken(repeated, order)

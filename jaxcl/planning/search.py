@@ -110,7 +110,9 @@ def arranged(config: ExperimentConfig, one: Arrangement) -> ExperimentConfig:
 
 
 def arrangements(config: ExperimentConfig, chips: int) -> Iterator[Arrangement]:
-    """Arrangements that split heads, mlp or experts, and batch evenly, with one copy of the params or one per `tensor` group.
+    """Arrangements that split heads, mlp or experts, and batch evenly.
+
+    There is one copy of the params, or one per `tensor` group.
 
     Args:
       config: the configuration.

@@ -178,8 +178,7 @@ def test_the_program_grows_neither_with_depth_nor_with_experts() -> None:
         text = jax.jit(jax.value_and_grad(loss)).lower(network.shapes()).as_text()
         return re.sub(r"@\w+", "@function", text).count(" = ")
 
-    few = instructions()
-    assert few == instructions(num_layers=8) == instructions(num_experts=64, experts_per_token=2) > 200
+    assert instructions(num_experts=16) == instructions(num_experts=64, num_layers=8) > 200
 
 
 def test_units_are_experts_times_intermediate() -> None:
