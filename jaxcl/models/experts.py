@@ -196,14 +196,14 @@ def _own_experts(
     is_own = (jnp.arange(local.size) < jnp.sum(sizes))[:, None]
 
     def kept(values: Array) -> Array:
-        """Without what a grouped product leaves in rows that belong to none of its groups."""
+        """Without what a grouped product, or its gradient, leaves in rows that belong to none of its groups."""
         return values if held == total else jnp.where(is_own, values, 0)
 
     def product(values: Array, kernel: Array) -> Array:
-        return grouped_product(kept(values), kernel, sizes)
+        return kept(grouped_product(values, kernel, sizes))
 
     repeated = jnp.broadcast_to(x[:, :, None], (rows, length, count, x.shape[-1])).reshape(local.size, -1)
-    sorted_x = _taken(repeated, order)
+    sorted_x = kept(_taken(repeated, order))
     gated, up = product(sorted_x, gate_kernel), product(sorted_x, up_kernel)
     gates = None
     if kind is not None and factors is not None:
@@ -219,7 +219,7 @@ def _own_experts(
         inner = inner if gates is None else gate(inner[:, None], gates.after_activation, axis=2)[:, 0]
         return product(inner, down_kernel)
 
-    out = _taken(kept(rest(gated, up, gates)), jnp.argsort(order)).reshape(*chosen.shape, -1)
+    out = _taken(rest(gated, up, gates), jnp.argsort(order)).reshape(*chosen.shape, -1)
     return jnp.sum(out * weights[..., None], axis=2).astype(x.dtype)[None]
 
 

@@ -9,7 +9,6 @@ from jaxtyping import Array, Float, Int
 
 from jaxcl.models.product import PRODUCT
 
-
 _SCOPE = "grouped_product"  # by which `jaxcl plan` finds it
 
 
