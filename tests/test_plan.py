@@ -201,6 +201,36 @@ def test_estimates_know_what_saves_memory() -> None:
     assert estimate(config, twice, chip).seconds > estimate(config, once, chip).seconds
 
 
+MIXTURE = {**LLAMA, "num_experts": 8, "experts_per_token": 2, "expert_size": 16}
+
+
+def test_of_experts_active_operations_are_counted() -> None:
+    """Products of a dense model of equal size, two experts of 16 units for one of 32; routers come on top."""
+    mixed, dense = (plan(config_of(SEEKR, model=model), "v5e:1x1", ["train"]) for model in (MIXTURE, LLAMA))
+    router = 6 * 3 * 16 * 8 * 4 * 32  # operations x layers x embed x experts x tokens
+    assert mixed.flops == pytest.approx(dense.flops + router, rel=1e-3)
+    network = Network.create(config_of(SEEKR, model=MIXTURE).model)
+    assert mixed.parameters == network.num_params == mixed.active_parameters + 3 * (8 - 2) * 3 * 16 * 16
+    assert dense.active_parameters is None
+    assert "active" in as_table(mixed)
+    assert "active" not in as_table(dense)
+
+
+def test_estimates_know_that_few_experts_compute() -> None:
+    chip, one = CHIPS["v5e"], Arrangement(1, 1, 1, "full", 1)
+    few, all_of_them = (
+        estimate(config_of({"name": "sequential"}, model={**MIXTURE, "experts_per_token": count}), one, chip)
+        for count in (2, 8)
+    )
+    assert few.seconds < all_of_them.seconds
+    assert few.bytes < all_of_them.bytes
+
+
+def test_search_splits_whole_experts() -> None:
+    config = config_of({"name": "sequential"}, model={**MIXTURE, "num_experts": 6}, training={"batch_size": 8})
+    assert {one.tensor for one in arrangements(config, 8)} == {1, 2}
+
+
 def test_low_bits_count_as_much_as_bfloat16_saves() -> None:
     """Without accumulation the gradient is bfloat16, too."""
 

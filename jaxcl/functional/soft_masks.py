@@ -10,6 +10,7 @@ accumulation compounds the mask.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -29,11 +30,12 @@ class Unit(NamedTuple):
       kind: a key of the importance: `heads`, `intermediate`, `output`, or any other name.
       axis: the param's axis that runs along the units. If it is shorter than the number of units, each entry serves a
         group of them, as a key/value head serves several query heads, and gets the largest importance of its group.
+        Several axes, in rising order: units are numbered along them, the last one fastest, as those of experts are.
       layer: the layer of a param that belongs to one layer; `None` for a param whose first axis runs along the layers.
     """
 
     kind: str
-    axis: int
+    axis: int | tuple[int, ...]
     layer: int | None = None
 
 
@@ -148,15 +150,16 @@ def masked_optimizer(
 def _along(importance: Float[Array, "layers units"], leaf: Any, unit: Unit, name: str) -> Float[Array, "..."]:
     """The importance of a param's units in a shape that broadcasts to it."""
     values = importance if unit.layer is None else importance[unit.layer]
-    layers, units, size = len(importance), importance.shape[-1], leaf.shape[unit.axis]
+    axes = (unit.axis,) if isinstance(unit.axis, int) else unit.axis
+    sizes = [leaf.shape[axis] for axis in axes]
+    layers, units, size = len(importance), importance.shape[-1], math.prod(sizes)
     if units % size or (unit.layer is None and leaf.shape[0] != layers):
         raise ValueError(
             f"soft_masks: param {name}: expected {layers} layers and {units} {unit.kind} (or groups of them) on axis "
             f"{unit.axis}, got {leaf.shape}"
         )
     values = values.reshape(*values.shape[:-1], size, units // size).max(axis=-1)
-    shape = [1] * len(leaf.shape)
-    shape[unit.axis] = size
+    shape = [own if axis in axes else 1 for axis, own in enumerate(leaf.shape)]
     if unit.layer is None:
         shape[0] = layers
     return values.reshape(shape)

@@ -135,6 +135,11 @@ class Method(ToolHooks, Generic[OptionsT]):
         """How earlier examples are kept and fed back; `None` keeps none."""
         return self.options.replay if isinstance(self.options, ReplayOptions) else None
 
+    @property
+    def couples_examples(self) -> bool:
+        """See `ToolHooks`: the loss of routers compares where all tokens of a batch go."""
+        return self.network.router_loss_weight > 0
+
     # State
 
     def init(self, params: Params) -> State:

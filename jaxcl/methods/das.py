@@ -37,7 +37,7 @@ from jaxcl.functional.terms import Term, Terms
 from jaxcl.methods.base import Method, OptimizerParts, Params, State, Task
 from jaxcl.methods.options import MethodOptions
 from jaxcl.methods.passes.importance import Proxy, add_domain_importance, add_general_importance
-from jaxcl.methods.passes.losses import language_model_loss
+from jaxcl.methods.passes.losses import language_model_loss, router_terms
 from jaxcl.models.batch import Batch
 from jaxcl.models.gates import Gates
 from jaxcl.models.network import ModelConfig
@@ -114,7 +114,7 @@ class Das(Method[DasOptions]):
     @property
     def couples_examples(self) -> bool:
         """The contrast does."""
-        return bool(self.options.contrast_weight > 0)
+        return self.options.contrast_weight > 0 or super().couples_examples
 
     @classmethod
     def check(cls, options: Any, model: ModelConfig) -> None:
@@ -142,10 +142,11 @@ class Das(Method[DasOptions]):
     def loss(self, params: Params, state: State, batch: Batch, key: Array) -> Terms:
         """Language-model loss and contrast."""
         model_key, contrast_key = jax.random.split(key)
-        states = self.network.hidden(params, batch, dropout_key=model_key).states
-        terms = {"loss": language_model_loss(self.network, params, states, batch, self.options.loss_chunk)}
+        hidden = self.network.hidden(params, batch, dropout_key=model_key)
+        terms = {"loss": language_model_loss(self.network, params, hidden.states, batch, self.options.loss_chunk)}
+        terms |= router_terms(self.network, hidden, batch)
         if self.options.contrast_weight > 0:
-            anchor = pool(states, batch.segments) if self.options.anchor == "language_model" else None
+            anchor = pool(hidden.states, batch.segments) if self.options.anchor == "language_model" else None
             terms["contrast"] = self._contrast(params, state["importance"], batch, anchor, contrast_key)
         return terms
 

@@ -26,6 +26,7 @@ from jaxcl.functional.losses import over_positions, scored_states, token_losses
 from jaxcl.functional.terms import Term, Terms
 from jaxcl.methods.base import Method, Params, State, Stored
 from jaxcl.methods.options import ReplayOptions
+from jaxcl.methods.passes.losses import router_terms
 from jaxcl.models.batch import Batch
 
 
@@ -50,7 +51,8 @@ class Derpp(Method[DerppOptions]):
             return super().loss(params, state, batch, key)
         if batch.teacher is None:
             raise UserError("derpp: nothing is stored with the remembered rows; was the run's teacher store removed?")
-        states = scored_states(self.network.hidden(params, batch, dropout_key=key).states, batch.predict)
+        hidden = self.network.hidden(params, batch, dropout_key=key)
+        states = scored_states(hidden.states, batch.predict)
 
         def compare(part: tuple[Array, Array, Array]) -> tuple[Array, Array]:
             logits = self.network.logits(params, part[0])
@@ -63,6 +65,7 @@ class Derpp(Method[DerppOptions]):
         return {
             "loss": Term(jnp.sum(losses * batch.weights), count, self.options.beta),
             "match": Term(jnp.sum(differences * batch.weights), count, self.options.alpha),
+            **router_terms(self.network, hidden, batch),
         }
 
     @property

@@ -23,6 +23,7 @@ from jaxcl.functional.losses import chunked_token_losses, over_positions, scored
 from jaxcl.functional.terms import Term, Terms
 from jaxcl.methods.base import Method, Params, State, Task
 from jaxcl.methods.options import MethodOptions
+from jaxcl.methods.passes.losses import router_terms
 from jaxcl.models.batch import Batch
 from jaxcl.models.trainable import overlay, trained
 
@@ -60,7 +61,8 @@ class Lwf(Method[LwfOptions]):
         """Language-model loss and divergence from the teacher; the latter has count 0 during the first task."""
         network, temperature, chunk = self.network, self.options.temperature, self.options.loss_chunk
         gate = self.options.loss_gate
-        states = scored_states(network.hidden(params, batch, dropout_key=key).states, batch.predict)
+        hidden = network.hidden(params, batch, dropout_key=key)
+        states = scored_states(hidden.states, batch.predict)
         teacher = overlay(params, state["teacher"])
 
         def alone(states: Array) -> tuple[Array, Array]:
@@ -84,4 +86,5 @@ class Lwf(Method[LwfOptions]):
         return {
             "loss": Term(jnp.sum(losses * batch.weights), count),
             "distillation": Term(jnp.sum(divergences * batch.weights), count * has_teacher, self.options.weight),
+            **router_terms(network, hidden, batch),
         }

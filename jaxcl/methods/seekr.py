@@ -50,6 +50,7 @@ from jaxcl.functional.terms import Term, Terms
 from jaxcl.methods.base import Method, Params, State, Stored, Task
 from jaxcl.methods.options import ReplayConfig, ReplayOptions
 from jaxcl.methods.passes.heads import add_forgettability, add_sensitivity
+from jaxcl.methods.passes.losses import router_terms
 from jaxcl.methods.tool_hooks import Exact
 from jaxcl.models.batch import Batch
 from jaxcl.models.network import ModelConfig, Network
@@ -277,7 +278,7 @@ class Seekr(Method[SeekrOptions]):
         teacher = jax.lax.stop_gradient(jax.lax.cond(known, read, lambda: nothing))
         terms = self._distilled(params, state, batch, teacher | {"heads": heads, "queries": queries}, model_key)
         terms["loss"] = terms["loss"]._replace(weight=1.0)
-        for name in terms.keys() - {"loss"}:
+        for name in terms.keys() - {"loss", "router"}:
             terms[name] = Term(terms[name].sum * known, terms[name].count * known, terms[name].weight)
         return terms
 
@@ -305,7 +306,7 @@ class Seekr(Method[SeekrOptions]):
         count = jnp.sum(batch.weights)
         terms["loss"] = Term(sums[0], count, 1.0 - self.options.logit_weight)
         terms["logits"] = Term(sums[1], count, self.options.logit_weight)
-        return terms
+        return terms | router_terms(self.network, hidden, batch)
 
     def _attention_weight(self, state: State) -> float | Array:
         options = self.options

@@ -22,7 +22,7 @@ class Gates:
     Attributes:
       heads: factor on each head's output, before the output projection.
       intermediate: factor on each intermediate unit, after the activation (SwiGLU: after gate times up). DAS's
-        authors have it before the activation, as `EarlyGates` do.
+        authors have it before the activation, as `EarlyGates` do. The units of experts come one expert after another.
       output: factor on each unit of the feed-forward output, before the residual sum.
     """
 

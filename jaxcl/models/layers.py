@@ -27,8 +27,12 @@ Sizes = dict[str, int]
 _DRAWN_FLAT = 2**22
 
 
-UNIT_AXES = {"heads": ("heads", "kv_heads"), "intermediate": ("mlp",), "output": ("embed",)}
-"""Logical axes that run along the units of a kind; key/value heads serve groups of heads."""
+UNIT_AXES = {
+    "heads": ("heads", "kv_heads"),
+    "intermediate": ("mlp", "experts", "expert_mlp"),
+    "output": ("embed",),
+}
+"""Logical axes that run along the units of a kind; key/value heads serve groups of heads, units of experts have two."""
 
 
 def parameter(
@@ -80,8 +84,10 @@ def _unit(axes: Sequence[str | None], layers: int | None, kind: str | None) -> U
     """The unit of a parameter with these axes within a layer; `None` outside layers."""
     if layers is None:
         return None
-    found = [axis for axis, name in enumerate(axes, 1) if kind is not None and name in UNIT_AXES[kind]]
-    return Unit(kind, found[0]) if kind is not None and found else Unit(LAYER, 0)
+    found = tuple(axis for axis, name in enumerate(axes, 1) if kind is not None and name in UNIT_AXES[kind])
+    if kind is None or not found:
+        return Unit(LAYER, 0)
+    return Unit(kind, found[0] if len(found) == 1 else found)
 
 
 class Linear(nnx.Module):

@@ -3,7 +3,7 @@
 A switch that is not set leaves no trace in the compiled program. What differs from layer to layer is data that is
 scanned along (`LayerKind`), so that the program does not grow with depth.
 
-Axis names: batch, length, heads, kv_heads, head_dim, embed, mlp, vocab, layers.
+Axis names: batch, length, heads, kv_heads, head_dim, embed, mlp, experts, expert_mlp, vocab, layers.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from jaxcl.models.activation import ACTIVATIONS
 from jaxcl.models.axes import constrain
 from jaxcl.models.batch import Batch
 from jaxcl.models.compute import recomputed
+from jaxcl.models.experts import LlamaExperts
 from jaxcl.models.gates import Gates, gate
 from jaxcl.models.layer import Context, LayerKind, Noise
 from jaxcl.models.layers import Embedding, Linear, RMSNorm
@@ -110,7 +111,7 @@ class LlamaBlock(nnx.Module):
         self.attention = LlamaAttention(c, rngs, layers)
         self.attention_post_norm = _norm(c, layers) if after else None
         self.mlp_norm = _norm(c, layers) if before else None
-        self.mlp = LlamaMlp(c, rngs, layers)
+        self.mlp = LlamaExperts(c, rngs, layers, _residual_std(c)) if c.num_experts else LlamaMlp(c, rngs, layers)
         self.mlp_post_norm = _norm(c, layers, "output") if after else None
         self.residual_scale = c.residual_scale
 

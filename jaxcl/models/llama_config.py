@@ -33,6 +33,15 @@ class LlamaConfig(Schema):
     hidden_size: int = Field(gt=0, description="width of the residual stream")
     intermediate_size: int = Field(gt=0, description="feed-forward intermediate units per layer")
     num_layers: int = Field(gt=0, description="number of layers")
+    num_experts: int = Field(
+        0, ge=0, description="feed-forward experts per layer, of which each token goes to a few; 0: one for all"
+    )
+    experts_per_token: int = Field(0, ge=0, description="experts that each token goes to")
+    expert_size: int = Field(0, ge=0, description="intermediate units of an expert; 0: as intermediate_size")
+    normalise_top_k: bool = Field(False, description="whether the factors of a token's experts are made to sum up to 1")
+    router_loss_weight: float = Field(
+        0.0, ge=0, description="factor on the loss that spreads tokens evenly over experts; 0: no such loss"
+    )
     num_heads: int = Field(gt=0, description="attention (query) heads per layer")
     num_kv_heads: int = Field(0, ge=0, description="key/value heads per layer; 0: as many as num_heads")
     head_dim: int = Field(0, ge=0, description="width of a head; 0: hidden_size / num_heads")
@@ -116,6 +125,7 @@ class LlamaConfig(Schema):
             raise ValueError(f"head_dim{share} must be even for rotary positions, got {self.rotary_width}")
         if self.soft_tokens > self.vocab_size:  # each starts as a word of its own
             raise ValueError(f"soft_tokens ({self.soft_tokens}) must be at most vocab_size ({self.vocab_size})")
+        self._resolve_experts()
         if self.attention_out_bias == self.attention_bias:
             values["attention_out_bias"] = None
         if self.attention_scale == self.head_dim**-0.5:
@@ -137,6 +147,29 @@ class LlamaConfig(Schema):
                 f"{len(scaling.long_factors)}"
             )
         return self
+
+    def _resolve_experts(self) -> None:
+        values = self.__dict__
+        if not self.num_experts:
+            values |= {"experts_per_token": 0, "expert_size": 0, "normalise_top_k": False, "router_loss_weight": 0.0}
+            return
+        values["expert_size"] = self.expert_size or self.intermediate_size
+        if not 0 < self.experts_per_token <= self.num_experts:
+            raise ValueError(
+                f"experts_per_token: expected 1 to num_experts ({self.num_experts}), got {self.experts_per_token}"
+            )
+        if self.mlp_bias:
+            raise ValueError("mlp_bias: experts (num_experts above 0) have no biases; allowed is false")
+        if self.lora is not None and (found := sorted({"gate", "up", "down"} & set(self.lora.targets))):
+            raise ValueError(
+                f"lora.targets: experts (num_experts above 0) have no adapters, got {', '.join(found)}; allowed are "
+                "query, key, value, out"
+            )
+
+    @property
+    def mlp_units(self) -> int:
+        """Feed-forward intermediate units per layer, those of all experts together."""
+        return self.num_experts * self.expert_size or self.intermediate_size
 
     @property
     def dropout_rates(self) -> tuple[float, float]:

@@ -15,6 +15,7 @@ from pydantic import Field
 
 from jaxcl.models.axes import constrain
 from jaxcl.models.batch import Batch
+from jaxcl.models.experts import Load
 from jaxcl.models.gates import Gates
 from jaxcl.models.layer import Context, LayerKind, Noise, apply_block
 from jaxcl.models.layers import derive
@@ -33,10 +34,12 @@ class Hidden(NamedTuple):
     Attributes:
       states: output of the last layer (and the final norm), compute dtype.
       probed: the probe's results, leaves `[layers, ...]`; `None` without a probe.
+      load: how evenly each layer's router spreads tokens, leaves `[layers, experts]`; `None` if routers have no loss.
     """
 
     states: Float[Array, "batch length embed"]
     probed: Any
+    load: Load | None = None
 
 
 class Layer(NamedTuple):
@@ -118,8 +121,26 @@ class Network:
 
     @property
     def intermediate_size(self) -> int:
-        """Feed-forward intermediate units per layer."""
-        return self.config.intermediate_size
+        """Feed-forward intermediate units per layer, those of all experts together."""
+        return self.config.mlp_units if isinstance(self.config, LlamaConfig) else self.config.intermediate_size
+
+    @property
+    def num_experts(self) -> int:
+        """Feed-forward experts per layer; 0 for networks without."""
+        return self.config.num_experts if isinstance(self.config, LlamaConfig) else 0
+
+    @property
+    def active_units(self) -> int:
+        """Feed-forward intermediate units per layer that a token goes through."""
+        c = self.config
+        return (
+            c.experts_per_token * c.expert_size if isinstance(c, LlamaConfig) and c.num_experts else c.intermediate_size
+        )
+
+    @property
+    def router_loss_weight(self) -> float:
+        """Factor on the routers' load-balancing loss; 0 for networks without such a loss."""
+        return self.config.router_loss_weight if isinstance(self.config, LlamaConfig) else 0.0
 
     @property
     def hidden_size(self) -> int:
@@ -146,6 +167,12 @@ class Network:
         """Number of params, adapters included."""
         return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.shapes()))
 
+    @property
+    def num_active_params(self) -> int:
+        """Number of params that one token is computed with: all but those of the experts that it does not go to."""
+        spare = self.num_layers * (self.intermediate_size - self.active_units)
+        return self.num_params - 3 * spare * self.hidden_size
+
     def init(self, key: Array) -> Params:
         """Fresh params; can be jitted."""
         # Adapters have a stream of their own, a fixed way from the key.
@@ -167,7 +194,7 @@ class Network:
     def gates(self, batch: int | None = None) -> Gates:
         """Gates of 1; see `Gates.ones`."""
         c = self.config
-        sizes = {"heads": c.num_heads, "intermediate": c.intermediate_size, "output": c.hidden_size}
+        sizes = {"heads": c.num_heads, "intermediate": self.intermediate_size, "output": c.hidden_size}
         return Gates.ones(layers=c.num_layers, batch=batch, **sizes)
 
     def _metadata(self, name: str) -> Params:
@@ -208,10 +235,9 @@ class Network:
         x = self.embed(params, batch, dropout_key=None if keys is None else keys[0], dropout_rate=dropout_rate)
 
         def body(x: Array, layer: _PerLayer) -> tuple[Array, Any]:
-            return self.block(
+            return self._block(
                 layer.layer,
                 x,
-                batch,
                 context=context,
                 gates=layer.gates,
                 tap=None if tap is None else dataclasses.replace(tap, inputs=layer.tap),
@@ -227,8 +253,8 @@ class Network:
             probe=None if probe is None else probe.inputs,
             key=None if keys is None else keys[1:],
         )
-        x, probed = jax.lax.scan(self.remat(body), x, layers)
-        return Hidden(self._merge(params).finish(x), probed)
+        x, (probed, load) = jax.lax.scan(self.remat(body), x, layers)
+        return Hidden(self._merge(params).finish(x), probed, load)
 
     def remat(self, body: Any) -> Any:
         """`body` of a scan over layers, recomputed in the backward pass as the configuration says."""
@@ -307,10 +333,33 @@ class Network:
         Returns:
           The layer's output, and the probe's.
         """
-        block = self.layer(layer.params)
-        noise = self._noise(dropout_key, dropout_rate)
-        context = (self.context(batch) if context is None else context).at(layer.kind)
-        return apply_block(block, x, context, gates=gates, tap=tap, probe=probe, noise=noise)
+        context = self.context(batch) if context is None else context
+        x, (probed, _) = self._block(
+            layer,
+            x,
+            context=context,
+            gates=gates,
+            tap=tap,
+            probe=probe,
+            dropout_key=dropout_key,
+            dropout_rate=dropout_rate,
+        )
+        return x, probed
+
+    def _block(
+        self,
+        layer: Layer,
+        x: Array,
+        *,
+        context: Context,
+        dropout_key: Array | None,
+        dropout_rate: float | None,
+        **seen: Any,
+    ) -> tuple[Array, tuple[Any, Load | None]]:
+        """One layer's output, the probe's, and the load of its experts."""
+        block, noise = self.layer(layer.params), self._noise(dropout_key, dropout_rate)
+        x, probed = apply_block(block, x, context.at(layer.kind), noise=noise, **seen)
+        return x, (probed, block.mlp.load(context.segments != 0) if self.router_loss_weight else None)
 
     def layer(self, layer_params: Params) -> Any:
         """The `Block` of one layer's params, whose `project` and `complete` come before and after attention."""

@@ -1,7 +1,8 @@
 """The cost of one call of a compiled program per chip: operations, memory traffic, traffic between chips.
 
 The compiler's own count takes the body of a loop once, whatever its trip count, and does not see into Pallas kernels.
-Here loops are multiplied by their trip counts, and splash attention is counted by its products.
+Here loops are multiplied by their trip counts, and splash attention is counted by its products. Of a grouped product
+(`jax.lax.ragged_dot`), in which compilers write every group with all rows, each row is counted with its own group.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ _FREE = frozenset(
 )
 _SLICES = ("dynamic-slice", "slice", "gather")
 _Started = Mapping[str, set[str]]
+_GROUPED = "grouped_product"  # the scope that the model names them by
 # Products per kernel, each 2 * rows * length * length * head_dim operations (Dao, 2023: FlashAttention-2, section 3).
 _SPLASH = {"fwd": 2, "dq": 3, "dkv": 4}
 
@@ -59,13 +61,15 @@ class Cost(NamedTuple):
         return sum(one.bytes for one in self.collectives.values())
 
 
-def count_cost(program: Program, *, causal: bool, loop_trips: int = 1) -> Cost:
+def count_cost(program: Program, *, causal: bool, loop_trips: int = 1, experts: int = 1) -> Cost:
     """The cost of a program.
 
     Args:
       program: the parsed program.
       causal: whether splash attention skips the blocks of later keys, which are half of all.
       loop_trips: trip count assumed for data-dependent loops.
+      experts: groups of the grouped products (`jaxcl.models.experts`), those on other chips included: evenly
+        spread rows are assumed.
     """
     flops = memory = 0.0
     collectives: dict[str, Collective] = defaultdict(lambda: Collective(0.0, 0.0))
@@ -73,7 +77,7 @@ def count_cost(program: Program, *, causal: bool, loop_trips: int = 1) -> Cost:
     for name, count, fused in times(program, loop_trips):
         computation = program.computations[name]
         for one in computation.values():
-            flops += count * _flops(one, computation, causal)
+            flops += count * _flops(one, computation, causal) / (experts if _GROUPED in one.text else 1)
             if not fused:
                 memory += count * _traffic(one, computation, program, started)
             kind = _collective(one, name)

@@ -47,6 +47,9 @@ class Plan(Schema):
     accumulate: int = Field(description="micro-batches per step")
     remat: str = Field(description="rematerialisation policy")
     parameters: int = Field(description="number of parameters of the model")
+    active_parameters: int | None = Field(
+        None, description="of them, those that a token is computed with, in a model with experts; none: all"
+    )
     chip_memory: float = Field(description="bytes per chip that a program can use")
     fits: bool = Field(description="whether every step fits")
     bytes_per_chip: float = Field(description="memory of the step that needs the most")
@@ -104,6 +107,7 @@ def plan(config: ExperimentConfig, topology_name: str, steps: Sequence[str] | No
             topology.chip,
             causal=network.causal,
             loop_trips=one.loop_trips,
+            experts=network.num_experts or 1,
             resident=one.resident,
         )
         for name, one in chosen.items()
@@ -117,6 +121,7 @@ def plan(config: ExperimentConfig, topology_name: str, steps: Sequence[str] | No
         accumulate=config.training.accumulate,
         remat=config.model.compute.remat,
         parameters=network.num_params,
+        active_parameters=network.num_active_params if network.num_experts else None,
         chip_memory=topology.chip.memory,
         fits=all(one.fits for one in plans.values()),
         bytes_per_chip=max(one.bytes_per_chip for one in plans.values()),

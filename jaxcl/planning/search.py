@@ -110,15 +110,18 @@ def arranged(config: ExperimentConfig, one: Arrangement) -> ExperimentConfig:
 
 
 def arrangements(config: ExperimentConfig, chips: int) -> Iterator[Arrangement]:
-    """Arrangements that split heads, mlp and batch evenly, with one copy of the params, or one per `tensor` group.
+    """Arrangements that split heads, mlp or experts, and batch evenly.
+
+    There is one copy of the params, or one per `tensor` group.
 
     Args:
       config: the configuration.
       chips: number of chips.
     """
     model, rows = config.model, config.training.batch_size
+    network = Network.create(model)
     for tensor in (size for size in range(1, chips + 1) if chips % size == 0):
-        if model.num_heads % tensor or model.intermediate_size % tensor:
+        if model.num_heads % tensor or (network.num_experts or model.intermediate_size) % tensor:
             continue
         rest = chips // tensor
         for data, fsdp in {(1, rest), (rest, 1)}:
@@ -134,8 +137,9 @@ def estimate(config: ExperimentConfig, one: Arrangement, chip: Chip) -> Estimate
 
     Memory: params, moments and gradient, divided by `fsdp * tensor`, and what each layer keeps for its backward pass:
     its input (`full`), also its matrix products (`dots`), or all of its activations (`none`). Time: the larger of
-    compute, with 6 operations per param and token (8 with `full`, which repeats the forward pass), and communication:
-    gathering the params for each pass, scattering the gradient, and two sums over `tensor` per layer and pass.
+    compute, with 6 operations per active param and token (8 with `full`, which repeats the forward pass), and
+    communication: gathering the params for each pass, scattering the gradient, and two sums over `tensor` per layer and
+    pass.
 
     Args:
       config: the configuration, already arranged.
@@ -156,7 +160,7 @@ def estimate(config: ExperimentConfig, one: Arrangement, chip: Chip) -> Estimate
 
     rows = config.training.batch_size // (one.data * one.fsdp * one.accumulate)
     tokens = rows * shape.length
-    hidden, wide = model.hidden_size, model.intermediate_size / one.tensor
+    hidden, wide = model.hidden_size, network.active_units / one.tensor
     split = hidden / one.tensor
     per_token = {"full": hidden, "dots": 2 * hidden + 4 * split + 3 * wide, "none": 6 * hidden + 8 * split + 6 * wide}
     working = tokens * (6 * hidden + 8 * split + 6 * wide) * width
@@ -164,7 +168,8 @@ def estimate(config: ExperimentConfig, one: Arrangement, chip: Chip) -> Estimate
     activations = model.num_layers * tokens * per_token[one.remat] * width + working + 8 * scored * model.vocab_size
 
     work = tokens * one.accumulate
-    compute = (8 if one.remat == "full" else 6) * params / one.tensor * work / chip.flops
+    active = network.num_active_params
+    compute = (8 if one.remat == "full" else 6) * active / one.tensor * work / chip.flops
     passes = 3 if one.remat == "full" else 2
     gathered = (passes * one.accumulate * width + 4) * params / one.tensor if one.fsdp > 1 else 0.0
     if one.data > 1:

@@ -9,8 +9,9 @@ from jaxcl.planning.step import StepPlan
 def as_table(found: Plan) -> str:
     """A plan as text: the needs of each step on one chip."""
     mesh = " x ".join(f"{name} {size}" for name, size in found.mesh.items() if size > 1) or "one device"
+    active = "" if found.active_parameters is None else f" ({found.active_parameters / 1e6:,.0f}M active)"
     lines = [
-        f"{found.parameters / 1e6:,.0f}M params on {found.topology} ({mesh}), {found.batch_size} rows in "
+        f"{found.parameters / 1e6:,.0f}M params{active} on {found.topology} ({mesh}), {found.batch_size} rows in "
         f"{found.accumulate} part{'s' if found.accumulate > 1 else ''}, remat {found.remat}",
     ]
     if found.compiler == "host":

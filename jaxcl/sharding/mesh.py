@@ -24,7 +24,7 @@ class MeshConfig(Schema):
 
     data: int = Field(-1, ge=-1, description="copies of the params, over which the batch is split; -1: inferred")
     fsdp: int = Field(1, ge=-1, description="parts of batch, params and optimizer state; -1: inferred")
-    tensor: int = Field(1, ge=-1, description="parts of heads, mlp and vocab within a layer; -1: inferred")
+    tensor: int = Field(1, ge=-1, description="parts of heads, mlp, experts and vocab within a layer; -1: inferred")
 
     @model_validator(mode="after")
     def _sizes(self) -> MeshConfig:

@@ -25,6 +25,8 @@ PARAM_RULES: Rules = {
     "kv_heads": ("tensor",),
     "head_dim": (),
     "mlp": ("tensor",),
+    "experts": ("tensor",),
+    "expert_mlp": (),
     "vocab": ("tensor",),
     "length": (),
     "labels": (),
@@ -40,6 +42,7 @@ ACTIVATION_RULES: Rules = {
     "kv_heads": ("tensor",),
     "head_dim": (),
     "mlp": ("tensor",),
+    "experts": ("tensor",),
     "vocab": ("tensor",),
     "labels": (),
 }

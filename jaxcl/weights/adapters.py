@@ -153,7 +153,7 @@ def _paths(table: Table, modules: set[str], where: str, layers: int) -> set[str]
     """Paths of the projections that modules are."""
     known: dict[str, set[str]] = {}
     for row in table.rows:
-        if row.path.endswith("/kernel") and row.stacked:
+        if row.path.endswith("/kernel") and row.stacked and not row.by_expert:
             for layer in range(layers):
                 name = row.name.format(layer=layer).removesuffix(".weight")
                 known.setdefault(name, set()).add(row.path.removesuffix("/kernel"))

@@ -21,7 +21,8 @@ def read_param(source: Source, found: Match, leaf: jax.ShapeDtypeStruct, shardin
     """One parameter, sharded.
 
     A stacked parameter is allocated on its devices and filled layer by layer, so that the host holds only one layer of
-    it; of a layer that is split over devices, only the parts for this process are read.
+    it; of a layer that is split over devices, only the parts for this process are read. Experts that have tensors of
+    their own are stacked on the host, those of one layer at a time.
 
     Args:
       source: the checkpoint.
@@ -44,19 +45,26 @@ def read_param(source: Source, found: Match, leaf: jax.ShapeDtypeStruct, shardin
             raise not_finite(source.where, name, str(leaf.dtype))
         return value
 
+    def read_layer(layer: int, bounds: Index) -> np.ndarray:
+        if not found.row.by_expert:
+            return read(found.names[layer], leaf.shape[1:], bounds)
+        experts = leaf.shape[1]
+        names = found.names[layer * experts : (layer + 1) * experts]
+        return np.stack([read(name, leaf.shape[2:], bounds[1:]) for name in names[bounds[0]]])
+
     if not found.row.stacked:
         return _own(_place(leaf.shape, sharding, functools.partial(read, found.names[0], leaf.shape)))
     inner = leaf.shape[1:]
     if sharding is not None and _without_layers(sharding) is None:
         # The layers axis is split over devices: each part is stacked on the host.
         def stack(bounds: Index) -> np.ndarray:
-            return np.stack([read(name, inner, bounds[1:]) for name in found.names[bounds[0]]])
+            return np.stack([read_layer(layer, bounds[1:]) for layer in range(leaf.shape[0])[bounds[0]]])
 
         return _own(_place(leaf.shape, sharding, stack))
     array = _zeros(sharding)(leaf.shape, leaf.dtype)
-    for layer, name in enumerate(found.names):
+    for layer in range(leaf.shape[0]):
         place = None if sharding is None else _without_layers(sharding)
-        array = _set_layer(sharding)(array, _place(inner, place, functools.partial(read, name, inner)), layer)
+        array = _set_layer(sharding)(array, _place(inner, place, functools.partial(read_layer, layer)), layer)
     return jax.block_until_ready(array)
 
 

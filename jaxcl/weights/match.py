@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -39,8 +39,8 @@ class Match(NamedTuple):
 
     Attributes:
       row: name and layout.
-      names: one tensor, or one per layer.
-      start: where it begins along the tensor's first axis; not 0 only in tensors that hold several parameters.
+      names: one tensor, or one per layer, or of each layer one per expert.
+      start: where it begins along the row's axis `along`; not 0 only in tensors that hold several parameters.
     """
 
     row: Row
@@ -51,8 +51,9 @@ class Match(NamedTuple):
         """Part of one of the tensors, counted from where the parameter begins."""
         if not self.start:
             return source.read(name, index)
-        first = slice(index[0].start + self.start, index[0].stop + self.start)
-        return source.read(name, (first, *index[1:]))
+        cuts, along = list(index), self.row.along
+        cuts[along] = slice(cuts[along].start + self.start, cuts[along].stop + self.start)
+        return source.read(name, tuple(cuts))
 
 
 class Plan(NamedTuple):
@@ -97,21 +98,22 @@ def match(source: Names, table: Table, shapes: Mapping[str, Any], *, draw: bool,
       UserError: a tensor is missing, unexpected or of a wrong shape; the message names it.
     """
     present = {table.modern(name): name for name in source.shapes}
+    table = table.as_in(present)
     prefixed = any(name.startswith(table.prefix) for name in present)
-    own = {name for path in shapes for name in _names(table.row(path), table, prefixed, 0)}
+    own = {name for path in shapes for name in _names(table.row(path), table, prefixed)}
     twins = _twins(table, present, own, prefixed)
     used: set[str] = {name for _, name in twins}
     matches: dict[str, Match] = {}
     missing: dict[str, str] = {}
     for path, leaf in shapes.items():
         row = table.row(path)
-        names = _names(row, table, prefixed, leaf.shape[0] if row.stacked else 0)
+        names = _names(row, table, prefixed, leaf.shape[: row.lead])
         used.update(names)
         if lost := [name for name in names if name not in present]:
             missing[path] = lost[0]
         else:
             before = row.together[: row.together.index(path)] if row.together else ()
-            start = sum(_source_shape(table.row(one), shapes[one])[0] for one in before)
+            start = sum(_source_shape(table.row(one), shapes[one])[row.along] for one in before)
             matches[path] = Match(row, tuple(present[name] for name in names), start)
     drawn = (_HEAD, _CLASSIFIER) if fresh_head or not draw else (_CLASSIFIER,)
     fresh = tuple(path for path in missing if path.startswith(drawn) or is_adapter(path) or is_soft(path))
@@ -135,9 +137,13 @@ def _twins(table: Table, present: dict[str, str], own: set[str], prefixed: bool)
     return found
 
 
-def _names(row: Row, table: Table, prefixed: bool, layers: int) -> list[str]:
+def _names(row: Row, table: Table, prefixed: bool, sizes: Sequence[int] = ()) -> list[str]:
+    """The tensors of a row; `sizes` are the numbers of layers and experts, without which stacked ones have none."""
     name = row.name if prefixed else row.name.removeprefix(table.prefix)
-    return [name.format(layer=layer) for layer in range(layers)] if row.stacked else [name]
+    if not row.stacked:
+        return [name]
+    layers, experts = sizes[0] if sizes else 0, sizes[1] if row.by_expert and sizes else 1
+    return [name.format(layer=layer, expert=expert) for layer in range(layers) for expert in range(experts)]
 
 
 def _check_missing(source: Names, missing: dict[str, str], fresh: Iterable[str], draw: bool) -> None:
@@ -164,10 +170,7 @@ def _check_missing(source: Names, missing: dict[str, str], fresh: Iterable[str],
 def _check_extra(source: Names, table: Table, extra: list[str], prefixed: bool) -> None:
     unknown = []
     heads = {
-        name
-        for row in table.rows
-        if row.path.startswith((_HEAD, _CLASSIFIER))
-        for name in _names(row, table, prefixed, 0)
+        name for row in table.rows if row.path.startswith((_HEAD, _CLASSIFIER)) for name in _names(row, table, prefixed)
     }
     for name in sorted(extra):
         if name in heads:
@@ -180,18 +183,19 @@ def _check_extra(source: Names, table: Table, extra: list[str], prefixed: bool) 
 
 def _source_shape(row: Row, leaf: Any) -> tuple[int, ...]:
     """The shape that a parameter takes in its tensor."""
-    return row.layout.source_shape(leaf.shape[1:] if row.stacked else leaf.shape)
+    return row.layout.source_shape(leaf.shape[row.lead :])
 
 
 def _check_shapes(source: Names, table: Table, matches: Mapping[str, Match], shapes: Mapping[str, Any]) -> None:
     for path, (row, names, _) in matches.items():
         parts = [_source_shape(table.row(one), shapes[one]) for one in row.together or (path,)]
-        expected = (sum(part[0] for part in parts), *parts[0][1:])
+        expected = list(parts[0])
+        expected[row.along] = sum(part[row.along] for part in parts)
         for name in names:
-            if source.shapes[name] != expected:
+            if source.shapes[name] != tuple(expected):
                 raise UserError(
                     f"{source.where}: the tensor {name} has shape {list(source.shapes[name])}; the model's {path} "
-                    f"needs {list(expected)}"
+                    f"needs {expected}"
                 )
 
 

@@ -59,5 +59,7 @@ def named(network: Network, tree: Params) -> dict[str, Array]:
 
 
 def _whole(flat: Mapping[str, Array], tensor: Tensor) -> Array:
-    parts = [row.layout.arranged(param_of(flat, row.path, tensor.layer)) for row in tensor.rows]
+    held = [param_of(flat, row.path, tensor.layer) for row in tensor.rows]
+    held = held if tensor.expert is None else [part[tensor.expert] for part in held]
+    parts = [row.layout.arranged(part) for row, part in zip(tensor.rows, held, strict=True)]
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -36,6 +37,7 @@ class Tensor(NamedTuple):
     shape: tuple[int, ...]
     rows: tuple[Row, ...]
     layer: int | None
+    expert: int | None = None
 
     def bytes(self, itemsize: int) -> int:
         """Size in the file, in bytes."""
@@ -54,8 +56,8 @@ def save_hf(
 ) -> Path:
     """Writes `config.json` and safetensors; transformers computes the same logits from them.
 
-    Tensors are written one after another, so that no more than one is held on the host; adapters are merged into the
-    weights. With several processes, all must call it; process 0 writes.
+    Tensors are written one after another, so that no more than one (of experts: those of a layer) is held on the host;
+    adapters are merged into the weights. With several processes, all must call it; process 0 writes.
 
     Args:
       folder: a folder that does not exist yet or is empty.
@@ -125,10 +127,11 @@ def tensors_of(table: Table, flat: Mapping[str, Array]) -> Iterator[Tensor]:
         if row.together and path != row.together[0]:
             continue  # written with the first
         rows = tuple(table.row(one) for one in row.together) or (row,)
-        parts = [one.layout.source_shape(flat[one.path].shape[1:]) for one in rows]
+        parts = [one.layout.source_shape(flat[one.path].shape[one.lead :]) for one in rows]
         shape = (sum(part[0] for part in parts), *parts[0][1:])
         for layer in range(leaf.shape[0]):
-            yield Tensor(row.name.format(layer=layer), shape, rows, layer)
+            for expert in range(leaf.shape[1]) if row.by_expert else (None,):
+                yield Tensor(row.name.format(layer=layer, expert=expert), shape, rows, layer, expert)
 
 
 Part = Callable[[str, int | None], Array]
@@ -205,8 +208,15 @@ def write_file(path: Path, tensors: list[Tensor], part: Part, dtype: str) -> int
         header[tensor.name] = {"dtype": DTYPES[dtype], "shape": tensor.shape, "data_offsets": (start, end)}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    # All processes take part in gathering; one writes.
-    values = (_whole(tensor, part, dtype) for tensor in tensors)
+    # All processes take part in gathering; one writes. Experts come one after another: their layer is fetched once.
+    experts = functools.lru_cache(maxsize=1)(lambda path, layer: _on_host(part(path, layer)))
+
+    def fetch(row: Row, tensor: Tensor) -> np.ndarray:
+        if tensor.expert is None:
+            return _on_host(part(row.path, tensor.layer))
+        return experts(row.path, tensor.layer)[tensor.expert]
+
+    values = (_whole(tensor, fetch, dtype) for tensor in tensors)
     if jax.process_index() != 0:
         for _ in values:
             pass
@@ -219,18 +229,20 @@ def write_file(path: Path, tensors: list[Tensor], part: Part, dtype: str) -> int
     return end
 
 
-def _whole(tensor: Tensor, part: Part, dtype: str) -> np.ndarray:
+def _whole(tensor: Tensor, fetch: Callable[[Row, Tensor], np.ndarray], dtype: str) -> np.ndarray:
     """One tensor on the host."""
-    parts = [_gather(part(row.path, tensor.layer), row, tensor.name, dtype) for row in tensor.rows]
+    parts = [_arranged(fetch(row, tensor), row, tensor.name, dtype) for row in tensor.rows]
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def _gather(part: Array, row: Row, name: str, dtype: str) -> np.ndarray:
-    """One param, or one layer of it, on the host, with the file's layout."""
+def _on_host(part: Array) -> np.ndarray:
     if isinstance(part, jax.Array) and not part.is_fully_addressable:
-        host = multihost_utils.process_allgather(part, tiled=True)
-    else:
-        host = np.asarray(part)
+        return multihost_utils.process_allgather(part, tiled=True)
+    return np.asarray(part)
+
+
+def _arranged(host: np.ndarray, row: Row, name: str, dtype: str) -> np.ndarray:
+    """What a tensor is made from, with the file's layout."""
     with np.errstate(over="ignore"):
         value = row.layout.write(host.astype(dtype))
     if dtype == "float16" and np.isinf(value).any() and not np.isinf(host).any():

@@ -1,14 +1,14 @@
 """Name and layout of every parameter in a checkpoint. The same tables serve reading and writing.
 
 A row is (path of the parameter, name in the file, layout). `{layer}` in a name is the number of the layer; the
-parameter then has a leading `layers` axis that is not in the layout.
+parameter then has a leading `layers` axis that is not in the layout. `{expert}` is likewise the number of the expert.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 from jaxcl.models.lora import is_adapter
@@ -22,6 +22,8 @@ _VECTOR = "embed -> embed"
 _TABLE = "rows embed -> rows embed"
 _UP = "mlp embed -> embed mlp"
 _DOWN = "embed mlp -> mlp embed"
+_UP_OF_EXPERTS = "experts mlp embed -> experts embed mlp"
+_DOWN_OF_EXPERTS = "experts embed mlp -> experts mlp embed"
 _SPLIT = "(heads head_dim) embed -> embed heads head_dim"
 _SPLIT_BIAS = "(heads head_dim) -> heads head_dim"
 _JOIN = "embed (heads head_dim) -> heads head_dim embed"
@@ -38,14 +40,16 @@ class Row(NamedTuple):
       path: the parameter.
       name: the tensor, with `{layer}` for the number of the layer.
       text: the layout, see `Layout`.
-      together: the parameters, this one among them, that make up the tensor one after another along its first axis;
-        none where the parameter has the tensor for itself.
+      together: the parameters, this one among them, that make up the tensor one after another along an axis; none where
+        the parameter has the tensor for itself.
+      along: that axis of the tensor.
     """
 
     path: str
     name: str
     text: str
     together: tuple[str, ...] = ()
+    along: int = 0
 
     @property
     def layout(self) -> Layout:
@@ -56,6 +60,16 @@ class Row(NamedTuple):
     def stacked(self) -> bool:
         """Whether the file has one tensor per layer."""
         return "{layer}" in self.name
+
+    @property
+    def by_expert(self) -> bool:
+        """Whether the file has one tensor per layer and expert."""
+        return "{expert}" in self.name
+
+    @property
+    def lead(self) -> int:
+        """Number of leading axes of the parameter, layers and experts, that its tensors do not have."""
+        return self.stacked + self.by_expert
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +83,7 @@ class Table:
       renamed: regular expressions of older names, and their replacements.
       twins: pairs of names of one parameter. A file may hold either, or both with the same values; the second name may
         also be a parameter of its own.
+      other: rows of another form of file, in place of those of the same parameters where a file has the first.
     """
 
     prefix: str
@@ -76,6 +91,17 @@ class Table:
     ignored: tuple[str, ...] = ()
     renamed: tuple[tuple[str, str], ...] = ()
     twins: tuple[tuple[str, str], ...] = ()
+    other: tuple[Row, ...] = ()
+
+    def as_in(self, names: Collection[str]) -> Table:
+        """The table of the form that a file with tensors of these names has."""
+        if not self.other:
+            return self
+        first = self.other[0].name.format(layer=0)
+        if first not in names and first.removeprefix(self.prefix) not in names:
+            return self
+        replaced = {row.path: row for row in self.other}
+        return dataclasses.replace(self, rows=tuple(replaced.get(row.path, row) for row in self.rows), other=())
 
     def row(self, path: str) -> Row:
         """The row of a parameter. Parts of adapters are named as in PEFT's files.
@@ -177,6 +203,7 @@ def _decoder_rows(
     flat_norms: bool = False,
     fused: Mapping[str, tuple[str, ...]] | None = None,
     pairs: bool = False,
+    experts: bool = False,
 ) -> tuple[Row, ...]:
     """The rows of a decoder.
 
@@ -187,19 +214,24 @@ def _decoder_rows(
       flat_norms: whether the norms of queries and keys run over all heads.
       fused: tensors that hold several projections, by name: paths of these, one after another.
       pairs: whether the rotated halves of queries and keys are interleaved.
+      experts: whether the feed-forward part is a router and experts.
     """
     split, split_bias = (_SPLIT_PAIRS, _SPLIT_PAIRS_BIAS) if pairs else (_SPLIT, _SPLIT_BIAS)
     own_norm = _SPLIT_BIAS if flat_norms else "head_dim -> head_dim"
     layer = [Row(f"blocks/{path}/scale", f"{block}{name}.weight", _VECTOR) for path, name in norms.items()]
-    for path, kernel, bias in (
+    projections = [
         ("attention/query", split, split_bias),
         ("attention/key", split, split_bias),
         ("attention/value", _SPLIT, _SPLIT_BIAS),
         ("attention/out", _JOIN, _VECTOR),
+    ]
+    feed_forward = [
         ("mlp/gate", _UP, "mlp -> mlp"),
         ("mlp/up", _UP, "mlp -> mlp"),
         ("mlp/down", _DOWN, _VECTOR),
-    ):
+    ]
+    layer += _expert_rows(block, names) if experts else ()
+    for path, kernel, bias in projections if experts else projections + feed_forward:
         layer += linear(f"blocks/{path}", block + names[path.rpartition("/")[2]], kernel, bias)
     for part in ("query_norm", "key_norm"):
         layer.append(Row(f"blocks/attention/{part}/scale", f"{block}{names[part]}.weight", own_norm))
@@ -219,13 +251,30 @@ def _decoder_rows(
     )
 
 
+def _expert_rows(block: str, names: Mapping[str, str]) -> tuple[Row, ...]:
+    """The rows of a router and of experts, a tensor for each expert."""
+    router = Row("blocks/mlp/router/kernel", f"{block}mlp.gate.weight", _SQUARE)
+    expert = {part: names[part].replace("mlp.", "mlp.experts.{expert}.") for part in ("gate", "up", "down")}
+    layouts = {"gate": _UP, "up": _UP, "down": _DOWN}
+    return router, *(Row(f"blocks/mlp/{p}/kernel", f"{block}{expert[p]}.weight", layouts[p]) for p in expert)
+
+
+def _stacked_expert_rows(block: str) -> tuple[Row, ...]:
+    """The rows of experts whose tensors hold all of a layer, as transformers 5 has them in memory."""
+    both = ("blocks/mlp/gate/kernel", "blocks/mlp/up/kernel")
+    down = Row("blocks/mlp/down/kernel", f"{block}mlp.experts.down_proj", _DOWN_OF_EXPERTS)
+    return down, *(Row(path, f"{block}mlp.experts.gate_up_proj", _UP_OF_EXPERTS, both, along=1) for path in both)
+
+
 def decoder_table(norms: Mapping[str, str] = NORMS, **changes: Any) -> Table:
     """The names of a decoder in safetensors files; `changes` are further arguments of `Table` and of the rows."""
     of_table = {name: changes.pop(name) for name in ("renamed", "ignored") if name in changes}
-    rows = _decoder_rows("model.layers.{layer}.", _PARTS | _WHOLE, norms, **changes)
+    block = "model.layers.{layer}."
+    rows = _decoder_rows(block, _PARTS | _WHOLE, norms, **changes)
+    other = _stacked_expert_rows(block) if changes.get("experts") else ()
     ignored = (*_BUFFERS, *of_table.pop("ignored", ()))
     twins = (("model.embed_tokens.weight", "lm_head.weight"),)
-    return Table(prefix="model.", rows=rows, ignored=ignored, twins=twins, **of_table)
+    return Table(prefix="model.", rows=rows, ignored=ignored, twins=twins, other=other, **of_table)
 
 
 def _encoder_rows(prefix: str, head: str, bias: str, norm: str, classifier: tuple[str, str]) -> tuple[Row, ...]:

@@ -47,6 +47,16 @@ MESHES = {
 SIZES: dict[str, Any] = {"vocab_size": VOCAB, "intermediate_size": 24, "num_layers": 2, "init_std": 0.2}
 ENCODER = RobertaConfig(**SIZES, hidden_size=16, num_heads=4, max_length=LENGTH)
 DECODER = LlamaConfig(**SIZES, hidden_size=16, num_heads=4, num_kv_heads=2)
+EXPERTS = LlamaConfig(
+    **SIZES,
+    hidden_size=16,
+    num_heads=4,
+    num_experts=8,
+    experts_per_token=2,
+    expert_size=6,
+    normalise_top_k=True,
+    router_loss_weight=0.1,
+)
 UNEVEN = LlamaConfig(**SIZES, hidden_size=18, num_heads=9, num_kv_heads=3)
 # Codes of 8 bits would turn a last bit into a whole step.
 SEEKR = SeekrOptions(layer_budget=2, head_budget=3, query_budget=5, store_logits=8, store_attention="float32")
@@ -62,6 +72,7 @@ class Case:
 CASES = {
     "das encoder": Case(ENCODER, Das, DasOptions()),
     "das uneven": Case(UNEVEN, Das, DasOptions()),
+    "das experts": Case(EXPERTS, Das, DasOptions()),
     "seekr": Case(DECODER, Seekr, SEEKR),
     "seekr uneven": Case(UNEVEN, Seekr, SEEKR),
 }

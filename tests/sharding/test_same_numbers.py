@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 # One mesh for each method is always tried, the others by `make test-slow`.
-PAIRS = ["das uneven:2x4", "seekr:2x4"]
+PAIRS = ["das uneven:2x4", "das experts:2x4", "seekr:2x4"]
 SLOW = [
-    *("das encoder:8x1", "das encoder:2x4", "das encoder:2x2x2", "das uneven:2x2x2"),
+    *("das encoder:8x1", "das encoder:2x4", "das encoder:2x2x2", "das uneven:2x2x2", "das experts:2x2x2"),
     *("seekr:8x1", "seekr:2x2x2", "seekr uneven:2x4", "seekr uneven:2x2x2"),
 ]
 TWO_PROCESSES = ["das encoder:4", "seekr:4"]
@@ -121,6 +121,18 @@ def test_there_was_something_to_learn(results: dict[str, Any]) -> None:
     heads = results["seekr:1"]["heads"]
     assert all(len(set(map(tuple, task))) == 3 for task in heads)
     assert heads[0] != [[0, 0], [0, 1], [0, 2]]
+
+
+def test_experts_are_split_over_devices(results: dict[str, Any]) -> None:
+    specs = {path: spec for path, spec in results["das experts:2x4"]["specs"].items() if "params" in path}
+    kernels = {path.split("/")[-2]: spec for path, spec in specs.items() if "mlp/" in path}
+    # axes of the params: layers, experts, embed, units of an expert
+    assert kernels == {
+        "router": "(None, 'fsdp')",
+        "gate": "(None, 'tensor', 'fsdp')",
+        "up": "(None, 'tensor', 'fsdp')",
+        "down": "(None, 'tensor', None, 'fsdp')",
+    }
 
 
 @pytest.mark.parametrize("pair", SPLIT)

@@ -62,6 +62,15 @@ DECODERS: dict[str, dict[str, Any]] = {
         "residual_multiplier": 0.4,
         "logits_scaling": 1.5,
     },
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        "head_dim": 16,
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 12,
+        "norm_topk_prob": True,
+    },
+    "olmoe": {"model_type": "olmoe", "num_local_experts": 4, "num_experts_per_tok": 3},
 }
 """Keys by family, beyond `SIZES`."""
 
@@ -144,6 +153,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
             "long_factor": [1.5, 2.0, 4.0, 8.0, 9.0, 9.5],
         },
     },
+    "qwen3_moe-window": DECODERS["qwen3_moe"]
+    | {
+        "use_sliding_window": True,
+        "sliding_window": 5,
+        "attention_bias": True,
+        "norm_topk_prob": False,
+        "tie_word_embeddings": True,
+        "output_router_logits": True,
+        "router_aux_loss_coef": 0.02,
+    },
+    "olmoe-all-experts": DECODERS["olmoe"]
+    | {"num_experts_per_tok": 4, "num_key_value_heads": 4, "norm_topk_prob": True, "attention_bias": True},
     "granite-biases": DECODERS["granite"] | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
 }
 """Further switches, and both styles of `config.json`."""
@@ -170,6 +191,11 @@ SWITCHES = {
     "logit_divisor",
     "attention_cap",
     "logit_cap",
+    "num_experts",
+    "experts_per_token",
+    "expert_size",
+    "normalise_top_k",
+    "router_loss_weight",
 }
 """Fields that LLaMA leaves alone; some family sets each."""
 

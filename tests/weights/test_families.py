@@ -6,20 +6,24 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from jax.sharding import PartitionSpec as P
+from safetensors.numpy import load_file, save_file
 from transformers import CONFIG_MAPPING
 
 from jaxcl.errors import UserError
 from jaxcl.models.llama_config import LlamaConfig
 from jaxcl.models.network import Network
 from jaxcl.models.roberta import RobertaConfig
-from jaxcl.weights import load_weights, save_hf
+from jaxcl.weights import load_params, load_weights, named, save_hf
 from jaxcl.weights.families import FAMILIES, MISSING, family_of, find_family
 from jaxcl.weights.hf_config import from_hf, to_hf
 from tests.tiny.families import DECODERS, ENCODERS, EVERY, SWITCHES, config_of, content
 from tests.tiny.networks import ROBERTA, assert_equal_bits, random_params
+
+EXPERTS = {"num_experts": 4, "experts_per_token": 2, "qk_norm": "flat"}
 
 
 @pytest.mark.parametrize("name", EVERY | ENCODERS)
@@ -107,6 +111,64 @@ def test_fused_tensors_hold_their_parts_in_order(tmp_path: Path) -> None:
     )
 
 
+def fused(tensors: dict[str, np.ndarray], layers: int, experts: int) -> dict[str, np.ndarray]:
+    """Tensors by expert, put together as transformers 5 holds them."""
+    found = {name: value for name, value in tensors.items() if ".experts." not in name}
+    for layer in range(layers):
+        block = f"model.layers.{layer}.mlp.experts"
+
+        def stack(part: str, block: str = block) -> np.ndarray:
+            return np.stack([tensors[f"{block}.{expert}.{part}_proj.weight"] for expert in range(experts)])
+
+        found[f"{block}.gate_up_proj"] = np.concatenate([stack("gate"), stack("up")], axis=1)
+        found[f"{block}.down_proj"] = stack("down")
+    return found
+
+
+@pytest.mark.parametrize(("name", "experts"), [("qwen3_moe", 5), ("olmoe", 4)])
+def test_experts_are_read_from_tensors_of_their_own_and_from_those_of_a_layer(
+    name: str, experts: int, tmp_path: Path
+) -> None:
+    network = Network.create(config_of(name))
+    params = random_params(network)
+    save_hf(tmp_path / "model", network, params)
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    kernels = {part: params["blocks"]["mlp"][part]["kernel"] for part in ("router", "gate", "down")}
+    block = "model.layers.1.mlp."
+    np.testing.assert_array_equal(tensors[f"{block}gate.weight"], kernels["router"][1].T)
+    np.testing.assert_array_equal(tensors[f"{block}experts.2.gate_proj.weight"], kernels["gate"][1, 2].T)
+    np.testing.assert_array_equal(tensors[f"{block}experts.3.down_proj.weight"], kernels["down"][1, 3].T)
+    for key, value in named(network, params).items():
+        np.testing.assert_array_equal(tensors[key], value)
+    save_file(fused(tensors, 2, experts), tmp_path / "model" / "model.safetensors")
+    assert_equal_bits(load_weights(tmp_path / "model")[1], params)
+    # A part of the experts for each device.
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("tensor",))
+    split, whole = (jax.sharding.NamedSharding(mesh, spec) for spec in (P(None, "tensor"), P()))
+    shardings = jax.tree.map(lambda leaf: split if len(leaf.shape) == 4 else whole, network.shapes())
+    assert_equal_bits(load_params(tmp_path / "model", network, shardings=shardings), params)
+
+
+def test_a_missing_expert_is_named(tmp_path: Path) -> None:
+    network = Network.create(config_of("olmoe"))
+    save_hf(tmp_path / "model", network, random_params(network))
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.1.mlp.experts.3.up_proj.weight"]
+    save_file(tensors, file)
+    with pytest.raises(UserError, match=r"the tensor model\.layers\.1\.mlp\.experts\.3\.up_proj\.weight is missing"):
+        load_weights(tmp_path / "model")
+
+
+def test_the_routers_loss_is_read_where_transformers_would_use_it() -> None:
+    asked = content("olmoe") | {"output_router_logits": True}
+    weights = [
+        LlamaConfig(**from_hf(keys, "config.json")).router_loss_weight
+        for keys in (content("olmoe"), asked, asked | {"router_aux_loss_coef": 0.5})
+    ]
+    assert weights == [0.0, 0.01, 0.5]
+
+
 def test_a_file_that_has_a_vision_tower_gives_its_text_part(tmp_path: Path) -> None:
     network = Network.create(config_of("gemma3_text"))
     params = random_params(network)
@@ -117,8 +179,6 @@ def test_a_file_that_has_a_vision_tower_gives_its_text_part(tmp_path: Path) -> N
     tensors = load_file(folder / "model.safetensors")
     names = {name: "language_model." + name for name in tensors}
     tensors = {names[name]: value for name, value in tensors.items()}
-    from safetensors.numpy import save_file
-
     save_file(tensors | {"vision_tower.vision_model.post_layernorm.weight": np.ones(3)}, folder / "model.safetensors")
     read, found = load_weights(folder)
     assert read.config == network.config
@@ -150,6 +210,11 @@ def test_a_norm_that_casts_first_is_what_transformers_has() -> None:
     ("changes", "message"),
     [
         ({"norm_placement": "post"}, r"llama has no such network: norm_placement=post would be read as pre"),
+        (
+            {"family": "olmoe", **EXPERTS, "expert_size": 9},
+            r"olmoe has no such network: expert_size=9 would be read as 28",
+        ),
+        ({"family": "llama", **EXPERTS}, r"llama has no such network: num_experts=4 would be read as 0"),
         ({"family": "qwen2"}, r"qwen2 has no such network: .*bias"),
         ({"family": "gpt_oss"}, r"model_type=gpt_oss is not supported: it needs attention sinks"),
         ({"family": "nonsense"}, r"model\.family: model_type=nonsense is not supported; allowed are llama, mistral"),
@@ -173,6 +238,10 @@ def test_what_is_not_here_is_refused_with_the_switch_that_is_missing() -> None:
         ("gemma2", {"use_bidirectional_attention": True}, r"use_bidirectional_attention=True is not supported"),
         ("ministral", {"layer_types": ["chunked_attention"] * 2}, r"layer_types: chunked_attention is not supported"),
         ("ministral", {"layer_types": ["full_attention"]}, r"layer_types has 1 entries for 2 layers"),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, r"decoder_sparse_step=2 is not supported; allowed is 1"),
+        ("qwen3_moe", {"mlp_only_layers": [0]}, r"mlp_only_layers=\[0\] is not supported; allowed is \[\]"),
+        ("qwen3_moe", {"num_experts": 0}, r"num_experts=0 is not supported"),
+        ("olmoe", {"clip_qkv": 8.0}, r"clip_qkv=8.0 is not supported"),
         ("phi3", {"embd_pdrop": 0.1}, r"embd_pdrop=0.1 is not supported; allowed is 0.0"),
         (
             "gemma3_text",

@@ -2,7 +2,12 @@
 
 from jaxcl.methods.passes.heads import add_forgettability, add_sensitivity
 from jaxcl.methods.passes.importance import add_domain_importance, add_general_importance, dropout_divergence
-from jaxcl.methods.passes.losses import example_losses, language_model_loss, language_model_terms
+from jaxcl.methods.passes.losses import (
+    example_losses,
+    language_model_loss,
+    language_model_terms,
+    router_terms,
+)
 
 __all__ = [
     "add_domain_importance",
@@ -13,4 +18,5 @@ __all__ = [
     "example_losses",
     "language_model_loss",
     "language_model_terms",
+    "router_terms",
 ]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxcl.functional.losses import Gate, chunked_token_losses, cross_entropy, example_means, scored_states
 from jaxcl.functional.terms import Term, Terms
 from jaxcl.models.batch import Batch
-from jaxcl.models.network import Network, Params
+from jaxcl.models.experts import balance_loss
+from jaxcl.models.network import Hidden, Network, Params
 
 
 def language_model_loss(
@@ -49,10 +51,30 @@ def language_model_terms(
       gate: see `language_model_loss`.
 
     Returns:
-      `{"loss": Term}`; the count is the number of scored tokens.
+      `{"loss": Term}`; the count is the number of scored tokens. With `router_terms`, if there are any.
     """
-    states = network.hidden(params, batch, dropout_key=key).states
-    return {"loss": language_model_loss(network, params, states, batch, chunk, gate)}
+    hidden = network.hidden(params, batch, dropout_key=key)
+    loss = language_model_loss(network, params, hidden.states, batch, chunk, gate)
+    return {"loss": loss, **router_terms(network, hidden, batch)}
+
+
+def router_terms(network: Network, hidden: Hidden, batch: Batch) -> dict[str, Term]:
+    """What a network with experts adds to any loss: the load-balancing loss of its routers (`balance_loss`).
+
+    It is one number for a whole batch. Of micro-batches it is the mean, weighted by their real tokens.
+
+    Args:
+      network: the network.
+      hidden: the pass that the rest of the loss is computed from.
+      batch: its token rows.
+
+    Returns:
+      `{"router": Term}`; the count is the number of real tokens. Nothing where `model.router_loss_weight` is 0.
+    """
+    if hidden.load is None:
+        return {}
+    tokens = jnp.sum((batch.segments != 0).astype(jnp.float32))
+    return {"router": Term(balance_loss(hidden.load, tokens) * tokens, tokens, network.router_loss_weight)}
 
 
 def example_losses(

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from jaxcl.errors import UserError
 from jaxcl.models.roberta import RobertaConfig
-from jaxcl.weights.families import encoders, gemma, granite, llama, mistral, olmo, phi3, qwen, smollm3
+from jaxcl.weights.families import encoders, experts, gemma, granite, llama, mistral, olmo, phi3, qwen, smollm3
 from jaxcl.weights.families.base import Config, Family
 
-_FILES = (llama, mistral, qwen, gemma, olmo, smollm3, phi3, granite, encoders)
+_FILES = (llama, mistral, qwen, gemma, olmo, smollm3, phi3, granite, experts, encoders)
 FAMILIES: dict[str, Family] = {family.model_type: family for file in _FILES for family in file.FAMILIES}
 """Every family by its `model_type`."""
 
@@ -23,11 +23,9 @@ MISSING = {
     "gemma4": "per-layer embeddings and keys that layers share",
     "gpt_oss": "attention sinks and a clamped SwiGLU",
     "llama4": "experts that all tokens share, and attention in chunks",
-    "mixtral": "experts",
-    "qwen3_moe": "experts",
-    "olmoe": "experts",
-    "granitemoe": "experts",
-    "phimoe": "experts",
+    "mixtral": "experts whose tensors have names of their own",
+    "granitemoe": "experts whose tensors have names of their own",
+    "phimoe": "a router that draws its experts",
     "modernbert": "a first layer without a norm, and a head of its own",
     "phi": "attention and feed-forward part side by side",
     "gpt2": "learned positions in a decoder",

@@ -23,7 +23,7 @@ LAYERS, HIDDEN, WIDE, VOCAB, HEADS, LENGTH, SCORED, ROWS = 3, 512, 1024, 1024, 4
 PLAIN = {"name": "sequential"}
 
 
-def config_of(method: dict[str, Any] = PLAIN, **mesh: int) -> ExperimentConfig:
+def config_of(method: dict[str, Any] = PLAIN, model: Any = None, **mesh: int) -> ExperimentConfig:
     return parse_config(
         {
             "output": "runs/none",
@@ -38,6 +38,7 @@ def config_of(method: dict[str, Any] = PLAIN, **mesh: int) -> ExperimentConfig:
                 "max_length": 512,
                 "tie_embeddings": False,
                 "compute": {"dtype": "bfloat16", "remat": "full"},
+                **(model or {}),
             },
             "data": {"prompt_length": LENGTH - SCORED, "answer_length": SCORED},
             "tasks": [{"name": "a", "source": "json:a"}, {"name": "b", "source": "json:b"}],
@@ -65,6 +66,17 @@ def test_a_step_for_a_tpu_counts_every_layer_and_its_attention() -> None:
     assert step.collectives["all-gather"].bytes >= 2 * gathered
     assert step.collectives["all-reduce"].runs >= 2 * LAYERS
     assert 0 < step.utilisation <= 1
+
+
+def test_a_step_with_experts_counts_what_a_token_goes_through() -> None:
+    """Two experts of half the width are a dense layer's products; routers, in float32, come on top."""
+    model = {"num_experts": 8, "experts_per_token": 2, "expert_size": WIDE // 2}
+    dense, mixed = (
+        plan(config_of(fsdp=2, tensor=2, model=own), "v5e:2x2", ["train"]).steps["train"] for own in ({}, model)
+    )
+    router = LAYERS * 4 * HIDDEN * 8 * ROWS * LENGTH * 2 / 2  # of each of two parts of the batch
+    assert mixed.flops == pytest.approx(dense.flops + router, rel=0.02)
+    assert mixed.collectives["all-reduce"].runs >= 2 * LAYERS
 
 
 def test_distilling_heads_gathers_no_queries_and_keys_over_tensor() -> None:

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.numpy import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from jaxcl.functional import selected_rows
+from jaxcl.methods.passes import router_terms
 from jaxcl.models import generation
 from jaxcl.models.batch import Batch
 from jaxcl.models.generation import Generator
@@ -187,8 +189,25 @@ def test_exported_models_load_in_transformers_with_identical_logits(both: Any, t
     np.testing.assert_array_equal(theirs(again.eval(), rows, real)[0], theirs(model, rows, real)[0])
 
 
-# transformers has no classifier of Granite.
-@pytest.mark.parametrize("name", sorted(DECODERS.keys() - {"granite"}))
+@pytest.mark.parametrize("name", ["qwen3_moe", "olmoe"])
+def test_the_routers_loss_is_that_of_transformers(name: str, tmp_path: Path) -> None:
+    model = torch_model(name)
+    model.save_pretrained(tmp_path / "by-expert")
+    model.save_pretrained(tmp_path / "by-layer", save_original_format=False)
+    assert any("experts.gate_up_proj" in key for key in load_file(tmp_path / "by-layer" / "model.safetensors"))
+    rows, real = tokens()
+    inputs = torch.tensor(rows.astype(np.int64)), torch.tensor(real.astype(np.int64))
+    with torch.no_grad():
+        want = model(input_ids=inputs[0], attention_mask=inputs[1], output_router_logits=True).aux_loss
+    given = batch(rows, real)
+    for folder in ("by-expert", "by-layer"):
+        network, params = load_weights(tmp_path / folder, router_loss_weight=0.1)
+        term = router_terms(network, network.hidden(params, given), given)["router"]
+        np.testing.assert_allclose(term.sum / term.count, want, rtol=1e-5)
+
+
+# transformers has no classifier of Granite and OLMoE.
+@pytest.mark.parametrize("name", sorted(DECODERS.keys() - {"granite", "olmoe"}))
 def test_a_classifier_goes_there_and_back(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     keys = dict(content(name)) | {"num_labels": 3}

@@ -28,8 +28,10 @@ TARGETS = {
     "phi3": ("query", "key", "value", "out", "gate", "up", "down"),
     "phi3-few": ("query", "value", "up"),
     "gemma3_text": ("query", "key", "out", "gate", "down"),
+    "qwen3_moe": ("query", "key", "value", "out"),
 }
 MODELS = OURS | {"phi3": config_of("phi3"), "phi3-few": config_of("phi3"), "gemma3_text": config_of("gemma3_text")}
+MODELS["qwen3_moe"] = config_of("qwen3_moe")
 
 
 @pytest.fixture(params=TARGETS)
