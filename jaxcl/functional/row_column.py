@@ -13,14 +13,19 @@ matrices (biases, norms) are kept in full.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
+from jaxcl.functional.soft_masks import Unit
+
 Accumulation = Literal["sum", "maximum"]
 Selection = Literal["measured", "permuted", "layer", "none"]
+
+_MOST = 4.0  # largest mask that keeps a layer's mean
 
 
 class Sides(NamedTuple):
@@ -149,6 +154,66 @@ def select(importance: RowColumn, params: PyTree, sides: PyTree, how: Selection,
         jax.tree.map(lambda x, leaf, side: change(x, leaf, side.inputs, side.outputs), importance.inputs, params, sides),
         jax.tree.map(lambda x, leaf, side: change(x, leaf, side.outputs, side.inputs), importance.outputs, params, sides),
     )
+
+
+@jax.named_scope("soft_mask")
+def row_column_masks(
+    importance: RowColumn, params: PyTree, sides: PyTree, *, strength: float, keep_mean: bool
+) -> PyTree:
+    r"""Soft masks by params, $1 / (1 + c F / \bar F)$ with the mean $\bar F$ over all params; 1 if all are 0.
+
+    Args:
+      importance: of the params.
+      params: the params, or anything with their tree and shapes.
+      sides: see `RowColumn.zero`.
+      strength: c: a param of mean importance moves by `1 / (1 + c)`.
+      keep_mean: divide by the mean over each layer's param, up to 4, so that mean steps are as without masks.
+
+    Returns:
+      A tree like the params, float32.
+
+    Examples:
+      >>> importance = RowColumn.of(jnp.array([1.0, 0.0]), Sides((0,), ()))
+      >>> row_column_masks(importance, jnp.ones(2), Sides((0,), ()), strength=1.0, keep_mean=False).tolist()
+      [0.3333333432674408, 1.0]
+    """
+    mean = importance.mean(params)
+    mean = jnp.where(mean == 0, 1.0, mean)
+
+    def mask(values: Array, side: Sides) -> Array:
+        found = 1.0 / (1.0 + strength * values / mean)
+        if not keep_mean:
+            return found
+        return jnp.minimum(found / jnp.mean(found, axis=(*side.inputs, *side.outputs), keepdims=True), _MOST)
+
+    return jax.tree.map(mask, importance.full(sides), sides)
+
+
+def unit_means(values: PyTree, units: PyTree, sizes: Mapping[str, tuple[int, int]]) -> dict[str, Array]:
+    """The mean of params' values over the params of each unit.
+
+    Args:
+      values: a tree of params' values; the layers' first axis runs along the layers.
+      units: a tree like `values` with a `Unit` per param, `None` for those outside layers. A param whose axis is
+        shorter than the number of units counts for each unit of a group.
+      sizes: number of layers and units by kind.
+
+    Returns:
+      `[layers, units]` by kind; 0 for units without params.
+    """
+    total = {kind: jnp.zeros(size) for kind, size in sizes.items()}
+    count = dict.fromkeys(sizes, 0.0)
+
+    def add(leaf: Array, unit: Unit | None) -> None:
+        if unit is None or unit.kind not in sizes:
+            return
+        others = tuple(axis for axis in range(leaf.ndim) if axis not in (0, unit.axis))
+        units, groups = sizes[unit.kind][1], leaf.shape[unit.axis]
+        total[unit.kind] += jnp.repeat(jnp.sum(leaf, axis=others), units // groups, axis=1)
+        count[unit.kind] += math.prod(leaf.shape[axis] for axis in others)
+
+    jax.tree.map(add, values, units)
+    return {kind: total[kind] / max(count[kind], 1.0) for kind in sizes}
 
 
 def _kept(shape: tuple[int, ...], summed: tuple[int, ...]) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ import optax
 import pytest
 
 from jaxcl.functional import gate_gradients, soft_mask
-from jaxcl.methods.das import Das, DasOptions
+from jaxcl.methods.das_paper import DasPaper, DasPaperOptions
 from jaxcl.methods.seekr import Seekr, SeekrOptions
 from jaxcl.models.batch import Batch
 from jaxcl.models.gates import Gates
@@ -88,7 +88,7 @@ def test_gate_gradients_are_slopes(model: Model) -> None:
 
 
 def test_das_learns_two_domains(model: Model) -> None:
-    method = Das(DasOptions(contrast_weight=0.0, proxy="pooled"), model.network, 2)
+    method = DasPaper(DasPaperOptions(contrast_weight=0.0, proxy="pooled"), model.network, 2)
     optimizer = optax.chain(optax.scale_by_adam(), soft_mask(), optax.scale(-1e-2))
 
     @jax.jit

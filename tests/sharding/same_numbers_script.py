@@ -21,7 +21,7 @@ import optax
 
 from jaxcl.data.plan import Shape
 from jaxcl.methods.base import Method
-from jaxcl.methods.das import Das, DasOptions
+from jaxcl.methods.das_paper import DasPaper, DasPaperOptions
 from jaxcl.methods.seekr import Seekr, SeekrOptions
 from jaxcl.models.llama import LlamaConfig
 from jaxcl.models.network import Network
@@ -60,8 +60,8 @@ class Case:
 
 
 CASES = {
-    "das encoder": Case(ENCODER, Das, DasOptions()),
-    "das uneven": Case(UNEVEN, Das, DasOptions()),
+    "das encoder": Case(ENCODER, DasPaper, DasPaperOptions()),
+    "das uneven": Case(UNEVEN, DasPaper, DasPaperOptions()),
     "seekr": Case(DECODER, Seekr, SEEKR),
     "seekr uneven": Case(UNEVEN, Seekr, SEEKR),
 }

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxcl.methods.base import Method
-from jaxcl.methods.das import Das, DasOptions
+from jaxcl.methods.das_paper import DasPaper, DasPaperOptions
 from jaxcl.methods.options import MethodOptions
 from jaxcl.methods.sequential import Sequential
 from jaxcl.models.network import Network
@@ -30,7 +30,7 @@ def network(request: pytest.FixtureRequest) -> Network:
 
 @pytest.fixture(scope="module")
 def masked(network: Network) -> Trainer:
-    return make_trainer(network, Das(DasOptions(contrast_weight=0.0), network, 1))
+    return make_trainer(network, DasPaper(DasPaperOptions(contrast_weight=0.0), network, 1))
 
 
 def make_trainer(network: Network, method: Method) -> Trainer:
@@ -70,7 +70,7 @@ def test_importance_1_freezes_to_the_bit(network: Network, masked: Trainer) -> N
 
 def test_importance_1_with_shared_params_frozen_freezes_everything(network: Network) -> None:
     # The contrast is on: its gradient is masked like the other.
-    trainer = make_trainer(network, Das(DasOptions(shared="frozen"), network, 1))
+    trainer = make_trainer(network, DasPaper(DasPaperOptions(shared="frozen"), network, 1))
     start = named(init(network))
     for path, leaf in train(trainer, network, 1.0).items():
         np.testing.assert_array_equal(leaf, start[path], err_msg=path)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxcl.functional.importance import ImportanceSums, normalise
-from jaxcl.methods.das import Das, DasOptions
+from jaxcl.methods.das_paper import DasPaper, DasPaperOptions
 from jaxcl.methods.passes.importance import add_domain_importance, add_general_importance
 from jaxcl.models.gates import Gates
 from jaxcl.models.network import Network
@@ -24,7 +24,7 @@ def assert_close(one: Any, other: Any, rtol: float = 1e-4) -> None:
 
 
 def test_importance_over_two_domains(network: Network) -> None:
-    method = Das(DasOptions(proxy_dropout=0.2, importance_examples=7), network, 2)
+    method = DasPaper(DasPaperOptions(proxy_dropout=0.2, importance_examples=7), network, 2)
     params = init(network)
     start = method.init(params)
     batches = [make_batch(), make_batch(seed=1)]
@@ -70,7 +70,7 @@ def test_importance_over_two_domains(network: Network) -> None:
 def test_normalisation_is_a_choice(network: Network) -> None:
     params = init(network)
     batches = [make_batch()]
-    method = Das(DasOptions(normalisation="quantile", protected_share=0.25), network, 1)
+    method = DasPaper(DasPaperOptions(normalisation="quantile", protected_share=0.25), network, 1)
     state = method.consolidate(params, method.init(params), StandInTask(batches))
     np.testing.assert_allclose((np.asarray(state["importance"].output) > 0).mean(), 0.25)
 
@@ -92,8 +92,8 @@ def test_contrast_equals_separate_passes(network: Network) -> None:
     scores = np.exp(np.concatenate([full @ full.T, full @ past.T], axis=1) / 0.1)
     expected = -np.log(np.diagonal(scores) / scores.sum(axis=1)).sum()
     for anchor in ("own", "language_model"):
-        options = DasOptions(proxy_dropout=0.0, temperature=0.1, contrast_weight=0.5, anchor=anchor)
-        method = Das(options, network, 1)
+        options = DasPaperOptions(proxy_dropout=0.0, temperature=0.1, contrast_weight=0.5, anchor=anchor)
+        method = DasPaper(options, network, 1)
         state = {**method.init(params), "importance": importance}
         terms = jax.jit(method.loss)(params, state, batch, jax.random.key(0))
         assert sorted(terms) == ["contrast", "loss"]
@@ -137,10 +137,10 @@ def test_fixed_negatives_leave_only_the_slope_through_the_full_network() -> None
     assert abs(slopes["trained"] - slopes["fixed"]) > 0.1 * abs(slopes["trained"])
     values = set()
     for negatives, slope in slopes.items():
-        method = Das(DasOptions(proxy_dropout=0.0, temperature=1.0, negatives=negatives), network, 1)
+        method = DasPaper(DasPaperOptions(proxy_dropout=0.0, temperature=1.0, negatives=negatives), network, 1)
         state = {**method.init(params), "importance": importance}
 
-        def contrast(params: Any, method: Das = method, state: Any = state) -> jax.Array:
+        def contrast(params: Any, method: DasPaper = method, state: Any = state) -> jax.Array:
             return method.loss(params, state, batch, jax.random.key(0))["contrast"].sum
 
         value, gradient = jax.jit(jax.value_and_grad(contrast))(params)
@@ -156,7 +156,7 @@ def test_proxy_is_a_choice() -> None:
     params, batches = init(network), [make_batch()]
     found = []
     for proxy in ("outputs", "pooled"):
-        method = Das(DasOptions(proxy=proxy), network, 1)
+        method = DasPaper(DasPaperOptions(proxy=proxy), network, 1)
         task = StandInTask(batches)
         found.append(method.prepare(params, method.init(params), task)["importance"])
         sums = add_general_importance(
@@ -171,7 +171,7 @@ def test_passes_of_the_contrast_draw_noise_of_their_own() -> None:
     params, batch = init(network), make_batch()
     sums: dict[float, set[float]] = {}
     for rate in (0.0, 0.3):
-        method = Das(DasOptions(proxy_dropout=rate), network, 1)
+        method = DasPaper(DasPaperOptions(proxy_dropout=rate), network, 1)
         loss = jax.jit(method.loss)
         state = {**method.init(params), "importance": filled(network, 0.5)}
         terms = [loss(params, state, batch, jax.random.key(seed)) for seed in (0, 1)]
@@ -183,9 +183,9 @@ def test_passes_of_the_contrast_draw_noise_of_their_own() -> None:
 
 
 def test_a_model_with_dropout_keeps_its_own() -> None:
-    assert Das(DasOptions(), tiny_llama(), 1)._noise_rate() == 0.1
-    assert Das(DasOptions(), tiny_llama(dropout=0.2), 1)._noise_rate() is None
-    assert Das(DasOptions(), tiny_roberta(attention_dropout=0.2), 1)._noise_rate() is None
+    assert DasPaper(DasPaperOptions(), tiny_llama(), 1)._noise_rate() == 0.1
+    assert DasPaper(DasPaperOptions(), tiny_llama(dropout=0.2), 1)._noise_rate() is None
+    assert DasPaper(DasPaperOptions(), tiny_roberta(attention_dropout=0.2), 1)._noise_rate() is None
 
 
 def scans(program: Any) -> int:
@@ -201,18 +201,18 @@ def test_each_variant_runs_its_passes_and_no_other() -> None:
     """A pass over the layers is a scan; one more for each that is differentiated."""
     network = tiny_llama(num_layers=1)
     params, batch = network.shapes(), make_batch()
-    variants: dict[tuple[Any, ...], DasOptions] = {
-        (1, 1): DasOptions(contrast_weight=0),
-        (4, 4): DasOptions(anchor="own", negatives="trained"),
-        (4, 3): DasOptions(anchor="own", negatives="fixed"),
-        (3, 3): DasOptions(anchor="language_model", negatives="trained"),
-        (3, 2): DasOptions(anchor="language_model", negatives="fixed"),
+    variants: dict[tuple[Any, ...], DasPaperOptions] = {
+        (1, 1): DasPaperOptions(contrast_weight=0),
+        (4, 4): DasPaperOptions(anchor="own", negatives="trained"),
+        (4, 3): DasPaperOptions(anchor="own", negatives="fixed"),
+        (3, 3): DasPaperOptions(anchor="language_model", negatives="trained"),
+        (3, 2): DasPaperOptions(anchor="language_model", negatives="fixed"),
     }
     for (forward, backward), options in variants.items():
-        method = Das(options, network, 1)
+        method = DasPaper(options, network, 1)
         state = jax.eval_shape(method.init, params)
 
-        def loss(params: Any, state: Any, method: Das = method) -> jax.Array:
+        def loss(params: Any, state: Any, method: DasPaper = method) -> jax.Array:
             return sum(term.sum for term in method.loss(params, state, batch, jax.random.key(0)).values())
 
         found = []
@@ -224,16 +224,16 @@ def test_each_variant_runs_its_passes_and_no_other() -> None:
 
 def test_options_are_held_against_the_model() -> None:
     with pytest.raises(ValueError, match="proxy_dropout"):
-        Das.check(DasOptions(proxy_dropout=0.0), tiny_llama().config)
-    Das.check(DasOptions(proxy_dropout=0.0), tiny_roberta(hidden_dropout=0.1).config)
-    Das.check(DasOptions(proxy_dropout=0.0, general_knowledge=False, contrast_weight=0.0), tiny_llama().config)
-    Das.check(DasOptions(), tiny_llama().config)
+        DasPaper.check(DasPaperOptions(proxy_dropout=0.0), tiny_llama().config)
+    DasPaper.check(DasPaperOptions(proxy_dropout=0.0), tiny_roberta(hidden_dropout=0.1).config)
+    DasPaper.check(DasPaperOptions(proxy_dropout=0.0, general_knowledge=False, contrast_weight=0.0), tiny_llama().config)
+    DasPaper.check(DasPaperOptions(), tiny_llama().config)
 
 
 def test_there_is_no_contrast_before_anything_is_known() -> None:
     network = tiny_llama(num_layers=1)
     params, batch = init(network), make_batch()
-    method = Das(DasOptions(general_knowledge=False), network, 2)
+    method = DasPaper(DasPaperOptions(general_knowledge=False), network, 2)
     empty = method.init(params)
 
     def term(params: Any, state: Any) -> Any:
@@ -251,7 +251,7 @@ def test_the_past_has_dropout_of_its_own() -> None:
     """With every gate open, the past is one more pass of the whole network: it draws other noise than the positive."""
     network = tiny_roberta(num_layers=1, hidden_dropout=0.3)
     params, batch = init(network), make_batch((6, 6))
-    method = Das(DasOptions(temperature=1.0), network, 1)
+    method = DasPaper(DasPaperOptions(temperature=1.0), network, 1)
     state = {**method.init(params), "importance": network.gates()}
     seen: list[jax.Array] = []
     pooled = method._pooled
