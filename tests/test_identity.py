@@ -162,7 +162,7 @@ def test_changed_rows_are_one_line_before_training(
     assert "\n" not in str(caught.value)
 
 
-MEASURED = ["method={name: das, general_knowledge: false, contrast_weight: 0, importance_examples: 8}"]
+MEASURED = ["method={name: das, general_knowledge: false, importance_examples: 8}"]
 
 
 @pytest.mark.usefixtures("untrained")
