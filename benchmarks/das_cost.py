@@ -127,7 +127,9 @@ STEPS: dict[str, Callable[[Network], Method]] = {
     "own_trained": lambda network: DasPaper(DasPaperOptions(anchor="own"), network, 1),
     "own_fixed": lambda network: DasPaper(DasPaperOptions(anchor="own", negatives="fixed"), network, 1),
     "language_model_trained": lambda network: DasPaper(DasPaperOptions(anchor="language_model"), network, 1),
-    "language_model_fixed": lambda network: DasPaper(DasPaperOptions(anchor="language_model", negatives="fixed"), network, 1),
+    "language_model_fixed": lambda network: DasPaper(
+        DasPaperOptions(anchor="language_model", negatives="fixed"), network, 1
+    ),
     "contrast_in_one_batch": lambda network: ContrastInOneBatch(DasPaperOptions(anchor="own"), network, 1),
     "all_in_one_batch": lambda network: AllInOneBatch(DasPaperOptions(anchor="own"), network, 1),
 }

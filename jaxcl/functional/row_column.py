@@ -151,8 +151,12 @@ def select(importance: RowColumn, params: PyTree, sides: PyTree, how: Selection,
         return jnp.full_like(values, mean * math.prod(leaf.shape[axis] for axis in others))
 
     return RowColumn(
-        jax.tree.map(lambda x, leaf, side: change(x, leaf, side.inputs, side.outputs), importance.inputs, params, sides),
-        jax.tree.map(lambda x, leaf, side: change(x, leaf, side.outputs, side.inputs), importance.outputs, params, sides),
+        jax.tree.map(
+            lambda x, leaf, side: change(x, leaf, side.inputs, side.outputs), importance.inputs, params, sides
+        ),
+        jax.tree.map(
+            lambda x, leaf, side: change(x, leaf, side.outputs, side.inputs), importance.outputs, params, sides
+        ),
     )
 
 

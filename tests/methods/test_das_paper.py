@@ -226,7 +226,9 @@ def test_options_are_held_against_the_model() -> None:
     with pytest.raises(ValueError, match="proxy_dropout"):
         DasPaper.check(DasPaperOptions(proxy_dropout=0.0), tiny_llama().config)
     DasPaper.check(DasPaperOptions(proxy_dropout=0.0), tiny_roberta(hidden_dropout=0.1).config)
-    DasPaper.check(DasPaperOptions(proxy_dropout=0.0, general_knowledge=False, contrast_weight=0.0), tiny_llama().config)
+    DasPaper.check(
+        DasPaperOptions(proxy_dropout=0.0, general_knowledge=False, contrast_weight=0.0), tiny_llama().config
+    )
     DasPaper.check(DasPaperOptions(), tiny_llama().config)
 
 

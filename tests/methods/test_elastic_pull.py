@@ -16,7 +16,10 @@ RANDOM = np.random.default_rng(0)
 
 
 def draw() -> dict[str, Any]:
-    return {"kernel": jnp.asarray(RANDOM.normal(size=(2, 3, 4)), jnp.float32), "scale": jnp.asarray(RANDOM.normal(size=5))}
+    return {
+        "kernel": jnp.asarray(RANDOM.normal(size=(2, 3, 4)), jnp.float32),
+        "scale": jnp.asarray(RANDOM.normal(size=5)),
+    }
 
 
 def optimizer(precondition: Any, clip: Any = None, decay: Any = None, **options: Any) -> Any:
@@ -89,7 +92,9 @@ def test_params_come_to_rest_near_where_the_penalised_loss_has_its_minimum(name:
     @jax.jit
     def step(carry: Any, rate: Any) -> Any:
         params, state = carry
-        updates, state = transform.update(gradient, state, params, learning_rate=rate, anchor=anchor, stiffness=stiffness)
+        updates, state = transform.update(
+            gradient, state, params, learning_rate=rate, anchor=anchor, stiffness=stiffness
+        )
         return (optax.apply_updates(params, updates), state), None
 
     rates = jnp.linspace(0.3, 0.0, 800, endpoint=False)
@@ -117,6 +122,11 @@ def test_where_there_was_no_gradient_there_is_no_pull() -> None:
     params, anchor = draw(), draw()
     none = jax.tree.map(jnp.zeros_like, params)
     updates, _ = transform.update(
-        none, transform.init(params), params, learning_rate=0.1, anchor=anchor, stiffness=jax.tree.map(jnp.ones_like, params)
+        none,
+        transform.init(params),
+        params,
+        learning_rate=0.1,
+        anchor=anchor,
+        stiffness=jax.tree.map(jnp.ones_like, params),
     )
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(updates))
