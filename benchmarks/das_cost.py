@@ -8,8 +8,8 @@ forward/backward pass, for importance) of the same round, with quartiles; `proce
 time, which neighbours on a shared machine disturb less. `temporary_megabytes` is what the compiled program holds
 beside its arguments and results.
 
-Variants of the step, by pass of the anchor and gradient of the gated pass: `own_trained` is the plain recipe of four
-passes. `contrast_in_one_batch` and `all_in_one_batch` are `own_trained` with three or all four passes fused to one
+Variants of the step: of `das`, by what it holds (`pull`, `mask`, both); of `das_paper`, by pass of the anchor and
+gradient of the gated pass: `own_trained` is the plain recipe of four passes. `contrast_in_one_batch` and `all_in_one_batch` are `own_trained` with three or all four passes fused to one
 pass over a batch in which every example stands three or four times, gated in its last copy: the same loss
 (`fused_difference`: largest relative difference of its gradient on a small network without noise).
 """
@@ -31,6 +31,7 @@ from jaxcl.functional.importance import ImportanceSums
 from jaxcl.functional.soft_masks import soft_masks
 from jaxcl.functional.terms import Term, Terms
 from jaxcl.methods.base import Method
+from jaxcl.methods.das import Das, DasOptions
 from jaxcl.methods.das_paper import DasPaper, DasPaperOptions
 from jaxcl.methods.passes.losses import language_model_loss, language_model_terms
 from jaxcl.methods.sequential import Sequential
@@ -123,6 +124,10 @@ def _contrast_of(method: DasPaper, states: Any, batch: Batch) -> Term:
 
 STEPS: dict[str, Callable[[Network], Method]] = {
     "plain": lambda network: Sequential(Sequential.Options(), network, 1),
+    "pull": lambda network: Das(DasOptions(hold="pull"), network, 1),
+    "pull_full": lambda network: Das(DasOptions(hold="pull", resolution="full"), network, 1),
+    "mask": lambda network: Das(DasOptions(hold="mask"), network, 1),
+    "mask_and_pull": lambda network: Das(DasOptions(hold="both"), network, 1),
     "no_contrast": lambda network: DasPaper(DasPaperOptions(contrast_weight=0), network, 1),
     "own_trained": lambda network: DasPaper(DasPaperOptions(anchor="own"), network, 1),
     "own_fixed": lambda network: DasPaper(DasPaperOptions(anchor="own", negatives="fixed"), network, 1),
@@ -140,7 +145,7 @@ def step_program(method: Method, layout: Layout, params: Any, batch: Batch) -> P
     optimizer = OptimizerConfig(learning_rate=1e-4, weight_decay=0.01)
     trainer = Trainer(method, optimizer, layout, accumulate=1, seed=0)
     state = trainer.start_task(trainer.init(jax.tree.map(jnp.copy, params)), 1000)
-    if isinstance(method, DasPaper):
+    if isinstance(method, Das | DasPaper):
         half = jax.tree.map(lambda leaf: jnp.full_like(leaf, 0.5), state.method_state["importance"])
         state = trainer.with_method_state(state, {**state.method_state, "importance": half})
     return Program(trainer.jitted_step, state, batch, trainer.key, carried=True)
@@ -149,6 +154,7 @@ def step_program(method: Method, layout: Layout, params: Any, batch: Batch) -> P
 def importance_programs(network: Network, params: Any, batch: Batch) -> dict[str, Program]:
     key = jax.random.key(0)
     das = {proxy: DasPaper(DasPaperOptions(proxy=proxy), network, 1) for proxy in ("outputs", "pooled")}
+    second = Das(DasOptions(), network, 1)
     sums = ImportanceSums.zero(network.gates())
 
     def loss(params: Any, batch: Batch, key: Any) -> Any:
@@ -158,6 +164,8 @@ def importance_programs(network: Network, params: Any, batch: Batch) -> dict[str
     return {
         "forward_backward": Program(jax.jit(jax.value_and_grad(loss)), params, batch, key),
         "forward": Program(jax.jit(loss), params, batch, key),
+        "drawn": Program(jax.jit(second.add_drawn), second.no_sums(), params, batch, key),
+        "true": Program(jax.jit(second.add_true), second.no_sums(), params, batch, key),
         "domain": Program(jax.jit(das["outputs"].add_domain), sums, params, batch, key),
         "general_outputs": Program(jax.jit(das["outputs"].add_general), sums, params, batch, key),
         "general_pooled": Program(jax.jit(das["pooled"].add_general), sums, params, batch, key),

@@ -1,4 +1,4 @@
-"""Squared gradients of single examples, and of targets that the model draws itself: Fisher information of the params."""
+"""Fisher information: squared gradients of single examples, or of targets that the model draws itself."""
 
 from __future__ import annotations
 
