@@ -241,6 +241,6 @@ class Das(Method[DasOptions]):
     def _measure(self, add: Any, params: Params, state: State, task: Task, place: int) -> State:
         add = task.compile(add)
         sums = task.compile(self.no_sums)()
-        for number, batch in enumerate(task.examples(self.options.importance_examples)):
-            sums = add(sums, params, batch, jax.random.fold_in(task.key, number))
+        for batch in task.examples(self.options.importance_examples):
+            sums = add(sums, params, batch, task.key)
         return task.compile(self.update_state)(state, sums, jnp.int32(place))
