@@ -9,7 +9,8 @@ time, which neighbours on a shared machine disturb less. `temporary_megabytes` i
 beside its arguments and results.
 
 Variants of the step: of `das`, by what it holds (`pull`, `mask`, both); of `das_paper`, by pass of the anchor and
-gradient of the gated pass: `own_trained` is the plain recipe of four passes. `contrast_in_one_batch` and `all_in_one_batch` are `own_trained` with three or all four passes fused to one
+gradient of the gated pass: `own_trained` is the plain recipe of four passes. `contrast_in_one_batch` and
+`all_in_one_batch` are `own_trained` with three or all four passes fused to one
 pass over a batch in which every example stands three or four times, gated in its last copy: the same loss
 (`fused_difference`: largest relative difference of its gradient on a small network without noise).
 """

@@ -3,7 +3,7 @@
 Name and number of axes decide how an array is shown:
 
 - `importance_X` `[layers, X]`: importance of units so far. Together with `domains_X` `[1 + tasks, layers, X]` (index 0:
-  general knowledge) it is between 0 and 1 and defines a soft mask, or says where one of the same importance would be; the
+  general knowledge) it is between 0 and 1 and defines a soft mask, or what one of this importance would be; the
   remaining capacity is shown as well.
 - `selected_X` `[tasks, layers, X]`, true or false: selected units per task.
 - any other `[layers, units]` or `[tasks, layers, units]`: heat maps.
