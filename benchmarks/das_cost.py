@@ -8,8 +8,9 @@ forward/backward pass, for importance) of the same round, with quartiles; `proce
 time, which neighbours on a shared machine disturb less. `temporary_megabytes` is what the compiled program holds
 beside its arguments and results.
 
-Variants of the step, by pass of the anchor and gradient of the gated pass: `own_trained` is the plain recipe of four
-passes. `contrast_in_one_batch` and `all_in_one_batch` are `own_trained` with three or all four passes fused to one
+Variants of the step: of `das`, by what it holds (`pull`, `mask`, both); of `das_paper`, by pass of the anchor and
+gradient of the gated pass: `own_trained` is the plain recipe of four passes. `contrast_in_one_batch` and
+`all_in_one_batch` are `own_trained` with three or all four passes fused to one
 pass over a batch in which every example stands three or four times, gated in its last copy: the same loss
 (`fused_difference`: largest relative difference of its gradient on a small network without noise).
 """
@@ -32,6 +33,7 @@ from jaxcl.functional.soft_masks import soft_masks
 from jaxcl.functional.terms import Term, Terms
 from jaxcl.methods.base import Method
 from jaxcl.methods.das import Das, DasOptions
+from jaxcl.methods.das_paper import DasPaper, DasPaperOptions
 from jaxcl.methods.passes.losses import language_model_loss, language_model_terms
 from jaxcl.methods.sequential import Sequential
 from jaxcl.models.batch import Batch
@@ -78,7 +80,7 @@ def rows(model: str, batch: int, vocab: int = VOCAB) -> dict[str, Any]:
     return {**fields, "predict": predict, "targets": targets, "weights": np.ones((batch, count))}
 
 
-class ContrastInOneBatch(Das):
+class ContrastInOneBatch(DasPaper):
     """Anchors, positives and past in one pass."""
 
     def _contrast(self, params: Any, importance: Gates, batch: Batch, anchor: Any, key: Any) -> Term:
@@ -86,7 +88,7 @@ class ContrastInOneBatch(Das):
         return _contrast_of(self, states, batch)
 
 
-class AllInOneBatch(Das):
+class AllInOneBatch(DasPaper):
     """The language-model pass in the same pass as well. For models with dropout: all its rows draw alike."""
 
     def loss(self, params: Any, state: Any, batch: Batch, key: Any) -> Terms:
@@ -96,7 +98,7 @@ class AllInOneBatch(Das):
         return {"loss": loss, "contrast": _contrast_of(self, states[:, 1:], batch)}
 
 
-def _side_by_side(method: Das, params: Any, importance: Gates, batch: Batch, copies: int, key: Any) -> Any:
+def _side_by_side(method: DasPaper, params: Any, importance: Gates, batch: Batch, copies: int, key: Any) -> Any:
     """States `[batch, copies, length, embed]`; the last copy is gated."""
     repeated = jax.tree.map(lambda leaf: jnp.repeat(leaf, copies, axis=0), batch)
 
@@ -115,7 +117,7 @@ def _side_by_side(method: Das, params: Any, importance: Gates, batch: Batch, cop
     return states.reshape(batch.size, copies, *states.shape[1:])
 
 
-def _contrast_of(method: Das, states: Any, batch: Batch) -> Term:
+def _contrast_of(method: DasPaper, states: Any, batch: Batch) -> Term:
     pooled = [pool(states[:, copy], batch.segments) for copy in range(3)]
     total, count = contrast(*pooled, jnp.any(batch.segments != 0, axis=1), method.options.temperature)
     return Term(total, count, method.options.contrast_weight)
@@ -123,13 +125,19 @@ def _contrast_of(method: Das, states: Any, batch: Batch) -> Term:
 
 STEPS: dict[str, Callable[[Network], Method]] = {
     "plain": lambda network: Sequential(Sequential.Options(), network, 1),
-    "no_contrast": lambda network: Das(DasOptions(contrast_weight=0), network, 1),
-    "own_trained": lambda network: Das(DasOptions(anchor="own"), network, 1),
-    "own_fixed": lambda network: Das(DasOptions(anchor="own", negatives="fixed"), network, 1),
-    "language_model_trained": lambda network: Das(DasOptions(anchor="language_model"), network, 1),
-    "language_model_fixed": lambda network: Das(DasOptions(anchor="language_model", negatives="fixed"), network, 1),
-    "contrast_in_one_batch": lambda network: ContrastInOneBatch(DasOptions(anchor="own"), network, 1),
-    "all_in_one_batch": lambda network: AllInOneBatch(DasOptions(anchor="own"), network, 1),
+    "pull": lambda network: Das(DasOptions(hold="pull"), network, 1),
+    "pull_full": lambda network: Das(DasOptions(hold="pull", resolution="full"), network, 1),
+    "mask": lambda network: Das(DasOptions(hold="mask"), network, 1),
+    "mask_and_pull": lambda network: Das(DasOptions(hold="both"), network, 1),
+    "no_contrast": lambda network: DasPaper(DasPaperOptions(contrast_weight=0), network, 1),
+    "own_trained": lambda network: DasPaper(DasPaperOptions(anchor="own"), network, 1),
+    "own_fixed": lambda network: DasPaper(DasPaperOptions(anchor="own", negatives="fixed"), network, 1),
+    "language_model_trained": lambda network: DasPaper(DasPaperOptions(anchor="language_model"), network, 1),
+    "language_model_fixed": lambda network: DasPaper(
+        DasPaperOptions(anchor="language_model", negatives="fixed"), network, 1
+    ),
+    "contrast_in_one_batch": lambda network: ContrastInOneBatch(DasPaperOptions(anchor="own"), network, 1),
+    "all_in_one_batch": lambda network: AllInOneBatch(DasPaperOptions(anchor="own"), network, 1),
 }
 
 
@@ -138,7 +146,7 @@ def step_program(method: Method, layout: Layout, params: Any, batch: Batch) -> P
     optimizer = OptimizerConfig(learning_rate=1e-4, weight_decay=0.01)
     trainer = Trainer(method, optimizer, layout, accumulate=1, seed=0)
     state = trainer.start_task(trainer.init(jax.tree.map(jnp.copy, params)), 1000)
-    if isinstance(method, Das):
+    if isinstance(method, Das | DasPaper):
         half = jax.tree.map(lambda leaf: jnp.full_like(leaf, 0.5), state.method_state["importance"])
         state = trainer.with_method_state(state, {**state.method_state, "importance": half})
     return Program(trainer.jitted_step, state, batch, trainer.key, carried=True)
@@ -146,16 +154,19 @@ def step_program(method: Method, layout: Layout, params: Any, batch: Batch) -> P
 
 def importance_programs(network: Network, params: Any, batch: Batch) -> dict[str, Program]:
     key = jax.random.key(0)
-    das = {proxy: Das(DasOptions(proxy=proxy), network, 1) for proxy in ("outputs", "pooled")}
+    das = {proxy: DasPaper(DasPaperOptions(proxy=proxy), network, 1) for proxy in ("outputs", "pooled")}
+    second = Das(DasOptions(), network, 1)
     sums = ImportanceSums.zero(network.gates())
 
     def loss(params: Any, batch: Batch, key: Any) -> Any:
-        term = language_model_terms(network, params, batch, key, DasOptions().loss_chunk)["loss"]
+        term = language_model_terms(network, params, batch, key, DasPaperOptions().loss_chunk)["loss"]
         return term.sum / term.count
 
     return {
         "forward_backward": Program(jax.jit(jax.value_and_grad(loss)), params, batch, key),
         "forward": Program(jax.jit(loss), params, batch, key),
+        "drawn": Program(jax.jit(second.add_drawn), second.no_sums(), params, batch, key),
+        "true": Program(jax.jit(second.add_true), second.no_sums(), params, batch, key),
         "domain": Program(jax.jit(das["outputs"].add_domain), sums, params, batch, key),
         "general_outputs": Program(jax.jit(das["outputs"].add_general), sums, params, batch, key),
         "general_pooled": Program(jax.jit(das["pooled"].add_general), sums, params, batch, key),
@@ -187,10 +198,10 @@ def fused_difference(model: str) -> float:
     gates = jax.tree.map(lambda leaf: 0.2 + 0.6 * (jnp.arange(leaf.size) % 2).reshape(leaf.shape), network.gates())
 
     gradients = []
-    for kind in (Das, ContrastInOneBatch, AllInOneBatch):
-        method = kind(DasOptions(anchor="own", proxy_dropout=0.0), network, 1)
+    for kind in (DasPaper, ContrastInOneBatch, AllInOneBatch):
+        method = kind(DasPaperOptions(anchor="own", proxy_dropout=0.0), network, 1)
 
-        def total(params: Any, method: Das = method) -> Any:
+        def total(params: Any, method: DasPaper = method) -> Any:
             terms = method.loss(params, {"importance": gates}, batch, jax.random.key(0))
             return sum(term.weight * term.sum / term.count for term in terms.values())
 

@@ -36,7 +36,7 @@ def config(folder: Path, output: str) -> dict[str, object]:
         "tokenizer": {"vocab_size": 8000, "train_rows": 5000},
         "data": {"length": 164, "packing": False, "mask_rate": 0.15, "cache": str(folder / "cache")},
         "tasks": [{"name": name, "source": f"text:{folder / name}.txt", "heldout": 0.001} for name in DOMAINS],
-        "method": {"name": "das", "importance_examples": 64},
+        "method": {"name": "das_paper", "importance_examples": 64},
         "training": {"batch_size": 32, "steps": 2, "log_every": 1},
         "optimizer": {"name": "adamw", "learning_rate": 1.0e-4},
         "evaluation": {"batch_size": 64, "limit": 64},

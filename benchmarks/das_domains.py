@@ -62,7 +62,7 @@ DOMAINS = [
     },
 ]
 REPLAY = {"fraction": 0.05, "every": 10}
-DAS = {"name": "das", "importance_examples": 512}
+DAS = {"name": "das_paper", "importance_examples": 512}
 VARIANTS: dict[str, dict[str, Any]] = {
     "sequential": {"name": "sequential"},
     "ewc": {"name": "ewc", "fisher_examples": 512},

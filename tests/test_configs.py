@@ -142,7 +142,7 @@ def test_a_step_is_planned_for_the_rows_that_its_tasks_have(path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "step", "scopes"),
     [
-        ("quickstart_das", "train", {"attention", "mlp", "logits", "contrast", "soft_mask"}),
+        ("quickstart_das", "train", {"attention", "mlp", "logits", "pull"}),
         ("quickstart_seekr", "replay", {"attention", "mlp", "logits", "probe", "probe/distil", "distil"}),
     ],
 )

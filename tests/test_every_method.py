@@ -22,6 +22,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "replay": {"replay": REPLAY},
     "derpp": {"replay": REPLAY, "match": "logits"},
     "das": {"importance_examples": 8},
+    "das_paper": {"importance_examples": 8},
     "ewc": {"fisher_examples": 8},
 }
 SHORT = {

@@ -44,7 +44,7 @@ TEXT: dict[str, Any] = {
     ],
     "training": {"batch_size": 8, "steps": [3, 3, 4], "log_every": 1, "checkpoint_every": 2},
     "evaluation": {"batch_size": 8},
-    "method": {"name": "das", "importance_examples": 16, "contrast_weight": 0},
+    "method": {"name": "das", "importance_examples": 16},
 }
 DECAYED = {**TEXT, "optimizer": {"schedule": "infinite", "final": 0.1, "decay": 2, "learning_rate": 1e-3}}
 ADDED = {"pairs": ["name=number", "source=stdlib:unicode_numeric", "train=24", "test=4"],

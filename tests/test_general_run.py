@@ -32,6 +32,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "replay": {"replay": REPLAY},
     "derpp": {"replay": {"fraction": 0.25, "mode": "mix"}},
     "das": {"importance_examples": 8},
+    "das_paper": {"importance_examples": 8},
     "ewc": {"fisher_examples": 8},
     "seekr": {"layer_budget": 1, "head_budget": 1, "query_budget": 8, "replay": REPLAY},
     "progressive_prompts": {"length": 3},

@@ -182,7 +182,7 @@ def test_changed_data_is_gone_on_with_deliberately(copy: Path, capsys: pytest.Ca
     assert run(copy, copy / "run") == results
 
 
-MEASURED = ["method={name: das, general_knowledge: false, contrast_weight: 0, importance_examples: 8}"]
+MEASURED = ["method={name: das, general_knowledge: false, importance_examples: 8}"]
 
 
 @pytest.mark.usefixtures("untrained")

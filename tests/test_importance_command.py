@@ -31,7 +31,7 @@ TEXT: dict[str, Any] = {
     **COMMON,
     "tasks": [{**task, "train": 24, "end_task": None} for task in runs.TEXT["tasks"]],
     "evaluation": {"batch_size": 8},
-    "method": {"name": "das", "importance_examples": 16, "contrast_weight": 0},
+    "method": {"name": "das", "importance_examples": 16},
 }
 
 
@@ -128,7 +128,7 @@ def test_a_run_folder_shows_what_its_training_moved(tmp_path: Path) -> None:
 
 
 def test_a_method_without_tables_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="sequential measures no importance; allowed: das, seekr") as caught:
+    with pytest.raises(UserError, match="sequential measures no importance; allowed: das, das_paper, seekr") as caught:
         measure_importance(written(TEXT, tmp_path, method="sequential"), [], None)
     assert caught.value.exit_code == 2
     with pytest.raises(UserError, match="not a run folder"):

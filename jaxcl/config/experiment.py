@@ -35,7 +35,7 @@ class MethodSection(Schema):
 
 
 def _split_method(value: Any) -> Any:
-    """Turns `{name: das, mask_on: update}` into a `MethodSection` with options of the method's type."""
+    """Turns `{name: das, hold: pull}` into a `MethodSection` with options of the method's type."""
     if isinstance(value, str):
         value = {"name": value}
     if not isinstance(value, dict) or "name" not in value:

@@ -2,8 +2,9 @@
 
 Importing it loads jax, optax and jaxtyping, and nothing else of jaxcl.
 
-- DAS: `gate_gradients`, `ImportanceSums`, `normalise`, `accumulate`, `soft_masks`, `masked_optimizer`, `pool`,
-  `contrast`
+- DAS, the paper's version: `gate_gradients`, `ImportanceSums`, `normalise`, `accumulate`, `soft_masks`,
+  `masked_optimizer`, `pool`, `contrast`
+- DAS, second version: `RowColumn`, `Sides`, `select`, `row_column_masks`, `elastic_optimizer`
 - SEEKR: `watch`, `HeadSums`, `combine`, `select_heads`, `sample_queries`, `selected_rows`, `attention_maps`,
   `attention_divergence`
 - Distillation of outputs: `top_scores`, `top_divergence`, `full_divergence`
@@ -34,7 +35,8 @@ from jaxcl.functional.averaging import averaged, finish_average, restart_average
 from jaxcl.functional.balance import Balance
 from jaxcl.functional.contrastive import contrast, pool
 from jaxcl.functional.distillation import TopScores, divergence, full_divergence, top_divergence, top_scores
-from jaxcl.functional.fisher import FisherSums, quadratic_penalty, summed_squares
+from jaxcl.functional.elastic_pull import elastic_optimizer, pulled
+from jaxcl.functional.fisher import FisherSums, drawn_tokens, quadratic_penalty, summed_squares
 from jaxcl.functional.heads import HeadSums, combine, normalise_sensitivity, resolve_budget, select_heads, watch
 from jaxcl.functional.importance import (
     ImportanceSums,
@@ -54,6 +56,7 @@ from jaxcl.functional.losses import (
     token_losses,
 )
 from jaxcl.functional.matrix import ContinualMatrix
+from jaxcl.functional.row_column import RowColumn, Sides, row_column_masks, select, unit_means
 from jaxcl.functional.soft_masks import LAYER, Unit, masked_decay, masked_optimizer, soft_mask, soft_masks
 from jaxcl.functional.terms import Term, Terms
 
@@ -67,6 +70,8 @@ __all__ = [
     "FisherSums",
     "HeadSums",
     "ImportanceSums",
+    "RowColumn",
+    "Sides",
     "Term",
     "Terms",
     "TopScores",
@@ -80,6 +85,8 @@ __all__ = [
     "cross_entropy",
     "decode_rows",
     "divergence",
+    "drawn_tokens",
+    "elastic_optimizer",
     "encode_rows",
     "example_divergence",
     "example_means",
@@ -95,12 +102,15 @@ __all__ = [
     "normalise_tanh",
     "over_positions",
     "pool",
+    "pulled",
     "quadratic_penalty",
     "real_length",
     "resolve_budget",
     "restart_average",
+    "row_column_masks",
     "sample_queries",
     "scored_states",
+    "select",
     "select_heads",
     "selected_rows",
     "soft_mask",
@@ -110,6 +120,7 @@ __all__ = [
     "token_losses",
     "top_divergence",
     "top_scores",
+    "unit_means",
     "visible_keys",
     "watch",
     "write_rows",

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 
 class FisherSums(NamedTuple):
@@ -49,6 +49,23 @@ def summed_squares(loss: Callable[[PyTree, Any], Float[Array, ""]], params: PyTr
     """
     gradients = jax.vmap(jax.grad(loss), in_axes=(None, 0))(params, rows)
     return jax.tree.map(lambda leaf: jnp.sum(jnp.square(leaf.astype(jnp.float32)), axis=0), gradients)
+
+
+def drawn_tokens(logits: Float[Array, "... vocab"], places: Float[Array, "..."]) -> Int[Array, "..."]:
+    """A token for each position, drawn from the softmax of its scores.
+
+    Args:
+      logits: scores.
+      places: uniform draws in [0, 1): where the token lies when all probabilities are laid one after the other.
+
+    Examples:
+      >>> drawn_tokens(jnp.log(jnp.array([0.25, 0.5, 0.25])), jnp.array(0.6)).item()
+      1
+    """
+    below = jnp.cumsum(jax.nn.softmax(logits, axis=-1), axis=-1)
+    search = jnp.vectorize(lambda row, place: jnp.searchsorted(row, place, side="right"), signature="(v),()->()")
+    # Rounding may put a place at the very end, behind all tokens.
+    return jnp.minimum(search(below, places * below[..., -1]), logits.shape[-1] - 1).astype(jnp.int32)
 
 
 def quadratic_penalty(params: PyTree, anchor: PyTree, fisher: PyTree) -> Float[Array, ""]:

@@ -1,233 +1,246 @@
-"""DAS: continual domain-adaptive pre-training with soft masks (Ke et al., ICLR 2023, arXiv 2302.03241).
+r"""DAS, second version: params that matter to what is known are held, one domain after another, with no data kept.
 
-Units of the network (attention heads, feed-forward intermediate units and outputs) get an importance: for general
-knowledge once before the first domain, for each domain's knowledge after it; the maximum so far is kept. While a
-domain is learned, params move by one minus the importance of their unit, and a contrastive loss pushes the model's
-output away from what the important units alone would give. No domain id is needed afterwards.
+After *Continual Pre-training of Language Models* (Ke et al., ICLR 2023, arXiv 2302.03241), whose own version is
+`das_paper`. As there, importance is measured for general knowledge before the first domain and for each domain after
+it, and nothing else of a domain is kept. What differs:
 
-Where the authors' code departs from the paper, the paper is followed: absolute values of gate gradients are taken per
-example, not of their sum; the general proxy compares two real dropout passes by their output distributions; domain
-importance sees the masked inputs the loss is defined on; masks lie on the heads' own axis and act once per step; a
-contrast's positive is the same example; pooling leaves padding out. All passes see the same (masked) input.
-
-Further departures from the authors' code, where the paper says nothing: the gate of an intermediate unit comes after
-the activation, not before it; standardisation divides by the population deviation, not by that of a sample (n, not
-n - 1), which matters for a handful of heads; the bias of the attention output is shared by all heads, not masked by
-one.
-
-The paper leaves decoders open: here they work alike. Where the model has no dropout of its own, the passes that need
-noise drop hidden states (`proxy_dropout`) and leave attention probabilities alone: dropping those too would take
-attention off its fast kernel and hold an array `[batch, heads, length, length]` per layer.
+- *What importance is.* The Fisher information of params, by the rows and columns of every matrix (`RowColumn`), and
+  not a number per head or neuron. Embeddings, norms and output heads have it, too.
+- *General knowledge* needs no dropout: the targets are drawn from the model itself. Its Fisher information is the
+  second derivative of the divergence of the model's outputs from what they were, of which the paper's two dropout
+  passes are an estimate.
+- *Accumulation* has no ceiling: importance adds up, or its maximum is taken before any normalisation.
+- *What it does.* A mask only slows params down. A pull brings them back to where they were before the domain
+  (`elastic_optimizer`); `hold` chooses either, or both.
+- There is no contrast.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array
+from jaxtyping import Array, Float
 from pydantic import Field
 
-from jaxcl.functional.contrastive import contrast, pool
-from jaxcl.functional.importance import ImportanceSums, Normalisation, accumulate, normalise
-from jaxcl.functional.soft_masks import MaskOn, Shared, masked_optimizer, soft_masks
-from jaxcl.functional.terms import Term, Terms
+from jaxcl.functional.elastic_pull import elastic_optimizer
+from jaxcl.functional.row_column import Accumulation, RowColumn, Selection, Sides, row_column_masks, select, unit_means
 from jaxcl.methods.base import Method, OptimizerParts, Params, State, Task
 from jaxcl.methods.options import MethodOptions
-from jaxcl.methods.passes.importance import Proxy, add_domain_importance, add_general_importance
-from jaxcl.methods.passes.losses import language_model_loss, router_terms
+from jaxcl.methods.passes.squares import add_row_squares, drawn_squares
 from jaxcl.models.batch import Batch
-from jaxcl.models.gates import Gates
-from jaxcl.models.network import ModelConfig
 from jaxcl.models.trainable import trained
 
 
 class DasOptions(MethodOptions):
-    """Options of `das`; the defaults are the paper's, but for `mask_on` and `anchor`.
+    """Options of `das`."""
 
-    The paper's optimizer undoes masks on the gradient; the anchor's own pass changes no expected gradient.
-    """
-
-    importance_examples: int = Field(
-        10_000, gt=0, description="examples of a domain that importance is measured on, for general knowledge as well"
+    hold: Literal["pull", "mask", "both"] = Field(
+        "pull",
+        description="what important params get; pull: they return to where they were before the domain; "
+        "mask: smaller steps; both: both",
+    )
+    strength: float = Field(
+        20.0,
+        ge=0,
+        description="lambda of the pull; for the same gradient, params come to rest at a distance of 1 / strength; "
+        "0: no pull",
+    )
+    mask_strength: float = Field(
+        1.0, ge=0, description="c of the mask 1 / (1 + c F / mean F), with the importance F of a param; 0: no mask"
+    )
+    keep_mean: bool = Field(
+        False,
+        description="divide masks by their mean in each layer's matrix (up to 4), so that the mean step is the "
+        "optimizer's and importance only shifts it from some params to others",
     )
     general_knowledge: bool = Field(
         True,
-        description="protect from the start what the model knows in general; false for a model from scratch, which "
-        "knows nothing yet: masks would only slow down its first domain",
+        description="hold from the start what the model knows in general; false for a model from scratch, which knows "
+        "nothing yet",
     )
-    normalisation: Normalisation = Field(
-        "tanh",
-        description="how importance is scaled to [0, 1] per layer; tanh: standardise, tanh, absolute value; "
-        "quantile: by rank, so that the share of protected units is fixed",
+    importance_examples: int = Field(
+        2000, gt=0, description="examples of a domain that importance is measured on, for general knowledge as well"
     )
-    protected_share: float = Field(
-        0.5, gt=0, le=1, description="share of a layer's units that normalisation `quantile` protects, by domain"
+    targets: Literal["drawn", "true"] = Field(
+        "drawn",
+        description="targets of a domain's importance; drawn: from the model itself, one pass over batches; "
+        "true: the domain's, one example at a time (general knowledge always has drawn ones)",
     )
-    mask_on: MaskOn = Field(
-        "update",
-        description="update: masks what the optimizer makes of the gradient; gradient: masks the gradient before it, "
-        "the paper's text, which Adam divides out again",
+    resolution: Literal["row_column", "full"] = Field(
+        "row_column",
+        description="row_column: a number per row and per column of a matrix; full: one per param, as much memory "
+        "as the trained params",
     )
-    shared: Shared = Field(
-        "free",
-        description="params that belong to no unit (embeddings, norms, output heads); free: not masked; "
-        "mean: masked by their layer's mean importance; frozen: not trained",
+    accumulate: Accumulation = Field(
+        "sum", description="importance for all domains so far: the sum over domains, or the maximum"
     )
-    contrast_weight: float = Field(
-        1.0, ge=0, description="factor on the contrastive loss; 0: none, without its forward passes"
-    )
-    temperature: float = Field(0.05, gt=0, description="temperature of the contrastive loss")
-    anchor: Literal["own", "language_model"] = Field(
-        "language_model",
-        description="pass the contrast's anchor comes from; language_model: that of the language-model loss, which "
-        "saves a pass and, where the model has dropout, changes no expected gradient; own: one of its own",
-    )
-    negatives: Literal["trained", "fixed"] = Field(
-        "trained",
-        description="gated pass that gives the contrast its knowledge of the past; trained: differentiated like the "
-        "others; fixed: a constant, which costs a forward pass and keeps nothing for a backward pass",
-    )
-    proxy: Proxy = Field(
-        "outputs",
-        description="what the two passes of the general-knowledge proxy are compared by; outputs: the distributions "
-        "over tokens; pooled: the softmax of the mean state, which needs no token scores",
-    )
-    proxy_dropout: float = Field(
-        0.1,
+    decay: float = Field(
+        1.0,
         ge=0,
-        lt=1,
-        description="dropout of hidden states in the passes of the general-knowledge proxy and of the contrast, "
-        "for models that have none of their own",
+        le=1,
+        description="share of the earlier importance that is left after another domain; below 1, what no later domain "
+        "needs is released",
     )
+    anchor_dtype: Literal["params", "bfloat16"] = Field(
+        "params", description="dtype of the copy that params are pulled to: that of the trained params, or bfloat16"
+    )
+    selection: Selection = Field(
+        "measured",
+        description="controls for experiments; measured: importance as it is; permuted: its rows and columns permuted "
+        "within each layer's matrix; layer: the mean of each layer's matrix; none: one mean for all params",
+    )
+
+
+class Sums(NamedTuple):
+    """A measurement of importance.
+
+    Attributes:
+      total: sums of squared gradients of `-log p`.
+      tokens: over how many scored tokens.
+    """
+
+    total: RowColumn
+    tokens: Float[Array, ""]
 
 
 class Das(Method[DasOptions]):
-    """Soft masks and contrast.
+    """Importance by rows and columns, and an elastic pull.
 
-    State: `importance`, the accumulated `Gates` in [0, 1], zero before the first domain; `history`, the normalised
-    importance of general knowledge (place 0) and of each domain.
+    State: `importance`, a `RowColumn` over all trained params, 0 before anything is known; `anchor`, the trained
+    params before the domain at hand; `history`, by kind of unit, how far general knowledge (place 0) and each domain
+    need it, `[1 + tasks, layers, units]` in [0, 1).
     """
-
-    @property
-    def couples_examples(self) -> bool:
-        """The contrast does."""
-        return self.options.contrast_weight > 0 or super().couples_examples
-
-    @classmethod
-    def check(cls, options: Any, model: ModelConfig) -> None:
-        """See `Method.check`."""
-        noisy = options.general_knowledge or options.contrast_weight > 0
-        if noisy and _own_dropout(model) == 0 and options.proxy_dropout == 0:
-            raise ValueError("proxy_dropout: 0 leaves the general-knowledge proxy without noise; allowed: above 0")
 
     def init(self, params: Params) -> State:
         """See `Method.init`."""
-        zero = jax.tree.map(jnp.zeros_like, self.network.gates())
-        history = jax.tree.map(lambda gate: jnp.zeros((self.num_tasks + 1, *gate.shape)), zero)
-        return {"importance": zero, "history": history}
+        part = trained(params)
+        history = {
+            kind: jnp.zeros((self.num_tasks + 1, *gate.shape)) for kind, gate in vars(self.network.gates()).items()
+        }
+        return {"importance": RowColumn.zero(part, self.sides()), "anchor": self.anchor(params), "history": history}
 
     def prepare(self, params: Params, state: State, task: Task) -> State:
-        """Before the first domain: what the model knows in general."""
+        """Moves the anchor, and before the first domain measures what the model knows in general."""
+        if self.pulls:
+            state = {**state, "anchor": task.compile(self.anchor)(params)}
         if task.index > 0 or not self.options.general_knowledge:
             return state
-        return self._learn_importance(self.add_general, params, state, task, place=0)
+        return self._measure(self.add_drawn, params, state, task, place=0)
 
     def consolidate(self, params: Params, state: State, task: Task) -> State:
         """After each domain: what it needs."""
-        return self._learn_importance(self.add_domain, params, state, task, place=task.index + 1)
-
-    def loss(self, params: Params, state: State, batch: Batch, key: Array) -> Terms:
-        """Language-model loss and contrast."""
-        model_key, contrast_key = jax.random.split(key)
-        hidden = self.network.hidden(params, batch, dropout_key=model_key)
-        terms = {"loss": language_model_loss(self.network, params, hidden.states, batch, self.options.loss_chunk)}
-        terms |= router_terms(self.network, hidden, batch)
-        if self.options.contrast_weight > 0:
-            anchor = pool(hidden.states, batch.segments) if self.options.anchor == "language_model" else None
-            terms["contrast"] = self._contrast(params, state["importance"], batch, anchor, contrast_key)
-        return terms
+        add = self.add_drawn if self.options.targets == "drawn" else self.add_true
+        return self._measure(add, params, state, task, place=task.index + 1)
 
     def transform(self, parts: OptimizerParts) -> optax.GradientTransformationExtraArgs:
         """See `Method.transform`."""
-        return masked_optimizer(**parts._asdict(), mask_on=self.options.mask_on)
+        return elastic_optimizer(**parts._asdict(), sides=self.sides(), mask=self.masks, pull=self.pulls)
 
     def update_args(self, params: Params, state: State, batch: Batch, key: Array) -> dict[str, Any]:
-        """The soft masks."""
-        network = self.network
-        masks = soft_masks(network.units(), network.shapes(), vars(state["importance"]), self.options.shared)
-        return {"masks": trained(masks)}
+        """Stiffness and anchor of the pull, and the masks."""
+        found: dict[str, Any] = {}
+        if self.pulls:
+            full = state["importance"].full(self.sides())
+            stiffness = jax.tree.map(lambda leaf: self.options.strength * leaf, full)
+            found |= {"anchor": state["anchor"], "stiffness": stiffness}
+        if self.masks:
+            found["masks"] = self.masks_of(state["importance"])
+        return found
 
     def tables(self, state: State) -> dict[str, Array]:
-        """Accumulated importance, and that of each domain (place 0: general knowledge)."""
-        tables = {f"importance_{name}": value for name, value in vars(state["importance"]).items()}
-        return tables | {f"domains_{name}": value for name, value in vars(state["history"]).items()}
+        """How far each unit is needed by all so far, and by each domain (place 0: general knowledge)."""
+        tables = {f"importance_{kind}": value for kind, value in self.needs(state["importance"]).items()}
+        return tables | {f"domains_{kind}": value for kind, value in state["history"].items()}
 
     def measurements(self, before: Params, params: Params, state: State, batch: Batch, key: Array) -> dict[str, Any]:
         """See `Method.measurements`."""
-        zero = ImportanceSums.zero(self.network.gates())
-        found = {"importance": self.add_domain(zero, params, batch, key)}
-        if self.options.general_knowledge:
-            found["general importance"] = self.add_general(zero, params, batch, key)
+        found = {}
+        if self.options.targets == "true":
+            found["importance"] = self.add_true(self.no_sums(), params, batch, key)
+        if self.options.targets == "drawn" or self.options.general_knowledge:
+            name = "importance" if self.options.targets == "drawn" else "general importance"
+            found[name] = self.add_drawn(self.no_sums(), params, batch, key)
         return found
 
-    def add_general(self, sums: ImportanceSums, params: Params, batch: Batch, key: Array) -> ImportanceSums:
-        """Adds a batch to the importance for general knowledge; pure."""
-        rate = self._noise_rate()
-        options = self.options
-        return add_general_importance(self.network, sums, params, batch, key, rate, options.loss_chunk, options.proxy)
+    @property
+    def pulls(self) -> bool:
+        """Whether there is a pull."""
+        return self.options.hold != "mask" and self.options.strength > 0
 
-    def add_domain(self, sums: ImportanceSums, params: Params, batch: Batch, key: Array) -> ImportanceSums:
-        """Adds a batch to the importance for the domain at hand; pure."""
-        return add_domain_importance(self.network, sums, params, batch, self.options.loss_chunk)
+    @property
+    def masks(self) -> bool:
+        """Whether there is a mask."""
+        return self.options.hold != "pull" and self.options.mask_strength > 0
 
-    def update_state(self, state: State, sums: ImportanceSums, place: Array) -> State:
+    def sides(self) -> Params:
+        """The sides of the trained params, at the resolution of the importance."""
+
+        def side(one: Sides) -> Sides:
+            return one if self.options.resolution == "row_column" else Sides((*one.inputs, *one.outputs), ())
+
+        return jax.tree.map(side, trained(self.network.sides()), is_leaf=lambda node: isinstance(node, Sides))
+
+    def anchor(self, params: Params) -> Params:
+        """The copy of the trained params that they are pulled to; without a pull, nothing. Pure."""
+        if not self.pulls:
+            return {}
+        half = self.options.anchor_dtype == "bfloat16"
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16) if half else leaf, trained(params))
+
+    def masks_of(self, importance: RowColumn) -> Params:
+        """The soft mask of every trained param; pure."""
+        shapes = trained(self.network.shapes())
+        return row_column_masks(
+            importance, shapes, self.sides(), strength=self.options.mask_strength, keep_mean=self.options.keep_mean
+        )
+
+    def needs(self, importance: RowColumn) -> dict[str, Array]:
+        """How far units are needed, `F / (F + mean F)` averaged over their params, `[layers, units]`; pure."""
+        shapes, sides = trained(self.network.shapes()), self.sides()
+        masks = row_column_masks(importance, shapes, sides, strength=1.0, keep_mean=False)
+        needs = jax.tree.map(lambda mask: 1.0 - mask, masks)
+        sizes = {kind: gate.shape for kind, gate in vars(self.network.gates()).items()}
+        return unit_means(needs, trained(self.network.units()), sizes)
+
+    def no_sums(self) -> Sums:
+        """No example yet; pure."""
+        return Sums(RowColumn.zero(trained(self.network.shapes()), self.sides()), jnp.float32(0))
+
+    def add_drawn(self, sums: Sums, params: Params, batch: Batch, key: Array) -> Sums:
+        """Adds a batch whose targets are drawn from the model; pure."""
+        squares = drawn_squares(self.network, params, batch, key, self.options.loss_chunk)
+        return Sums(sums.total.add(squares, self.sides()), sums.tokens + jnp.sum(batch.weights))
+
+    def add_true(self, sums: Sums, params: Params, batch: Batch, key: Array) -> Sums:
+        """Adds a batch with its own targets, one example at a time; pure."""
+        sides = self.sides()
+        total = add_row_squares(
+            self.network,
+            sums.total,
+            params,
+            batch,
+            self.options.loss_chunk,
+            lambda total, squares: total.add(squares, sides),
+            whole_rows=True,
+        )
+        return Sums(total, sums.tokens + jnp.sum(batch.weights))
+
+    def update_state(self, state: State, sums: Sums, place: Array) -> State:
         """Takes a finished measurement into the state; pure."""
-        new = normalise(sums.mean(), self.options.normalisation, self.options.protected_share)
-        history = jax.tree.map(lambda before, one: before.at[place].set(one), state["history"], new)
-        return {"importance": accumulate(state["importance"], new), "history": history}
+        options, shapes, sides = self.options, trained(self.network.shapes()), self.sides()
+        new = sums.total.scaled(1.0 / jnp.maximum(sums.tokens, 1.0))
+        # The same key for every domain, so that what was permuted alike adds up alike.
+        new = select(new, shapes, sides, options.selection, jax.random.key(0))
+        history = {kind: state["history"][kind].at[place].set(one) for kind, one in self.needs(new).items()}
+        importance = state["importance"].accumulated(new, options.accumulate, options.decay)
+        return {**state, "importance": importance, "history": history}
 
-    def _learn_importance(self, add: Any, params: Params, state: State, task: Task, place: int) -> State:
+    def _measure(self, add: Any, params: Params, state: State, task: Task, place: int) -> State:
         add = task.compile(add)
-        sums = ImportanceSums.zero(self.network.gates())
+        sums = task.compile(self.no_sums)()
         for batch in task.examples(self.options.importance_examples):
             sums = add(sums, params, batch, task.key)
         return task.compile(self.update_state)(state, sums, jnp.int32(place))
-
-    @jax.named_scope("contrast")
-    def _contrast(self, params: Params, importance: Gates, batch: Batch, anchor: Array | None, key: Array) -> Term:
-        """One pass each for the positives, the past and, if there is none yet, the anchors.
-
-        Before anything is known (all importance is 0, as in the first domain with `general_knowledge: false`), the
-        gates of the past would all be closed: there is nothing to contrast with, and no pass.
-
-        One batch of all their rows, with gates of 1 where none are needed, is no faster (`benchmarks/das_cost.py`).
-        """
-        anchor_key, positive_key, past_key = jax.random.split(key, 3)
-        known = jnp.any(jnp.stack([jnp.any(leaf > 0) for leaf in jax.tree.leaves(importance)]))
-        real = jnp.any(batch.segments != 0, axis=1)
-
-        def total() -> Array:
-            own = self._pooled(params, batch, None, anchor_key) if anchor is None else anchor
-            positive = self._pooled(params, batch, None, positive_key)
-            fixed = self.options.negatives == "fixed"
-            past = self._pooled(jax.lax.stop_gradient(params) if fixed else params, batch, importance, past_key)
-            return contrast(own, positive, past, real, self.options.temperature)[0]
-
-        # The count is taken outside: where it alone is asked for, the compiler drops the passes.
-        count = jnp.sum(real.astype(jnp.float32)) * known
-        return Term(jax.lax.cond(known, total, lambda: jnp.float32(0)), count, self.options.contrast_weight)
-
-    def _pooled(self, params: Params, batch: Batch, gates: Gates | None, key: Array) -> Array:
-        rate = self._noise_rate()
-        states = self.network.hidden(params, batch, gates=gates, dropout_key=key, dropout_rate=rate).states
-        return pool(states, batch.segments)
-
-    def _noise_rate(self) -> float | None:
-        return None if _own_dropout(self.network.config) > 0 else self.options.proxy_dropout
-
-
-def _own_dropout(model: ModelConfig) -> float:
-    return max(model.dropout_rates)

@@ -20,14 +20,13 @@ import jax.numpy as jnp
 from jaxtyping import Array
 from pydantic import Field
 
-from jaxcl.functional.fisher import FisherSums, quadratic_penalty, summed_squares
+from jaxcl.functional.fisher import FisherSums, quadratic_penalty
 from jaxcl.functional.terms import Term, Terms
 from jaxcl.methods.base import Method, Params, State, Task
 from jaxcl.methods.options import MethodOptions
-from jaxcl.methods.passes.losses import example_losses
-from jaxcl.models.axes import constrain, shards
+from jaxcl.methods.passes.squares import add_row_squares
 from jaxcl.models.batch import Batch
-from jaxcl.models.trainable import overlay, trained
+from jaxcl.models.trainable import trained
 
 
 class EwcOptions(MethodOptions):
@@ -72,29 +71,9 @@ class Ewc(Method[EwcOptions]):
         """No example yet; pure."""
         return FisherSums.zero(trained(params))
 
-    @jax.named_scope("importance")
     def add_fisher(self, sums: FisherSums, params: Params, batch: Batch) -> FisherSums:
-        """Adds a batch's squared per-example gradients; pure.
-
-        One row per device is worked on at a time: a row's gradient is as large as the trained params. No dropout is
-        used; rows without a scored position add nothing.
-        """
-        ways = shards("batch")
-
-        def loss(part: Params, row: Batch) -> Array:
-            single, whole = jax.tree.map(lambda leaf: leaf[None], row), overlay(params, part)
-            states = self.network.hidden(whole, single).states
-            return example_losses(self.network, whole, states, single, self.options.loss_chunk)[0]
-
-        def split(leaf: Array) -> Array:
-            """Part i holds row i of each device, so that no row moves."""
-            parts = leaf.reshape(ways, -1, *leaf.shape[1:]).swapaxes(0, 1)
-            return constrain(parts, None, "batch", *[None] * (leaf.ndim - 1))
-
-        def add(total: Params, rows: Batch) -> tuple[Params, None]:
-            return jax.tree.map(jnp.add, total, summed_squares(loss, trained(params), rows)), None
-
-        total, _ = jax.lax.scan(add, sums.total, jax.tree.map(split, batch))
+        """Adds a batch's squared per-example gradients; pure. See `add_row_squares`."""
+        total = add_row_squares(self.network, sums.total, params, batch, self.options.loss_chunk)
         real = jnp.sum(jnp.any(batch.weights > 0, axis=1).astype(jnp.float32))
         return FisherSums(total, sums.examples + real)
 

@@ -19,6 +19,7 @@ METHODS: dict[str, str] = {
     "replay": "jaxcl.methods.replay:Replay",
     "derpp": "jaxcl.methods.derpp:Derpp",
     "das": "jaxcl.methods.das:Das",
+    "das_paper": "jaxcl.methods.das_paper:DasPaper",
     "seekr": "jaxcl.methods.seekr:Seekr",
     "olora": "jaxcl.methods.olora:Olora",
     "progressive_prompts": "jaxcl.methods.progressive_prompts:ProgressivePrompts",

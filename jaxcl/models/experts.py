@@ -116,7 +116,8 @@ class Grouped(nnx.Module):
         embed = {"embed": config.hidden_size}
         sizes = {"experts": config.num_experts, **(units | embed if down else embed | units)}
         unit = "output" if down else "intermediate"
-        self.kernel = parameter(rngs.params(), list(sizes.values()), list(sizes), std, config.compute, layers, unit)
+        shape, axes = list(sizes.values()), list(sizes)
+        self.kernel = parameter(rngs.params(), shape, axes, std, config.compute, layers, unit, inputs=1, stacked=1)
 
 
 class LlamaExperts(nnx.Module):

@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, UInt32
 
+from jaxcl.functional.row_column import Sides
 from jaxcl.functional.soft_masks import LAYER, Unit
 from jaxcl.models.compute import Compute, recomputed
 from jaxcl.models.lora import LoraConfig, initial_std
@@ -43,6 +44,8 @@ def parameter(
     compute: Compute,
     layers: int | None,
     unit: str | None = None,
+    inputs: int = 0,
+    stacked: int = 0,
 ) -> nnx.Param[Array]:
     """A parameter drawn from a normal distribution.
 
@@ -54,8 +57,10 @@ def parameter(
       compute: gives the dtype.
       layers: repeats it along a leading `layers` axis; `None` outside layers.
       unit: kind of unit that it belongs to, if one of its axes runs along such units; a key of `UNIT_AXES`.
+      inputs: of a matrix, how many of these axes are its inputs, from the first; the others are its outputs.
+      stacked: how many of these axes, before its inputs, run along matrices that are stacked, such as those of experts.
     """
-    own = _unit(axes, layers, unit)
+    own, sides = _unit(axes, layers, unit), _sides(len(shape), layers, inputs, stacked)
     lead, lead_axes = ((), ()) if layers is None else ((layers,), ("layers",))
     shape, axes = (*lead, *shape), (*lead_axes, *axes)
     # Drawing in one dimension compiles several times faster, and draws the same; in its own shape, a large
@@ -63,7 +68,7 @@ def parameter(
     size = math.prod(shape)
     drawn = (size,) if size <= _DRAWN_FLAT else shape
     value = jax.random.normal(key, drawn, compute.parameter_dtype).reshape(shape)
-    return nnx.Param(std * value, axes=axes, unit=own)
+    return nnx.Param(std * value, axes=axes, unit=own, sides=sides)
 
 
 def constant(
@@ -73,11 +78,19 @@ def constant(
     compute: Compute,
     layers: int | None,
     unit: str | None = None,
+    inputs: int = 0,
 ) -> nnx.Param[Array]:
     """A parameter that starts at one value everywhere; see `parameter`."""
-    own = _unit(axes, layers, unit)
+    own, sides = _unit(axes, layers, unit), _sides(len(shape), layers, inputs)
     lead, lead_axes = ((), ()) if layers is None else ((layers,), ("layers",))
-    return nnx.Param(jnp.full((*lead, *shape), value, compute.parameter_dtype), axes=(*lead_axes, *axes), unit=own)
+    start = jnp.full((*lead, *shape), value, compute.parameter_dtype)
+    return nnx.Param(start, axes=(*lead_axes, *axes), unit=own, sides=sides)
+
+
+def _sides(dimensions: int, layers: int | None, inputs: int, stacked: int = 0) -> Sides:
+    """The sides of a parameter with so many axes within a layer, of which the first but `stacked` are inputs."""
+    axes = tuple(range(dimensions) if layers is None else range(1, dimensions + 1))[stacked:]
+    return Sides(axes[:inputs], axes[inputs:]) if inputs else Sides(axes, ())
 
 
 def _unit(axes: Sequence[str | None], layers: int | None, kind: str | None) -> Unit | None:
@@ -119,7 +132,7 @@ class Linear(nnx.Module):
     ) -> None:
         axes = (*inputs, *outputs) if kernel_axes is None else tuple(kernel_axes)
         shape = (*inputs.values(), *outputs.values())
-        self.kernel = parameter(rngs.params(), shape, axes, std, compute, layers, unit)
+        self.kernel = parameter(rngs.params(), shape, axes, std, compute, layers, unit, len(inputs))
         width, width_axes = tuple(outputs.values()), axes[len(inputs) :]
         self.bias = constant(0.0, width, width_axes, compute, layers, unit) if bias else None
         self.contracted = len(inputs)
@@ -131,8 +144,9 @@ class Linear(nnx.Module):
         a_shape, b_shape = (*shape[: len(inputs)], lora.rank), (lora.rank, *shape[len(inputs) :])
         a_axes, b_axes = (*axes[: len(inputs)], "rank"), ("rank", *axes[len(inputs) :])
         # Drawn from a stream of their own: the rest of the network is the same with and without adapters.
-        self.lora_a = parameter(rngs.lora(), a_shape, a_axes, initial_std(a_shape[:-1]), wide, layers, unit)
-        self.lora_b = constant(0.0, b_shape, b_axes, wide, layers, unit)
+        std = initial_std(a_shape[:-1])
+        self.lora_a = parameter(rngs.lora(), a_shape, a_axes, std, wide, layers, unit, len(inputs))
+        self.lora_b = constant(0.0, b_shape, b_axes, wide, layers, unit, 1)
         self.lora_scale = lora.scale
 
     def __call__(self, x: Array) -> Array:
@@ -158,7 +172,7 @@ class Embedding(nnx.Module):
     def __init__(
         self, rngs: nnx.Rngs, rows: int, embed: int, *, axes: Sequence[str | None], std: float, compute: Compute
     ) -> None:
-        self.embedding = parameter(rngs.params(), (rows, embed), axes, std, compute, None)
+        self.embedding = parameter(rngs.params(), (rows, embed), axes, std, compute, None, inputs=1)
         self.dtype = compute.dtype
 
     def __call__(self, indices: Int[Array, "..."]) -> Float[Array, "... embed"]:

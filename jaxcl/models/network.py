@@ -191,6 +191,10 @@ class Network:
         """The params' tree with the `jaxcl.functional.Unit` of each param as leaf, `None` for those outside layers."""
         return self._metadata("unit")
 
+    def sides(self) -> Params:
+        """The params' tree with the `jaxcl.functional.Sides` of each param as leaf."""
+        return self._metadata("sides")
+
     def gates(self, batch: int | None = None) -> Gates:
         """Gates of 1; see `Gates.ones`."""
         c = self.config

@@ -3,7 +3,8 @@
 Name and number of axes decide how an array is shown:
 
 - `importance_X` `[layers, X]`: importance of units so far. Together with `domains_X` `[1 + tasks, layers, X]` (index 0:
-  general knowledge) it is between 0 and 1 and defines a soft mask; the remaining capacity is shown as well.
+  general knowledge) it is between 0 and 1 and defines a soft mask, or what one of this importance would be; the
+  remaining capacity is shown as well.
 - `selected_X` `[tasks, layers, X]`, true or false: selected units per task.
 - any other `[layers, units]` or `[tasks, layers, units]`: heat maps.
 """
@@ -106,13 +107,14 @@ class _Masks:
             "Soft masks and the capacity left",
             figure(histograms, f"After the last domain. A unit at 0 is frozen, one at 1 learns freely. {protected}"),
             "<h3>Capacity left after each domain</h3>",
-            figure(curves, "Mean of the soft mask over units: the share of each update that is applied."),
+            figure(curves, "Mean of the soft mask over units: the share of each update that it applies."),
             "<h3>Units needed by each domain</h3>",
             figure(
                 self.draw(unit_plots.needed_shares(own, together, self.titles, "needed units")),
                 f"Share of units with an importance above {_NEEDED}: for the domain, and for it or an earlier one.",
             ),
-            note=f"Units that matter for earlier knowledge learn less: updates are multiplied by 1 {MINUS} importance.",
+            note="Units that matter for earlier knowledge change less. A soft mask multiplies updates by "
+            f"1 {MINUS} importance; a pull brings params back the more, the less is left here.",
         )
 
     def _importance(self) -> str:

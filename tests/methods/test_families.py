@@ -17,12 +17,15 @@ import optax
 import pytest
 
 from jaxcl.functional import gate_gradients, soft_mask
+from jaxcl.methods.base import OptimizerParts
 from jaxcl.methods.das import Das, DasOptions
+from jaxcl.methods.das_paper import DasPaper, DasPaperOptions
 from jaxcl.methods.seekr import Seekr, SeekrOptions
 from jaxcl.models.batch import Batch
 from jaxcl.models.gates import Gates
 from jaxcl.models.network import Network
 from jaxcl.models.probe import Tap
+from jaxcl.training.optimizer import scale_by_given_learning_rate
 from tests.tiny.batches import StandInTask, batch_of
 from tests.tiny.families import DECODERS, network_of
 from tests.tiny.networks import params_of, row_losses
@@ -87,8 +90,8 @@ def test_gate_gradients_are_slopes(model: Model) -> None:
     np.testing.assert_allclose(found, want, rtol=0.02, atol=0.05)
 
 
-def test_das_learns_two_domains(model: Model) -> None:
-    method = Das(DasOptions(contrast_weight=0.0, proxy="pooled"), model.network, 2)
+def test_das_paper_learns_two_domains(model: Model) -> None:
+    method = DasPaper(DasPaperOptions(contrast_weight=0.0, proxy="pooled"), model.network, 2)
     optimizer = optax.chain(optax.scale_by_adam(), soft_mask(), optax.scale(-1e-2))
 
     @jax.jit
@@ -121,6 +124,41 @@ def test_das_learns_two_domains(model: Model) -> None:
         np.testing.assert_array_equal(blocks["mlp"][part]["kernel"], kept["mlp"][part]["kernel"])
     if "mlp_post_norm" in blocks:
         np.testing.assert_array_equal(blocks["mlp_post_norm"]["scale"], kept["mlp_post_norm"]["scale"])
+
+
+def test_das_holds_what_it_measured(model: Model) -> None:
+    """Every param has importance, and a great one brings it back to where it was, whatever the family hangs on it."""
+    method = Das(DasOptions(hold="both"), model.network, 2)
+    parts = OptimizerParts(optax.identity(), optax.scale_by_adam(), optax.identity(), scale_by_given_learning_rate())
+    optimizer = method.transform(parts)
+
+    @jax.jit
+    def step(params: Any, state: Any) -> Any:
+        def loss(params: Any) -> jax.Array:
+            term = method.loss(params, state, model.batch, jax.random.key(0))["loss"]
+            return term.sum / term.count
+
+        extra = method.update_args(params, state, model.batch, jax.random.key(0))
+        updates, _ = optimizer.update(
+            jax.grad(loss)(params), optimizer.init(params), params, learning_rate=1e-2, **extra
+        )
+        return optax.apply_updates(params, updates)
+
+    state = method.init(model.params)
+    free = step(model.params, state)
+    task = StandInTask([model.batch])
+    state = method.prepare(model.params, state, task)
+    for leaf in jax.tree.leaves(state["importance"].full(method.sides())):
+        assert np.all(np.isfinite(leaf))
+        assert np.any(np.asarray(leaf) > 0)
+    full = jax.tree.map(lambda leaf: jnp.full_like(leaf, 1e12), state["importance"])
+    held = step(model.params, state | {"importance": full})
+    for before, moved, after in zip(*map(jax.tree.leaves, (model.params, free, held)), strict=True):
+        assert np.any(np.asarray(moved != before))
+        np.testing.assert_allclose(after, before, atol=1e-6)
+    learned = method.consolidate(held, state, task)
+    for table in method.tables(learned).values():
+        assert np.all((np.asarray(table) >= 0) & (np.asarray(table) < 1))
 
 
 @functools.partial(jax.jit, static_argnums=0)

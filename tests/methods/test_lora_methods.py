@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxcl.methods.base import Method
-from jaxcl.methods.das import Das, DasOptions
+from jaxcl.methods.das_paper import DasPaper, DasPaperOptions
 from jaxcl.methods.ewc import Ewc, EwcOptions
 from jaxcl.methods.lwf import Lwf, LwfOptions
 from jaxcl.methods.olora import Olora, OloraOptions
@@ -50,7 +50,7 @@ def sequential(accumulate: int = 1, **optimizer: Any) -> Trainer:
 
 def das() -> tuple[Method, Any, Batch]:
     """In the middle of a sequence: half of each kind of unit matters."""
-    method = Das(DasOptions(), NETWORK, 2)
+    method = DasPaper(DasPaperOptions(), NETWORK, 2)
     half = jax.tree.map(lambda ones: ones * (jnp.arange(ones.shape[-1]) % 2), NETWORK.gates())
     return method, {"importance": half}, BATCH
 

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from jaxcl.functional import LAYER, Unit, soft_mask, soft_masks
-from jaxcl.methods.das import Das, DasOptions
+from jaxcl.methods.das_paper import DasPaper, DasPaperOptions
 from jaxcl.models import llama
 from jaxcl.models.layers import constant
 from jaxcl.models.network import LlamaConfig, Network
@@ -83,7 +83,7 @@ def test_a_new_param_is_masked_by_the_unit_that_it_declares(monkeypatch: pytest.
     monkeypatch.setattr(llama, "LlamaMlp", ScaledMlp)
     network = Network.create(LlamaConfig(**SIZES, num_heads=2, init_std=0.03))  # a configuration of its own: not cached
     assert network.units()["blocks"]["mlp"]["gain"] == Unit("intermediate", 1)
-    method = Das(DasOptions(contrast_weight=0.0), network, 1)
+    method = DasPaper(DasPaperOptions(contrast_weight=0.0), network, 1)
     state = method.init(jax.jit(network.init)(jax.random.key(0)))
     state["importance"] = dataclasses.replace(state["importance"], intermediate=jnp.full((2, 12), 0.25).at[1, 3].set(1))
     masks = method.update_args({}, state, None, jax.random.key(0))["masks"]  # type: ignore[arg-type]

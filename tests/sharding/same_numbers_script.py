@@ -22,6 +22,7 @@ import optax
 from jaxcl.data.plan import Shape
 from jaxcl.methods.base import Method
 from jaxcl.methods.das import Das, DasOptions
+from jaxcl.methods.das_paper import DasPaper, DasPaperOptions
 from jaxcl.methods.seekr import Seekr, SeekrOptions
 from jaxcl.models.llama import LlamaConfig
 from jaxcl.models.network import Network
@@ -70,9 +71,11 @@ class Case:
 
 
 CASES = {
-    "das encoder": Case(ENCODER, Das, DasOptions()),
-    "das uneven": Case(UNEVEN, Das, DasOptions()),
-    "das experts": Case(EXPERTS, Das, DasOptions()),
+    # A last bit may change which token is drawn; steep masks and pulls would show it.
+    "das": Case(DECODER, Das, DasOptions(hold="both")),
+    "das_paper encoder": Case(ENCODER, DasPaper, DasPaperOptions()),
+    "das_paper uneven": Case(UNEVEN, DasPaper, DasPaperOptions()),
+    "das_paper experts": Case(EXPERTS, DasPaper, DasPaperOptions()),
     "seekr": Case(DECODER, Seekr, SEEKR),
     "seekr uneven": Case(UNEVEN, Seekr, SEEKR),
 }

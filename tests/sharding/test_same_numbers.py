@@ -14,14 +14,15 @@ import numpy as np
 import pytest
 
 # One mesh for each method is always tried, the others by `make test-slow`.
-PAIRS = ["das uneven:2x4", "das experts:2x4", "seekr:2x4"]
+PAIRS = ["das:2x4", "das_paper uneven:2x4", "das_paper experts:2x4", "seekr:2x4"]
 SLOW = [
-    *("das encoder:8x1", "das encoder:2x4", "das encoder:2x2x2", "das uneven:2x2x2", "das experts:2x2x2"),
+    *("das_paper encoder:8x1", "das_paper encoder:2x4", "das_paper encoder:2x2x2", "das_paper uneven:2x2x2"),
+    "das_paper experts:2x2x2",
     *("seekr:8x1", "seekr:2x2x2", "seekr uneven:2x4", "seekr uneven:2x2x2"),
 ]
-TWO_PROCESSES = ["das encoder:4", "seekr:4"]
+TWO_PROCESSES = ["das_paper encoder:4", "seekr:4"]
 # axes of the params: layers, embed, heads or rank, size of a head
-SPLIT = {"seekr:2x4": "(None, 'fsdp', 'tensor')", "das uneven:2x4": "(None, 'fsdp')"}
+SPLIT = {"seekr:2x4": "(None, 'fsdp', 'tensor')", "das_paper uneven:2x4": "(None, 'fsdp')"}
 
 
 def start(output: Path, pairs: list[str], devices: int, **settings: str) -> subprocess.Popen[bytes]:
@@ -117,7 +118,7 @@ def test_there_was_something_to_learn(results: dict[str, Any]) -> None:
     for result in results.values():
         assert len(set(result["losses"])) == len(result["losses"]) == 20
         for name, values in result["state"].items():
-            assert len(set(values)) > 4, name
+            assert len(set(values)) > 4 or len(values) <= 4, name
     heads = results["seekr:1"]["heads"]
     assert all(len(set(map(tuple, task))) == 3 for task in heads)
     assert heads[0] != [[0, 0], [0, 1], [0, 2]]
@@ -139,6 +140,13 @@ def test_experts_are_split_over_devices(results: dict[str, Any]) -> None:
 def test_moments_are_split_like_the_params(results: dict[str, Any], pair: str) -> None:
     specs = [spec for path, spec in results[pair]["specs"].items() if path.endswith("query/kernel")]
     assert specs == [SPLIT[pair]] * 3, "the param and two moments"
+
+
+def test_the_anchor_is_split_like_the_params(results: dict[str, Any]) -> None:
+    specs = results["das:2x4"]["specs"]
+    anchors = {path.partition("anchor/")[2]: spec for path, spec in specs.items() if "/anchor/" in path}
+    assert anchors == {path.partition("params/")[2]: spec for path, spec in specs.items() if path.startswith("params/")}
+    assert "(None, 'fsdp', 'tensor')" in anchors.values()
 
 
 def test_each_kind_of_step_is_compiled_once(results: dict[str, Any]) -> None:

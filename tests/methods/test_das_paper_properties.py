@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxcl.functional.importance import ImportanceSums, gate_gradients, normalise_tanh
-from jaxcl.methods.das import Das, DasOptions
+from jaxcl.methods.das_paper import DasPaper, DasPaperOptions
 from jaxcl.methods.passes.importance import add_domain_importance, add_general_importance
 from jaxcl.methods.passes.losses import example_losses
 from jaxcl.models.compute import Compute
@@ -87,7 +87,7 @@ def test_masks_act_once_however_many_micro_batches(mask_on: Any) -> None:
     network = tiny_llama(num_layers=1)
     layout = Layout.create(make_mesh(MeshConfig(), jax.devices()[:1]), network.axes(), network.shapes())
     batch = jax.device_put(make_batch((6, 4, 5, 3)), layout.batch)
-    method = Das(DasOptions(contrast_weight=0.0, mask_on=mask_on), network, 1)
+    method = DasPaper(DasPaperOptions(contrast_weight=0.0, mask_on=mask_on), network, 1)
     start = named(init(network))
     moved = []
     for accumulate in (1, 4):
@@ -105,7 +105,7 @@ SMALL = tiny_llama(num_layers=1, intermediate_size=6)
 @settings(max_examples=10, deadline=None)
 @given(st.lists(st.lists(st.integers(0, 9), min_size=8, max_size=8), min_size=3, max_size=3), st.booleans())
 def test_accumulated_importance_never_falls_and_each_domain_is_kept(domains: list[list[int]], tanh: bool) -> None:
-    method = Das(DasOptions(normalisation="tanh" if tanh else "quantile"), SMALL, 3)
+    method = DasPaper(DasPaperOptions(normalisation="tanh" if tanh else "quantile"), SMALL, 3)
     state = method.init(None)
     seen = []
     for place, values in enumerate(domains, start=1):

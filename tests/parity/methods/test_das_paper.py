@@ -16,7 +16,7 @@ from torch.nn import functional
 from jaxcl.functional.contrastive import contrast
 from jaxcl.functional.importance import ImportanceSums, gate_gradients
 from jaxcl.functional.soft_masks import soft_mask, soft_masks
-from jaxcl.methods.das import Das, DasOptions
+from jaxcl.methods.das_paper import DasPaper, DasPaperOptions
 from jaxcl.methods.passes.importance import add_domain_importance, add_general_importance
 from jaxcl.methods.passes.losses import example_losses
 from jaxcl.models.gates import Gates
@@ -184,7 +184,7 @@ KEY = jax.random.key(0)
 
 
 class OneDomain:
-    """What `Das.consolidate` needs of a task."""
+    """What `DasPaper.consolidate` needs of a task."""
 
     name, count, key = "domain", 2, KEY
     compile = staticmethod(jax.jit)
@@ -199,7 +199,7 @@ class OneDomain:
 
 def test_normalised_and_accumulated_over_two_domains(twins: Twins) -> None:
     network, _, _ = twins
-    method = Das(DasOptions(), network, 2)
+    method = DasPaper(DasPaperOptions(), network, 2)
     state = method.init(twins.params)
     expected = None
     for index in range(2):
@@ -259,7 +259,7 @@ def test_masks_and_masked_gradients_of_every_param(twins: Twins) -> None:
     for name, mask in expected.items():
         assert_close(found[name], mask, 1e-6, name)
 
-    method = Das(DasOptions(contrast_weight=0.0), network, 1)
+    method = DasPaper(DasPaperOptions(contrast_weight=0.0), network, 1)
     batch = to_batch(EXAMPLES, length=8, fillers=1)
 
     def loss(params: Any) -> jax.Array:
@@ -284,7 +284,7 @@ def test_masked_adamw_steps(twins: Twins, mask_on: str) -> None:
     model = to_torch(network, params)
     importance, units = random_importance(network)
     layout = Layout.create(make_mesh(MeshConfig(), jax.devices()[:1]), network.axes(), network.shapes())
-    method = Das(DasOptions(contrast_weight=0.0, mask_on=mask_on), network, 1)
+    method = DasPaper(DasPaperOptions(contrast_weight=0.0, mask_on=mask_on), network, 1)
     trainer = Trainer(method, OptimizerConfig(**OPTIMIZER, schedule="constant"), layout, accumulate=1, seed=0)
     state = trainer.start_task(trainer.init(jax.tree.map(jnp.copy, params)), 3)
     state = trainer.with_method_state(state, {**state.method_state, "importance": importance})
@@ -367,8 +367,8 @@ def test_contrast_of_the_network_and_its_gradient_by_param(twins: Twins, anchor:
     """Without dropout the anchor is its own positive; gradients flow through all three passes."""
     network, params, model = twins
     importance, units = random_importance(network)
-    options = DasOptions(proxy_dropout=0.0, temperature=0.3, contrast_weight=0.7, anchor=anchor)
-    method = Das(options, network, 1)
+    options = DasPaperOptions(proxy_dropout=0.0, temperature=0.3, contrast_weight=0.7, anchor=anchor)
+    method = DasPaper(options, network, 1)
     batch = to_batch(EXAMPLES, length=8, fillers=1)
 
     def loss(params: Any) -> tuple[jax.Array, jax.Array]:
