@@ -13,6 +13,7 @@ with epy.lazy_api_imports(globals()):
     from jaxcl.models.generation import Generator
     from jaxcl.models.llama import LlamaConfig
     from jaxcl.models.lora import LoraConfig
+    from jaxcl.models.modernbert import ModernBertConfig
     from jaxcl.models.network import Hidden, Network
     from jaxcl.models.probe import Probe, Tap
     from jaxcl.models.roberta import RobertaConfig
@@ -27,6 +28,7 @@ __all__ = [
     "Hidden",
     "LlamaConfig",
     "LoraConfig",
+    "ModernBertConfig",
     "Network",
     "Params",
     "Probe",

@@ -25,10 +25,12 @@ class LayerKind(NamedTuple):
     Attributes:
       rotary: which of `Context.rotary` it uses; `None`: there is only one.
       windowed: whether it has the window; `None`: all have it, or none.
+      first: whether it is the first one; `None`: the first is like the others.
     """
 
     rotary: Int[Array, "..."] | None
     windowed: Bool[Array, "..."] | None
+    first: Bool[Array, "..."] | None = None
 
 
 class Context(NamedTuple):
@@ -45,6 +47,7 @@ class Context(NamedTuple):
       window: how many tokens apart queries and keys may not be; `None`: no limit.
       cap: soft cap of the scaled products; `None`: none.
       windowed: whether the layer at hand has the window; `None`: all have it.
+      first: whether the layer at hand is the first, where that one differs; see `LayerKind`.
     """
 
     segments: Int[Array, "batch length"]
@@ -56,6 +59,7 @@ class Context(NamedTuple):
     window: int | None = None
     cap: float | None = None
     windowed: Bool[Array, ""] | None = None
+    first: Bool[Array, ""] | None = None
 
     def at(self, kind: LayerKind | None) -> Context:
         """The context of one layer; its `kind` comes from `Network.blocks`."""
@@ -64,7 +68,18 @@ class Context(NamedTuple):
         rotary = self.rotary
         if kind.rotary is not None:
             rotary = jax.tree.map(lambda table: table[kind.rotary], rotary)
-        return self._replace(rotary=rotary, windowed=kind.windowed)
+        return self._replace(rotary=rotary, windowed=kind.windowed, first=kind.first)
+
+    @property
+    def tables(self) -> Rotary:
+        """The rotary tables of the layer at hand.
+
+        Raises:
+          ValueError: the model has none.
+        """
+        if self.rotary is None:
+            raise ValueError("rotary: expected the tables of rotary positions, got None")
+        return self.rotary
 
     @property
     def reach(self) -> Window:
@@ -97,7 +112,7 @@ class Noise:
 class Block(Protocol):
     """The two halves of a layer, before and after attention. Generation puts its cache between them."""
 
-    def project(self, x: Float[Array, "batch length embed"], rotary: Rotary | None) -> tuple[Array, Array, Array]:
+    def project(self, x: Float[Array, "batch length embed"], context: Context) -> tuple[Array, Array, Array]:
         """Queries `[batch, length, heads, head_dim]`, keys and values `[batch, length, kv_heads, head_dim]`."""
         ...
 
@@ -128,7 +143,7 @@ def apply_block(
       The layer's output, and the probe's (`None` without one).
     """
     with jax.named_scope("project"):
-        query, key, value = block.project(x, context.rotary)
+        query, key, value = block.project(x, context)
     query = constrain(query, "batch", "length", "heads", "head_dim")
     key = constrain(key, "batch", "length", "kv_heads", "head_dim")
     value = constrain(value, "batch", "length", "kv_heads", "head_dim")

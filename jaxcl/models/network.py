@@ -19,12 +19,14 @@ from jaxcl.models.gates import Gates
 from jaxcl.models.layer import Context, LayerKind, Noise, apply_block
 from jaxcl.models.layers import derive
 from jaxcl.models.llama import Llama, LlamaConfig
+from jaxcl.models.modernbert import ModernBert, ModernBertConfig
 from jaxcl.models.probe import Probe, Tap
 from jaxcl.models.product import PRODUCT
 from jaxcl.models.roberta import Roberta, RobertaConfig
 from jaxcl.models.trainable import Params
 
-ModelConfig = Annotated[LlamaConfig | RobertaConfig, Field(discriminator="architecture")]
+AnyConfig = LlamaConfig | RobertaConfig | ModernBertConfig
+ModelConfig = Annotated[AnyConfig, Field(discriminator="architecture")]
 
 
 class Hidden(NamedTuple):
@@ -80,10 +82,10 @@ class Network:
       config: shape and runtime options.
     """
 
-    config: LlamaConfig | RobertaConfig
+    config: AnyConfig
 
     @classmethod
-    def create(cls, config: LlamaConfig | RobertaConfig) -> Network:
+    def create(cls, config: AnyConfig) -> Network:
         """The network that `config` describes."""
         return cls(config)
 
@@ -320,7 +322,7 @@ class Network:
         """From the last layer's output `x` to `Hidden.states`: the final norm of decoders, with its `params`."""
         return self._merge(params).finish(x)
 
-    def _merge(self, params: Params) -> Llama | Roberta:
+    def _merge(self, params: Params) -> Llama | Roberta | ModernBert:
         return nnx.merge(_abstract(self.config).graph, nnx.State(params))
 
     def _noise(self, key: Array | None, rate: float | None) -> Noise | None:
@@ -345,12 +347,14 @@ class _Abstract(NamedTuple):
     block: Any
 
 
-def _build(config: LlamaConfig | RobertaConfig, rngs: nnx.Rngs) -> Llama | Roberta:
-    return Llama(config, rngs) if isinstance(config, LlamaConfig) else Roberta(config, rngs)
+def _build(config: AnyConfig, rngs: nnx.Rngs) -> Llama | Roberta | ModernBert:
+    if isinstance(config, LlamaConfig):
+        return Llama(config, rngs)
+    return Roberta(config, rngs) if isinstance(config, RobertaConfig) else ModernBert(config, rngs)
 
 
 @functools.cache
-def _abstract(config: LlamaConfig | RobertaConfig) -> _Abstract:
+def _abstract(config: AnyConfig) -> _Abstract:
     model = nnx.eval_shape(lambda: _build(config, nnx.Rngs(0)))
     graph, state = nnx.split(model)
     return _Abstract(model, graph, state, nnx.split(model.blocks)[0])

@@ -46,15 +46,17 @@ def read_param(source: Source, found: Match, leaf: jax.ShapeDtypeStruct, shardin
 
     if not found.row.stacked:
         return _own(_place(leaf.shape, sharding, functools.partial(read, found.names[0], leaf.shape)))
-    inner = leaf.shape[1:]
+    inner, names = leaf.shape[1:], dict(enumerate(found.names, start=found.row.first))
     if sharding is not None and _without_layers(sharding) is None:
         # The layers axis is split over devices: each part is stacked on the host.
         def stack(bounds: Index) -> np.ndarray:
-            return np.stack([read(name, inner, bounds[1:]) for name in found.names[bounds[0]]])
+            lacking = np.zeros([cut.stop - cut.start for cut in bounds[1:]], leaf.dtype)
+            layers = range(bounds[0].start, bounds[0].stop)
+            return np.stack([read(names[n], inner, bounds[1:]) if n in names else lacking for n in layers])
 
         return _own(_place(leaf.shape, sharding, stack))
     array = _zeros(sharding)(leaf.shape, leaf.dtype)
-    for layer, name in enumerate(found.names):
+    for layer, name in names.items():
         place = None if sharding is None else _without_layers(sharding)
         array = _set_layer(sharding)(array, _place(inner, place, functools.partial(read, name, inner)), layer)
     return jax.block_until_ready(array)

@@ -39,7 +39,7 @@ class Match(NamedTuple):
 
     Attributes:
       row: name and layout.
-      names: one tensor, or one per layer.
+      names: one tensor, or one per layer that has one, see `Row.first`.
       start: where it begins along the tensor's first axis; not 0 only in tensors that hold several parameters.
     """
 
@@ -135,9 +135,9 @@ def _twins(table: Table, present: dict[str, str], own: set[str], prefixed: bool)
     return found
 
 
-def _names(row: Row, table: Table, prefixed: bool, layers: int) -> list[str]:
-    name = row.name if prefixed else row.name.removeprefix(table.prefix)
-    return [name.format(layer=layer) for layer in range(layers)] if row.stacked else [name]
+def _names(row: Row, table: Table, prefixed: bool, layers: int) -> tuple[str, ...]:
+    own = row if prefixed else row._replace(name=row.name.removeprefix(table.prefix))
+    return own.names(layers)
 
 
 def _check_missing(source: Names, missing: dict[str, str], fresh: Iterable[str], draw: bool) -> None:

@@ -127,8 +127,8 @@ def tensors_of(table: Table, flat: Mapping[str, Array]) -> Iterator[Tensor]:
         rows = tuple(table.row(one) for one in row.together) or (row,)
         parts = [one.layout.source_shape(flat[one.path].shape[1:]) for one in rows]
         shape = (sum(part[0] for part in parts), *parts[0][1:])
-        for layer in range(leaf.shape[0]):
-            yield Tensor(row.name.format(layer=layer), shape, rows, layer)
+        for layer, name in enumerate(row.names(leaf.shape[0]), start=row.first):
+            yield Tensor(name, shape, rows, layer)
 
 
 Part = Callable[[str, int | None], Array]

@@ -40,12 +40,14 @@ class Row(NamedTuple):
       text: the layout, see `Layout`.
       together: the parameters, this one among them, that make up the tensor one after another along its first axis;
         none where the parameter has the tensor for itself.
+      first: the first layer that has a tensor; what the parameter holds of layers before it, nothing reads.
     """
 
     path: str
     name: str
     text: str
     together: tuple[str, ...] = ()
+    first: int = 0
 
     @property
     def layout(self) -> Layout:
@@ -56,6 +58,12 @@ class Row(NamedTuple):
     def stacked(self) -> bool:
         """Whether the file has one tensor per layer."""
         return "{layer}" in self.name
+
+    def names(self, layers: int) -> tuple[str, ...]:
+        """Its tensors in a model of so many layers."""
+        if not self.stacked:
+            return (self.name,)
+        return tuple(self.name.format(layer=layer) for layer in range(self.first, layers))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -285,6 +293,39 @@ BERT = Table(
         ("bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"),
         ("cls.predictions.bias", "cls.predictions.decoder.bias"),
     ),
+)
+
+
+def _modernbert_rows() -> tuple[Row, ...]:
+    block = "model.layers.{layer}."
+    rows = [
+        Row("embed/embedding", "model.embeddings.tok_embeddings.weight", _TABLE),
+        *_norm("embed_norm", "model.embeddings.norm"),
+        *(row._replace(first=1) for row in _norm("blocks/attention_norm", block + "attn_norm")),
+        *linear("blocks/attention/out", block + "attn.Wo", _JOIN, _VECTOR),
+        *_norm("blocks/mlp_norm", block + "mlp_norm"),
+        *linear("blocks/mlp/down", block + "mlp.Wo", _DOWN, _VECTOR),
+        *_norm("final_norm", "model.final_norm"),
+        *linear("head/dense", "head.dense", _SQUARE, _VECTOR),
+        *_norm("head/norm", "head.norm"),
+        Row("head/bias", "decoder.bias", "vocab -> vocab"),
+        *linear("classifier/out", "classifier", _SQUARE, _VECTOR),
+    ]
+    for name, part, parts, kernel, bias in (
+        ("attn.Wqkv", "attention", ("query", "key", "value"), _SPLIT, _SPLIT_BIAS),
+        ("mlp.Wi", "mlp", ("gate", "up"), _UP, "mlp -> mlp"),
+    ):
+        for kind, ending, text in (("kernel", "weight", kernel), ("bias", "bias", bias)):
+            together = tuple(f"blocks/{part}/{one}/{kind}" for one in parts)
+            rows += [Row(path, f"{block}{name}.{ending}", text, together) for path in together]
+    return tuple(rows)
+
+
+MODERNBERT = Table(
+    prefix="model.",
+    rows=_modernbert_rows(),
+    ignored=_BUFFERS,
+    twins=(("model.embeddings.tok_embeddings.weight", "decoder.weight"),),
 )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from jaxcl.errors import UserError
 from jaxcl.models.llama_config import LlamaConfig
+from jaxcl.models.modernbert import ModernBertConfig
 from jaxcl.models.roberta import RobertaConfig
 from jaxcl.weights.tables import Table
 
@@ -22,7 +23,7 @@ ACTIVATIONS = {
 }
 
 Fields = dict[str, Any]
-Config = LlamaConfig | RobertaConfig
+Config = LlamaConfig | RobertaConfig | ModernBertConfig
 
 
 class HfConfig:
