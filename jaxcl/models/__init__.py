@@ -9,6 +9,7 @@ from etils import epy
 with epy.lazy_api_imports(globals()):
     from jaxcl.models.batch import Batch
     from jaxcl.models.compute import Compute
+    from jaxcl.models.deberta import DebertaConfig
     from jaxcl.models.gates import EarlyGates, Gates
     from jaxcl.models.generation import Generator
     from jaxcl.models.llama import LlamaConfig
@@ -22,6 +23,7 @@ with epy.lazy_api_imports(globals()):
 __all__ = [
     "Batch",
     "Compute",
+    "DebertaConfig",
     "EarlyGates",
     "Gates",
     "Generator",

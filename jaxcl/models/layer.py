@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -26,11 +26,13 @@ class LayerKind(NamedTuple):
       rotary: which of `Context.rotary` it uses; `None`: there is only one.
       windowed: whether it has the window; `None`: all have it, or none.
       first: whether it is the first one; `None`: the first is like the others.
+      distances: vectors of distances between tokens, the same for each layer; `None`: attention reads none.
     """
 
     rotary: Int[Array, "..."] | None
     windowed: Bool[Array, "..."] | None
     first: Bool[Array, "..."] | None = None
+    distances: Float[Array, "... places embed"] | None = None
 
 
 class Context(NamedTuple):
@@ -48,6 +50,7 @@ class Context(NamedTuple):
       cap: soft cap of the scaled products; `None`: none.
       windowed: whether the layer at hand has the window; `None`: all have it.
       first: whether the layer at hand is the first, where that one differs; see `LayerKind`.
+      distances: see `LayerKind`.
     """
 
     segments: Int[Array, "batch length"]
@@ -60,6 +63,7 @@ class Context(NamedTuple):
     cap: float | None = None
     windowed: Bool[Array, ""] | None = None
     first: Bool[Array, ""] | None = None
+    distances: Float[Array, "places embed"] | None = None
 
     def at(self, kind: LayerKind | None) -> Context:
         """The context of one layer; its `kind` comes from `Network.blocks`."""
@@ -68,7 +72,7 @@ class Context(NamedTuple):
         rotary = self.rotary
         if kind.rotary is not None:
             rotary = jax.tree.map(lambda table: table[kind.rotary], rotary)
-        return self._replace(rotary=rotary, windowed=kind.windowed, first=kind.first)
+        return self._replace(**{**kind._asdict(), "rotary": rotary})
 
     @property
     def tables(self) -> Rotary:
@@ -127,6 +131,15 @@ class Block(Protocol):
         ...
 
 
+@runtime_checkable
+class RelativeBlock(Block, Protocol):
+    """A block whose scores have a part that depends on how far apart queries and keys are."""
+
+    def relative(self, query: Array, key: Array, context: Context) -> Float[Array, "batch heads length length"]:
+        """That part, before scaling, from what `project` gave."""
+        ...
+
+
 def apply_block(
     block: Block,
     x: Float[Array, "batch length embed"],
@@ -148,7 +161,8 @@ def apply_block(
     key = constrain(key, "batch", "length", "kv_heads", "head_dim")
     value = constrain(value, "batch", "length", "kv_heads", "head_dim")
     with jax.named_scope("attention"):
-        attended = _attend(query, key, value, context, tap, noise)
+        relative = block.relative(query, key, context) if isinstance(block, RelativeBlock) else None
+        attended = _attend(query, key, value, context, tap, noise, relative)
     attended = constrain(attended, "batch", "length", "heads", "head_dim")
     if gates is not None:
         attended = gate(attended, gates.heads, axis=2)
@@ -156,14 +170,32 @@ def apply_block(
         x = constrain(block.complete(x, attended, gates, noise), "batch", "length", "embed")
     if probe is None:
         return x, None
+    if relative is not None:
+        query, key = _with_relative(query, key, relative)
     view = AttentionView(query, key, context.segments, context.causal, context.scale, context.reach, context.cap)
     with jax.named_scope("probe"):
         return x, probe.function(view, probe.inputs)
 
 
-def _attend(query: Array, key: Array, value: Array, context: Context, tap: Tap | None, noise: Noise | None) -> Array:
+def _with_relative(query: Array, key: Array, relative: Array) -> tuple[Array, Array]:
+    """Queries and keys whose products include the relative part: as coordinates of a query, one for each key."""
+    batch, length, heads, _ = key.shape
+    one = jnp.broadcast_to(jnp.eye(length, dtype=key.dtype)[:, None], (batch, length, heads, length))
+    own = relative.swapaxes(1, 2).astype(query.dtype)
+    return jnp.concatenate([query, own], axis=-1), jnp.concatenate([key, one], axis=-1)
+
+
+def _attend(
+    query: Array,
+    key: Array,
+    value: Array,
+    context: Context,
+    tap: Tap | None,
+    noise: Noise | None,
+    relative: Array | None,
+) -> Array:
     drops = noise is not None and noise.attention > 0
-    if tap is None and not drops:
+    if tap is None and not drops and relative is None:
         return attention(
             query,
             key,
@@ -193,5 +225,6 @@ def _attend(query: Array, key: Array, value: Array, context: Context, tap: Tap |
         packed=context.packed,
         window=context.reach,
         cap=context.cap,
+        relative=relative,
         transform=transform,
     )

@@ -15,6 +15,7 @@ from pydantic import Field
 
 from jaxcl.models.axes import constrain
 from jaxcl.models.batch import Batch
+from jaxcl.models.deberta import Deberta, DebertaConfig
 from jaxcl.models.gates import Gates
 from jaxcl.models.layer import Context, LayerKind, Noise, apply_block
 from jaxcl.models.layers import derive
@@ -25,8 +26,10 @@ from jaxcl.models.product import PRODUCT
 from jaxcl.models.roberta import Roberta, RobertaConfig
 from jaxcl.models.trainable import Params
 
-AnyConfig = LlamaConfig | RobertaConfig | ModernBertConfig
+AnyConfig = LlamaConfig | RobertaConfig | ModernBertConfig | DebertaConfig
 ModelConfig = Annotated[AnyConfig, Field(discriminator="architecture")]
+
+Model = Llama | Roberta | ModernBert | Deberta
 
 
 class Hidden(NamedTuple):
@@ -278,7 +281,7 @@ class Network:
 
     def blocks(self, params: Params) -> Layer:
         """All layers, leaves `[layers, ...]`: what a scan over layers runs along."""
-        return Layer(params["blocks"], _abstract(self.config).model.kinds())
+        return Layer(params["blocks"], self._merge(params).kinds())
 
     def block(
         self,
@@ -322,7 +325,7 @@ class Network:
         """From the last layer's output `x` to `Hidden.states`: the final norm of decoders, with its `params`."""
         return self._merge(params).finish(x)
 
-    def _merge(self, params: Params) -> Llama | Roberta | ModernBert:
+    def _merge(self, params: Params) -> Model:
         return nnx.merge(_abstract(self.config).graph, nnx.State(params))
 
     def _noise(self, key: Array | None, rate: float | None) -> Noise | None:
@@ -347,10 +350,16 @@ class _Abstract(NamedTuple):
     block: Any
 
 
-def _build(config: AnyConfig, rngs: nnx.Rngs) -> Llama | Roberta | ModernBert:
-    if isinstance(config, LlamaConfig):
-        return Llama(config, rngs)
-    return Roberta(config, rngs) if isinstance(config, RobertaConfig) else ModernBert(config, rngs)
+def _build(config: AnyConfig, rngs: nnx.Rngs) -> Model:
+    match config:
+        case LlamaConfig():
+            return Llama(config, rngs)
+        case RobertaConfig():
+            return Roberta(config, rngs)
+        case ModernBertConfig():
+            return ModernBert(config, rngs)
+        case DebertaConfig():
+            return Deberta(config, rngs)
 
 
 @functools.cache

@@ -236,22 +236,29 @@ def decoder_table(norms: Mapping[str, str] = NORMS, **changes: Any) -> Table:
     return Table(prefix="model.", rows=rows, ignored=ignored, twins=twins, **of_table)
 
 
+def _encoder_layer(block: str, projection: str = "") -> tuple[Row, ...]:
+    """The rows of a layer; `projection` ends the names of queries, keys and values."""
+    own = f"{block}attention.self."
+    return (
+        *linear("blocks/attention/query", f"{own}query{projection}", _SPLIT, _SPLIT_BIAS),
+        *linear("blocks/attention/key", f"{own}key{projection}", _SPLIT, _SPLIT_BIAS),
+        *linear("blocks/attention/value", f"{own}value{projection}", _SPLIT, _SPLIT_BIAS),
+        *linear("blocks/attention/out", block + "attention.output.dense", _JOIN, _VECTOR),
+        *_norm("blocks/attention_norm", block + "attention.output.LayerNorm"),
+        *linear("blocks/mlp/up", block + "intermediate.dense", _UP, "mlp -> mlp"),
+        *linear("blocks/mlp/down", block + "output.dense", _DOWN, _VECTOR),
+        *_norm("blocks/mlp_norm", block + "output.LayerNorm"),
+    )
+
+
 def _encoder_rows(prefix: str, head: str, bias: str, norm: str, classifier: tuple[str, str]) -> tuple[Row, ...]:
-    block = prefix + "encoder.layer.{layer}."
     return (
         *(
             Row(f"embed/{kind}/embedding", f"{prefix}embeddings.{name}_embeddings.weight", _TABLE)
             for kind, name in (("word", "word"), ("position", "position"), ("type", "token_type"))
         ),
         *_norm("embed/norm", prefix + "embeddings.LayerNorm"),
-        *linear("blocks/attention/query", block + "attention.self.query", _SPLIT, _SPLIT_BIAS),
-        *linear("blocks/attention/key", block + "attention.self.key", _SPLIT, _SPLIT_BIAS),
-        *linear("blocks/attention/value", block + "attention.self.value", _SPLIT, _SPLIT_BIAS),
-        *linear("blocks/attention/out", block + "attention.output.dense", _JOIN, _VECTOR),
-        *_norm("blocks/attention_norm", block + "attention.output.LayerNorm"),
-        *linear("blocks/mlp/up", block + "intermediate.dense", _UP, "mlp -> mlp"),
-        *linear("blocks/mlp/down", block + "output.dense", _DOWN, _VECTOR),
-        *_norm("blocks/mlp_norm", block + "output.LayerNorm"),
+        *_encoder_layer(prefix + "encoder.layer.{layer}."),
         *linear("head/dense", f"{head}dense", _SQUARE, _VECTOR),
         *_norm("head/norm", f"{head}{norm}"),
         Row("head/bias", bias, "vocab -> vocab"),
@@ -291,6 +298,36 @@ BERT = Table(
     renamed=_OLD_LAYER_NORM,
     twins=(
         ("bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"),
+        ("cls.predictions.bias", "cls.predictions.decoder.bias"),
+    ),
+)
+
+
+_DEBERTA_HEAD = "cls.predictions.transform."
+DEBERTA = Table(
+    prefix="deberta.",
+    rows=(
+        Row("embed/word/embedding", "deberta.embeddings.word_embeddings.weight", _TABLE),
+        *_norm("embed/norm", "deberta.embeddings.LayerNorm"),
+        Row("embed/distance/embedding", "deberta.encoder.rel_embeddings.weight", _TABLE),
+        *_norm("embed/distance_norm", "deberta.encoder.LayerNorm"),
+        *_encoder_layer("deberta.encoder.layer.{layer}.", "_proj"),
+        *linear("head/dense", _DEBERTA_HEAD + "dense", _SQUARE, _VECTOR),
+        *_norm("head/norm", _DEBERTA_HEAD + "LayerNorm"),
+        Row("head/bias", "cls.predictions.bias", "vocab -> vocab"),
+        *linear("classifier/dense", "pooler.dense", _SQUARE, _VECTOR),
+        *linear("classifier/out", "classifier", _SQUARE, _VECTOR),
+    ),
+    # The published files also hold absolute positions, not used, and the head that tells replaced tokens.
+    ignored=(*_BUFFERS, r"(deberta\.)?embeddings\.position_embeddings\.weight", r"mask_predictions\..*"),
+    # The same head by its newer name.
+    renamed=(
+        *_OLD_LAYER_NORM,
+        (r"^lm_predictions\.lm_head\.bias$", "cls.predictions.bias"),
+        (r"^lm_predictions\.lm_head\.", _DEBERTA_HEAD),
+    ),
+    twins=(
+        ("deberta.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"),
         ("cls.predictions.bias", "cls.predictions.decoder.bias"),
     ),
 )

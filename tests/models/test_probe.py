@@ -38,7 +38,7 @@ def full_maps(view: AttentionView) -> np.ndarray:
 
 def view_of(network: Network, layer: int, query: Any, key: Any, batch: Batch) -> AttentionView:
     window = network.config.window if network.config.windowed[layer] else None
-    return AttentionView(query, key, batch.segments, network.causal, network.head_dim**-0.5, window)
+    return AttentionView(query, key, batch.segments, network.causal, network.context(batch).scale, window)
 
 
 def expected_rows(maps: np.ndarray, heads: np.ndarray, queries: np.ndarray) -> np.ndarray:

@@ -46,7 +46,8 @@ def without_features(monkeypatch: pytest.MonkeyPatch) -> None:
     def apply_block(block: Any, x: jax.Array, context: Any, **_: Any) -> tuple[jax.Array, None]:
         query, key, value = block.project(x, context)
         context = context._asdict()
-        context.pop("rotary"), context.pop("first")
+        for name in ("rotary", "first", "distances"):
+            context.pop(name)
         return block.complete(x, attention(query, key, value, **context), None, None), None
 
     def llama_mlp(self: LlamaMlp, x: jax.Array, *_: None) -> jax.Array:

@@ -154,6 +154,17 @@ EVERY = DECODERS | VARIANTS
 ENCODERS: dict[str, dict[str, Any]] = {"eurobert": {"model_type": "eurobert", "head_dim": 16, "attention_bias": True}}
 
 _MODERNBERT = {"model_type": "modernbert", "local_attention": 8, "cls_token_id": 2, "sep_token_id": 3}
+_DEBERTA = {
+    "model_type": "deberta-v2",
+    "relative_attention": True,
+    "share_att_key": True,
+    "pos_att_type": ["p2c", "c2p"],
+    "norm_rel_ebd": "layer_norm",
+    "position_biased_input": False,
+    "type_vocab_size": 0,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
 OWN_MODELS: dict[str, dict[str, Any]] = {
     "modernbert": _MODERNBERT,
     "modernbert-switches": _MODERNBERT
@@ -180,6 +191,11 @@ OWN_MODELS: dict[str, dict[str, Any]] = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 2e3},
         },
     },
+    "deberta-v2": _DEBERTA | {"position_buckets": 8, "max_relative_positions": -1, "max_position_embeddings": 12},
+    "deberta-v2-new-head": _DEBERTA
+    | {"position_buckets": 4, "max_relative_positions": 10, "hidden_act": "relu", "legacy": False},
+    "deberta-v2-no-buckets": _DEBERTA
+    | {"position_buckets": -1, "max_relative_positions": 5, "pooler_hidden_act": "relu", "pos_att_type": "c2p|p2c"},
 }
 """Encoders that are a model of their own, and variants of their switches."""
 

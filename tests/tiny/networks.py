@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcl.models.batch import Batch
+from jaxcl.models.deberta import DebertaConfig
 from jaxcl.models.gates import Gates
 from jaxcl.models.llama import LlamaConfig
 from jaxcl.models.modernbert import ModernBertConfig
@@ -84,7 +85,14 @@ def modernbert(**changes: Any) -> Network:
     return Network.create(ModernBertConfig(**{**own, **sizes, **dropout, "init_std": 0.4, "max_length": 32, **changes}))
 
 
-BUILDERS = {"llama": llama, "roberta": roberta, "modernbert": modernbert}
+def deberta(**changes: Any) -> Network:
+    """An encoder with attention by distance, of which there are fewer buckets than distances in most rows."""
+    sizes = {"vocab_size": VOCAB, "hidden_size": 12, "intermediate_size": 10, "num_layers": 2, "num_heads": 3}
+    own = {"position_buckets": 4, "max_distance": 9, "init_std": 0.4, "max_length": 32, "num_labels": 3}
+    return Network.create(DebertaConfig(**{**sizes, **own, **changes}))
+
+
+BUILDERS = {"llama": llama, "roberta": roberta, "modernbert": modernbert, "deberta": deberta}
 
 # Configurations that differ in what a checkpoint stores.
 LLAMA = {

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from transformers import CONFIG_MAPPING
 
 from jaxcl.errors import UserError
@@ -126,8 +126,6 @@ def test_a_file_that_has_a_vision_tower_gives_its_text_part(tmp_path: Path) -> N
     tensors = load_file(folder / "model.safetensors")
     names = {name: "language_model." + name for name in tensors}
     tensors = {names[name]: value for name, value in tensors.items()}
-    from safetensors.numpy import save_file
-
     save_file(tensors | {"vision_tower.vision_model.post_layernorm.weight": np.ones(3)}, folder / "model.safetensors")
     read, found = load_weights(folder)
     assert read.config == network.config
@@ -184,6 +182,11 @@ def test_what_is_not_here_is_refused_with_the_switch_that_is_missing() -> None:
         ("modernbert", {"layer_types": ["full_attention"]}, r"layer_types has 1 entries for 2 layers"),
         ("modernbert", {"tie_word_embeddings": False}, r"tie_word_embeddings=False is not supported"),
         ("modernbert", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, r"scaled rotary positions are not"),
+        ("deberta-v2", {"conv_kernel_size": 3}, r"conv_kernel_size=3 is not supported; allowed is 0, as in DeBERTa-v3"),
+        ("deberta-v2", {"share_att_key": None}, r"share_att_key=False is not supported; allowed is True"),
+        ("deberta-v2", {"position_biased_input": None}, r"position_biased_input=True is not supported"),
+        ("deberta-v2", {"pos_att_type": "c2p"}, r"pos_att_type=c2p is not supported; allowed is c2p\|p2c"),
+        ("deberta-v2", {"embedding_size": 16}, r"embedding_size=16 is not supported; allowed is 32"),
         ("modernbert", {"mlp_dropout": 0.1}, r"embedding_dropout=0.0, mlp_dropout=0.1, classifier_dropout=0.0 is not"),
         ("ministral", {"layer_types": ["chunked_attention"] * 2}, r"layer_types: chunked_attention is not supported"),
         ("ministral", {"layer_types": ["full_attention"]}, r"layer_types has 1 entries for 2 layers"),
@@ -246,6 +249,32 @@ def test_the_norm_that_modernbert_lacks_is_in_no_file(tmp_path: Path) -> None:
     assert not [name for name in load_file(tmp_path / "model" / "model.safetensors") if "attn_norm" in name]
     _, found = load_weights(tmp_path / "model")
     assert found["blocks"]["attention_norm"]["scale"].shape == (1, 32)
+
+
+def test_both_heads_of_debertas_files_are_read(tmp_path: Path) -> None:
+    """Published files have the head by its newer name, whatever `legacy` says, and more that no model uses."""
+    network = Network.create(config_of("deberta-v2"))
+    params = random_params(network)
+    save_hf(tmp_path / "model", network, params)
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    old, new = "cls.predictions.", "lm_predictions.lm_head."
+    head = {name: tensors.pop(name) for name in list(tensors) if name.startswith(old)}
+    assert len(head) == 5
+    tensors |= {new + name.removeprefix(old).removeprefix("transform."): value for name, value in head.items()}
+    tensors |= {"mask_predictions.classifier.weight": np.ones((1, 32), np.float32)}
+    tensors |= {"deberta.embeddings.position_embeddings.weight": np.ones((12, 32), np.float32)}
+    save_file(tensors, file)
+    assert_equal_bits(load_weights(tmp_path / "model")[1], params)
+
+
+def test_deberta_takes_the_longest_distance_from_the_longest_text() -> None:
+    assert (config_of("deberta-v2").max_distance, config_of("deberta-v2").span) == (12, 8)
+    without = config_of("deberta-v2-no-buckets")
+    assert (without.position_buckets, without.max_distance, without.span) == (0, 5, 5)
+    theirs = CONFIG_MAPPING["deberta-v2"]()
+    for key, value in FAMILIES["deberta-v2"].defaults.items():
+        assert getattr(theirs, key) == value, key
 
 
 def test_families_know_their_own_name() -> None:

@@ -8,10 +8,22 @@ from __future__ import annotations
 
 from jaxcl.errors import UserError
 from jaxcl.models.roberta import RobertaConfig
-from jaxcl.weights.families import encoders, gemma, granite, llama, mistral, modernbert, olmo, phi3, qwen, smollm3
+from jaxcl.weights.families import (
+    deberta,
+    encoders,
+    gemma,
+    granite,
+    llama,
+    mistral,
+    modernbert,
+    olmo,
+    phi3,
+    qwen,
+    smollm3,
+)
 from jaxcl.weights.families.base import Config, Family
 
-_FILES = (llama, mistral, qwen, gemma, olmo, smollm3, phi3, granite, encoders, modernbert)
+_FILES = (llama, mistral, qwen, gemma, olmo, smollm3, phi3, granite, encoders, modernbert, deberta)
 FAMILIES: dict[str, Family] = {family.model_type: family for file in _FILES for family in file.FAMILIES}
 """Every family by its `model_type`."""
 
@@ -39,7 +51,7 @@ MISSING = {
     "mamba": "state-space layers",
     "mamba2": "state-space layers",
     "granitemoehybrid": "state-space layers",
-    "deberta-v2": "attention by relative distance",
+    "deberta": "attention by distances without buckets, and queries, keys and values in one projection",
     "t5": "a decoder that reads an encoder",
 }
 """What families that are not here need and the decoder and the encoder lack."""
