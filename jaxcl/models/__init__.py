@@ -1,4 +1,4 @@
-"""What a network computes: one decoder and one encoder as pure functions of params, with gates, probes and taps.
+"""What a network computes: one decoder and some encoders as pure functions of params, with gates, probes and taps.
 
 A `Network` is made from a configuration and holds no params: `Network.init` draws them, all else takes them. Models
 know no mesh and no method.

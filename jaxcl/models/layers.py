@@ -1,4 +1,4 @@
-"""The small modules both architectures are made of. Inside a scan they hold one layer, outside all of them.
+"""The small modules that all architectures are made of. Inside a scan they hold one layer, outside all of them.
 
 Every parameter is an `nnx.Param` whose metadata say what it is: `axes` names its logical axes, `unit` the unit it
 belongs to (`jaxcl.functional.Unit`). A module that is repeated in every layer is built with `layers=n`: its parameters
