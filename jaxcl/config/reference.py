@@ -33,7 +33,8 @@ def reference(config: type[BaseModel]) -> str:
         "## Top level\n",
         _table(config),
     ]
-    for title, section in _sections(config, ""):
+    # Architectures have sections in common.
+    for title, section in dict.fromkeys(_sections(config, "")):
         parts += [f"## {title}\n", f"{_first_line(section)}\n", _table(section)]
     for name, method in ((name, find_method(name)) for name in METHODS):
         parts += [f"## method: {name}\n", f"{_first_line(method)}\n"]
@@ -90,7 +91,7 @@ def _name(annotation: Any) -> str:
     if origin in (tuple, list):
         return f"list of {_name(arguments[0])}"
     if arguments:
-        return " or ".join(_name(argument) for argument in arguments)
+        return " or ".join(dict.fromkeys(_name(argument) for argument in arguments))
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "section"
     return {"str": "text", "int": "integer", "float": "number", "bool": "true or false"}.get(

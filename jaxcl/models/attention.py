@@ -104,6 +104,7 @@ def explicit_attention(
     packed: bool = True,
     window: Window = None,
     cap: float | None = None,
+    relative: Float[Array, "batch heads length length"] | None = None,
     transform: Callable[[Probabilities], Probabilities] | None = None,
 ) -> Float[Array, "batch length heads head_dim"]:
     """`attention` with the probabilities as an array, which `transform` may look at and change.
@@ -118,6 +119,7 @@ def explicit_attention(
       packed: as in `attention`.
       window: as in `attention`; it may be traced.
       cap: as in `attention`.
+      relative: added to the products of queries and keys before they are scaled, float32.
       transform: from probabilities `[batch, heads, length, length]` float32 to the same; rows of padding hold
         something finite.
 
@@ -127,7 +129,10 @@ def explicit_attention(
     batch, length, heads, head_dim = query.shape
     kv_heads = key.shape[2]
     grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
-    scores = jnp.einsum("bqkgd,bskd->bkgqs", grouped, key, preferred_element_type=jnp.float32) * scale
+    scores = jnp.einsum("bqkgd,bskd->bkgqs", grouped, key, preferred_element_type=jnp.float32)
+    if relative is not None:
+        scores = scores + relative.reshape(scores.shape)
+    scores = scores * scale
     scores = jnp.where(kernel_mask(segments, causal, packed, window=window), capped(scores, cap), HIDDEN)
     probs = jax.nn.softmax(scores, axis=-1)
     if transform is not None:

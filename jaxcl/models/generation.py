@@ -232,7 +232,7 @@ def _prefill(
 
     def body(x: Array, layer: Layer) -> tuple[Array, Store]:
         block, own = network.layer(layer.params), context.at(layer.kind)
-        query, key, value = block.project(x, own.rotary)
+        query, key, value = block.project(x, own)
         attended = attention(
             query,
             key,
@@ -272,7 +272,7 @@ def _decode(
         x, cache = carry
         layer, number = one
         block, own = network.layer(layer.params), context.at(layer.kind)
-        query, key, value = block.project(x, own.rotary)
+        query, key, value = block.project(x, own)
         cache, attended = cache.step(query, key, value, number=number, place=place, seen=seen, context=own)
         return (block.complete(x, attended, None, None), cache), None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +25,14 @@ class LayerKind(NamedTuple):
     Attributes:
       rotary: which of `Context.rotary` it uses; `None`: there is only one.
       windowed: whether it has the window; `None`: all have it, or none.
+      first: whether it is the first one; `None`: the first is like the others.
+      distances: vectors of distances between tokens, the same for each layer; `None`: attention reads none.
     """
 
     rotary: Int[Array, "..."] | None
     windowed: Bool[Array, "..."] | None
+    first: Bool[Array, "..."] | None = None
+    distances: Float[Array, "... places embed"] | None = None
 
 
 class Context(NamedTuple):
@@ -45,6 +49,8 @@ class Context(NamedTuple):
       window: how many tokens apart queries and keys may not be; `None`: no limit.
       cap: soft cap of the scaled products; `None`: none.
       windowed: whether the layer at hand has the window; `None`: all have it.
+      first: whether the layer at hand is the first, where that one differs; see `LayerKind`.
+      distances: see `LayerKind`.
     """
 
     segments: Int[Array, "batch length"]
@@ -56,6 +62,8 @@ class Context(NamedTuple):
     window: int | None = None
     cap: float | None = None
     windowed: Bool[Array, ""] | None = None
+    first: Bool[Array, ""] | None = None
+    distances: Float[Array, "places embed"] | None = None
 
     def at(self, kind: LayerKind | None) -> Context:
         """The context of one layer; its `kind` comes from `Network.blocks`."""
@@ -64,7 +72,18 @@ class Context(NamedTuple):
         rotary = self.rotary
         if kind.rotary is not None:
             rotary = jax.tree.map(lambda table: table[kind.rotary], rotary)
-        return self._replace(rotary=rotary, windowed=kind.windowed)
+        return self._replace(**{**kind._asdict(), "rotary": rotary})
+
+    @property
+    def tables(self) -> Rotary:
+        """The rotary tables of the layer at hand.
+
+        Raises:
+          ValueError: the model has none.
+        """
+        if self.rotary is None:
+            raise ValueError("rotary: expected the tables of rotary positions, got None")
+        return self.rotary
 
     @property
     def reach(self) -> Window:
@@ -97,7 +116,7 @@ class Noise:
 class Block(Protocol):
     """The two halves of a layer, before and after attention. Generation puts its cache between them."""
 
-    def project(self, x: Float[Array, "batch length embed"], rotary: Rotary | None) -> tuple[Array, Array, Array]:
+    def project(self, x: Float[Array, "batch length embed"], context: Context) -> tuple[Array, Array, Array]:
         """Queries `[batch, length, heads, head_dim]`, keys and values `[batch, length, kv_heads, head_dim]`."""
         ...
 
@@ -109,6 +128,15 @@ class Block(Protocol):
         noise: Noise | None,
     ) -> Float[Array, "batch length embed"]:
         """The layer's output from its input and what attention gave."""
+        ...
+
+
+@runtime_checkable
+class RelativeBlock(Block, Protocol):
+    """A block whose scores have a part that depends on how far apart queries and keys are."""
+
+    def relative(self, query: Array, key: Array, context: Context) -> Float[Array, "batch heads length length"]:
+        """That part, before scaling, from what `project` gave."""
         ...
 
 
@@ -128,12 +156,13 @@ def apply_block(
       The layer's output, and the probe's (`None` without one).
     """
     with jax.named_scope("project"):
-        query, key, value = block.project(x, context.rotary)
+        query, key, value = block.project(x, context)
     query = constrain(query, "batch", "length", "heads", "head_dim")
     key = constrain(key, "batch", "length", "kv_heads", "head_dim")
     value = constrain(value, "batch", "length", "kv_heads", "head_dim")
     with jax.named_scope("attention"):
-        attended = _attend(query, key, value, context, tap, noise)
+        relative = block.relative(query, key, context) if isinstance(block, RelativeBlock) else None
+        attended = _attend(query, key, value, context, tap, noise, relative)
     attended = constrain(attended, "batch", "length", "heads", "head_dim")
     if gates is not None:
         attended = gate(attended, gates.heads, axis=2)
@@ -141,14 +170,32 @@ def apply_block(
         x = constrain(block.complete(x, attended, gates, noise), "batch", "length", "embed")
     if probe is None:
         return x, None
+    if relative is not None:
+        query, key = _with_relative(query, key, relative)
     view = AttentionView(query, key, context.segments, context.causal, context.scale, context.reach, context.cap)
     with jax.named_scope("probe"):
         return x, probe.function(view, probe.inputs)
 
 
-def _attend(query: Array, key: Array, value: Array, context: Context, tap: Tap | None, noise: Noise | None) -> Array:
+def _with_relative(query: Array, key: Array, relative: Array) -> tuple[Array, Array]:
+    """Queries and keys whose products include the relative part: as coordinates of a query, one for each key."""
+    batch, length, heads, _ = key.shape
+    one = jnp.broadcast_to(jnp.eye(length, dtype=key.dtype)[:, None], (batch, length, heads, length))
+    own = relative.swapaxes(1, 2).astype(query.dtype)
+    return jnp.concatenate([query, own], axis=-1), jnp.concatenate([key, one], axis=-1)
+
+
+def _attend(
+    query: Array,
+    key: Array,
+    value: Array,
+    context: Context,
+    tap: Tap | None,
+    noise: Noise | None,
+    relative: Array | None,
+) -> Array:
     drops = noise is not None and noise.attention > 0
-    if tap is None and not drops:
+    if tap is None and not drops and relative is None:
         return attention(
             query,
             key,
@@ -178,5 +225,6 @@ def _attend(query: Array, key: Array, value: Array, context: Context, tap: Tap |
         packed=context.packed,
         window=context.reach,
         cap=context.cap,
+        relative=relative,
         transform=transform,
     )

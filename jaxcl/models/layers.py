@@ -1,4 +1,4 @@
-"""The small modules both architectures are made of. Inside a scan they hold one layer, outside all of them.
+"""The small modules that all architectures are made of. Inside a scan they hold one layer, outside all of them.
 
 Every parameter is an `nnx.Param` whose metadata say what it is: `axes` names its logical axes, `unit` the unit it
 belongs to (`jaxcl.functional.Unit`). A module that is repeated in every layer is built with `layers=n`: its parameters
@@ -227,16 +227,27 @@ class RMSNorm(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """`(x - mean) / sqrt(var + eps) * scale + bias`, computed in float32 (arXiv 1607.06450)."""
+    """`(x - mean) / sqrt(var + eps) * scale + bias`, computed in float32 (arXiv 1607.06450).
 
-    def __init__(self, embed: int, *, eps: float, compute: Compute, layers: int | None = None) -> None:
+    Args:
+      embed: size of the axis that is normalised.
+      eps: added to the variance.
+      compute: gives the dtype of the params.
+      layers: see `parameter`.
+      bias: whether there is one.
+    """
+
+    def __init__(
+        self, embed: int, *, eps: float, compute: Compute, layers: int | None = None, bias: bool = True
+    ) -> None:
         self.scale = constant(1.0, (embed,), ("embed",), compute, layers)
-        self.bias = constant(0.0, (embed,), ("embed",), compute, layers)
+        self.bias = constant(0.0, (embed,), ("embed",), compute, layers) if bias else None
         self.eps = eps
 
     def __call__(self, x: Float[Array, "... embed"]) -> Float[Array, "... embed"]:
         """Normalises the last axis; dtype of `x`."""
-        return _layer_norm(x, self.scale[...], self.bias[...], jnp.float32(self.eps))
+        bias = None if self.bias is None else self.bias[...]
+        return _layer_norm(x, self.scale[...], bias, jnp.float32(self.eps))
 
 
 def dropout(x: Array, rate: float, key: Array) -> Array:
@@ -299,11 +310,12 @@ def _rms_norm(x: Array, scale: Array, eps: Array) -> Array:
 
 
 @recomputed
-def _layer_norm(x: Array, scale: Array, bias: Array, eps: Array) -> Array:
+def _layer_norm(x: Array, scale: Array, bias: Array | None, eps: Array) -> Array:
     wide = x.astype(jnp.float32)
     wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
     wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
-    return (wide * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
+    wide = wide * scale.astype(jnp.float32)
+    return (wide if bias is None else wide + bias.astype(jnp.float32)).astype(x.dtype)
 
 
 def _keyed(place: Array, first: Array, second: Array) -> Array:

@@ -115,11 +115,9 @@ class LlamaBlock(nnx.Module):
         self.mlp_post_norm = _norm(c, layers, "output") if after else None
         self.residual_scale = c.residual_scale
 
-    def project(self, x: Float[Array, "batch length embed"], rotary: Rotary | None) -> tuple[Array, Array, Array]:
+    def project(self, x: Float[Array, "batch length embed"], context: Context) -> tuple[Array, Array, Array]:
         """Rotated queries and keys, and values."""
-        if rotary is None:
-            raise ValueError("rotary: expected the tables of a decoder's positions, got None")
-        return self.attention.project(x if self.attention_norm is None else self.attention_norm(x), rotary)
+        return self.attention.project(x if self.attention_norm is None else self.attention_norm(x), context.tables)
 
     def complete(self, x: Array, attended: Array, gates: Gates | None, noise: Noise | None) -> Array:
         """Output projection, residual, feed-forward, residual."""

@@ -32,7 +32,7 @@ class LoraConfig(Schema):
         ("query", "value"),
         min_length=1,
         description="projections of every layer that get one: query, key, value, out of attention; "
-        "gate (decoders only), up, down of the feed-forward part",
+        "gate (where there is one), up, down of the feed-forward part",
     )
 
     @property

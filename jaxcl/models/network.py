@@ -15,17 +15,22 @@ from pydantic import Field
 
 from jaxcl.models.axes import constrain
 from jaxcl.models.batch import Batch
+from jaxcl.models.deberta import Deberta, DebertaConfig
 from jaxcl.models.experts import Load
 from jaxcl.models.gates import Gates
 from jaxcl.models.layer import Context, LayerKind, Noise, apply_block
 from jaxcl.models.layers import derive
 from jaxcl.models.llama import Llama, LlamaConfig
+from jaxcl.models.modernbert import ModernBert, ModernBertConfig
 from jaxcl.models.probe import Probe, Tap
 from jaxcl.models.product import PRODUCT
 from jaxcl.models.roberta import Roberta, RobertaConfig
 from jaxcl.models.trainable import Params
 
-ModelConfig = Annotated[LlamaConfig | RobertaConfig, Field(discriminator="architecture")]
+AnyConfig = LlamaConfig | RobertaConfig | ModernBertConfig | DebertaConfig
+ModelConfig = Annotated[AnyConfig, Field(discriminator="architecture")]
+
+Model = Llama | Roberta | ModernBert | Deberta
 
 
 class Hidden(NamedTuple):
@@ -83,10 +88,10 @@ class Network:
       config: shape and runtime options.
     """
 
-    config: LlamaConfig | RobertaConfig
+    config: AnyConfig
 
     @classmethod
-    def create(cls, config: LlamaConfig | RobertaConfig) -> Network:
+    def create(cls, config: AnyConfig) -> Network:
         """The network that `config` describes."""
         return cls(config)
 
@@ -306,7 +311,7 @@ class Network:
 
     def blocks(self, params: Params) -> Layer:
         """All layers, leaves `[layers, ...]`: what a scan over layers runs along."""
-        return Layer(params["blocks"], _abstract(self.config).model.kinds())
+        return Layer(params["blocks"], self._merge(params).kinds())
 
     def block(
         self,
@@ -373,7 +378,7 @@ class Network:
         """From the last layer's output `x` to `Hidden.states`: the final norm of decoders, with its `params`."""
         return self._merge(params).finish(x)
 
-    def _merge(self, params: Params) -> Llama | Roberta:
+    def _merge(self, params: Params) -> Model:
         return nnx.merge(_abstract(self.config).graph, nnx.State(params))
 
     def _noise(self, key: Array | None, rate: float | None) -> Noise | None:
@@ -398,12 +403,20 @@ class _Abstract(NamedTuple):
     block: Any
 
 
-def _build(config: LlamaConfig | RobertaConfig, rngs: nnx.Rngs) -> Llama | Roberta:
-    return Llama(config, rngs) if isinstance(config, LlamaConfig) else Roberta(config, rngs)
+def _build(config: AnyConfig, rngs: nnx.Rngs) -> Model:
+    match config:
+        case LlamaConfig():
+            return Llama(config, rngs)
+        case RobertaConfig():
+            return Roberta(config, rngs)
+        case ModernBertConfig():
+            return ModernBert(config, rngs)
+        case DebertaConfig():
+            return Deberta(config, rngs)
 
 
 @functools.cache
-def _abstract(config: LlamaConfig | RobertaConfig) -> _Abstract:
+def _abstract(config: AnyConfig) -> _Abstract:
     model = nnx.eval_shape(lambda: _build(config, nnx.Rngs(0)))
     graph, state = nnx.split(model)
     return _Abstract(model, graph, state, nnx.split(model.blocks)[0])

@@ -22,7 +22,6 @@ from jaxcl.models.gates import Gates, gate
 from jaxcl.models.layer import Context, LayerKind, Noise
 from jaxcl.models.layers import Embedding, LayerNorm, Linear, constant
 from jaxcl.models.lora import LoraConfig, adapter_for
-from jaxcl.models.rotary import Rotary
 from jaxcl.schema import Schema
 
 
@@ -162,8 +161,8 @@ class RobertaBlock(nnx.Module):
         self.mlp = RobertaMlp(c, rngs, layers)
         self.mlp_norm = norm()
 
-    def project(self, x: Float[Array, "batch length embed"], rotary: Rotary | None) -> tuple[Array, Array, Array]:
-        """Queries, keys and values; `rotary` is not used."""
+    def project(self, x: Float[Array, "batch length embed"], context: Context) -> tuple[Array, Array, Array]:
+        """Queries, keys and values; `context` is not used."""
         return self.attention.query(x), self.attention.key(x), self.attention.value(x)
 
     def complete(self, x: Array, attended: Array, gates: Gates | None, noise: Noise | None) -> Array:

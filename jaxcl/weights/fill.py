@@ -46,23 +46,26 @@ def read_param(source: Source, found: Match, leaf: jax.ShapeDtypeStruct, shardin
         return value
 
     def read_layer(layer: int, bounds: Index) -> np.ndarray:
+        place = layer - found.row.first
         if not found.row.by_expert:
-            return read(found.names[layer], leaf.shape[1:], bounds)
+            return read(found.names[place], leaf.shape[1:], bounds)
         experts = leaf.shape[1]
-        names = found.names[layer * experts : (layer + 1) * experts]
+        names = found.names[place * experts : (place + 1) * experts]
         return np.stack([read(name, leaf.shape[2:], bounds[1:]) for name in names[bounds[0]]])
 
     if not found.row.stacked:
         return _own(_place(leaf.shape, sharding, functools.partial(read, found.names[0], leaf.shape)))
-    inner = leaf.shape[1:]
+    inner, layers = leaf.shape[1:], range(found.row.first, leaf.shape[0])
     if sharding is not None and _without_layers(sharding) is None:
         # The layers axis is split over devices: each part is stacked on the host.
         def stack(bounds: Index) -> np.ndarray:
-            return np.stack([read_layer(layer, bounds[1:]) for layer in range(leaf.shape[0])[bounds[0]]])
+            lacking = np.zeros([cut.stop - cut.start for cut in bounds[1:]], leaf.dtype)
+            chosen = range(leaf.shape[0])[bounds[0]]
+            return np.stack([read_layer(layer, bounds[1:]) if layer in layers else lacking for layer in chosen])
 
         return _own(_place(leaf.shape, sharding, stack))
     array = _zeros(sharding)(leaf.shape, leaf.dtype)
-    for layer in range(leaf.shape[0]):
+    for layer in layers:
         place = None if sharding is None else _without_layers(sharding)
         array = _set_layer(sharding)(array, _place(inner, place, functools.partial(read_layer, layer)), layer)
     return jax.block_until_ready(array)

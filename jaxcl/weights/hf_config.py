@@ -23,7 +23,7 @@ def from_hf(content: Mapping[str, Any], where: str) -> dict[str, Any]:
       where: its path, for messages.
 
     Returns:
-      Keyword arguments of `LlamaConfig` or `RobertaConfig`.
+      Keyword arguments of the configuration that `architecture` names.
 
     Raises:
       UserError: a model type or setting that jaxcl does not support, or a missing key.

@@ -41,7 +41,7 @@ def read_config(path: str | os.PathLike[str], **changes: Any) -> ModelConfig:
       **changes: fields that replace those of the checkpoint, such as `max_length` or `num_labels`.
 
     Returns:
-      A `LlamaConfig` or `RobertaConfig`.
+      The configuration of one of the architectures.
 
     Raises:
       UserError: no readable checkpoint, or a network that jaxcl does not support.

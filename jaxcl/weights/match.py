@@ -39,7 +39,7 @@ class Match(NamedTuple):
 
     Attributes:
       row: name and layout.
-      names: one tensor, or one per layer, or of each layer one per expert.
+      names: one tensor, or one per layer that has one (see `Row.first`), or of each of these one per expert.
       start: where it begins along the row's axis `along`; not 0 only in tensors that hold several parameters.
     """
 
@@ -137,13 +137,9 @@ def _twins(table: Table, present: dict[str, str], own: set[str], prefixed: bool)
     return found
 
 
-def _names(row: Row, table: Table, prefixed: bool, sizes: Sequence[int] = ()) -> list[str]:
-    """The tensors of a row; `sizes` are the numbers of layers and experts, without which stacked ones have none."""
-    name = row.name if prefixed else row.name.removeprefix(table.prefix)
-    if not row.stacked:
-        return [name]
-    layers, experts = sizes[0] if sizes else 0, sizes[1] if row.by_expert and sizes else 1
-    return [name.format(layer=layer, expert=expert) for layer in range(layers) for expert in range(experts)]
+def _names(row: Row, table: Table, prefixed: bool, sizes: Sequence[int] = ()) -> tuple[str, ...]:
+    own = row if prefixed else row._replace(name=row.name.removeprefix(table.prefix))
+    return own.names(sizes)
 
 
 def _check_missing(source: Names, missing: dict[str, str], fresh: Iterable[str], draw: bool) -> None:

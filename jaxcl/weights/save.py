@@ -129,7 +129,7 @@ def tensors_of(table: Table, flat: Mapping[str, Array]) -> Iterator[Tensor]:
         rows = tuple(table.row(one) for one in row.together) or (row,)
         parts = [one.layout.source_shape(flat[one.path].shape[one.lead :]) for one in rows]
         shape = (sum(part[0] for part in parts), *parts[0][1:])
-        for layer in range(leaf.shape[0]):
+        for layer in range(row.first, leaf.shape[0]):
             for expert in range(leaf.shape[1]) if row.by_expert else (None,):
                 yield Tensor(row.name.format(layer=layer, expert=expert), shape, rows, layer, expert)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxcl.models.lora import is_adapter
@@ -43,6 +43,7 @@ class Row(NamedTuple):
       together: the parameters, this one among them, that make up the tensor one after another along an axis; none where
         the parameter has the tensor for itself.
       along: that axis of the tensor.
+      first: the first layer that has a tensor; what the parameter holds of layers before it, nothing reads.
     """
 
     path: str
@@ -50,6 +51,7 @@ class Row(NamedTuple):
     text: str
     together: tuple[str, ...] = ()
     along: int = 0
+    first: int = 0
 
     @property
     def layout(self) -> Layout:
@@ -70,6 +72,17 @@ class Row(NamedTuple):
     def lead(self) -> int:
         """Number of leading axes of the parameter, layers and experts, that its tensors do not have."""
         return self.stacked + self.by_expert
+
+    def names(self, sizes: Sequence[int] = ()) -> tuple[str, ...]:
+        """Its tensors, by layer and expert; `sizes` are their numbers, without which a stacked parameter has none."""
+        if not self.stacked:
+            return (self.name,)
+        layers, experts = sizes[0] if sizes else 0, sizes[1] if self.by_expert and sizes else 1
+        return tuple(
+            self.name.format(layer=layer, expert=expert)
+            for layer in range(self.first, layers)
+            for expert in range(experts)
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,22 +290,29 @@ def decoder_table(norms: Mapping[str, str] = NORMS, **changes: Any) -> Table:
     return Table(prefix="model.", rows=rows, ignored=ignored, twins=twins, other=other, **of_table)
 
 
+def _encoder_layer(block: str, projection: str = "") -> tuple[Row, ...]:
+    """The rows of a layer; `projection` ends the names of queries, keys and values."""
+    own = f"{block}attention.self."
+    return (
+        *linear("blocks/attention/query", f"{own}query{projection}", _SPLIT, _SPLIT_BIAS),
+        *linear("blocks/attention/key", f"{own}key{projection}", _SPLIT, _SPLIT_BIAS),
+        *linear("blocks/attention/value", f"{own}value{projection}", _SPLIT, _SPLIT_BIAS),
+        *linear("blocks/attention/out", block + "attention.output.dense", _JOIN, _VECTOR),
+        *_norm("blocks/attention_norm", block + "attention.output.LayerNorm"),
+        *linear("blocks/mlp/up", block + "intermediate.dense", _UP, "mlp -> mlp"),
+        *linear("blocks/mlp/down", block + "output.dense", _DOWN, _VECTOR),
+        *_norm("blocks/mlp_norm", block + "output.LayerNorm"),
+    )
+
+
 def _encoder_rows(prefix: str, head: str, bias: str, norm: str, classifier: tuple[str, str]) -> tuple[Row, ...]:
-    block = prefix + "encoder.layer.{layer}."
     return (
         *(
             Row(f"embed/{kind}/embedding", f"{prefix}embeddings.{name}_embeddings.weight", _TABLE)
             for kind, name in (("word", "word"), ("position", "position"), ("type", "token_type"))
         ),
         *_norm("embed/norm", prefix + "embeddings.LayerNorm"),
-        *linear("blocks/attention/query", block + "attention.self.query", _SPLIT, _SPLIT_BIAS),
-        *linear("blocks/attention/key", block + "attention.self.key", _SPLIT, _SPLIT_BIAS),
-        *linear("blocks/attention/value", block + "attention.self.value", _SPLIT, _SPLIT_BIAS),
-        *linear("blocks/attention/out", block + "attention.output.dense", _JOIN, _VECTOR),
-        *_norm("blocks/attention_norm", block + "attention.output.LayerNorm"),
-        *linear("blocks/mlp/up", block + "intermediate.dense", _UP, "mlp -> mlp"),
-        *linear("blocks/mlp/down", block + "output.dense", _DOWN, _VECTOR),
-        *_norm("blocks/mlp_norm", block + "output.LayerNorm"),
+        *_encoder_layer(prefix + "encoder.layer.{layer}."),
         *linear("head/dense", f"{head}dense", _SQUARE, _VECTOR),
         *_norm("head/norm", f"{head}{norm}"),
         Row("head/bias", bias, "vocab -> vocab"),
@@ -334,6 +354,69 @@ BERT = Table(
         ("bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"),
         ("cls.predictions.bias", "cls.predictions.decoder.bias"),
     ),
+)
+
+
+_DEBERTA_HEAD = "cls.predictions.transform."
+DEBERTA = Table(
+    prefix="deberta.",
+    rows=(
+        Row("embed/word/embedding", "deberta.embeddings.word_embeddings.weight", _TABLE),
+        *_norm("embed/norm", "deberta.embeddings.LayerNorm"),
+        Row("embed/distance/embedding", "deberta.encoder.rel_embeddings.weight", _TABLE),
+        *_norm("embed/distance_norm", "deberta.encoder.LayerNorm"),
+        *_encoder_layer("deberta.encoder.layer.{layer}.", "_proj"),
+        *linear("head/dense", _DEBERTA_HEAD + "dense", _SQUARE, _VECTOR),
+        *_norm("head/norm", _DEBERTA_HEAD + "LayerNorm"),
+        Row("head/bias", "cls.predictions.bias", "vocab -> vocab"),
+        *linear("classifier/dense", "pooler.dense", _SQUARE, _VECTOR),
+        *linear("classifier/out", "classifier", _SQUARE, _VECTOR),
+    ),
+    # The published files also hold absolute positions, not used, and the head that tells replaced tokens.
+    ignored=(*_BUFFERS, r"(deberta\.)?embeddings\.position_embeddings\.weight", r"mask_predictions\..*"),
+    # The same head by its newer name.
+    renamed=(
+        *_OLD_LAYER_NORM,
+        (r"^lm_predictions\.lm_head\.bias$", "cls.predictions.bias"),
+        (r"^lm_predictions\.lm_head\.", _DEBERTA_HEAD),
+    ),
+    twins=(
+        ("deberta.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"),
+        ("cls.predictions.bias", "cls.predictions.decoder.bias"),
+    ),
+)
+
+
+def _modernbert_rows() -> tuple[Row, ...]:
+    block = "model.layers.{layer}."
+    rows = [
+        Row("embed/embedding", "model.embeddings.tok_embeddings.weight", _TABLE),
+        *_norm("embed_norm", "model.embeddings.norm"),
+        *(row._replace(first=1) for row in _norm("blocks/attention_norm", block + "attn_norm")),
+        *linear("blocks/attention/out", block + "attn.Wo", _JOIN, _VECTOR),
+        *_norm("blocks/mlp_norm", block + "mlp_norm"),
+        *linear("blocks/mlp/down", block + "mlp.Wo", _DOWN, _VECTOR),
+        *_norm("final_norm", "model.final_norm"),
+        *linear("head/dense", "head.dense", _SQUARE, _VECTOR),
+        *_norm("head/norm", "head.norm"),
+        Row("head/bias", "decoder.bias", "vocab -> vocab"),
+        *linear("classifier/out", "classifier", _SQUARE, _VECTOR),
+    ]
+    for name, part, parts, kernel, bias in (
+        ("attn.Wqkv", "attention", ("query", "key", "value"), _SPLIT, _SPLIT_BIAS),
+        ("mlp.Wi", "mlp", ("gate", "up"), _UP, "mlp -> mlp"),
+    ):
+        for kind, ending, text in (("kernel", "weight", kernel), ("bias", "bias", bias)):
+            together = tuple(f"blocks/{part}/{one}/{kind}" for one in parts)
+            rows += [Row(path, f"{block}{name}.{ending}", text, together) for path in together]
+    return tuple(rows)
+
+
+MODERNBERT = Table(
+    prefix="model.",
+    rows=_modernbert_rows(),
+    ignored=_BUFFERS,
+    twins=(("model.embeddings.tok_embeddings.weight", "decoder.weight"),),
 )
 
 

@@ -1,15 +1,17 @@
 import json
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
-from tokenizers import models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
-from jaxcl.data.spec import TokenizerConfig
+from jaxcl.data.spec import DataConfig, TokenizerConfig
+from jaxcl.data.text import TextRows
 from jaxcl.data.tokenizer import Tokenizer, prepare_tokenizer
 from jaxcl.errors import UserError
 from tests.tiny.texts import TEXTS, marked_tokenizer, small_tokenizer, spaced_tokenizer
@@ -212,6 +214,55 @@ def pieces_tokenizer() -> Tokenizer:
     pieces.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     pieces.add_special_tokens(vocabulary[:5])
     return Tokenizer(pieces, {"pad": 0, "mask": 4, "cls": 2, "sep": 3}, add_bos=False)
+
+
+def modernbert_files() -> tuple[Backend, dict[str, Any]]:
+    """A tokenizer as ModernBERT's files have it: byte-level BPE with BERT's special tokens, and more of them, last."""
+    backend = Backend.from_str(small_tokenizer().backend.to_str())
+    backend.add_special_tokens([f"[{name}]" for name in ("UNK", "CLS", "SEP", "PAD")])
+    backend.add_special_tokens([AddedToken("[MASK]", lstrip=True, special=True), AddedToken("[unused0]", special=True)])
+    return backend, {f"{name}_token": f"[{name.upper()}]" for name in ("unk", "cls", "sep", "pad", "mask")}
+
+
+def deberta_files() -> tuple[Backend, dict[str, Any]]:
+    """A tokenizer as DeBERTa-v3's files have it: Unigram, whose first and last tokens also begin and end texts."""
+    words = sorted({f"▁{word}" for text in TEXTS for word in text.split()} | set("".join(TEXTS)) | {"▁"})
+    vocabulary = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", *words]
+    backend = Backend(models.Unigram([(word, -float(i)) for i, word in enumerate(vocabulary)], unk_id=3))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    backend.add_special_tokens([*vocabulary[:4], "[MASK]"])
+    names = {"bos": "CLS", "eos": "SEP", "cls": "CLS", "sep": "SEP", "pad": "PAD", "unk": "UNK", "mask": "MASK"}
+    return backend, {f"{role}_token": f"[{name}]" for role, name in names.items()}
+
+
+@pytest.mark.parametrize("files", [modernbert_files, deberta_files])
+def test_encoders_texts_are_framed_and_masked_with_the_special_tokens_of_their_files(tmp_path, files):
+    backend, tokens = files()
+    first, last = backend.token_to_id("[CLS]"), backend.token_to_id("[SEP]")
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", first), ("[SEP]", last)],
+    )
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokens))
+    tokenizer = prepare_tokenizer(TokenizerConfig(path=str(tmp_path)), lambda: (), tmp_path / "run", masked=True)
+    assert tokenizer.backend.to_str() == Backend.from_file(str(tmp_path / "tokenizer.json")).to_str()
+    assert (tokenizer.frame(masked=True), tokenizer.pair_separator) == (([first], [last]), [last])
+    mask = backend.token_to_id("[MASK]")
+    assert (tokenizer.mask_id, tokenizer.pad_id) == (mask, backend.token_to_id("[PAD]"))
+    config = DataConfig(length=80, packing=False, mask_rate=0.999, mask_replace=0.6, mask_random=0.4)
+    rows = TextRows([{"text": TEXTS[3]}], tokenizer, config, objective="masked", task=0, name="news")
+    row = rows.row(0, rows.shapes([])[0], (0, 0, 0, 0))
+    words = tokenizer.encode(TEXTS[3])
+    used = len(words) + 2
+    assert (row["tokens"][0], row["tokens"][used - 1]) == (first, last)
+    assert set(row["tokens"][used:]) == {tokenizer.pad_id}
+    assert row["targets"][: len(words)].tolist() == words
+    shown = row["tokens"][1 : used - 1]
+    assert mask in shown
+    # What takes the place of a token is never a special one.
+    assert not set(shown[shown != mask].tolist()) & tokenizer.special_ids
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def test_gates_equal_scaled_weights(architecture: str) -> None:
     assert np.max(np.abs(got - network.hidden(params, batch).states)) > 1e-2
 
 
-@pytest.mark.parametrize(("architecture", "before"), [("llama", "gate"), ("roberta", "up")])
+@pytest.mark.parametrize(("architecture", "before"), [("llama", "gate"), ("roberta", "up"), ("modernbert", "gate")])
 def test_early_gates_scale_what_the_activation_reads(architecture: str, before: str) -> None:
     network = BUILDERS[architecture]()
     params, batch, gates = params_of(network), batch_of(SEGMENTS), random_gates(network)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxcl.functional.attention_rows import AttentionView, attention_maps, selected_rows
+from jaxcl.models.batch import Batch
 from jaxcl.models.network import Network
 from jaxcl.models.probe import Probe, Tap
 from tests.tiny.batches import batch_of
@@ -27,10 +28,17 @@ def full_maps(view: AttentionView) -> np.ndarray:
         seen = (segments[b] == segments[b, q]) & (segments[b, q] != 0)
         if view.causal:
             seen &= np.arange(length) <= q
+        if view.window is not None:
+            seen &= np.abs(np.arange(length) - q) < int(view.window)
         if seen.any():
             scores = key[b, seen, h // (heads // key.shape[2])] @ query[b, q, h] * view.scale
             maps[b, h, q, seen] = np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()
     return maps
+
+
+def view_of(network: Network, layer: int, query: Any, key: Any, batch: Batch) -> AttentionView:
+    window = network.config.window if network.config.windowed[layer] else None
+    return AttentionView(query, key, batch.segments, network.causal, network.context(batch).scale, window)
 
 
 def expected_rows(maps: np.ndarray, heads: np.ndarray, queries: np.ndarray) -> np.ndarray:
@@ -54,10 +62,9 @@ def test_selected_rows_are_rows_of_the_whole_maps(architecture: str, remat: str)
     states, probed = jax.jit(lambda params: network.hidden(params, batch, probe=probe))(params)
     np.testing.assert_allclose(states, network.hidden(params, batch).states, atol=1e-6)
     assert probed["rows"].dtype == jnp.float32
-    scale = network.head_dim**-0.5
     for layer in range(2):
         query, key = probed["query"][layer], probed["key"][layer]
-        maps = full_maps(AttentionView(query, key, batch.segments, network.causal, scale))
+        maps = full_maps(view_of(network, layer, query, key, batch))
         want = expected_rows(maps, HEADS[layer], QUERIES[layer])
         np.testing.assert_allclose(probed["rows"][layer], want, atol=1e-6)
         assert want.max() < 1.1
@@ -82,9 +89,7 @@ def test_a_probe_gives_all_maps_inside_jit_and_they_are_those_a_tap_sees(archite
     jax.block_until_ready(network.hidden(params, batch, tap=Tap(look)).states)
     jax.effects_barrier()
     for layer in range(2):
-        view = AttentionView(
-            probed["query"][layer], probed["key"][layer], batch.segments, network.causal, network.head_dim**-0.5
-        )
+        view = view_of(network, layer, probed["query"][layer], probed["key"][layer], batch)
         np.testing.assert_allclose(probed["maps"][layer], full_maps(view), atol=1e-6)
         np.testing.assert_allclose(probed["maps"][layer], seen[layer], atol=1e-6)
 
@@ -105,7 +110,7 @@ def test_the_tap_receives_the_maps_that_attention_uses(architecture: str) -> Non
     maps = []
     x = network.embed(params, batch)
     for layer in range(2):
-        view = AttentionView(queries[layer], keys[layer], batch.segments, network.causal, network.head_dim**-0.5)
+        view = view_of(network, layer, queries[layer], keys[layer], batch)
         maps.append(full_maps(view))
         x, _ = network.block(jax.tree.map(lambda leaf, layer=layer: leaf[layer], network.blocks(params)), x, batch)
     tap = Tap(replace, jnp.asarray(np.stack(maps), jnp.float32))

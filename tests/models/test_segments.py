@@ -44,7 +44,7 @@ def lay_out(documents: list[tuple[int, int, np.ndarray]]) -> tuple[np.ndarray, n
 documents = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=LENGTH // 2).map(np.array)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "roberta"])
+@pytest.mark.parametrize("architecture", BUILDERS)
 @settings(max_examples=15, deadline=None)
 @given(first=documents, second=documents, gap=st.integers(0, 3), junk=st.integers(0, VOCAB - 1))
 def test_packed_documents_give_what_they_give_alone(

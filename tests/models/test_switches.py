@@ -17,7 +17,7 @@ from jaxcl.models.llama_config import LlamaConfig
 from jaxcl.models.network import Network
 from jaxcl.weights.tree import flatten
 from tests.tiny.batches import batch_of
-from tests.tiny.families import DECODERS, network_of
+from tests.tiny.families import DECODERS, OWN_MODELS, network_of
 from tests.tiny.networks import filled, llama_config, params_of, row_losses, tiny_llama
 
 SEGMENTS = [[1, 1, 1, 2, 2, 0], [1, 1, 1, 1, 1, 1]]
@@ -35,7 +35,7 @@ MIXED: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", DECODERS | OWN_MODELS)
 def test_every_param_of_every_family_has_a_unit_and_axes(name: str) -> None:
     network = network_of(name, lora={"targets": ["query", "down"]}, num_labels=2)
     units, axes, shapes = (flatten(tree) for tree in (network.units(), network.axes(), network.shapes()))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxcl.models.llama_config import LlamaConfig
-from jaxcl.models.network import Network
+from pydantic import TypeAdapter
+
+from jaxcl.models.network import ModelConfig, Network
 from jaxcl.weights.hf_config import from_hf
 
 SIZES: dict[str, Any] = {
@@ -173,6 +174,52 @@ EVERY = DECODERS | VARIANTS
 
 ENCODERS: dict[str, dict[str, Any]] = {"eurobert": {"model_type": "eurobert", "head_dim": 16, "attention_bias": True}}
 
+_MODERNBERT = {"model_type": "modernbert", "local_attention": 8, "cls_token_id": 2, "sep_token_id": 3}
+_DEBERTA = {
+    "model_type": "deberta-v2",
+    "relative_attention": True,
+    "share_att_key": True,
+    "pos_att_type": ["p2c", "c2p"],
+    "norm_rel_ebd": "layer_norm",
+    "position_biased_input": False,
+    "type_vocab_size": 0,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+OWN_MODELS: dict[str, dict[str, Any]] = {
+    "modernbert": _MODERNBERT,
+    "modernbert-switches": _MODERNBERT
+    | {
+        "num_hidden_layers": 4,
+        "global_attn_every_n_layers": 2,
+        "global_rope_theta": 900.0,
+        "local_rope_theta": 40.0,
+        "norm_bias": True,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "classifier_bias": True,
+        "decoder_bias": False,
+        "classifier_pooling": "mean",
+        "classifier_activation": "silu",
+        "hidden_activation": "gelu_pytorch_tanh",
+    },
+    "modernbert-layer-types": _MODERNBERT
+    | {
+        "num_hidden_layers": 3,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 5e4},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 2e3},
+        },
+    },
+    "deberta-v2": _DEBERTA | {"position_buckets": 8, "max_relative_positions": -1, "max_position_embeddings": 12},
+    "deberta-v2-new-head": _DEBERTA
+    | {"position_buckets": 4, "max_relative_positions": 10, "hidden_act": "relu", "legacy": False},
+    "deberta-v2-no-buckets": _DEBERTA
+    | {"position_buckets": -1, "max_relative_positions": 5, "pooler_hidden_act": "relu", "pos_att_type": "c2p|p2c"},
+}
+"""Encoders that are a model of their own, and variants of their switches."""
+
 SWITCHES = {
     "causal",
     "family",
@@ -200,14 +247,17 @@ SWITCHES = {
 """Fields that LLaMA leaves alone; some family sets each."""
 
 
+_CONFIG: TypeAdapter[Any] = TypeAdapter(ModelConfig)
+
+
 def content(name: str) -> dict[str, Any]:
     """The `config.json` of a tiny model."""
-    return SIZES | (EVERY | ENCODERS)[name]
+    return SIZES | (EVERY | ENCODERS | OWN_MODELS)[name]
 
 
-def config_of(name: str, **changes: Any) -> LlamaConfig:
+def config_of(name: str, **changes: Any) -> Any:
     """Its model configuration."""
-    return LlamaConfig(**{**from_hf(content(name), "config.json"), **changes})
+    return _CONFIG.validate_python({**from_hf(content(name), "config.json"), **changes})
 
 
 def network_of(name: str, **changes: Any) -> Network:

@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcl.models.batch import Batch
+from jaxcl.models.deberta import DebertaConfig
 from jaxcl.models.gates import Gates
 from jaxcl.models.llama import LlamaConfig
+from jaxcl.models.modernbert import ModernBertConfig
 from jaxcl.models.network import Network, Params
 from jaxcl.models.roberta import RobertaConfig
 from jaxcl.weights.tree import flatten, unflatten
@@ -75,7 +77,22 @@ def roberta(**changes: Any) -> Network:
     return tiny_roberta(**{**own, **dropout, "num_labels": 3, **changes})
 
 
-BUILDERS = {"llama": llama, "roberta": roberta}
+def modernbert(**changes: Any) -> Network:
+    """An encoder with a layer of each kind, whose window is shorter than most rows, and dropout."""
+    own = {"layer_types": ("full", "window"), "window": 3, "norm_bias": True, "head_bias": True, "num_labels": 3}
+    sizes = {"vocab_size": VOCAB, "hidden_size": 12, "intermediate_size": 10, "num_layers": 2, "num_heads": 3}
+    dropout = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
+    return Network.create(ModernBertConfig(**{**own, **sizes, **dropout, "init_std": 0.4, "max_length": 32, **changes}))
+
+
+def deberta(**changes: Any) -> Network:
+    """An encoder with attention by distance, of which there are fewer buckets than distances in most rows."""
+    sizes = {"vocab_size": VOCAB, "hidden_size": 12, "intermediate_size": 10, "num_layers": 2, "num_heads": 3}
+    own = {"position_buckets": 4, "max_distance": 9, "init_std": 0.4, "max_length": 32, "num_labels": 3}
+    return Network.create(DebertaConfig(**{**sizes, **own, **changes}))
+
+
+BUILDERS = {"llama": llama, "roberta": roberta, "modernbert": modernbert, "deberta": deberta}
 
 # Configurations that differ in what a checkpoint stores.
 LLAMA = {

@@ -1,17 +1,30 @@
 """The families of checkpoints that jaxcl reads and writes, by `model_type`; a file of this folder each.
 
 A family is data: keys of `config.json` to fields of the model configuration, and names of tensors to params. What all
-families compute is one decoder and one encoder (`jaxcl.models`), whose switches these fields are.
+families compute is one decoder and a few encoders (`jaxcl.models`), whose switches these fields are.
 """
 
 from __future__ import annotations
 
 from jaxcl.errors import UserError
 from jaxcl.models.roberta import RobertaConfig
-from jaxcl.weights.families import encoders, experts, gemma, granite, llama, mistral, olmo, phi3, qwen, smollm3
+from jaxcl.weights.families import (
+    deberta,
+    encoders,
+    experts,
+    gemma,
+    granite,
+    llama,
+    mistral,
+    modernbert,
+    olmo,
+    phi3,
+    qwen,
+    smollm3,
+)
 from jaxcl.weights.families.base import Config, Family
 
-_FILES = (llama, mistral, qwen, gemma, olmo, smollm3, phi3, granite, experts, encoders)
+_FILES = (llama, mistral, qwen, gemma, olmo, smollm3, phi3, granite, experts, encoders, modernbert, deberta)
 FAMILIES: dict[str, Family] = {family.model_type: family for file in _FILES for family in file.FAMILIES}
 """Every family by its `model_type`."""
 
@@ -26,7 +39,6 @@ MISSING = {
     "mixtral": "experts whose tensors have names of their own",
     "granitemoe": "experts whose tensors have names of their own",
     "phimoe": "a router that draws its experts",
-    "modernbert": "a first layer without a norm, and a head of its own",
     "phi": "attention and feed-forward part side by side",
     "gpt2": "learned positions in a decoder",
     "gpt_neox": "attention and feed-forward part side by side",
@@ -38,7 +50,7 @@ MISSING = {
     "mamba": "state-space layers",
     "mamba2": "state-space layers",
     "granitemoehybrid": "state-space layers",
-    "deberta-v2": "attention by relative distance",
+    "deberta": "attention by distances without buckets, and queries, keys and values in one projection",
     "t5": "a decoder that reads an encoder",
 }
 """What families that are not here need and the decoder and the encoder lack."""

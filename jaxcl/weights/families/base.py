@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxcl.errors import UserError
+from jaxcl.models.deberta import DebertaConfig
 from jaxcl.models.llama_config import LlamaConfig
+from jaxcl.models.modernbert import ModernBertConfig
 from jaxcl.models.roberta import RobertaConfig
 from jaxcl.weights.tables import Table
 
@@ -22,7 +24,7 @@ ACTIVATIONS = {
 }
 
 Fields = dict[str, Any]
-Config = LlamaConfig | RobertaConfig
+Config = LlamaConfig | RobertaConfig | ModernBertConfig | DebertaConfig
 
 
 class HfConfig:
