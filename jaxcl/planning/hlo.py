@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 _BYTES = {"pred": 1, "token": 0, "c64": 8, "c128": 16, "s4": 0.5, "u4": 0.5}
@@ -91,16 +91,19 @@ def parse(text: str) -> Program:
     return Program(computations, entry)
 
 
-def times(program: Program, unknown: int = 1) -> Iterator[tuple[str, float, bool]]:
+def times(
+    program: Program, unknown: int = 1, taken: Callable[[str], float] = lambda _: 1.0
+) -> Iterator[tuple[str, float, bool]]:
     """How often each computation is executed in one call of the program.
 
     Args:
       program: the parsed program.
       unknown: trip count assumed for data-dependent loops.
+      taken: from the name of a branch to how often it is executed each time that its conditional is.
 
     Yields:
       Name of a computation, number of executions, and whether it is part of a fused instruction. A computation that is
-      called from several places is yielded several times. Every branch counts as taken.
+      called from several places is yielded several times.
     """
     todo = [(program.entry, 1.0, False)]
     while todo:
@@ -109,7 +112,10 @@ def times(program: Program, unknown: int = 1) -> Iterator[tuple[str, float, bool
         for one in program.computations[name].values():
             repeated = count * trips(program, one, unknown) if one.opcode == "while" else count
             inside = fused or one.opcode not in ("while", "call", "conditional")
-            todo += [(called, repeated, inside) for called in one.called if called in program.computations]
+            for called in one.called:
+                if called in program.computations:
+                    share = taken(called) if one.opcode == "conditional" else 1.0
+                    todo.append((called, repeated * share, inside))
 
 
 def trips(program: Program, loop: Instruction, unknown: int = 1) -> int:
