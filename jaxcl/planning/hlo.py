@@ -49,7 +49,7 @@ class Instruction(NamedTuple):
       results: its results; several for a tuple.
       operands: names of its operands.
       called: names of the computations that it calls.
-      text: the whole line.
+      text: the whole line, with those that it goes on in.
       root: whether it is the computation's result.
     """
 
@@ -80,14 +80,16 @@ class Program(NamedTuple):
 def parse(text: str) -> Program:
     """Parses the text of `compiled.as_text()`."""
     computations: dict[str, Computation] = {}
-    entry, current = "", None
+    entry, current, last = "", None, ""
     for line in text.splitlines():
         if header := _HEADER.match(line):
             current = computations.setdefault(header[2], {})
             entry = header[2] if header[1] else entry
         elif current is not None and (found := _INSTRUCTION.match(line)):
             instruction = _instruction(found[2], found[3], bool(found[1]), line)
-            current[instruction.name] = instruction
+            current[instruction.name], last = instruction, instruction.name
+        elif current and line not in ("", "}"):  # what kernels say of themselves can be several lines
+            current[last] = current[last]._replace(text=f"{current[last].text}\n{line}")
     return Program(computations, entry)
 
 

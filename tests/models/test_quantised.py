@@ -45,12 +45,13 @@ def numpy_nf4(kernel: np.ndarray, axis: int, block: int) -> np.ndarray:
 
 
 def test_levels_of_nf4_are_quantiles_of_a_normal_distribution() -> None:
-    """As the authors' code makes them: eight of the lower half, zero, seven of the upper half, the largest is 1."""
-    last = 0.9677083
-    lower = [NormalDist().inv_cdf(p) for p in np.linspace(last, 0.5, 8, endpoint=False)]
-    upper = [NormalDist().inv_cdf(p) for p in np.linspace(last, 0.5, 9, endpoint=False)]
-    expected = sorted([*(-np.array(lower)), 0.0, *upper])
-    np.testing.assert_allclose(NF4, np.sort(-np.array(expected)) / max(upper), atol=1e-6)
+    """As the authors' code makes them: seven of the lower half, zero, eight of the upper half; the largest is 1."""
+    upper, lower = (
+        np.array([NormalDist().inv_cdf(p) for p in np.linspace(0.9677083, 0.5, count, endpoint=False)])
+        for count in (8, 7)
+    )
+    expected = sorted([*-lower, 0.0, *upper])
+    np.testing.assert_allclose(NF4, np.array(expected) / max(upper), atol=1e-6)
 
 
 @pytest.mark.parametrize(

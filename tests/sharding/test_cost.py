@@ -285,7 +285,9 @@ def test_splash_attention_to_a_window_counts_the_pairs_in_it(causal: bool, seen:
 
 ENTRY %main (q: bf16[2,4,256,32]) -> bf16[2,4,256,32] {
   %q = bf16[2,4,256,32]{3,2,1,0} parameter(0)
-  ROOT %splash_mha_fwd_no_residuals.1 = bf16[2,4,256,32]{3,2,1,0} custom-call(%q, %q, %q), custom_call_target="tpu_custom_call", metadata={op_name="jit(step)/while/body/window_64/splash"}
+  ROOT %splash_mha_fwd_no_residuals.1 = bf16[2,4,256,32]{3,2,1,0} custom-call(%q, %q, %q), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{}"
+}}, metadata={op_name="jit(step)/while/body/window_64/splash"}
 }
 """  # noqa: E501
     assert count_cost(parse(text), causal=causal).flops == 2 * 2.0 * 2 * 4 * seen * 32
