@@ -6,12 +6,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from jaxcl.data.tokenizer import Tokenizer
 from jaxcl.errors import UserError
 from jaxcl.methods import find_method
 from jaxcl.methods.base import Method
+from jaxcl.models.quantised import cast
 from jaxcl.run.fingerprints import check_weights
 from jaxcl.run.folder import RunFolder
 from jaxcl.run.model import Model, load_model
@@ -61,7 +60,7 @@ def convert(source: str, destination: Path, format: str, dtype: str) -> Path:
             _check_base(model, source)
             base = None if model.config is None else model.config.weights
             return save_peft(destination, model.network, model.params, base=base, dtype=dtype, tokenizer_folder=folder)
-        params = jax.tree.map(lambda leaf: leaf.astype(dtype), model.params)
+        params = cast(model.params, dtype)
         return save_orbax(destination, model.network, params, tokenizer_folder=folder)
 
 

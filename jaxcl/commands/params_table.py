@@ -60,9 +60,11 @@ def _lines(network: Network, mesh: AbstractMesh) -> Iterator[str]:
     columns["bytes"] = _texts(shapes, lambda leaf: size(_bytes(leaf)))
     rows = [[path, *(texts[path] for texts in columns.values())] for path in leaves]
     yield from table([["param", *columns], *rows], left=len(columns))
-    yield _total("trained", [leaves[path] for path in learned])
-    if frozen := [leaf for path, leaf in leaves.items() if path not in learned]:
-        yield _total("frozen", frozen)
+    numbers = {path: math.prod(leaf.shape) for path, leaf in _flat(network.unquantised.shapes())}
+    for name, paths in (("trained", learned.keys()), ("frozen", leaves.keys() - learned.keys())):
+        if paths:
+            held = sum(_bytes(leaves[path]) for path in paths)
+            yield f"{name}: {sum(numbers.get(path, 0) for path in paths):,} params, {size(held)}"
     if split:
         own = sum(_bytes(leaf) / _ways(specs[path], mesh) for path, leaf in leaves.items())
         yield f"each device ({', '.join(f'{name} {ways}' for name, ways in split.items())}): {size(own)}"
@@ -94,7 +96,3 @@ def _split(names: Any, spec: Any) -> str:
 def _ways(spec: Any, mesh: AbstractMesh) -> int:
     axes = [axis for entry in spec if entry for axis in ([entry] if isinstance(entry, str) else entry)]
     return math.prod(mesh.shape[axis] for axis in axes)
-
-
-def _total(name: str, leaves: list[Any]) -> str:
-    return f"{name}: {sum(math.prod(leaf.shape) for leaf in leaves):,} params, {size(sum(map(_bytes, leaves)))}"

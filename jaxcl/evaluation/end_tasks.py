@@ -19,6 +19,7 @@ from jaxcl.evaluation.metrics import f1
 from jaxcl.evaluation.scoring import Compile, Place, as_batch
 from jaxcl.models.batch import Batch
 from jaxcl.models.network import Network, Params
+from jaxcl.models.quantised import dequantised
 
 
 class LabelledBatches(Protocol):
@@ -145,8 +146,8 @@ def class_scores(predictions: Int[np.ndarray, " rows"], labels: Int[np.ndarray, 
 
 
 def with_labels(network: Network, num_labels: int) -> Network:
-    """The same network with a classification head for `num_labels` classes."""
-    return Network.create(network.config.model_copy(update={"num_labels": num_labels}))
+    """The same network with a classification head for `num_labels` classes, and nothing quantised."""
+    return Network.create(network.unquantised.config.model_copy(update={"num_labels": num_labels}))
 
 
 def with_body(fresh: Params, pretrained: Params) -> Params:
@@ -211,7 +212,9 @@ def _programs(network: Network, config: EndTaskConfig, compile: Compile) -> _Pro
 
     def start(pretrained: Params, key: Array, total: Int[Array, ""]) -> _State:
         # Params and moments in float32 even if the model is held in bfloat16, whose steps are too coarse.
-        params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), with_body(network.init(key), pretrained))
+        params = jax.tree.map(
+            lambda leaf: leaf.astype(jnp.float32), with_body(network.init(key), dequantised(pretrained))
+        )
         return _State(params, optimizer.init(params), jnp.int32(0), total)
 
     def loss(params: Params, batch: Batch, key: Array) -> Float[Array, ""]:

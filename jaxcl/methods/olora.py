@@ -51,6 +51,11 @@ class Olora(Method[OloraOptions]):
         """See `Method.check`."""
         if model.lora is None:
             raise ValueError("name: olora trains adapters and the model has none; set model.lora, such as its rank")
+        if model.quantise != "none":
+            raise ValueError(
+                "name: olora adds adapters to the weights, which have no room for them in few bits; set "
+                f"model.quantise=none, got {model.quantise}"
+            )
 
     def init(self, params: Params) -> State:
         """See `Method.init`."""

@@ -64,7 +64,13 @@ def attention(
 
     if window is None or window >= query.shape[1]:
         return run(None)
-    return run(window) if windowed is None else jax.lax.cond(windowed, lambda: run(window), lambda: run(None))
+    own, whole = (in_window(functools.partial(run, one), one) for one in (window, None))
+    return own() if windowed is None else jax.lax.cond(windowed, own, whole)
+
+
+def in_window(function: Callable[..., Array], window: int | None) -> Callable[..., Array]:
+    """`function` under a name that says what it attends to, by which `jaxcl plan` finds it in the compiled program."""
+    return jax.named_scope(f"window_{window}".lower())(function)
 
 
 def _run(query: Array, key: Array, value: Array, segments: Array, pairs: Pairs, kernel: Kernel) -> Array:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxcl.models.attention import in_window
 from jaxcl.models.axes import constrain
 from jaxcl.models.layer import Context
 from jaxcl.models.mask import capped
@@ -150,7 +151,8 @@ class Cache(NamedTuple):
             for store, places in ((window, seen.window), (full, seen.full))
         ]
         if own is not None:
-            return Cache(full, window), jax.lax.cond(own, *attend)
+            either = map(in_window, attend, (context.window, None))
+            return Cache(full, window), jax.lax.cond(own, *either)
         return Cache(full, window), attend[window is None]()
 
 

@@ -24,6 +24,7 @@ from jaxcl.models.compute import Compute
 from jaxcl.models.layer import Context, LayerKind, Noise
 from jaxcl.models.layers import Embedding, LayerNorm
 from jaxcl.models.lora import LoraConfig
+from jaxcl.models.quantised import Quantise
 from jaxcl.models.roberta import Classifier, MaskedHead, RobertaBlock, RobertaConfig
 from jaxcl.schema import Schema
 
@@ -78,6 +79,11 @@ class DebertaConfig(Schema):
     def span(self) -> int:
         """Vectors of distances on either side."""
         return self.position_buckets or self.max_distance
+
+    @property
+    def quantise(self) -> Quantise:
+        """Kernels are held as they are."""
+        return "none"
 
     @property
     def dropout_rates(self) -> tuple[float, float]:

@@ -22,6 +22,7 @@ from jaxcl.functional.soft_masks import LAYER, Unit
 from jaxcl.models.compute import Compute, recomputed
 from jaxcl.models.lora import LoraConfig, initial_std
 from jaxcl.models.product import product
+from jaxcl.models.quantised import Quantise, quantise, quantised_product, quantised_shapes
 
 Sizes = dict[str, int]
 
@@ -114,6 +115,7 @@ class Linear(nnx.Module):
       kernel_axes: logical axes of the kernel where they differ from the names in `inputs` and `outputs`.
       unit: kind of unit that the parameters belong to which have its axis; see `parameter`.
       lora: adds an adapter of this kind; calls use it, `in_float32` does not.
+      quantised: how the kernel is held, which is then a constant of the layer.
     """
 
     def __init__(
@@ -129,10 +131,12 @@ class Linear(nnx.Module):
         kernel_axes: Sequence[str | None] | None = None,
         unit: str | None = None,
         lora: LoraConfig | None = None,
+        quantised: Quantise = "none",
     ) -> None:
         axes = (*inputs, *outputs) if kernel_axes is None else tuple(kernel_axes)
         shape = (*inputs.values(), *outputs.values())
-        self.kernel = parameter(rngs.params(), shape, axes, std, compute, layers, unit, len(inputs))
+        kernel = parameter(rngs.params(), shape, axes, std, compute, layers, unit, len(inputs))
+        self.kernel, self.kernel_scale = _quantised(kernel, len(inputs), quantised)
         width, width_axes = tuple(outputs.values()), axes[len(inputs) :]
         self.bias = constant(0.0, width, width_axes, compute, layers, unit) if bias else None
         self.contracted = len(inputs)
@@ -153,7 +157,10 @@ class Linear(nnx.Module):
         """`[..., *inputs]` to `[..., *outputs]`, in the compute dtype."""
         dtype = jnp.dtype(self.dtype)
         x = x.astype(dtype)
-        y = product(x, self.kernel[...].astype(dtype), self.contracted)
+        if self.kernel_scale is None:
+            y = product(x, self.kernel[...].astype(dtype), self.contracted)
+        else:
+            y = quantised_product(x, self.kernel[...], self.kernel_scale[...], self.contracted)
         if self.lora_a is not None and self.lora_b is not None:
             inner = jnp.tensordot(x, self.lora_a[...].astype(dtype), axes=self.contracted)
             y = y + self.lora_scale * jnp.tensordot(inner, self.lora_b[...].astype(dtype), axes=1)
@@ -164,6 +171,23 @@ class Linear(nnx.Module):
         kernel = self.kernel[...].astype(x.dtype)
         y = product(x, kernel, self.contracted, jnp.float32)
         return y if self.bias is None else y + self.bias[...].astype(jnp.float32)
+
+
+def _quantised(
+    kernel: nnx.Param[Array], inputs: int, how: Quantise
+) -> tuple[nnx.Param[Array], nnx.Param[Array] | None]:
+    """Codes and scales of a kernel that is stacked along layers; itself and `None` if it is not to be quantised."""
+    if how == "none":
+        return kernel, None
+    axes, layers, *shape = kernel.get_metadata()["axes"], *kernel.shape
+    sizes = quantised_shapes(shape, inputs, how)
+    codes, scale = quantise(kernel[...], (layers, *sizes.scale), how)
+    # Blocks are split as the numbers in them, if there are enough.
+    parts = zip(axes[1:], shape, sizes.scale, strict=True)
+    own = [name if held == size else None if held == 1 else f"{name}_blocks" for name, size, held in parts]
+    unit, sides = kernel.get_metadata()["unit"], kernel.get_metadata()["sides"]
+    scales = nnx.Param(scale, axes=("layers", *own), unit=Unit(LAYER, 0), sides=sides)
+    return nnx.Param(codes, axes=axes, unit=unit, sides=sides), scales
 
 
 class Embedding(nnx.Module):

@@ -45,7 +45,7 @@ class LlamaAttention(nnx.Module):
         c = config
         embed, depth = {"embed": c.hidden_size}, {"head_dim": c.head_dim}
         heads, kv_heads = {"heads": c.num_heads, **depth}, {"kv_heads": c.num_kv_heads, **depth}
-        linear = partial(Linear, rngs, bias=c.attention_bias, compute=c.compute, layers=layers)
+        linear = partial(Linear, rngs, bias=c.attention_bias, compute=c.compute, layers=layers, quantised=c.quantise)
         lora = partial(adapter_for, c.lora)
         self.query = linear(embed, heads, std=c.init_std, unit="heads", lora=lora("query"))
         self.key = linear(embed, kv_heads, std=c.init_std, unit="heads", lora=lora("key"))
@@ -73,7 +73,7 @@ class LlamaMlp(nnx.Module):
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs, layers: int) -> None:
         c = config
         embed, mlp = {"embed": c.hidden_size}, {"mlp": c.intermediate_size}
-        linear = partial(Linear, rngs, bias=c.mlp_bias, compute=c.compute, layers=layers)
+        linear = partial(Linear, rngs, bias=c.mlp_bias, compute=c.compute, layers=layers, quantised=c.quantise)
         lora = partial(adapter_for, c.lora)
         self.gate = linear(embed, mlp, std=c.init_std, unit="intermediate", lora=lora("gate"))
         self.up = linear(embed, mlp, std=c.init_std, unit="intermediate", lora=lora("up"))

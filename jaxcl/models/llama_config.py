@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from jaxcl.models.activation import Activation
 from jaxcl.models.compute import Compute
 from jaxcl.models.lora import LoraConfig
+from jaxcl.models.quantised import Quantise, check_quantise
 from jaxcl.models.rotary import RopeScaling
 from jaxcl.schema import Schema
 
@@ -100,6 +101,11 @@ class LlamaConfig(Schema):
     num_labels: int = Field(0, ge=0, description="classes of the classification head; 0: no such head")
     init_std: float = Field(0.02, gt=0, description="standard deviation of initial weights")
     lora: LoraConfig | None = Field(None, description="low-rank adapters, which are then all that is trained")
+    quantise: Quantise = Field(
+        "none",
+        description="how kernels of the layers are held beside adapters; int8: 8 bits, a scale per output channel; "
+        "nf4: 4 bits, a scale per block of 64",
+    )
     soft_tokens: int = Field(
         0, ge=0, description="trained vectors for prompts to begin with, which are then all that is trained"
     )
@@ -126,6 +132,8 @@ class LlamaConfig(Schema):
         if self.soft_tokens > self.vocab_size:  # each starts as a word of its own
             raise ValueError(f"soft_tokens ({self.soft_tokens}) must be at most vocab_size ({self.vocab_size})")
         self._resolve_experts()
+        sizes = {name: getattr(self, name) for name in ("hidden_size", "head_dim", "intermediate_size")}
+        check_quantise(self.quantise, self.lora, **sizes)
         if self.attention_out_bias == self.attention_bias:
             values["attention_out_bias"] = None
         if self.attention_scale == self.head_dim**-0.5:

@@ -26,6 +26,7 @@ from jaxcl.models.layers import Embedding, LayerNorm, Linear, constant
 from jaxcl.models.llama import LlamaAttention, LlamaMlp
 from jaxcl.models.llama_config import LlamaConfig
 from jaxcl.models.lora import LoraConfig
+from jaxcl.models.quantised import Quantise
 from jaxcl.models.rotary import rotary
 from jaxcl.schema import Schema
 
@@ -96,6 +97,11 @@ class ModernBertConfig(Schema):
     def family(self) -> str:
         """The `model_type` of the checkpoints that the model is read from and exported as."""
         return "modernbert"
+
+    @property
+    def quantise(self) -> Quantise:
+        """Kernels are held as they are."""
+        return "none"
 
     @property
     def dropout_rates(self) -> tuple[float, float]:

@@ -169,8 +169,15 @@ class Network:
 
     @property
     def num_params(self) -> int:
-        """Number of params, adapters included."""
-        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.shapes()))
+        """Number of params, adapters included; those of kernels, however they are held."""
+        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.unquantised.shapes()))
+
+    @property
+    def unquantised(self) -> Network:
+        """The network whose kernels are not quantised; itself if they are not. `dequantised` makes its params."""
+        if self.config.quantise == "none":
+            return self
+        return Network.create(self.config.model_copy(update={"quantise": "none"}))
 
     @property
     def num_active_params(self) -> int:

@@ -22,6 +22,7 @@ from jaxcl.models.gates import Gates, gate
 from jaxcl.models.layer import Context, LayerKind, Noise
 from jaxcl.models.layers import Embedding, LayerNorm, Linear, constant
 from jaxcl.models.lora import LoraConfig, adapter_for
+from jaxcl.models.quantised import Quantise, check_quantise
 from jaxcl.schema import Schema
 
 
@@ -51,6 +52,11 @@ class RobertaConfig(Schema):
     num_labels: int = Field(0, ge=0, description="classes of the classification head; 0: no such head")
     init_std: float = Field(0.02, gt=0, description="standard deviation of initial weights")
     lora: LoraConfig | None = Field(None, description="low-rank adapters, which are then all that is trained")
+    quantise: Quantise = Field(
+        "none",
+        description="how kernels of the layers are held beside adapters; int8: 8 bits, a scale per output channel; "
+        "nf4: 4 bits, a scale per block of 64",
+    )
     compute: Compute = Field(Compute(), description="precision, rematerialisation, kernel")
 
     @model_validator(mode="after")
@@ -59,6 +65,8 @@ class RobertaConfig(Schema):
             raise ValueError(f"hidden_size ({self.hidden_size}) must be a multiple of num_heads ({self.num_heads})")
         if self.lora is not None and "gate" in self.lora.targets:
             raise ValueError("lora.targets: an encoder has no gate; allowed are query, key, value, out, up, down")
+        sizes = {"hidden_size": self.hidden_size, "intermediate_size": self.intermediate_size}
+        check_quantise(self.quantise, self.lora, **sizes, head_dim=self.head_dim)
         return self
 
     @property
@@ -117,7 +125,9 @@ class RobertaAttention(nnx.Module):
     def __init__(self, config: RobertaConfig, rngs: nnx.Rngs, layers: int) -> None:
         c = config
         embed, heads = {"embed": c.hidden_size}, {"heads": c.num_heads, "head_dim": c.head_dim}
-        linear = partial(Linear, rngs, bias=True, std=c.init_std, compute=c.compute, layers=layers)
+        linear = partial(
+            Linear, rngs, bias=True, std=c.init_std, compute=c.compute, layers=layers, quantised=c.quantise
+        )
         lora = partial(adapter_for, c.lora)
         self.query = linear(embed, heads, unit="heads", lora=lora("query"))
         self.key = linear(embed, heads, unit="heads", lora=lora("key"))
@@ -131,7 +141,9 @@ class RobertaMlp(nnx.Module):
     def __init__(self, config: RobertaConfig, rngs: nnx.Rngs, layers: int) -> None:
         c = config
         embed, mlp = {"embed": c.hidden_size}, {"mlp": c.intermediate_size}
-        linear = partial(Linear, rngs, bias=True, std=c.init_std, compute=c.compute, layers=layers)
+        linear = partial(
+            Linear, rngs, bias=True, std=c.init_std, compute=c.compute, layers=layers, quantised=c.quantise
+        )
         lora = partial(adapter_for, c.lora)
         self.up = linear(embed, mlp, unit="intermediate", lora=lora("up"))
         self.down = linear(mlp, embed, unit="output", lora=lora("down"))

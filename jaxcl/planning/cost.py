@@ -2,7 +2,9 @@
 
 The compiler's own count takes the body of a loop once, whatever its trip count, and does not see into Pallas kernels.
 Here loops are multiplied by their trip counts, and splash attention is counted by its products. Of a grouped product
-(`jax.lax.ragged_dot`), in which compilers write every group with all rows, each row is counted with its own group.
+(`jax.lax.ragged_dot`), in which compilers write every group with all rows, each row is counted with its own group. Of
+layers of which only some have a window, each counts with its own attention (`jaxcl.models.attention.in_window` names
+the two).
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ _Started = Mapping[str, set[str]]
 _GROUPED = "grouped_product"  # the scope that the model names them by
 # Products per kernel, each 2 * rows * length * length * head_dim operations (Dao, 2023: FlashAttention-2, section 3).
 _SPLASH = {"fwd": 2, "dq": 3, "dkv": 4}
+_WINDOW = re.compile(r'op_name="[^"]*\bwindow_(\d+|none)\b')
 
 
 class Collective(NamedTuple):
@@ -61,7 +64,9 @@ class Cost(NamedTuple):
         return sum(one.bytes for one in self.collectives.values())
 
 
-def count_cost(program: Program, *, causal: bool, loop_trips: int = 1, experts: int = 1) -> Cost:
+def count_cost(
+    program: Program, *, causal: bool, loop_trips: int = 1, experts: int = 1, window_share: float = 1.0
+) -> Cost:
     """The cost of a program.
 
     Args:
@@ -70,11 +75,13 @@ def count_cost(program: Program, *, causal: bool, loop_trips: int = 1, experts: 
       loop_trips: trip count assumed for data-dependent loops.
       experts: groups of the grouped products (`jaxcl.models.experts`), those on other chips included: evenly
         spread rows are assumed.
+      window_share: share of the layers that attend to a window only. Any other branch counts as taken.
     """
+    shares = {"window": window_share, "whole": 1.0 - window_share, None: 1.0}
     flops = memory = 0.0
     collectives: dict[str, Collective] = defaultdict(lambda: Collective(0.0, 0.0))
     started = _started(program)
-    for name, count, fused in times(program, loop_trips):
+    for name, count, fused in times(program, loop_trips, lambda branch: shares[_attends(branch, program)]):
         computation = program.computations[name]
         for one in computation.values():
             flops += count * _flops(one, computation, causal) / (experts if _GROUPED in one.text else 1)
@@ -86,6 +93,19 @@ def count_cost(program: Program, *, causal: bool, loop_trips: int = 1, experts: 
             before = collectives[kind]
             collectives[kind] = Collective(before.runs + count, before.bytes + count * _sent(kind, one, computation))
     return Cost(flops, memory, dict(collectives))
+
+
+def _attends(branch: str, program: Program) -> str | None:
+    """Whether a branch is attention to a `window`, to the `whole` row, or neither."""
+    todo, done = [branch], {branch}
+    while todo:
+        for one in program.computations[todo.pop()].values():
+            if found := _WINDOW.search(one.text):
+                return "whole" if found[1] == "none" else "window"
+            called = {name for name in one.called if name in program.computations} - done
+            todo += called
+            done |= called
+    return None
 
 
 def _flops(one: Instruction, computation: Computation, causal: bool) -> float:
@@ -134,7 +154,13 @@ def _splash(one: Instruction, computation: Computation, products: int, causal: b
     # Queries, keys and values are the largest operands; a batch of one has no batch axis.
     query = max(arrays, key=lambda shape: math.prod(shape.sizes)).sizes
     rows, length, head_dim = math.prod(query[:-2]), query[-2], query[-1]
-    return products * 2.0 * rows * length * length * head_dim * (0.5 if causal else 1.0)
+    pairs = length * length * (0.5 if causal else 1.0)
+    named = _WINDOW.search(one.text)
+    if named and named[1] != "none":
+        window = min(int(named[1]), length)
+        before = length * window - window * (window - 1) / 2  # of keys up to the query
+        pairs = before if causal else 2 * before - length
+    return products * 2.0 * rows * pairs * head_dim
 
 
 def _traffic(one: Instruction, computation: Computation, program: Program, started: _Started) -> float:

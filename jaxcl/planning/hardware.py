@@ -34,7 +34,12 @@ CHIPS = {
     "v5e": Chip(15.75 * 2**30, 197e12, 819e9, 200e9),
     "v5p": Chip(94.75 * 2**30, 459e12, 2.765e12, 600e9),
     "v6e": Chip(31.25 * 2**30, 918e12, 1.64e12, 448e9),
+    # Two GPUs of 24 GB over PCIe (data sheet "NVIDIA L4"; "NVIDIA Ada GPU architecture", RTX 4090): dense bfloat16
+    # with sums in float32; memory without some 0.5 GiB for CUDA.
+    "l4": Chip(22 * 2**30, 121e12, 300e9, 32e9),
+    "rtx4090": Chip(23.5 * 2**30, 165e12, 1.008e12, 32e9),
 }
+_GPUS = ("l4", "rtx4090")
 
 
 _LIBTPU = {
@@ -65,6 +70,11 @@ class Topology(NamedTuple):
         """Limits of one chip."""
         return CHIPS[self.kind]
 
+    @property
+    def gpu(self) -> bool:
+        """Whether the chips are GPUs, for which there is no compiler without one."""
+        return self.kind in _GPUS
+
 
 def parse_topology(name: str) -> Topology:
     """A topology by name.
@@ -87,12 +97,12 @@ def parse_topology(name: str) -> Topology:
 
 
 def find_devices(topology: Topology) -> Any:
-    """Device descriptions to compile for; needs `libtpu`, but no TPU. `None` if `libtpu` is not installed.
+    """Device descriptions to compile for; needs `libtpu`, but no TPU. `None` if it is not installed, and for GPUs.
 
     Raises:
       UserError: libtpu does not support the grid.
     """
-    if importlib.util.find_spec("libtpu") is None:
+    if topology.gpu or importlib.util.find_spec("libtpu") is None:
         return None
     from jax.experimental import topologies
 

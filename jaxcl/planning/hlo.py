@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 _BYTES = {"pred": 1, "token": 0, "c64": 8, "c128": 16, "s4": 0.5, "u4": 0.5}
@@ -49,7 +49,7 @@ class Instruction(NamedTuple):
       results: its results; several for a tuple.
       operands: names of its operands.
       called: names of the computations that it calls.
-      text: the whole line.
+      text: the whole line, with those that it goes on in.
       root: whether it is the computation's result.
     """
 
@@ -80,27 +80,32 @@ class Program(NamedTuple):
 def parse(text: str) -> Program:
     """Parses the text of `compiled.as_text()`."""
     computations: dict[str, Computation] = {}
-    entry, current = "", None
+    entry, current, last = "", None, ""
     for line in text.splitlines():
         if header := _HEADER.match(line):
             current = computations.setdefault(header[2], {})
             entry = header[2] if header[1] else entry
         elif current is not None and (found := _INSTRUCTION.match(line)):
             instruction = _instruction(found[2], found[3], bool(found[1]), line)
-            current[instruction.name] = instruction
+            current[instruction.name], last = instruction, instruction.name
+        elif current and line not in ("", "}"):  # what kernels say of themselves can be several lines
+            current[last] = current[last]._replace(text=f"{current[last].text}\n{line}")
     return Program(computations, entry)
 
 
-def times(program: Program, unknown: int = 1) -> Iterator[tuple[str, float, bool]]:
+def times(
+    program: Program, unknown: int = 1, taken: Callable[[str], float] = lambda _: 1.0
+) -> Iterator[tuple[str, float, bool]]:
     """How often each computation is executed in one call of the program.
 
     Args:
       program: the parsed program.
       unknown: trip count assumed for data-dependent loops.
+      taken: from the name of a branch to how often it is executed each time that its conditional is.
 
     Yields:
       Name of a computation, number of executions, and whether it is part of a fused instruction. A computation that is
-      called from several places is yielded several times. Every branch counts as taken.
+      called from several places is yielded several times.
     """
     todo = [(program.entry, 1.0, False)]
     while todo:
@@ -109,7 +114,10 @@ def times(program: Program, unknown: int = 1) -> Iterator[tuple[str, float, bool
         for one in program.computations[name].values():
             repeated = count * trips(program, one, unknown) if one.opcode == "while" else count
             inside = fused or one.opcode not in ("while", "call", "conditional")
-            todo += [(called, repeated, inside) for called in one.called if called in program.computations]
+            for called in one.called:
+                if called in program.computations:
+                    share = taken(called) if one.opcode == "conditional" else 1.0
+                    todo.append((called, repeated * share, inside))
 
 
 def trips(program: Program, loop: Instruction, unknown: int = 1) -> int:

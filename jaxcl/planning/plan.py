@@ -40,7 +40,8 @@ class Plan(Schema):
 
     topology: str = Field(description="kind of chip and grid")
     compiler: str = Field(
-        description="tpu: the TPU compiler; host: that of this machine, whose memory figures are not a TPU's"
+        description="tpu: the TPU compiler; host: that of this machine, whose memory figures are not a TPU's, and "
+        "for GPUs, whose bfloat16 it computes in float32, are an upper estimate"
     )
     mesh: dict[str, int] = Field(description="size of each mesh axis")
     batch_size: int = Field(description="rows per training step")
@@ -108,6 +109,7 @@ def plan(config: ExperimentConfig, topology_name: str, steps: Sequence[str] | No
             causal=network.causal,
             loop_trips=one.loop_trips,
             experts=network.num_experts or 1,
+            window_share=sum(network.config.windowed) / network.num_layers,
             resident=one.resident,
         )
         for name, one in chosen.items()

@@ -11,11 +11,15 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import jax
+
 from jaxcl.config import ExperimentConfig
 from jaxcl.errors import UserError
 from jaxcl.models.network import Network
+from jaxcl.models.trainable import trained
 from jaxcl.planning.hardware import Chip, parse_topology
 from jaxcl.planning.plan import Plan, Unplaceable, plan, row_shape
+from jaxcl.planning.step import bytes_per_device
 from jaxcl.sharding.mesh import MeshConfig
 
 logger = logging.getLogger(__name__)
@@ -137,9 +141,9 @@ def estimate(config: ExperimentConfig, one: Arrangement, chip: Chip) -> Estimate
 
     Memory: params, moments and gradient, divided by `fsdp * tensor`, and what each layer keeps for its backward pass:
     its input (`full`), also its matrix products (`dots`), or all of its activations (`none`). Time: the larger of
-    compute, with 6 operations per active param and token (8 with `full`, which repeats the forward pass), and
-    communication: gathering the params for each pass, scattering the gradient, and two sums over `tensor` per layer and
-    pass.
+    compute, with 6 operations per active param and token (8 with `full`, which repeats the forward pass; 2 fewer for
+    params that are not trained), and communication: gathering the params for each pass, scattering the gradient, and
+    two sums over `tensor` per layer and pass.
 
     Args:
       config: the configuration, already arranged.
@@ -149,14 +153,17 @@ def estimate(config: ExperimentConfig, one: Arrangement, chip: Chip) -> Estimate
     model, network = config.model, Network.create(config.model)
     shape = row_shape(config, network.causal)
     params = network.num_params
+    shapes = network.shapes()
+    learned = sum(leaf.size for leaf in jax.tree.leaves(trained(shapes)))
+    held = bytes_per_device(shapes) - bytes_per_device(trained(shapes))
     width = 2 if model.compute.dtype == "bfloat16" else 4
     first = 2 if config.optimizer.moment_dtype == "bfloat16" else 4
     moments = {"adamw": first + 4, "lion": first, "rmsprop": 4}.get(
         config.optimizer.name, first if config.optimizer.b1 else 0
     )
     gradient = 2 if one.accumulate == 1 and model.compute.param_dtype == "bfloat16" else 4
-    # Of a bfloat16 param, its low bits are kept as well; see `jaxcl.training.low_bits`.
-    state = params * (4 + moments + gradient) / (one.fsdp * one.tensor)
+    # Of a bfloat16 param that is trained, its low bits are kept as well; see `jaxcl.training.low_bits`.
+    state = (held + learned * (4 + moments + gradient)) / (one.fsdp * one.tensor)
 
     rows = config.training.batch_size // (one.data * one.fsdp * one.accumulate)
     tokens = rows * shape.length
@@ -169,10 +176,11 @@ def estimate(config: ExperimentConfig, one: Arrangement, chip: Chip) -> Estimate
 
     work = tokens * one.accumulate
     active = network.num_active_params
-    compute = (8 if one.remat == "full" else 6) * active / one.tensor * work / chip.flops
+    products = (6 if one.remat == "full" else 4) * active + 2 * learned * active / params
+    compute = products / one.tensor * work / chip.flops
     passes = 3 if one.remat == "full" else 2
-    gathered = (passes * one.accumulate * width + 4) * params / one.tensor if one.fsdp > 1 else 0.0
+    gathered = (passes * one.accumulate * width * params + 4 * learned) / one.tensor if one.fsdp > 1 else 0.0
     if one.data > 1:
-        gathered += 2 * 4 * params / (one.fsdp * one.tensor)
+        gathered += 2 * 4 * learned / (one.fsdp * one.tensor)
     summed = 2 * passes * model.num_layers * 2 * work * hidden * width * (one.tensor - 1) / one.tensor
     return Estimate(state + activations, max(compute, (gathered + summed) / chip.interconnect))

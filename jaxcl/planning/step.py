@@ -58,6 +58,7 @@ def plan_step(
     causal: bool,
     loop_trips: int = 1,
     experts: int = 1,
+    window_share: float = 1.0,
     resident: Mapping[str, Any] | None = None,
 ) -> StepPlan:
     """Compiles a program and determines its needs.
@@ -69,6 +70,7 @@ def plan_step(
       causal: see `count_cost`.
       loop_trips: see `count_cost`.
       experts: see `count_cost`.
+      window_share: see `count_cost`.
       resident: arrays that are on the chip at the same time but are not arguments, likewise by part.
     """
     started = time.monotonic()
@@ -97,7 +99,7 @@ def plan_step(
         + memory.generated_code_size_in_bytes
         + held
     )
-    cost = count_cost(parse(text), causal=causal, loop_trips=loop_trips, experts=experts)
+    cost = count_cost(parse(text), causal=causal, loop_trips=loop_trips, experts=experts, window_share=window_share)
     least = {
         "compute": cost.flops / chip.flops,
         "memory": cost.bytes / chip.bandwidth,

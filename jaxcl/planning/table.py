@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from jaxcl.planning.hardware import parse_topology
 from jaxcl.planning.plan import Plan
 from jaxcl.planning.step import StepPlan
 
@@ -14,7 +15,9 @@ def as_table(found: Plan) -> str:
         f"{found.parameters / 1e6:,.0f}M params{active} on {found.topology} ({mesh}), {found.batch_size} rows in "
         f"{found.accumulate} part{'s' if found.accumulate > 1 else ''}, remat {found.remat}",
     ]
-    if found.compiler == "host":
+    if found.compiler == "host" and parse_topology(found.topology).gpu:
+        lines.append("compiled for this machine's processor, which computes in float32: a GPU needs no more memory")
+    elif found.compiler == "host":
         lines.append("compiled for this machine's processor, not for a TPU; install libtpu for real figures")
     rows = [["one chip", *found.steps]]
     for title, value in _ROWS.items():

@@ -31,6 +31,9 @@ PARAM_RULES: Rules = {
     "length": (),
     "labels": (),
     "rank": (),
+    "embed_blocks": ("fsdp",),
+    "head_dim_blocks": (),
+    "mlp_blocks": ("tensor",),
 }
 """Mesh axes that split each logical axis of params, optimizer state and method state."""
 
@@ -48,7 +51,7 @@ ACTIVATION_RULES: Rules = {
 }
 """The same for activations: `fsdp` splits their batch axis, so `embed` is not split."""
 
-WHOLE_IF_UNEVEN = frozenset({"heads", "kv_heads", "vocab", "labels"})
+WHOLE_IF_UNEVEN = frozenset({"heads", "kv_heads", "vocab", "labels", "embed_blocks", "mlp_blocks"})
 """Axes that are replicated if their size is not a multiple of the mesh axis (9 heads over tensor=2)."""
 
 BATCH_AXES = ACTIVATION_RULES["batch"]

@@ -71,7 +71,7 @@ def load_peft(folder: str | os.PathLike[str], network: Network) -> Params:
     content, lora = _config(place), network.config.lora
     if lora is None:
         raise UserError("the model has no adapters (model.lora) to read a PEFT folder into")
-    table, shapes = family_of(network.config).table, flatten(network.shapes())
+    table, shapes = family_of(network.config).table, flatten(network.unquantised.shapes())
     flat: dict[str, Any] = {}
     used: set[str] = set()
     with Safetensors(place / ADAPTER_FILE) as source:

@@ -12,7 +12,7 @@ from jaxcl.weights.families.base import CLASSIFIER, Config, HfConfig
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "cls_token_id", "sep_token_id", "mask_token_id")
 
 # Fields that no config.json holds.
-_RUNTIME = {"compute", "lora", "soft_tokens"}
+_RUNTIME = {"compute", "lora", "quantise", "soft_tokens"}
 
 
 def from_hf(content: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -14,10 +14,11 @@ from pydantic import TypeAdapter, ValidationError
 
 from jaxcl.errors import UserError
 from jaxcl.models.network import ModelConfig, Network, Params
+from jaxcl.models.quantised import scale_path
 from jaxcl.models.roberta import RobertaConfig
 from jaxcl.weights import gguf_config, hf_config
 from jaxcl.weights.families import family_of
-from jaxcl.weights.fill import read_param
+from jaxcl.weights.fill import Held, read_param, read_quantised
 from jaxcl.weights.finite import refuse_not_finite
 from jaxcl.weights.folder import GENERATION_FILE
 from jaxcl.weights.gguf_source import Gguf
@@ -99,12 +100,13 @@ def load_params(
     """Reads the params of a network.
 
     Params are filled on their devices layer by layer, so that the host holds at most one layer of one parameter, or the
-    embedding. Of tensors that are split over devices, only the parts for this process are read.
+    embedding. Of tensors that are split over devices, only the parts for this process are read. Kernels that the
+    network holds quantised are quantised on the way, layer by layer (of an Orbax folder, kernel by kernel).
 
     Args:
       path: see `locate`: a Hugging Face, GGUF or Orbax checkpoint, or `package:NAME`.
       network: the network; `Network.create(read_config(path))` for the checkpoint's own.
-      dtype: dtype of the params; default: that of the network's configuration.
+      dtype: dtype of the params that are not quantised; default: that of the network's configuration.
       shardings: a tree like `network.shapes()` or one `Sharding` for all params; default: the default device.
       key: random key for a classifier, adapters and soft tokens that the checkpoint lacks; without it, these are an
         error. A classifier of the checkpoint that the network lacks is ignored.
@@ -120,28 +122,41 @@ def load_params(
     kind, place = locate(path)
     shapes = {
         path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype if dtype is None else dtype)
-        for path, leaf in flatten(network.shapes()).items()
+        for path, leaf in flatten(network.unquantised.shapes()).items()
     }
+    as_held = flatten(network.shapes())
     single = shardings is None or isinstance(shardings, Sharding)
-    places = dict.fromkeys(shapes, shardings) if single else flatten(shardings)
+    places = dict.fromkeys(as_held, shardings) if single else flatten(shardings)
+    held = Held(as_held, places, network.config.quantise)
+    shapes |= {path: jax.ShapeDtypeStruct(shapes[path].shape, "float32") for path in shapes if held.quantises(path)}
     draw = key is not None
     if kind == "orbax":
         with Orbax(place) as saved:
             if _HEAD in saved.shapes and _HEAD not in shapes:
                 raise _two_heads(saved.where, _HEAD, "embedding")
+            stored = [path for path in shapes if scale_path(path) in saved.shapes and held.quantises(path)]
+            shapes |= {name: as_held[name] for path in stored for name in (path, scale_path(path))}
             plan = match(saved, saved.table(shapes), shapes, draw=draw, fresh_head=fresh_head)
-            flat = saved.restore({path: shapes[path] for path in plan.matches}, places)
-            refuse_not_finite(flat, saved.where)
+            flat: dict[str, Array] = {}
+            for path in plan.matches:
+                read = saved.restore({path: shapes[path]}, places)
+                refuse_not_finite(read, saved.where)
+                flat |= held.quantised(path, read[path]) if held.quantises(path) and path not in stored else read
     else:
         with _open(kind, place) as source:
             plan = match(source, _table(kind, network), shapes, draw=draw, fresh_head=fresh_head)
             _check_twins(source, plan)
             # Unstacked params pass through the host as a whole, so they come first, while little memory is used.
             order = sorted(plan.matches, key=lambda path: plan.matches[path].row.stacked)
-            flat = {path: read_param(source, plan.matches[path], shapes[path], places[path]) for path in order}
+            flat = {}
+            for path in order:
+                if held.quantises(path):
+                    flat |= read_quantised(source, plan.matches[path], shapes[path], held)
+                else:
+                    flat[path] = read_param(source, plan.matches[path], shapes[path], places[path])
     if plan.fresh and key is not None:
         flat |= _draw(network, key, {path: shapes[path] for path in plan.fresh}, places)
-    return unflatten({path: flat[path] for path in shapes})
+    return unflatten({path: flat[path] for path in as_held})
 
 
 def load_weights(

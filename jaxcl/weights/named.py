@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxcl.models.network import Network, Params
+from jaxcl.models.quantised import dequantised
 from jaxcl.weights.save import Tensor, param_of, table_of, tensors_of
 from jaxcl.weights.tree import flatten
 
@@ -16,8 +17,8 @@ def named(network: Network, tree: Params) -> dict[str, Array]:
     """The leaves of a tree as transformers names them and lays them out; pure, can be jitted.
 
     For params these are the tensors that `save_hf` writes and `load_params` reads. Gradients, masks or moments can be
-    compared with those of a torch model in the same way. Adapters are not merged: they have PEFT's names. A head that
-    is the embedding is not repeated.
+    compared with those of a torch model in the same way. Quantised kernels are dequantised. Adapters are not merged:
+    they have PEFT's names. A head that is the embedding is not repeated.
 
     Args:
       network: the network.
@@ -40,9 +41,9 @@ def named(network: Network, tree: Params) -> dict[str, Array]:
       >>> tensors["model.layers.1.mlp.up_proj.weight"].shape
       (12, 8)
     """
-    shapes = {path: leaf.shape for path, leaf in flatten(network.shapes()).items()}
+    shapes = {path: leaf.shape for path, leaf in flatten(network.unquantised.shapes()).items()}
     flat = {}
-    for path, leaf in flatten(tree).items():
+    for path, leaf in flatten(dequantised(tree)).items():
         if path not in shapes:
             raise ValueError(f"tree: the network has no param {path}")
         try:

@@ -57,7 +57,7 @@ def save_orbax(
         if jax.process_index() == 0:
             config = network.config.model_dump(mode="json")
             # The params may have been cast: they are read back with the dtype they are written with.
-            config["compute"]["param_dtype"] = str(jax.tree.leaves(params)[0].dtype)
+            config["compute"]["param_dtype"] = str(jax.tree.leaves(params["embed"])[0].dtype)
             (partial / ORBAX_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return target
 

@@ -94,7 +94,7 @@ def _as_in_file(network: Network, table: Table, adapters: Mapping[str, Array]) -
     held: dict[str, Array] = {}
     rows: list[Row] = []
     parts: dict[str, int] = {}
-    shapes = flatten(network.shapes())
+    shapes = flatten(network.unquantised.shapes())
     for path, leaf in adapters.items():
         projection, _, part = path.rpartition("/")
         kernel = table.row(f"{projection}/kernel")

@@ -18,6 +18,7 @@ from jaxtyping import Array
 from jaxcl.errors import UserError
 from jaxcl.models.lora import is_adapter, product
 from jaxcl.models.network import Network, Params
+from jaxcl.models.quantised import dequantise, scale_path
 from jaxcl.models.trainable import ADAPTER_NAMES
 from jaxcl.weights.families import family_of
 from jaxcl.weights.folder import new_folder
@@ -57,7 +58,8 @@ def save_hf(
     """Writes `config.json` and safetensors; transformers computes the same logits from them.
 
     Tensors are written one after another, so that no more than one (of experts: those of a layer) is held on the host;
-    adapters are merged into the weights. With several processes, all must call it; process 0 writes.
+    adapters are merged into the weights; if these are quantised, into the dequantised ones, which they were trained
+    with. With several processes, all must call it; process 0 writes.
 
     Args:
       folder: a folder that does not exist yet or is empty.
@@ -84,8 +86,12 @@ def save_hf(
         )
     target = Path(folder).expanduser().absolute()
     flat = checked(network, params)
-    base = {path: leaf for path, leaf in flat.items() if not is_adapter(path)}
-    dtype = str(next(iter(base.values())).dtype) if dtype is None else dtype
+    shapes = flatten(network.unquantised.shapes())
+    base = {path: leaf for path, leaf in shapes.items() if not is_adapter(path)}
+    # Other leaves are always float32, or quantised.
+    dtype = (
+        str(next(leaf for path, leaf in flat.items() if path.startswith("embed/")).dtype) if dtype is None else dtype
+    )
     if dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype}")
     config = to_hf(network.config, token_ids or {}, dtype)
@@ -117,8 +123,8 @@ def table_of(network: Network) -> Table:
     return family_of(network.config).table
 
 
-def tensors_of(table: Table, flat: Mapping[str, Array]) -> Iterator[Tensor]:
-    """The tensors of a file with these params."""
+def tensors_of(table: Table, flat: Mapping[str, Array | jax.ShapeDtypeStruct]) -> Iterator[Tensor]:
+    """The tensors of a file with these params, given as arrays or as shapes."""
     for path, leaf in flat.items():
         row = table.row(path)
         if not row.stacked:
@@ -139,8 +145,11 @@ Part = Callable[[str, int | None], Array]
 
 
 def param_of(flat: Mapping[str, Array], path: str, layer: int | None) -> Array:
-    """A param, or one layer of it."""
-    return flat[path] if layer is None else _layer(flat[path], layer)
+    """A param, or one layer of it, dequantised."""
+    if layer is None:
+        return flat[path]
+    array, scale = _layer(flat[path], layer), flat.get(scale_path(path))
+    return array if scale is None else dequantise(array, _layer(scale, layer))
 
 
 def _merging(network: Network, flat: Mapping[str, Array]) -> Part:

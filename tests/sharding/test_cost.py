@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from jaxcl.planning.cost import Collective, count_cost
+from jaxcl.models.batch import Batch
+from jaxcl.models.generation import Generator
+from jaxcl.planning.cost import Collective, Cost, count_cost
 from jaxcl.planning.hlo import parse, times, trips
+from tests.tiny.networks import row_losses, tiny_llama
 
 
 def cost_of(function, *shapes):
@@ -268,3 +272,61 @@ def test_a_collective_that_goes_on_elsewhere_moves_nothing_there() -> None:
     cost = count_cost(parse(GOING_ON), causal=False)
     assert cost.bytes == 2 * (8 * 16 + 8 * 16 + 32 * 16) + 4 * (100 + 100) + 4  # and an index
     assert cost.collectives == {"all-gather": Collective(1, 3 * 8 * 16 * 2)}
+
+
+@pytest.mark.parametrize(
+    ("causal", "seen"), [(True, 64 * 256 - 64 * 63 / 2), (False, 2 * (64 * 256 - 64 * 63 / 2) - 256)]
+)
+def test_splash_attention_to_a_window_counts_the_pairs_in_it(causal: bool, seen: float) -> None:
+    index = np.arange(256)
+    apart = index[:, None] - index
+    assert seen == np.sum((np.abs(apart) < 64) & ((apart >= 0) | (not causal)))
+    text = """HloModule attention
+
+ENTRY %main (q: bf16[2,4,256,32]) -> bf16[2,4,256,32] {
+  %q = bf16[2,4,256,32]{3,2,1,0} parameter(0)
+  ROOT %splash_mha_fwd_no_residuals.1 = bf16[2,4,256,32]{3,2,1,0} custom-call(%q, %q, %q), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{}"
+}}, metadata={op_name="jit(step)/while/body/window_64/splash"}
+}
+"""  # noqa: E501
+    assert count_cost(parse(text), causal=causal).flops == 2 * 2.0 * 2 * 4 * seen * 32
+
+
+def test_layers_with_and_without_a_window_count_with_their_own_attention() -> None:
+    """Half of them have one: forward and backward pass are means of those of models all of whose layers are alike."""
+
+    def cost(*types: str) -> Cost:
+        network = tiny_llama(layer_types=types, window=16, max_length=256)
+        batch = Batch.from_labels(np.ones((2, 256), np.int32), causal=True)
+        shapes = network.shapes()
+        losses = jax.grad(lambda params: jnp.sum(row_losses(network, params, batch)))
+        text = jax.jit(losses).lower(shapes).compile().as_text()
+        return count_cost(parse(text), causal=True, window_share=types.count("window") / len(types))
+
+    window, full, mixed = cost("window"), cost("full"), cost("window", "full")
+    assert window.flops < 0.8 * full.flops
+    assert mixed.flops == pytest.approx((window.flops + full.flops) / 2, rel=1e-3)
+    assert mixed.bytes == pytest.approx((window.bytes + full.bytes) / 2, rel=0.1)
+
+
+def test_generated_tokens_cost_the_cache_of_their_own_layer() -> None:
+    """64 tokens after 64 others: a layer with a window of 16 reads 16 places, another 128."""
+
+    def flops(*types: str) -> float:
+        network = tiny_llama(layer_types=types, window=16, max_length=256)
+        generator = Generator(network, batch_size=2, prompt_length=64, max_new_tokens=64, eos_id=None, pad_id=0)
+        tokens, lengths = jax.ShapeDtypeStruct((2, 64), jnp.int32), jax.ShapeDtypeStruct((2,), jnp.int32)
+        text = generator.jitted.lower(network.shapes(), tokens, lengths, None).compile().as_text()
+        return count_cost(parse(text), causal=True, window_share=types.count("window") / len(types)).flops
+
+    assert flops("window", "full") == pytest.approx((flops("window") + flops("full")) / 2, rel=1e-3)
+
+
+def test_branches_that_are_not_attention_all_count() -> None:
+    def function(which, x):
+        return jax.lax.cond(which, lambda: x @ x, lambda: jnp.tanh(x) @ x)
+
+    shapes = jax.ShapeDtypeStruct((), jnp.bool), jax.ShapeDtypeStruct((8, 8), jnp.float32)
+    program = parse(jax.jit(function).lower(*shapes).compile().as_text())
+    assert count_cost(program, causal=False, window_share=0.5).flops == 2 * 2 * 8 * 8 * 8

@@ -87,6 +87,17 @@ def test_heads_that_do_not_divide_stay_whole_with_a_note(caplog: pytest.LogCaptu
     assert len(notes) == len(set(notes)), "one note an axis, not one an array"
 
 
+def test_blocks_are_split_as_their_numbers_if_there_are_enough() -> None:
+    """56 blocks along embed divide by 8 and not by 16; there the codes alone are split."""
+    sizes = {"hidden_size": 3584, "num_heads": 28, "num_kv_heads": 4, "intermediate_size": 18944}
+    network = Network.create(LlamaConfig(**LLAMA | sizes, lora={"rank": 2}, quantise="nf4"))
+    for fsdp, blocks in ((8, "fsdp"), (16, None)):
+        got = specs(network, abstract_mesh(fsdp=fsdp, tensor=4))
+        assert got["blocks/attention/key/kernel"] == P(None, "fsdp", "tensor", None)
+        assert got["blocks/attention/key/kernel_scale"] == P(None, blocks, "tensor", None)
+        assert got["blocks/mlp/down/kernel_scale"] == P(None, "tensor", "fsdp")
+
+
 @pytest.mark.parametrize("name", ["embed", "mlp"])
 def test_other_axes_that_do_not_divide_are_an_error(name: str) -> None:
     tree = {"blocks": {"kernel": (name, None)}}

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import jax
 import numpy as np
 import pytest
 
 from jaxcl.errors import UserError
 from jaxcl.models.llama import LlamaConfig
 from jaxcl.models.network import Network, Params
+from jaxcl.models.quantised import quantise
 from jaxcl.models.rotary import RopeScaling
 from jaxcl.weights import load_params, load_weights, read_config, read_token_ids
 from tests.tiny.families import config_of
@@ -212,6 +214,20 @@ def test_quantised_tensors_are_what_the_gguf_package_makes_of_them(kind: str, tm
     up = np.asarray(params["blocks"]["mlp"]["up"]["kernel"])
     error = np.abs(np.asarray(found["blocks"]["mlp"]["up"]["kernel"]) - up).max()
     assert 0 < error < {"Q8_0": 0.02, "Q4_1": 0.2, "F16": 1e-3, "BF16": 0.01}[kind]
+
+
+@pytest.mark.parametrize("how", ["int8", "nf4"])
+def test_a_file_is_quantised_anew_beside_adapters(how: Any, tmp_path: Path) -> None:
+    sizes = LLAMA | {"hidden_size": 64, "intermediate_size": 32, "head_dim": 16}
+    plain = Network.create(LlamaConfig(**sizes, tie_embeddings=True))
+    held = Network.create(LlamaConfig(**sizes, tie_embeddings=True, lora={"rank": 2}, quantise=how))
+    file, quantised = tmp_path / "model.gguf", gguf.GGMLQuantizationType.Q8_0
+    write_gguf(file, plain.config, random_params(plain), quantised=quantised)
+    kernel = load_params(file, plain)["blocks"]["attention"]["key"]["kernel"]
+    found = load_params(file, held, key=jax.random.key(0))["blocks"]["attention"]["key"]
+    expected = jax.jit(lambda kernel: quantise(kernel, found["kernel_scale"].shape, how))(kernel)
+    np.testing.assert_array_equal(found["kernel"], expected.codes)
+    np.testing.assert_array_equal(found["kernel_scale"], expected.scale)
 
 
 def test_stretched_frequencies_are_recognised(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 
 from jaxcl.models.llama import LlamaConfig
 from jaxcl.models.network import Network
-from jaxcl.weights import load_params, save_hf
+from jaxcl.weights import fill, load_params, save_hf
 from jaxcl.weights.source import Safetensors
 from tests.tiny.networks import CONFIGS, random_params
 
@@ -53,6 +54,32 @@ def test_loading_takes_little_more_than_the_params(tmp_path: Path, monkeypatch: 
     assert device >= 0.9 * total  # the last parameter is allocated before its layers are read
     assert host >= 512 * 256 * 4  # a layer's tensor was seen on the host
     assert device + host < 1.3 * total
+
+
+@pytest.mark.parametrize(("how", "share"), [("int8", 0.25), ("nf4", 0.14)])
+def test_quantising_while_loading_never_holds_the_model(
+    how: Any, share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = Network.create(DEEP)
+    params = random_params(plain)
+    total = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    save_hf(tmp_path / "model", plain, params)
+    del params
+    network = Network.create(LlamaConfig(**{**DEEP.model_dump(), "lora": {"rank": 1}, "quantise": how}))
+    on_device = []
+    layer = fill._set_layer
+
+    def watched(sharding: Any) -> Any:
+        on_device.append(sum(array.nbytes for array in jax.live_arrays()))
+        return layer(sharding)
+
+    monkeypatch.setattr(fill, "_set_layer", watched)
+    before = sum(array.nbytes for array in jax.live_arrays())
+    loaded = load_params(tmp_path / "model", network, key=jax.random.key(0))
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(loaded))
+    assert held < (share + 0.06) * total  # and embedding, head, adapters
+    layer_bytes = 512 * 256 * 4
+    assert max(on_device) - before <= held + 2 * layer_bytes
 
 
 def test_saving_holds_a_tensor_at_a_time(tmp_path: Path) -> None:
@@ -101,6 +128,20 @@ assert full <= sum(read) <= full + vectors, (full, sum(read))
 for path, leaf in flatten(sharded).items():
     assert leaf.sharding == flatten(shardings)[path], path
     np.testing.assert_array_equal(leaf, flatten(whole)[path])
+for how in ("int8", "nf4"):
+    config = dict(network.config.model_dump(), lora=dict(rank=2), quantise=how)
+    held = Network.create(type(network.config)(**config))
+    axes = jax.tree.map(
+        lambda axes: NamedSharding(mesh, P(*(table.get(axis) for axis in axes))), held.axes(), is_leaf=is_axes
+    )
+    read.clear()
+    key = jax.random.key(0)
+    split = flatten(load_params(folder + "/model", held, shardings=axes, key=key))
+    assert sum(read) <= full + vectors, (full, sum(read))
+    for path, leaf in flatten(load_params(folder + "/model", held, key=key)).items():
+        assert split[path].sharding == flatten(axes)[path], path
+        if "lora" not in path:
+            np.testing.assert_array_equal(split[path], leaf)
 query = sharded["blocks"]["attention"]["query"]["kernel"]
 assert query.addressable_shards[0].data.shape == (3, 12, 2, 8)
 by_layer = Mesh(np.array(jax.devices()[:3]), ("stage",))
