@@ -54,6 +54,7 @@ class Results(Measure):
     tasks: list[str] = Field(description="names of the tasks, in the order learned")
     joint: bool = Field(False, description="all tasks were learned at once: the matrix has one row")
     finished: bool = Field(False, description="whether the last task was learned and evaluated")
+    dev: Row | None = Field(None, description="scores on dev rows at the end; none: not measured")
     further: dict[str, Measure] = Field({}, description="other measures of the same tasks, by name")
     seconds: float = Field(description="wall-clock seconds of the whole run, without pauses between restarts")
     timing: dict[str, float] = Field({}, description="seconds by part: training, evaluation, method, ...")

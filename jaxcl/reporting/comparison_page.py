@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from jaxcl.reporting import plots
+from jaxcl.reporting import frontier_page, plots
 from jaxcl.reporting.comparison_data import FURTHER, MEASURES, SIGNED, spread
 from jaxcl.reporting.matrix_table import matrix_table
 from jaxcl.reporting.page import details, duration, figure, number, page, section, table, text
@@ -29,6 +29,7 @@ def render(content: Content) -> str:
     body = [
         _header(content),
         section("Summary", _summary(content), figure(_bars(content)), note=_seeds_note(content)),
+        *frontier_page.sections(content),
         _retention(content),
         _per_task(content),
         _further(content),
