@@ -192,20 +192,24 @@ TASKS: dict[str, Callable[[Path], Iterable[Row]]] = {
 }
 
 
-def write_domain(name: str, root: Path, folder: Path) -> Path:
+def write_domain(name: str, root: Path, folder: Path, characters: int) -> Path:
     """Writes a text domain as `train.txt`, `dev.txt` and `test.txt`, unless they are there.
 
     Args:
       name: one of `DOMAINS`.
       root: folder of the benchmark files.
       folder: gets a folder of that name.
+      characters: of the training passages, at most.
 
     Returns:
       That folder.
     """
     passages = dict.fromkeys(" ".join(text.split()) for text in DOMAINS[name](root))
     passages.pop("", None)
-    return _write(folder / name, ".txt", _split(list(passages), str), lambda rows: "\n".join(rows) + "\n")
+    splits = _split(list(passages), str)
+    used = itertools.accumulate(map(len, splits["train"]))
+    splits["train"] = [row for row, total in zip(splits["train"], used, strict=True) if total <= characters]
+    return _write(folder / name, ".txt", splits, lambda rows: "\n".join(rows) + "\n")
 
 
 def write_task(name: str, root: Path, folder: Path) -> Path:

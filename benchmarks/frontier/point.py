@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -22,7 +22,8 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from benchmarks.frontier.data import data_root
-from benchmarks.frontier.testbeds import GENERAL_ROWS, SPLIT_OF, TESTBEDS, Testbed
+from benchmarks.frontier.records import Point
+from benchmarks.frontier.testbeds import GENERAL_ROWS, SPLIT_OF, TESTBEDS
 from jaxcl.config import parse_config
 from jaxcl.data.pairs import encode_answers
 from jaxcl.data.pipeline import Pipeline
@@ -49,39 +50,6 @@ from jaxcl.training.feed import place_batch
 from jaxcl.training.keys import run_key
 from jaxcl.training.state import TrainState
 from jaxcl.training.trainer import Trainer
-
-
-@dataclasses.dataclass(frozen=True)
-class Point:
-    """What one record belongs to.
-
-    Attributes:
-      testbed: a name in `TESTBEDS`.
-      order: `A` or `B`, or names of tasks separated by commas (scored on dev rows).
-      name: name of the method in tables; several may share a method with different fixed options.
-      method: a registered method, or `module:Class`.
-      options: the method's options that differ from its defaults.
-      learning_rate: highest learning rate of each task.
-      seed: decides the order of examples, dropout and memory.
-    """
-
-    testbed: str
-    order: str
-    name: str
-    method: str
-    options: Mapping[str, Any]
-    learning_rate: float
-    seed: int
-
-    @property
-    def tasks(self) -> tuple[str, ...]:
-        """Names of the tasks in the order learned."""
-        orders = TESTBEDS[self.testbed].orders
-        return orders[self.order] if self.order in orders else tuple(self.order.split(","))
-
-    def plain(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return {**dataclasses.asdict(self), "options": dict(self.options)}
 
 
 class RateState(NamedTuple):
@@ -176,7 +144,7 @@ class Setting:
           point: any of the points.
           folder: gets the rows and the tokenizer.
         """
-        self.testbed: Testbed = TESTBEDS[point.testbed]
+        self.testbed = TESTBEDS[point.testbed]
         split = SPLIT_OF.get(point.order, "dev")
         method = {"name": point.method, **point.options}
         config = parse_config(self.testbed.config(point.tasks, split, method, folder), f"frontier, {point.name}")
@@ -186,7 +154,7 @@ class Setting:
         self.parts = dataclasses.replace(parts, method=rated, trainer=self.trainer)
         self._start = initial_params(parts)
         tasks = range(len(parts.tasks))
-        self._scored = [self._batches(parts.pipeline([parts.encode(index, split)], batch_size=50)) for index in tasks]
+        self._scored = [self._batches(parts.pipeline([parts.encode(index, split)], batch_size=32)) for index in tasks]
         self._general = self._batches(self._general_text(), GENERAL_ROWS)
         self._labels = [label_tokens(parts, index) for index in tasks] if self.testbed.kind == "pairs" else []
         self._choose = jax.jit(functools.partial(choose, parts.network))
@@ -216,7 +184,7 @@ class Setting:
 
     def divergence(self, params: Params, index: int) -> float:
         """KL(starting model || params) on a task's held-out rows, nats per scored position."""
-        sums = [self._diverge(self._start, params, batch) for batch in self._scored[index][:2]]
+        sums = [self._diverge(self._start, params, batch) for batch in self._scored[index][:1]]
         total, count = np.asarray(jax.device_get(sums), np.float64).sum(axis=0)
         return float(total / count)
 
@@ -229,7 +197,7 @@ class Setting:
         data = DataConfig(length=96)
         parts = self.parts
         text = TextRows(rows, parts.tokenizer, data, objective="causal", task=0, name="general", cache=parts.cache)
-        return Pipeline([text], 50, data)
+        return Pipeline([text], 32, data)
 
     def _batches(self, pipeline: Pipeline, limit: int | None = None) -> list[Batch]:
         rows = pipeline.once(limit or self.testbed.rows, 0)
@@ -313,15 +281,16 @@ def measure(setting: Setting, point: Point) -> dict[str, Any]:
       since each was learned, negative where something was forgotten; `anytime`: mean over the moments after each task
       of the mean over the tasks learned by then; `learned`: mean score right after each task; `general`: nats per token
       of general text before any task and after each; `drift`: its rise at the end; `divergence`: KL(starting model ||
-      model right after each task) on the task's inputs, in nats; `kept_bytes`; `seconds`: by part, and `all`.
+      model right after each task) on the task's inputs, in nats; `kept_bytes`; `seconds`: by part, `all`, and
+      `cpu`, those of the processor, which other programs on the machine do not lengthen.
     """
-    started = time.monotonic()
+    started, used = time.monotonic(), time.process_time()
     with tempfile.TemporaryDirectory(prefix="frontier-") as folder:
         run = PointRun(setting, point, Path(folder))
         run.run()
     matrix = run.matrix
     rows = [[score for score in row if score is not None] for row in matrix.rows()]
-    seconds = {**run.timing, "all": time.monotonic() - started}
+    seconds = {**run.timing, "all": time.monotonic() - started, "cpu": time.process_time() - used}
     found = {
         "final": matrix.overall_performance(),
         "bwt": matrix.backward_transfer(),
