@@ -51,12 +51,13 @@ def _seeds(text: str) -> list[int]:
 def _sweep(text: str) -> tuple[str, list[str]]:
     """A key and its values, separated by commas outside brackets and quotes."""
     key, equals, rest = text.partition("=")
-    values = [value.strip() for value in re.findall(r"""(?:[^,\[{"']|\[[^\]]*\]|\{[^}]*\}|"[^"]*"|'[^']*')+""", rest)]
-    if not equals or not key.strip() or not all(values) or len(values) < 2:
+    values = re.findall(r"""(?:[^,\[{"']|\[[^\]]*\]|\{[^}]*\}|"[^"]*"|'[^']*')+""", rest)
+    whole = ",".join(values) == rest and all(map(str.strip, values))
+    if not equals or not key.strip() or not whole or len(values) < 2:
         raise argparse.ArgumentTypeError(
             f"expected KEY=A,B with two or more values, such as optimizer.learning_rate=1e-4,3e-4, got {text!r}"
         )
-    return key.strip(), list(dict.fromkeys(values))
+    return key.strip(), list(dict.fromkeys(map(str.strip, values)))
 
 
 def _place(text: str) -> str:

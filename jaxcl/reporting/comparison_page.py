@@ -11,7 +11,7 @@ from jaxtyping import Float
 from jaxcl.reporting import frontier_page, plots
 from jaxcl.reporting.comparison_data import FURTHER, MEASURES, SIGNED, spread
 from jaxcl.reporting.matrix_table import matrix_table
-from jaxcl.reporting.page import details, duration, figure, number, page, section, table, text
+from jaxcl.reporting.page import address, details, duration, figure, number, page, section, table, text
 from jaxcl.reporting.run_data import scores
 
 _MEANINGS = (
@@ -209,6 +209,6 @@ def _runs(content: Content) -> str:
         heading = f'{text(row["method"])}, seed {text(row["seed"])} <span class="muted">{numbers}</span>'
         matrix = matrix_table({**row, "tasks": content["tasks"], "metric": content["metric"],
                                "higher_is_better": content["higher_is_better"]})  # fmt: skip
-        link = f'<p><a href="{text(row["folder"])}/report.html">Report of this run</a></p>'
+        link = f'<p><a href="{address(row["folder"])}/report.html">Report of this run</a></p>'
         parts.append(details(heading, link + matrix))
     return section("The runs", *parts)

@@ -86,12 +86,12 @@ def choose(points: Sequence[Point], higher_is_better: Sequence[bool]) -> tuple[l
         whole = [point for point in own if len(point.rows) == seeds]
         by[method] = "dev" if all(len(point.values("dev")) == seeds for point in whole) else "test"
         name = {"dev": "dev", "test": "op"}[by[method]]
-        means = [point.interval(name).mean for point in whole]
-        if len(set(higher_is_better)) > 1 or None in means:
+        known = [point for point in whole if len(point.values(name)) == seeds]
+        if len(set(higher_is_better)) > 1 or not known:
             by[method], best = "nothing", whole[0]
         else:
-            ranked = sorted(zip(means, whole, strict=True), key=lambda pair: pair[0], reverse=higher_is_better[0])
-            best = ranked[0][1]
+            sign = 1 if higher_is_better[0] else -1
+            best = max(known, key=lambda point: sign * _mean(point, name))
         chosen += [point._replace(chosen=point is best) for point in own]
     return chosen, by
 

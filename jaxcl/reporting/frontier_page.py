@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from jaxcl.reporting.frontier import MEASURES, Point, difference, direction, front, points_of, words
-from jaxcl.reporting.page import details, figure, section, table, text
+from jaxcl.reporting.page import address, details, figure, section, table, text
 from jaxcl.reporting.style import DASH, FAINT, grid, series_colour, series_dash, short, styled, svg
 
 _HOW = {
@@ -156,7 +156,7 @@ def _all(points: Sequence[Point]) -> str:
 def _reports(points: Sequence[Point]) -> str:
     """Links to the reports of all runs."""
     links = [
-        f'<li><a href="{text(row["folder"])}/report.html">{text(row["folder"])}</a></li>'
+        f'<li><a href="{address(row["folder"])}/report.html">{text(row["folder"])}</a></li>'
         for point in points
         for row in point.rows
     ]

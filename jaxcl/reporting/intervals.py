@@ -18,12 +18,12 @@ class Interval(NamedTuple):
     Attributes:
       mean: the mean; `None` without values.
       margin: half the width of the interval; `None` for fewer than two values.
-      count: number of values.
+      size: number of values.
     """
 
     mean: float | None
     margin: float | None
-    count: int
+    size: int
 
     @property
     def clear(self) -> bool:
@@ -42,7 +42,7 @@ def mean_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
     >>> interval.mean, round(interval.margin, 3)
     (2.0, 2.484)
     >>> mean_interval([5.0])
-    Interval(mean=5.0, margin=None, count=1)
+    Interval(mean=5.0, margin=None, size=1)
     """
     count = len(values)
     if count < 2:
@@ -62,6 +62,6 @@ def paired_interval(first: Mapping[int, float], second: Mapping[int, float], lev
       level: see `mean_interval`.
 
     >>> paired_interval({0: 3.0, 1: 5.0, 2: 9.0}, {0: 1.0, 1: 3.0})
-    Interval(mean=2.0, margin=0.0, count=2)
+    Interval(mean=2.0, margin=0.0, size=2)
     """
     return mean_interval([first[seed] - second[seed] for seed in first if seed in second], level)
