@@ -55,7 +55,10 @@ def _teacher(args: argparse.Namespace) -> None:
 def _compare(args: argparse.Namespace) -> None:
     from jaxcl.commands.compare import compare
 
-    _say(compare(args.config, args.overrides, args.methods, args.seeds, Path(args.out)))
+    swept = [key for key, _ in args.sweep]
+    if repeated := sorted({key for key in swept if swept.count(key) > 1}):
+        raise UserError(f"--sweep {repeated[0]}: given twice; give all its values at once", exit_code=EXIT_USAGE)
+    _say(compare(args.config, args.overrides, args.methods, args.seeds, Path(args.out), dict(args.sweep), args.jobs))
 
 
 def _plan(args: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from typing import NoReturn, TypeAlias
 
 from jaxcl import __version__
@@ -45,6 +46,18 @@ def _seeds(text: str) -> list[int]:
         return [int(name) for name in _names(text)]
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected integers separated by commas, got {text!r}") from None
+
+
+def _sweep(text: str) -> tuple[str, list[str]]:
+    """A key and its values, separated by commas outside brackets and quotes."""
+    key, equals, rest = text.partition("=")
+    values = re.findall(r"""(?:[^,\[{"']|\[[^\]]*\]|\{[^}]*\}|"[^"]*"|'[^']*')+""", rest)
+    whole = ",".join(values) == rest and all(map(str.strip, values))
+    if not equals or not key.strip() or not whole or len(values) < 2:
+        raise argparse.ArgumentTypeError(
+            f"expected KEY=A,B with two or more values, such as optimizer.learning_rate=1e-4,3e-4, got {text!r}"
+        )
+    return key.strip(), list(dict.fromkeys(map(str.strip, values)))
 
 
 def _place(text: str) -> str:
@@ -166,8 +179,10 @@ def _compare(commands: _Commands) -> None:
     compare = _command(
         commands,
         "compare",
-        "run the same sequence with several methods and seeds, and compare the results",
-        "jaxcl compare quickstart_seekr --methods sequential,replay,seekr --seeds 0,1 --out runs/compare",
+        "run the same sequence with several methods, settings and seeds, and compare the results",
+        "jaxcl compare quickstart_seekr --methods sequential,replay,seekr --seeds 0,1 --out runs/compare\n"
+        "  jaxcl compare quickstart_das --methods sequential,ewc --sweep optimizer.learning_rate=3e-4,1e-3,3e-3 "
+        "--sweep method.strength=100,1000 --jobs 2 --out runs/sweep",
     )
     compare.add_argument("config", type=_place, metavar="CONFIG", help="as for `run`")
     compare.add_argument("overrides", type=_text, nargs="*", metavar="KEY=VALUE", help="for all runs")
@@ -180,7 +195,23 @@ def _compare(commands: _Commands) -> None:
     )
     compare.add_argument("--seeds", type=_seeds, default=None, metavar="0,1,2", help="default: the config's seed")
     compare.add_argument(
-        "--out", type=_place, required=True, metavar="DIR", help="folder for one run folder per method and seed"
+        "--sweep",
+        type=_sweep,
+        action="append",
+        default=[],
+        metavar="KEY=A,B,C",
+        help="values of a key, for each of which all methods that have it are run; several make a grid. A setting is "
+        "chosen for each method by its dev rows, see docs/choosing.md",
+    )
+    compare.add_argument(
+        "--jobs", type=_count, default=1, metavar="N", help="number of runs at once, on CPUs; default 1"
+    )
+    compare.add_argument(
+        "--out",
+        type=_place,
+        required=True,
+        metavar="DIR",
+        help="folder for one run folder per method, setting and seed",
     )
 
 

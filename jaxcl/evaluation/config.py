@@ -32,6 +32,11 @@ class EvaluationConfig(Schema):
     """What is measured after each task, and how."""
 
     split: Literal["test", "dev"] = Field("test", description="split of the scored examples")
+    dev: bool = Field(
+        False,
+        description="also score the dev rows of all tasks after the last one (`dev` in results.json), to choose "
+        "settings by; `jaxcl compare --sweep` does",
+    )
     limit: int | None = Field(
         None, ge=1, description="maximal number of scored examples per task; the same ones in every run"
     )

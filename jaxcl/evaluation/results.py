@@ -55,6 +55,7 @@ class Results(Measure):
     kinds: dict[str, str] = Field({}, description="kind of each task's rows, given or inferred: text, pairs, ...")
     joint: bool = Field(False, description="all tasks were learned at once: the matrix has one row")
     finished: bool = Field(False, description="whether the last task was learned and evaluated")
+    dev: Row | None = Field(None, description="scores on dev rows at the end; none: not measured")
     further: dict[str, Measure] = Field({}, description="other measures of the same tasks, by name")
     seconds: float = Field(description="wall-clock seconds of the whole run, without pauses between restarts")
     timing: dict[str, float] = Field({}, description="seconds by part: training, evaluation, method, ...")

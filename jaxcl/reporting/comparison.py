@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from jaxcl.reporting.comparison_data import collect, comparison_table, read_comparison
 from jaxcl.reporting.comparison_page import render, render_overview
@@ -13,12 +14,13 @@ from jaxcl.reporting.comparison_page import render, render_overview
 __all__ = ["collect", "comparison_table", "read_comparison", "write_comparison", "write_overview"]
 
 
-def write_comparison(folder: Path, runs: Sequence[Path]) -> Path:
+def write_comparison(folder: Path, runs: Sequence[Path], sweep: Mapping[str, Any] | None = None) -> Path:
     """Writes `comparison.json` and `comparison.html` into a folder.
 
     Args:
       folder: where to write; created if absent.
       runs: run folders with the same tasks and metrics; methods are listed in the order of their first run.
+      sweep: what was swept, see `collect`; the page then shows the frontier, and the chosen settings in detail.
 
     Returns:
       The page.
@@ -27,7 +29,7 @@ def write_comparison(folder: Path, runs: Sequence[Path]) -> Path:
       UserError: no runs, a run without usable results, or runs with different tasks; names the folder.
     """
     folder = Path(folder)
-    content = collect(folder, [Path(run) for run in runs])
+    content = collect(folder, [Path(run) for run in runs], sweep)
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / "comparison.json", json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     path = folder / "comparison.html"

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxcl.errors import UserError
+from jaxcl.reporting.frontier import Point, choose, measured
 from jaxcl.reporting.page import number
 from jaxcl.reporting.run_data import directions, read_results, scores, unit
 
@@ -55,18 +56,22 @@ def read_comparison(folder: Path) -> dict[str, Any]:
     return dict(content)
 
 
-def collect(folder: Path, runs: Sequence[Path]) -> dict[str, Any]:
+def collect(folder: Path, runs: Sequence[Path], sweep: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The content of `comparison.json`.
 
     Args:
       folder: folder to which the paths of runs are relative.
       runs: run folders.
+      sweep: of a sweep `keys`, what was swept; `settings`, for each run what is special about it, in words; `failed`,
+        why runs failed, by their title.
 
     Returns:
       `tasks`, `metric`, `higher_is_better` and `unit`; `runs`: results and `folder` of each run; `methods`: for each
       method its `seeds` and, by measure, `mean`, `std` (sample standard deviation; `null` for a single run) and
       `values` (one per seed). `intransigence` is relative to the mean of the joint runs, if there are any. `further`
-      contains `op`, `bwt`, `forgetting_rate` and `gain` of the other measures.
+      contains `op`, `bwt`, `forgetting_rate` and `gain` of the other measures. Of a sweep, `runs` and `methods` contain
+      the chosen settings only; `sweep` has `keys` and `failed`, `chosen_by` (by method), and `points`: the `method`,
+      `setting` and `runs` of every setting, and whether it was `chosen`.
     """
     if not runs:
         raise UserError("comparison: no runs to compare", exit_code=2)
@@ -80,6 +85,16 @@ def collect(folder: Path, runs: Sequence[Path]) -> dict[str, Any]:
                 )
     reference = _reference([result for _, result in results])
     rows = [_row(folder, run, result, reference) for run, result in results]
+    swept = {}
+    if sweep is not None:
+        details = [{**row, **measured(result)} for row, (_, result) in zip(rows, results, strict=True)]
+        points, by = choose(_points(details, sweep["settings"]), directions(first))
+        chosen = {row["folder"] for point in points if point.chosen for row in point.rows}
+        rows = [row for row in rows if row["folder"] in chosen]
+        plain = [{**point._asdict(), "runs": [_of_sweep(row) for row in point.rows]} for point in points]
+        for one in plain:
+            del one["rows"]
+        swept = {"sweep": {"keys": sweep["keys"], "failed": sweep["failed"], "chosen_by": by, "points": plain}}
     methods = {}
     for method in dict.fromkeys(row["method"] for row in rows):
         own = [row for row in rows if row["method"] == method]
@@ -99,6 +114,7 @@ def collect(folder: Path, runs: Sequence[Path]) -> dict[str, Any]:
         "unit": unit(first),
         "methods": methods,
         "runs": rows,
+        **swept,
     }
 
 
@@ -109,9 +125,13 @@ def comparison_table(content: Mapping[str, Any]) -> str:
       content: the result of `collect` or `read_comparison`.
     """
     shown = [(name, title) for name, title, _ in MEASURES if _any(content, name)]
+    points = content.get("sweep", {}).get("points", [])
+    settings = {one["method"]: f" ({one['setting']})" for one in points if one["chosen"] and one["setting"]}
     lines = [["method", *(title for _, title in shown)]]
     for method, summary in content["methods"].items():
-        lines.append([str(method), *(spread(summary[name], signed=name in SIGNED) for name, _ in shown)])
+        lines.append(
+            [method + settings.get(method, ""), *(spread(summary[name], signed=name in SIGNED) for name, _ in shown)]
+        )
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return "\n".join(
         "  ".join(cell.ljust(width) if not column else cell.rjust(width) for column, (cell, width) in
@@ -150,6 +170,17 @@ def _row(
         "intransigence": _intransigence(result, reference),
         "further": {name: {field: part.get(field) for field, _ in FURTHER} for name, part in further.items()},
     }
+
+
+def _points(rows: Sequence[Mapping[str, Any]], settings: Sequence[str]) -> list[Point]:
+    grouped: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for row, setting in zip(rows, settings, strict=True):
+        grouped.setdefault((row["method"], setting), []).append(row)
+    return [Point(method, setting, own) for (method, setting), own in grouped.items()]
+
+
+def _of_sweep(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: row[name] for name in ("folder", "seed", "op", "bwt", "learned", "anytime", "dev", "seconds")}
 
 
 def _reference(results: Sequence[dict[str, Any]]) -> Float[np.ndarray, " tasks"] | None:

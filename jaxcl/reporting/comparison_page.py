@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from jaxcl.reporting import plots
+from jaxcl.reporting import frontier_page, plots
 from jaxcl.reporting.comparison_data import FURTHER, MEASURES, SIGNED, spread
 from jaxcl.reporting.matrix_table import matrix_table
-from jaxcl.reporting.page import details, duration, figure, number, page, section, table, text
+from jaxcl.reporting.page import address, details, duration, figure, number, page, section, table, text
 from jaxcl.reporting.run_data import scores
 
 _MEANINGS = (
@@ -29,6 +29,7 @@ def render(content: Content) -> str:
     body = [
         _header(content),
         section("Summary", _summary(content), figure(_bars(content)), note=_seeds_note(content)),
+        *frontier_page.sections(content),
         _retention(content),
         _per_task(content),
         _further(content),
@@ -208,6 +209,6 @@ def _runs(content: Content) -> str:
         heading = f'{text(row["method"])}, seed {text(row["seed"])} <span class="muted">{numbers}</span>'
         matrix = matrix_table({**row, "tasks": content["tasks"], "metric": content["metric"],
                                "higher_is_better": content["higher_is_better"]})  # fmt: skip
-        link = f'<p><a href="{text(row["folder"])}/report.html">Report of this run</a></p>'
+        link = f'<p><a href="{address(row["folder"])}/report.html">Report of this run</a></p>'
         parts.append(details(heading, link + matrix))
     return section("The runs", *parts)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Sequence
 from html import escape as _escape
 from pathlib import Path
+from urllib.parse import quote
 
 from jaxcl.reporting.style import DASH, MINUS, printable
 from jaxcl.reporting.style_sheet import STYLE_SHEET
@@ -18,6 +19,15 @@ def text(value: object) -> str:
     '&lt;script&gt;&#x27;�'
     """
     return _escape(printable(str(value)), quote=True)
+
+
+def address(path: str) -> str:
+    """A relative path as the address of a link.
+
+    >>> address("ewc-strength=1-seed0")
+    'ewc-strength%3D1-seed0'
+    """
+    return text(quote(path))
 
 
 def page(title: str, body: Iterable[str]) -> str:

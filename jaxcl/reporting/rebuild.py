@@ -25,8 +25,12 @@ def rebuild(folder: Path) -> Path:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     if (folder / "comparison.json").is_file():
-        runs = [folder / str(run["folder"]) for run in read_comparison(folder)["runs"]]
-        return write_comparison(folder, runs)
+        content = read_comparison(folder)
+        if (sweep := content.get("sweep")) is None:
+            return write_comparison(folder, [folder / str(run["folder"]) for run in content["runs"]])
+        pairs = [(one["setting"], run["folder"]) for one in sweep["points"] for run in one["runs"]]
+        runs = [folder / str(run) for _, run in pairs]
+        return write_comparison(folder, runs, {**sweep, "settings": [setting for setting, _ in pairs]})
     comparisons = sorted(path.parent for path in folder.glob("*/comparison.json"))
     if comparisons and not (folder / "results.json").is_file():
         return write_overview(folder / "index.html", {path.name: path for path in comparisons}, folder.name)

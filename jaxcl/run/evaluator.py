@@ -58,8 +58,8 @@ class Evaluator:
     def __init__(self, parts: Components) -> None:
         self.parts = parts
         self.settings = parts.config.evaluation
-        self._rows: dict[int, list[dict[str, str]]] = {}
-        self._texts: dict[int, ProcessShare] = {}
+        self._rows: dict[tuple[int, str], list[dict[str, str]]] = {}
+        self._texts: dict[tuple[int, str], ProcessShare] = {}
         self._end_tasks: dict[int, tuple[TaskData, dict[str, ProcessShare]]] = {}
 
     @functools.cached_property
@@ -114,7 +114,7 @@ class Evaluator:
                 if task.answered:
                     self._check_answers(index)
                 if task.kind == "chat":
-                    prompts = [row["prompt"] for row in self._pairs(index)]
+                    prompts = [row["prompt"] for row in self._pairs(index, self.settings.split)]
                     words = f"task {task.name}: scored {self.settings.split} row"
                     encode_openings(prompts, self.parts.tokenizer, self.parts.config.data, words)
         for index, task in self.parts.end_tasks.items():
@@ -137,7 +137,7 @@ class Evaluator:
         of_beginning = find_metric(metric).of_beginning
         if of_beginning == "all":
             return
-        chosen = self._pairs(index)
+        chosen = self._pairs(index, self.settings.split)
         answers, prompts = ([row[name] for row in chosen] for name in ("answer", "prompt"))
         if task.kind == "chat":
             encoded = self.parts.tokenizer.encode_batch(answers, continued=True)
@@ -164,24 +164,44 @@ class Evaluator:
           after: index of the task learned last; -1 before any training.
         """
         if self.parts.tasks[index].answered:
-            return self._score_pairs(params, index)
-        return self._score_text(params, index, after)
+            return self._score_pairs(params, index, self.settings.split)
+        scores = self._text_scores(params, index, self.settings.split)
+        if self.settings.end_task_due(after, index, self.parts.phases - 1):
+            scores |= self._score_end_task(params, index)
+        metric = self.metrics[index]
+        own = self._end_task_measure if metric.startswith(_END_TASK) else metric
+        return Evaluation(scores.pop(own, None), scores, [])
 
-    def _score_pairs(self, params: Params, index: int) -> Evaluation:
+    def score_dev(self, params: Params, index: int) -> float | None:
+        """Score of a task on its dev rows; `None` if it has none, or if its metric is that of an end task.
+
+        Args:
+          params: see `score`.
+          index: which task.
+        """
+        task, metric = self.parts.tasks[index], self.metrics[index]
+        if not task.dev or metric.startswith(_END_TASK):
+            return None
+        if task.answered:
+            score = self._score_pairs(params, index, "dev").score
+            return None if score is None else score.value
+        return self._text_scores(params, index, "dev")[metric].value
+
+    def _score_pairs(self, params: Params, index: int, split: str) -> Evaluation:
         scored = score_pairs(
-            self._pairs(index),
+            self._pairs(index, split),
             functools.partial(self._answer, params, index),
             self.metrics[index],
             batch_size=self.settings.batch_size,
         )
         return Evaluation(Score(scored.score), {}, scored.rows)
 
-    def _pairs(self, index: int) -> list[dict[str, str]]:
+    def _pairs(self, index: int, split: str) -> list[dict[str, str]]:
         """The rows of a task that are scored, which are read once."""
-        if index not in self._rows:
-            rows = getattr(self.parts.tasks[index], self.settings.split)
-            self._rows[index] = rows.pick(drawn(len(rows), self.settings.limit))
-        return self._rows[index]
+        if (index, split) not in self._rows:
+            rows = getattr(self.parts.tasks[index], split)
+            self._rows[index, split] = rows.pick(drawn(len(rows), self.settings.limit))
+        return self._rows[index, split]
 
     @functools.cached_property
     def _generator(self) -> Generator:
@@ -206,19 +226,14 @@ class Evaluator:
         # What a model thinks before it answers is not the answer.
         return [text.rpartition("</think>")[2].strip() for text in texts] if chat else texts
 
-    def _score_text(self, params: Params, index: int, after: int) -> Evaluation:
-        if index not in self._texts:
-            rows = self.parts.encode(index, self.settings.split)
-            self._texts[index] = ProcessShare(self.parts.pipeline([rows], batch_size=self.settings.batch_size))
+    def _text_scores(self, params: Params, index: int, split: str) -> dict[str, Score]:
+        if (index, split) not in self._texts:
+            rows = self.parts.encode(index, split)
+            self._texts[index, split] = ProcessShare(self.parts.pipeline([rows], batch_size=self.settings.batch_size))
         # The masking has a fixed seed, so that every model predicts the same tokens.
-        batches = map(self._place, self._texts[index].once(self.settings.limit, 0))
+        batches = map(self._place, self._texts[index, split].once(self.settings.limit, 0))
         loss = text_loss(self.parts.network, params, batches, compile=self.parts.trainer.compile)
-        scores = {"perplexity": Score(loss.perplexity), "token_accuracy": Score(loss.token_accuracy)}
-        if self.settings.end_task_due(after, index, self.parts.phases - 1):
-            scores |= self._score_end_task(params, index)
-        metric = self.metrics[index]
-        own = self._end_task_measure if metric.startswith(_END_TASK) else metric
-        return Evaluation(scores.pop(own, None), scores, [])
+        return {"perplexity": Score(loss.perplexity), "token_accuracy": Score(loss.token_accuracy)}
 
     def _score_end_task(self, params: Params, index: int) -> dict[str, Score]:
         spec = self.parts.config.tasks[index].end_task

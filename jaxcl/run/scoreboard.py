@@ -63,6 +63,19 @@ class Scoreboard:
                 name = self.parts.tasks[index].name
                 write_predictions(self.folder.predictions, after, index, name, evaluation.rows)
 
+    def evaluate_dev(self, params_for: Callable[[int], Params]) -> None:
+        """Scores the dev rows of all tasks whose data is not gone, once they are learned.
+
+        Args:
+          params_for: see `evaluate`.
+        """
+        tasks = self.parts.config.tasks
+        scores = [
+            None if spec.data_gone else self.evaluator.score_dev(params_for(index), index)
+            for index, spec in enumerate(tasks)
+        ]
+        self._update(dev=scores)
+
     def row(self, after: int) -> dict[str, float]:
         """The scores after a task (-1: before any training) by the tasks' names, and what they amount to so far."""
         rows = [self.results.initial or []] if after < 0 else self.results.matrix[after : after + 1]

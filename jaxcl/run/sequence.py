@@ -235,6 +235,10 @@ class TaskSequence:
             state = self._learn(state, index, position)
             position = None
             self._evaluate(state, index)
+        # Methods with a model per task have only the last one here.
+        if self.config.evaluation.dev and not self.parts.method.individual:
+            with self._timed("evaluation"):
+                self.board.evaluate_dev(lambda index: answering_params(self.parts, state, index))
         self.checkpoints.wait()  # finished only when the model is on disk
         self._forget_unneeded()
         self.board.write(self.timing, finished=True)

@@ -1,0 +1,163 @@
+"""Retention against learning: every method with the same budget of tuning, on testbeds that tell methods apart.
+
+    JAXCL_DATA=data python -m benchmarks.frontier tune --testbed text --methods sequential,replay,ewc,das
+    JAXCL_DATA=data python -m benchmarks.frontier report --testbed text --seeds 0,1,2,3,4
+    python -m benchmarks.frontier summary --testbed text --order B --picture frontier.png
+
+`tune` runs a grid of learning rates and of each method's own knob on order A, scored on dev rows; `report` runs the
+best setting of each method on order B, scored on test rows, under several seeds; `summary` prints tables and draws the
+frontier. Whatever has a record in `benchmarks/records/frontier` is not run again, so that both can be stopped at any
+time and go on later. Other methods or options: `--method module:Class --options '{"strength": 100}' --name mine`, with
+`--knob strength --values 10,100`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from benchmarks.frontier.methods import LEARNING_RATES, RIVALS, Rival, tuning_points
+from benchmarks.frontier.records import RECORDS, Point, Record, read
+from benchmarks.frontier.summary import best_settings, draw, tables
+from benchmarks.frontier.testbeds import TESTBEDS
+
+
+def run_points(points: Iterable[Point], options: argparse.Namespace) -> None:
+    """Runs the points that have no record, in processes, those that take least time first."""
+    records = list(read(options.records))
+    known = {record.point.key for record in records}
+    groups: dict[str, list[Point]] = defaultdict(list)
+    for point in points:
+        if point.key not in known:
+            groups[point.program].append(point)
+    costs = _costs(records)
+    ordered = sorted(groups.values(), key=lambda group: costs.get(group[0].name, 0.0))
+    until = time.time() + 60 * options.minutes
+    print(f"{sum(map(len, ordered))} points without a record, in {len(ordered)} groups", file=sys.stderr, flush=True)
+
+    def work(group: list[Point]) -> int:
+        if time.time() > until:
+            return 0
+        command = [sys.executable, "-m", "benchmarks.frontier.worker", "--until", str(until)]
+        command += ["--records", str(options.records), "--work", str(options.work)]
+        content = json.dumps([point.plain() for point in group])
+        return subprocess.run(command, input=content.encode(), env=_environment(options.processes)).returncode
+
+    with ThreadPoolExecutor(options.processes) as pool:
+        failed = [group[0].name for group, code in zip(ordered, pool.map(work, ordered), strict=True) if code]
+    if failed:
+        raise SystemExit(f"failed: {', '.join(dict.fromkeys(failed))}")
+
+
+def _costs(records: Sequence[Record]) -> dict[str, float]:
+    """Mean processor seconds of a point, by name."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for record in records:
+        if "seconds" in record.results:
+            found[record.point.name].append(record.results["seconds"]["cpu"])
+    return {name: sum(values) / len(values) for name, values in found.items()}
+
+
+def _environment(processes: int) -> dict[str, str]:
+    """One thread of products per process where there are several, so that they do not wait for each other."""
+    environment = {"JAX_PLATFORMS": "cpu", **os.environ}
+    if processes > 1 and environment["JAX_PLATFORMS"] == "cpu":
+        flags = environment.get("XLA_FLAGS", "")
+        environment["XLA_FLAGS"] = f"{flags} --xla_cpu_multi_thread_eigen=false".strip()
+    return environment
+
+
+def _rivals(options: argparse.Namespace) -> dict[str, Rival]:
+    if options.method:
+        values = [json.loads(value) for value in options.values.split(",")] if options.values else []
+        return {
+            options.name or options.method: Rival(options.method, json.loads(options.options), options.knob, values)
+        }
+    names = options.methods.split(",")
+    if unknown := set(names) - set(RIVALS):
+        raise SystemExit(f"--methods: {', '.join(sorted(unknown))}; allowed: {', '.join(RIVALS)}, or use --method")
+    return {name: RIVALS[name] for name in names}
+
+
+def tune(options: argparse.Namespace) -> None:
+    """The grid of each method."""
+    rates, seeds = _floats(options.learning_rates), _seeds(options.seeds or "0")
+    points = [
+        point
+        for name, rival in _rivals(options).items()
+        for point in tuning_points(
+            options.testbed, name, rival, order=options.order or "A", learning_rates=rates, seeds=seeds
+        )
+    ]
+    run_points(points, options)
+    summary(options)
+
+
+def report(options: argparse.Namespace) -> None:
+    """The chosen setting of each method, on the order that nothing was chosen on."""
+    tuned = [one for one in read(options.records) if (one.point.testbed, one.point.order) == (options.testbed, "A")]
+    names = set(options.methods.split(",")) if options.methods else None
+    chosen = [point for name, point in best_settings(tuned).items() if names is None or name in names]
+    seeds = _seeds(options.seeds or "0,1,2,3,4")
+    run_points([_at(point, options.order or "B", seed) for point in chosen for seed in seeds], options)
+    summary(options)
+
+
+def summary(options: argparse.Namespace) -> None:
+    """Tables and the picture of an order."""
+    order = options.order or {"report": "B", "tune": "A"}.get(options.command, "B")
+    records = [one for one in read(options.records) if (one.point.testbed, one.point.order) == (options.testbed, order)]
+    if not records:
+        raise SystemExit(f"no records of testbed {options.testbed}, order {order}")
+    print(tables(records, reference=options.reference))
+    if options.picture:
+        print(draw(records, options.picture))
+
+
+def _at(point: Point, order: str, seed: int) -> Point:
+    return Point(**{**point.plain(), "order": order, "seed": seed})
+
+
+def _floats(text: str) -> list[float]:
+    return [float(value) for value in text.split(",")]
+
+
+def _seeds(text: str) -> list[int]:
+    return [int(value) for value in text.split(",")]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("tune", "report", "summary"))
+    parser.add_argument("--testbed", choices=tuple(TESTBEDS), default="text")
+    parser.add_argument("--order", default="", help="A or B, or tasks; default: A for tune, else B")
+    parser.add_argument("--methods", default="", help="names, separated by commas; default for report: all tuned ones")
+    parser.add_argument("--method", default="", help="one method instead, by its registered name or module:Class")
+    parser.add_argument("--name", default="", help="its name in tables and records")
+    parser.add_argument("--options", default="{}", help="its fixed options, as JSON")
+    parser.add_argument("--knob", default="", help="its own knob")
+    parser.add_argument("--values", default="", help="values of the knob, JSON separated by commas")
+    parser.add_argument("--learning-rates", default=",".join(map(str, LEARNING_RATES)))
+    parser.add_argument("--seeds", default="", help="default: 0 for tune, 0,1,2,3,4 for report")
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no point after this time")
+    parser.add_argument("--records", type=Path, default=RECORDS)
+    parser.add_argument("--work", type=Path, default=Path("runs/frontier"), help="folder for rows and tokenizers")
+    parser.add_argument("--reference", default="sequential", help="method that others are compared with")
+    parser.add_argument("--picture", type=Path, help="PNG of the frontier")
+    options = parser.parse_args()
+    if options.command == "tune" and not (options.methods or options.method):
+        options.methods = ",".join(RIVALS)
+    {"tune": tune, "report": report, "summary": summary}[options.command](options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""The methods that are compared, with the knob of each, and the grid that is searched for each: the same budget."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks.frontier.records import Point
+
+LEARNING_RATES = (3e-4, 1e-3, 3e-3)
+EXAMPLES = 128
+REPLAY = {"fraction": 0.05, "every": 5}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rival:
+    """A method in the comparison.
+
+    Attributes:
+      method: a registered method, or `module:Class`.
+      options: fixed options.
+      knob: dotted name of its own knob; empty if it has none.
+      values: of the knob, log-spaced.
+    """
+
+    method: str
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    knob: str = ""
+    values: Sequence[Any] = ()
+
+    def grid(self) -> list[dict[str, Any]]:
+        """Options of every value of the knob."""
+        if not self.knob:
+            return [dict(self.options)]
+        return [with_option(self.options, self.knob, value) for value in self.values]
+
+
+def with_option(options: Mapping[str, Any], name: str, value: Any) -> dict[str, Any]:
+    """Options with one more, by its dotted name.
+
+    >>> with_option({"replay": {"every": 5}}, "replay.fraction", 0.1)
+    {'replay': {'every': 5, 'fraction': 0.1}}
+    """
+    first, _, rest = name.partition(".")
+    return {**options, first: with_option(options.get(first, {}), rest, value) if rest else value}
+
+
+_DAS = {"importance_examples": EXAMPLES}
+_SEEKR = {"layer_budget": 0.75, "head_budget": 0.5, "query_budget": 24, "store_logits": 64, "replay": REPLAY}
+RIVALS: dict[str, Rival] = {
+    "sequential": Rival("sequential"),
+    "replay": Rival("replay", {"replay": REPLAY}, "replay.fraction", (0.02, 0.05, 0.15)),
+    "ewc": Rival("ewc", {"fisher_examples": EXAMPLES}, "strength", (100.0, 500.0, 2000.0)),
+    "lwf": Rival("lwf", {}, "weight", (0.3, 1.0, 3.0)),
+    "derpp": Rival("derpp", {"replay": REPLAY}, "alpha", (0.1, 0.5, 2.0)),
+    "seekr": Rival("seekr", _SEEKR, "attention_weight", (1.0, 10.0, 100.0)),
+    "das": Rival("das", _DAS | {"contrast_weight": 0.0}, "shared", ("free", "mean", "frozen")),
+    "das (contrast)": Rival("das", _DAS, "contrast_weight", (0.1, 1.0)),
+    "joint": Rival("joint"),
+}
+
+
+def tuning_points(
+    testbed: str,
+    name: str,
+    rival: Rival,
+    *,
+    order: str = "A",
+    learning_rates: Sequence[float] = LEARNING_RATES,
+    seeds: Sequence[int] = (0,),
+) -> list[Point]:
+    """The grid of a method on the order that settings are chosen on."""
+    return [
+        Point(testbed, order, name, rival.method, options, rate, seed)
+        for options, seed, rate in itertools.product(rival.grid(), seeds, learning_rates)
+    ]

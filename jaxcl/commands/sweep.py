@@ -1,0 +1,158 @@
+"""The runs of a comparison: methods, swept settings and seeds; equal settings are one run."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxcl.config import ExperimentConfig, parse_config
+from jaxcl.config.experiment import override
+from jaxcl.config.file import ConfigError
+from jaxcl.methods import find_method
+
+Setting = dict[str, str]
+"""Values by dotted key, as text."""
+
+_OWN_OPTIONS = {
+    "seed": "--seeds",
+    "output": "--out",
+    "method": "--methods",
+    "method.name": "--methods",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedRun:
+    """One run of a comparison.
+
+    Attributes:
+      method: name of the method.
+      setting: the swept values that concern it.
+      seed: its seed.
+      config: its configuration.
+    """
+
+    method: str
+    setting: Setting
+    seed: int
+    config: ExperimentConfig
+
+    @property
+    def title(self) -> str:
+        """Method, setting and seed in words."""
+        return ", ".join([self.method, *label(self.setting).values(), f"seed {self.seed}"])
+
+
+def plan_runs(
+    content: Mapping[str, Any],
+    origin: str,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    sweeps: Mapping[str, Sequence[str]],
+    out: Path,
+) -> list[PlannedRun]:
+    """The runs of a grid, methods in the given order.
+
+    The method of the configuration keeps its options; the others share its options of the same name. A swept key
+    `method.X` concerns the methods that have an option X: the others have one run for all its values.
+
+    Args:
+      content: the configuration's plain values, with the overrides for all runs.
+      origin: where they come from, for messages.
+      methods: names of methods.
+      seeds: seeds.
+      sweeps: values by dotted key.
+      out: folder for the run folders.
+
+    Raises:
+      UserError: a configuration is invalid, a key has an option of its own, or no method has the option.
+    """
+    for key in sweeps:
+        if key in _OWN_OPTIONS:
+            raise ConfigError(f"--sweep {key}: give {_OWN_OPTIONS[key]} instead")
+    options = {method: _options(method) for method in dict.fromkeys(methods)}
+    for key in sweeps:
+        if not any(_concerns(key, known) for known in options.values()):
+            raise ConfigError(f"--sweep {key}: none of the methods {', '.join(options)} has this option")
+    runs: dict[str, PlannedRun] = {}
+    folders: dict[str, str] = {}
+    for method, known in options.items():
+        own = {key: values for key, values in sweeps.items() if _concerns(key, known)}
+        for setting, seed in itertools.product(grid(own), dict.fromkeys(seeds)):
+            folder = out / folder_name(method, setting, seed)
+            config = _configure(content, origin, method, known, setting, seed, folder)
+            same = json.dumps({**config.plain(), "output": ""}, sort_keys=True)
+            if same not in runs:
+                if folders.setdefault(folder.name, same) != same:
+                    raise ConfigError(f"--sweep: two settings would have the folder {folder.name}; give shorter values")
+                runs[same] = PlannedRun(method, setting, seed, config)
+    return list(runs.values())
+
+
+def grid(sweeps: Mapping[str, Sequence[str]]) -> Iterator[Setting]:
+    """Every combination of values; a single empty setting without any key.
+
+    >>> list(grid({"a": ["1", "2"], "b": ["x"]}))
+    [{'a': '1', 'b': 'x'}, {'a': '2', 'b': 'x'}]
+    """
+    for values in itertools.product(*sweeps.values()):
+        yield dict(zip(sweeps, values, strict=True))
+
+
+def label(setting: Setting) -> dict[str, str]:
+    """`key=value` by key: short keys where they differ, and numbers in one notation.
+
+    >>> list(label({"optimizer.learning_rate": "1e-3", "method.strength": "100"}).values())
+    ['learning_rate=0.001', 'strength=100']
+    """
+    short = [key.rpartition(".")[2] for key in setting]
+    return {
+        key: f"{name if short.count(name) == 1 else key}={_number(value)}"
+        for name, (key, value) in zip(short, setting.items(), strict=True)
+    }
+
+
+def folder_name(method: str, setting: Setting, seed: int) -> str:
+    """Name of a run folder, which is the same in every comparison that has the run.
+
+    >>> folder_name("ewc", {"optimizer.learning_rate": "1e-3"}, 0)
+    'ewc-learning_rate=0.001-seed0'
+    """
+    parts = [method.replace(":", "."), *label(setting).values()]
+    return "-".join([*(re.sub(r"[^\w.+=-]+", "_", part) for part in parts), f"seed{seed}"])
+
+
+def _number(value: str) -> str:
+    try:
+        return f"{float(value):g}"
+    except ValueError:
+        return value
+
+
+def _options(method: str) -> set[str]:
+    try:
+        return set(find_method(method).Options.model_fields)
+    except ValueError as error:
+        raise ConfigError(f"--methods: {error}") from None
+
+
+def _concerns(key: str, options: set[str]) -> bool:
+    first, _, rest = key.partition(".")
+    return first != "method" or rest.partition(".")[0] in options
+
+
+def _configure(
+    content: Mapping[str, Any], origin: str, method: str, options: set[str], setting: Setting, seed: int, output: Path
+) -> ExperimentConfig:
+    own = content.get("method") or {}
+    own = {"name": own} if isinstance(own, str) else dict(own)
+    shared = own if own.get("name") == method else {key: value for key, value in own.items() if key in options}
+    changed = {**content, "seed": seed, "output": str(output), "method": {**shared, "name": method}}
+    changed = override(copy.deepcopy(changed), [f"{key}={value}" for key, value in setting.items()])
+    return parse_config(changed, " ".join([origin, "with", method, *label(setting).values()]))

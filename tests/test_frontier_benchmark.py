@@ -1,0 +1,251 @@
+"""The testbed in `benchmarks/frontier`: what is measured, recorded, chosen and run."""
+
+import argparse
+import dataclasses
+import json
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks.frontier import __main__ as driver
+from benchmarks.frontier import point as points
+from benchmarks.frontier import records as records_module
+from benchmarks.frontier.data import write_domain, write_task
+from benchmarks.frontier.methods import RIVALS, tuning_points
+from benchmarks.frontier.records import Point, Record, append, file_of, read
+from benchmarks.frontier.summary import best_settings, draw, tables
+from benchmarks.frontier.testbeds import TESTBEDS
+from jaxcl.models.batch import Batch
+from jaxcl.training.feed import place_batch
+from jaxcl.training.optimizer import OptimizerConfig, make_parts
+from tests.tiny.networks import tiny_llama
+from tests.tiny.trainer import TinyMethod, make_params, make_rows, one_device
+
+EWC = Point("text", "A", "ewc", "ewc", {"strength": 10.0}, 1e-3, 0)
+
+
+def results(**values: Any) -> dict[str, Any]:
+    base = {"final": 4.0, "bwt": -0.5, "anytime": 3.9, "learned": 3.8, "drift": 0.6, "divergence": [0.1, 0.3],
+            "kept_bytes": 2_000_000, "seconds": {"cpu": 40.0}}  # fmt: skip
+    return {**base, **values}
+
+
+# One point
+
+
+def test_a_rate_in_the_optimizers_state_is_a_learning_rate() -> None:
+    params = {"kernel": jnp.array([[1.0, -2.0]]), "bias": jnp.array([3.0])}
+    method = points.with_rate(TinyMethod)()
+    transform = method.transform(make_parts(OptimizerConfig(weight_decay=0.1)))
+    plain = TinyMethod().transform(make_parts(OptimizerConfig(weight_decay=0.1)))
+    state, expected_state = transform.init(params), plain.init(params)
+    state = state._replace(rate=jnp.float32(0.25))
+    for step in range(3):
+        gradient = jax.tree.map(lambda leaf, step=step: leaf * (step - 0.7), params)
+        found, state = transform.update(gradient, state, params, learning_rate=jnp.float32(0.4))
+        expected, expected_state = plain.update(gradient, expected_state, params, learning_rate=jnp.float32(0.1))
+        jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-6), found, expected)
+    assert state.rate == 0.25
+
+
+def test_a_rate_lasts_through_all_tasks_and_changes_without_another_trace() -> None:
+    method = points.with_rate(TinyMethod)()
+    section = OptimizerConfig(learning_rate=1.0, name="sgd", b1=0.0, clip_norm=None, schedule="constant")
+    trainer = points.PointTrainer(method, section, one_device(), accumulate=1, seed=0)
+    batch = place_batch(make_rows(0), trainer.layout.batch)
+    moved = {}
+    for rate in (0.5, 0.125):
+        trainer.set(rate, seed=3)
+        state = trainer.start_task(trainer.start_task(trainer.init(make_params()), 2), 2)
+        state, metrics = trainer.step(state, batch)
+        moved[rate] = float(metrics["update_norm"])
+    assert moved[0.5] == pytest.approx(4 * moved[0.125])
+    assert method.traces == 1
+
+
+def pair_batch(rows: int, length: int, vocabulary: int) -> Batch:
+    random = np.random.default_rng(0)
+    tokens = jnp.asarray(random.integers(1, vocabulary, (rows, length)), jnp.int32)
+    predict = jnp.asarray(np.tile([length - 3, length - 2], (rows, 1)), jnp.int32)
+    targets = jnp.take_along_axis(tokens, predict + 1, axis=1)
+    weights = jnp.ones((rows, 2)).at[-1].set(0.0)  # the last row only fills the batch
+    ones = jnp.ones((rows, length), jnp.int32).at[-1].set(0)
+    numbers = jnp.arange(rows)
+    return Batch(tokens, ones, jnp.tile(jnp.arange(length), (rows, 1)), predict, targets, weights, numbers, numbers)
+
+
+def test_an_answer_is_the_label_whose_first_token_is_likeliest() -> None:
+    network = tiny_llama()
+    params = network.init(jax.random.key(0))
+    batch, labels = pair_batch(40, 9, 13), np.array([2, 5, 7])
+    logits = np.asarray(network.logits(params, network.hidden(params, batch).states))
+    right = [
+        labels[np.argmax(logits[row, 6, labels])] == batch.targets[row, 0] for row in range(39)
+    ]  # fmt: skip
+    found = points.choose(network, params, batch, jnp.asarray(labels))
+    assert found.tolist() == [sum(right), 39]
+    assert 0 < sum(right) < 39
+
+
+def test_the_divergence_is_that_of_the_start_from_the_model_at_hand() -> None:
+    network = tiny_llama()
+    first, second = (network.init(jax.random.key(seed)) for seed in (0, 1))
+    batch = pair_batch(3, 9, 13)
+
+    def probabilities(params: Any) -> np.ndarray:
+        logits = np.asarray(network.logits(params, network.hidden(params, batch).states), np.float64)
+        shares = np.exp(logits - logits.max(axis=-1, keepdims=True))
+        return (shares / shares.sum(axis=-1, keepdims=True))[:2, [6, 7]]  # real rows, scored positions
+
+    start, now = probabilities(first), probabilities(second)
+    total, count = points.diverge(network, first, second, batch).tolist()
+    assert count == 4
+    assert total == pytest.approx((start * np.log(start / now)).sum(), rel=1e-4)
+
+
+def test_kept_bytes_are_the_methods_state_and_what_is_remembered(tmp_path: Path) -> None:
+    folder = points.RunFolder(tmp_path)
+    folder.memory.write_bytes(b"12345")
+    folder.examples.mkdir()
+    (folder.examples / "a").write_bytes(b"123")
+    (tmp_path / "config.yaml").write_bytes(b"1" * 100)
+    state: Any = SimpleNamespace(method_state={"fisher": jnp.zeros(10)})
+    assert points.kept_bytes(state, folder) == 40 + 5 + 3
+
+
+# Records
+
+
+def test_what_is_recorded_is_known_by_all_that_results_depend_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append(EWC, results(), tmp_path)
+    append(dataclasses.replace(EWC, seed=1), results(final=5.0), tmp_path)
+    found = list(read(tmp_path))
+    assert [(one.point.seed, one.results["final"]) for one in found] == [(0, 4.0), (1, 5.0)]
+    assert found[0].point.key == EWC.key
+    changed = [{"seed": 2}, {"learning_rate": 0.1}, {"options": {"strength": 1.0}}, {"order": "B"}, {"name": "x"}]
+    assert len({EWC.key, *(dataclasses.replace(EWC, **one).key for one in changed)}) == 6
+    longer = dataclasses.replace(TESTBEDS["text"], steps=1000)
+    monkeypatch.setitem(records_module.TESTBEDS, "text", longer)
+    assert list(read(tmp_path)) == []  # of another testbed
+
+
+def test_a_record_is_in_a_file_of_its_method(tmp_path: Path) -> None:
+    point = dataclasses.replace(EWC, name="das (v2.1)")
+    assert file_of(point, tmp_path) == tmp_path / "text-A" / "das_v2.1_.jsonl"
+
+
+# Summary
+
+
+def tuned(final: dict[tuple[float, int], Any], testbed: str = "text", name: str = "ewc") -> list[Record]:
+    return [
+        Record(dataclasses.replace(EWC, testbed=testbed, name=name, learning_rate=rate, seed=seed), value)
+        for (rate, seed), value in final.items()
+    ]
+
+
+def test_the_best_setting_has_all_seeds_and_did_not_fail() -> None:
+    found = tuned(
+        {
+            (0.1, 0): results(final=3.0),  # lacks a seed
+            (0.2, 0): results(final=5.0),
+            (0.2, 1): results(final=4.0),
+            (0.3, 0): results(final=4.6),
+            (0.3, 1): results(final=4.6),
+            (0.4, 0): results(final=1.0),
+            (0.4, 1): {"failed": "loss is nan"},
+        }
+    )
+    assert best_settings(found)["ewc"].learning_rate == 0.2
+    percent = [Record(dataclasses.replace(one.point, testbed="instruction"), one.results) for one in found]
+    assert best_settings(percent)["ewc"].learning_rate == 0.3
+    assert "failed: `ewc` 0.4; strength 10: loss is nan" in tables(found, reference="none")
+
+
+def test_differences_are_paired_and_positive_where_a_method_is_better(tmp_path: Path) -> None:
+    plain = tuned({(0.1, 0): results(), (0.1, 1): results(final=6.0, bwt=-1.0, drift=0.8)}, name="sequential")
+    other = tuned({(0.2, 0): results(final=3.5), (0.2, 1): results(final=5.5, bwt=-1.0, drift=0.9)})
+    lines = tables([*plain, *other], reference="sequential").splitlines()
+    row = next(lines[at + 4] for at, line in enumerate(lines) if line.startswith("Better than `sequential`"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[:3] == ["`ewc`", "+0.500 ± 0.000 *", "0.000 ± 0.000"]
+    assert cells[5].startswith("−0.050 ± ")  # noqa: RUF001  # general text drifted further
+    assert draw([*plain, *other], tmp_path / "frontier.png").read_bytes()[:4] == b"\x89PNG"
+
+
+# Running
+
+
+def test_every_rival_has_a_grid_of_its_own_knob() -> None:
+    for name, rival in RIVALS.items():
+        grid = tuning_points("text", name, rival)
+        assert len({point.key for point in grid}) == len(grid) == 3 * max(len(rival.values), 1)
+        assert {point.order for point in grid} == {"A"}
+
+
+def test_cheap_points_are_run_first_and_recorded_ones_never(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[list[Point]] = []
+
+    def worker(command: list[str], *, input: bytes, env: dict[str, str]) -> Any:
+        given.append([Point(**one) for one in json.loads(input)])
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(subprocess, "run", worker)
+    seeds = [dataclasses.replace(EWC, seed=seed) for seed in range(3)]
+    plain = dataclasses.replace(EWC, name="sequential", method="sequential", options={})
+    append(seeds[0], results(seconds={"cpu": 90.0}), tmp_path)
+    append(dataclasses.replace(plain, order="B"), results(seconds={"cpu": 30.0}), tmp_path)
+    options = argparse.Namespace(records=tmp_path, work=tmp_path, processes=1, minutes=1.0)
+    driver.run_points([*seeds, plain], options)
+    assert [[(one.name, one.seed) for one in group] for group in given] == [
+        [("sequential", 0)],
+        [("ewc", 1), ("ewc", 2)],  # share a process, and what it compiles
+    ]
+    given.clear()
+    driver.run_points([plain], argparse.Namespace(**{**vars(options), "minutes": -1.0}))
+    assert given == []  # the time is over
+
+
+# Data
+
+
+@pytest.fixture
+def benchmark_files(tmp_path: Path) -> Path:
+    folder = tmp_path / "superni" / "task748"
+    folder.mkdir(parents=True)
+    stories = [f"Tom {number} ate. Then he slept." for number in range(30)]
+    rows = [{"prompt": f"Definition\nInput: story: {story}\n selected sentence: x\nOutput: "} for story in stories]
+    (folder / "train.json").write_text(json.dumps([*rows, *rows]))
+    folder = tmp_path / "superni" / "task1510"
+    folder.mkdir()
+    names = ["Antonym", "Entails", "IsA"]
+    rows = [
+        {"prompt": f"Definition\nInput: a{number} is b\nOutput: ", "answer": f"a {names[number % 3]} b"}
+        for number in range(30)
+    ]
+    (folder / "train.json").write_text(json.dumps(rows))
+    return tmp_path
+
+
+def test_a_domain_has_each_passage_in_one_split(benchmark_files: Path, tmp_path: Path) -> None:
+    folder = write_domain("stories", benchmark_files, tmp_path / "rows", 300)
+    splits = {split: (folder / f"{split}.txt").read_text().splitlines() for split in ("train", "dev", "test")}
+    assert [len(splits["dev"]), len(splits["test"])] == [6, 6]
+    assert len({row for rows in splits.values() for row in rows}) == sum(map(len, splits.values()))
+    assert 250 < sum(map(len, splits["train"])) <= 300
+
+
+def test_a_task_has_short_prompts_and_answers_of_a_closed_set(benchmark_files: Path, tmp_path: Path) -> None:
+    folder = write_task("relation", benchmark_files, tmp_path / "rows")
+    rows = [row for split in ("train", "dev", "test") for row in json.loads((folder / f"{split}.json").read_text())]
+    assert len(rows) == 20
+    assert {row["answer"] for row in rows} == {"opposite", "kind"}
+    assert {row["prompt"] for row in rows} >= {"a0 is b\nRelation: "}

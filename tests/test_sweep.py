@@ -1,0 +1,186 @@
+"""`jaxcl compare --sweep`: the grid, what is shared, and runs in several processes."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from jaxcl.cli import main
+from jaxcl.commands import compare as compare_module
+from jaxcl.commands import jobs as jobs_module
+from jaxcl.commands.jobs import run_jobs
+from jaxcl.commands.sweep import folder_name, plan_runs
+from jaxcl.config import parse_config
+from jaxcl.errors import UserError
+from jaxcl.evaluation.results import Results
+from jaxcl.reporting.comparison import read_comparison
+from tests.tiny.runs import PAIRS
+
+BASE = {**PAIRS, "method": {"name": "ewc", "strength": 10.0}}
+RATES = {"optimizer.learning_rate": ["1e-3", "0.01"]}
+
+
+def planned(sweeps: dict[str, list[str]], methods: str = "sequential,ewc,replay", seeds: tuple[int, ...] = (0,)) -> Any:
+    return plan_runs(BASE, "c.yaml", methods.split(","), seeds, sweeps, Path("out"))
+
+
+def test_a_grid_has_a_run_per_combination_method_and_seed() -> None:
+    runs = planned({**RATES, "method.strength": ["1", "2"]}, "ewc", (0, 1))
+    settings = [(one.config.optimizer.learning_rate, one.config.method.options.strength, one.seed) for one in runs]
+    assert settings == [(r, s, seed) for r in (1e-3, 1e-2) for s in (1.0, 2.0) for seed in (0, 1)]
+    assert runs[0].config.output == "out/ewc-learning_rate=0.001-strength=1-seed0"
+    assert runs[0].title == "ewc, learning_rate=0.001, strength=1, seed 0"
+
+
+def test_methods_without_a_swept_option_have_one_run_for_all_its_values() -> None:
+    runs = planned({"method.strength": ["1", "2", "3"], "method.replay.fraction": ["0.1", "0.2"]})
+    assert [folder_name(one.method, one.setting, one.seed) for one in runs] == [
+        "sequential-seed0",
+        *(f"ewc-strength={value}-seed0" for value in (1, 2, 3)),
+        *(f"replay-fraction={value}-seed0" for value in (0.1, 0.2)),
+    ]
+    assert [one.config.method.options.replay.fraction for one in runs[-2:]] == [0.1, 0.2]
+
+
+def test_one_value_written_in_two_ways_is_one_run() -> None:
+    assert len(planned({"optimizer.learning_rate": ["1e-3", "0.001", "0.002"]}, "ewc")) == 2
+
+
+def test_a_sweep_leaves_the_configuration_as_it_was() -> None:
+    before = yaml.safe_dump(BASE)
+    planned({"tasks.*.train": ["8", "16"]})
+    assert yaml.safe_dump(BASE) == before
+
+
+@pytest.mark.parametrize(
+    ("sweeps", "words"),
+    [
+        ({"method.strengh": ["1", "2"]}, "none of the methods sequential, ewc, replay has this option"),
+        ({"seed": ["1", "2"]}, "--sweep seed: give --seeds instead"),
+        ({"optimizer.learning_rate": ["1", "x"]}, "c.yaml with sequential learning_rate=x: optimizer.learning_rate"),
+        ({"evaluation.text_metric": ["perplexity", "/", "?"]}, "evaluation.text_metric"),
+    ],
+)
+def test_what_cannot_be_swept_is_said_before_any_run(sweeps: dict[str, list[str]], words: str) -> None:
+    with pytest.raises(UserError, match=words) as raised:
+        planned(sweeps)
+    assert raised.value.exit_code == 2
+
+
+def test_values_are_split_at_commas_outside_brackets_and_quotes(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr("jaxcl.commands.compare.compare", lambda *arguments: seen.extend(arguments) or "page")
+    words = ["compare", "c", "--methods", "a", "--out", "o", "--jobs", "3"]
+    assert main([*words, "--sweep", "x.y=[1,2],[3]", "--sweep", 'z="a,b",c', "k=v"]) == 0
+    assert seen == ["c", ["k=v"], ["a"], None, Path("o"), {"x.y": ["[1,2]", "[3]"], "z": ['"a,b"', "c"]}, 3]
+
+
+@pytest.mark.parametrize("sweep", [["x"], ["x=1"], ["=1,2"], ["x=1,,2"], ["x=1,2", "--sweep", "x=3,4"]])
+def test_sweeps_without_a_key_or_a_choice_are_refused(sweep: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["compare", "c", "--methods", "a", "--out", "o", "--sweep", *sweep]
+    try:
+        code: object = main(words)
+    except SystemExit as error:
+        code = error.code
+    assert code == 2
+    assert "--sweep" in capsys.readouterr().err
+
+
+def write(path: Path, content: dict[str, Any]) -> str:
+    path.write_text(yaml.safe_dump(content))
+    return str(path)
+
+
+def test_a_sweep_is_run_once_and_can_be_widened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = [{**task, "train": 16, "dev": 4} for task in PAIRS["tasks"]]
+    content = {
+        **PAIRS,
+        "tasks": tasks,
+        "method": {"name": "ewc", "fisher_examples": 4},
+        "training": {"batch_size": 8, "steps": 1, "sinks": ["jsonl"]},
+        "evaluation": {"batch_size": 4, "max_new_tokens": 24},
+    }
+    out = tmp_path / "out"
+    words = ["compare", write(tmp_path / "c.yaml", content), "--methods", "sequential,ewc", "--out", str(out)]
+    assert main([*words, "--sweep", "optimizer.learning_rate=1e-3,1e-2"]) == 0
+    first = {path: path.stat().st_mtime_ns for path in out.glob("*/results.json")}
+    assert len(first) == 4
+    results = Results.read(out / "ewc-learning_rate=0.001-seed0" / "results.json")
+    assert results.dev is not None
+    assert len(results.dev) == 2
+    content = read_comparison(out)
+    assert content["sweep"]["chosen_by"] == {"sequential": "dev", "ewc": "dev"}
+
+    ran: list[str] = []
+    original = compare_module.run
+    monkeypatch.setattr(compare_module, "run", lambda config: ran.append(config.output) or original(config))
+    monkeypatch.setattr("jaxcl.run.sequence.build", _fails_for(str(out / "sequential-learning_rate=0.1-seed0")))
+    assert main([*words, "--sweep", "optimizer.learning_rate=1e-3,1e-2,0.1", "--methods", "sequential"]) == 0
+    assert len(ran) == 3
+    assert {path: path.stat().st_mtime_ns for path in first} == first  # what is finished is not run again
+    content = read_comparison(out)
+    assert list(content["sweep"]["failed"]) == ["sequential, learning_rate=0.1, seed 0"]
+    assert [one["setting"] for one in content["sweep"]["points"]] == ["learning_rate=0.001", "learning_rate=0.01"]
+
+
+def _fails_for(output: str) -> Any:
+    from jaxcl.run.components import build
+
+    def fails(config: Any, folder: Any) -> Any:
+        if config.output == output:
+            raise UserError("loss is nan")
+        return build(config, folder)
+
+    return fails
+
+
+@pytest.fixture
+def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Instead of a run, a process that says what it is given and ends as its seed says."""
+    script = (
+        "import sys, time, yaml; content = yaml.safe_load(open(sys.argv[1])); print(content['seed'])\n"
+        "open(content['output'] + '.started', 'w').write(str(time.monotonic()))\n"
+        "time.sleep(content['training']['log_every'] / 10)\n"
+        "open(content['output'] + '.ended', 'w').write(str(time.monotonic())); sys.exit(content['seed'])"
+    )
+    original = subprocess.Popen
+    monkeypatch.setattr(
+        jobs_module.subprocess,
+        "Popen",
+        lambda command, **options: original([sys.executable, "-c", script, command[-1]], **options),
+    )
+
+
+def configs(folder: Path, codes: dict[str, int], seconds: float = 0.1) -> Any:
+    training = {**PAIRS["training"], "log_every": int(10 * seconds)}
+    return {
+        name: parse_config(
+            {**PAIRS, "method": "sequential", "seed": code, "output": str(folder / name), "training": training}
+        )
+        for name, code in codes.items()
+    }
+
+
+def test_runs_go_on_though_some_fail(tmp_path: Path, scripts: None) -> None:
+    failed = run_jobs(configs(tmp_path, {"a": 0, "b": 1, "c": 0}), 1, tmp_path / "jobs")
+    assert failed == {"b": "1"}  # the last line of its log
+    assert {path.stem for path in tmp_path.glob("*.ended")} == {"a", "b", "c"}
+    assert yaml.safe_load((tmp_path / "jobs" / "a.yaml").read_text())["output"] == str(tmp_path / "a")
+
+
+def test_as_many_runs_at_once_as_asked_for(tmp_path: Path, scripts: None) -> None:
+    assert run_jobs(configs(tmp_path, {"a": 0, "b": 0, "c": 0}, seconds=1.0), 2, tmp_path / "jobs") == {}
+    started, ended = (
+        {path.stem: float(path.read_text()) for path in tmp_path.glob(f"*.{mark}")} for mark in ("started", "ended")
+    )
+    assert started["b"] < ended["a"]
+    assert started["c"] > min(ended["a"], ended["b"])
+
+
+def test_a_refused_configuration_stops_all(tmp_path: Path, scripts: None) -> None:
+    with pytest.raises(UserError, match=r"a: 2 \(.*a.log\)"):
+        run_jobs(configs(tmp_path, {"a": 2, "b": 0}), 1, tmp_path / "jobs")
+    assert not (tmp_path / "b.started").exists()
