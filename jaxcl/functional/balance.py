@@ -27,7 +27,12 @@ class Balance(NamedTuple):
         return cls(jnp.float32(0), jnp.float32(0))
 
     def add(self, term: Float[Array, ""], rest: Float[Array, ""]) -> Balance:
-        """Takes in the values of a step; one where the term is 0 or not finite says nothing and changes nothing."""
+        """Takes in the values of a step; one where the term is 0 or not finite says nothing and changes nothing.
+
+        Args:
+          term: the term's value.
+          rest: that of the other terms.
+        """
         known = (term > 0) & jnp.isfinite(term) & jnp.isfinite(rest)
 
         def mean(before: Array, now: Array) -> Array:

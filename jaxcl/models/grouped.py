@@ -42,7 +42,7 @@ def _values(x: Array, kernels: Array, sizes: Array) -> Array:
 @sequential_vmap
 @jax.named_scope(_SCOPE)
 def _slopes(x: Array, kernels: Array, sizes: Array, dy: Array) -> tuple[Array, ...]:
-    return jax.vjp(lambda *factors: jax.lax.ragged_dot(*factors, sizes), x, kernels)[1](dy)
+    return jax.vjp(lambda x, kernels: jax.lax.ragged_dot(x, kernels, sizes), x, kernels)[1](dy)
 
 
 @jax.custom_vjp
