@@ -49,15 +49,28 @@ def with_option(options: Mapping[str, Any], name: str, value: Any) -> dict[str, 
 
 _DAS = {"importance_examples": EXAMPLES}
 _SEEKR = {"layer_budget": 0.75, "head_budget": 0.5, "query_budget": 24, "store_logits": 64, "replay": REPLAY}
+_PULLS, _SHARES = (5.0, 20.0, 80.0), (0.1, 0.3, 1.0)
 RIVALS: dict[str, Rival] = {
     "sequential": Rival("sequential"),
     "replay": Rival("replay", {"replay": REPLAY}, "replay.fraction", (0.02, 0.05, 0.15)),
     "ewc": Rival("ewc", {"fisher_examples": EXAMPLES}, "strength", (100.0, 500.0, 2000.0)),
     "lwf": Rival("lwf", {}, "weight", (0.3, 1.0, 3.0)),
+    "lwf (start)": Rival("lwf", {"teacher": "start", "temperature": 1.0}, "weight", (0.3, 1.0, 3.0)),
     "derpp": Rival("derpp", {"replay": REPLAY}, "alpha", (0.1, 0.5, 2.0)),
     "seekr": Rival("seekr", _SEEKR, "attention_weight", (1.0, 10.0, 100.0)),
-    "das": Rival("das", _DAS | {"contrast_weight": 0.0}, "shared", ("free", "mean", "frozen")),
-    "das (contrast)": Rival("das", _DAS, "contrast_weight", (0.1, 1.0)),
+    "seekr (auto)": Rival("seekr", _SEEKR | {"attention_weight": "auto"}, "attention_share", _SHARES),
+    "seekr (random heads)": Rival(
+        "seekr", _SEEKR | {"attention_weight": "auto", "importance": "random"}, "attention_share", _SHARES
+    ),
+    "seekr (outputs)": Rival("seekr", _SEEKR | {"attention_weight": 0.0}, "logit_weight", (0.25, 0.5, 0.75)),
+    "das": Rival("das", _DAS, "strength", _PULLS),
+    "das (mask)": Rival("das", _DAS | {"hold": "mask"}, "mask_strength", (0.3, 1.0, 3.0)),
+    # Controls: the same, knowing less of what matters.
+    "das (permuted)": Rival("das", _DAS | {"selection": "permuted"}, "strength", _PULLS),
+    "das (layers)": Rival("das", _DAS | {"selection": "layer"}, "strength", _PULLS),
+    "das (uniform)": Rival("das", _DAS | {"selection": "none"}, "strength", _PULLS),
+    "das_paper": Rival("das_paper", _DAS | {"contrast_weight": 0.0}, "shared", ("free", "mean", "frozen")),
+    "das_paper (contrast)": Rival("das_paper", _DAS, "contrast_weight", (0.1, 0.3, 1.0)),
     "joint": Rival("joint"),
 }
 
