@@ -1,10 +1,7 @@
 """Mixture of experts: each token goes through the few feed-forward parts that a router chooses for it.
 
-No token is dropped: tokens are sorted by expert, and grouped products take groups of any size.
-Where experts are split over devices, each device computes what its own experts add to the tokens that it holds, and the
-parts are summed.
-
-Axis letters: b batch, l length, e expert, k experts of a token, d embed, f units of an expert.
+No token is dropped: tokens are sorted by expert, and grouped products take groups of any size. Where experts are split
+over devices, each device computes what its own experts add to the tokens that it holds, and the parts are summed.
 """
 
 from __future__ import annotations

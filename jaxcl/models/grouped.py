@@ -20,7 +20,7 @@ def grouped_product(
     Args:
       x: sorted by group.
       kernels: of each group.
-      sizes: rows of each group. What the product is in rows behind the last group is not defined.
+      sizes: rows of each group. What the product is in rows after the last group is not defined.
 
     Examples:
       >>> import jax.numpy as jnp

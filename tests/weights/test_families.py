@@ -134,10 +134,8 @@ def fused(tensors: dict[str, np.ndarray], layers: int, experts: int) -> dict[str
     return found
 
 
-@pytest.mark.parametrize(("name", "experts"), [("qwen3_moe", 5), ("olmoe", 4)])
-def test_experts_are_read_from_tensors_of_their_own_and_from_those_of_a_layer(
-    name: str, experts: int, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("name", ["qwen3_moe", "olmoe"])
+def test_experts_are_read_from_tensors_of_their_own_and_from_those_of_a_layer(name: str, tmp_path: Path) -> None:
     network = Network.create(config_of(name))
     params = random_params(network)
     save_hf(tmp_path / "model", network, params)
@@ -149,7 +147,7 @@ def test_experts_are_read_from_tensors_of_their_own_and_from_those_of_a_layer(
     np.testing.assert_array_equal(tensors[f"{block}experts.3.down_proj.weight"], kernels["down"][1, 3].T)
     for key, value in named(network, params).items():
         np.testing.assert_array_equal(tensors[key], value)
-    save_file(fused(tensors, 2, experts), tmp_path / "model" / "model.safetensors")
+    save_file(fused(tensors, layers=2, experts=4), tmp_path / "model" / "model.safetensors")
     assert_equal_bits(load_weights(tmp_path / "model")[1], params)
     # A part of the experts for each device.
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("tensor",))
