@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 from transformers import CONFIG_MAPPING
 
@@ -15,7 +17,7 @@ from jaxcl.errors import UserError
 from jaxcl.models.llama_config import LlamaConfig
 from jaxcl.models.network import Network
 from jaxcl.models.roberta import RobertaConfig
-from jaxcl.weights import load_weights, save_hf
+from jaxcl.weights import load_params, load_weights, save_hf
 from jaxcl.weights.families import FAMILIES, MISSING, family_of, find_family
 from jaxcl.weights.hf_config import from_hf, to_hf
 from jaxcl.weights.tree import flatten, unflatten
@@ -249,6 +251,21 @@ def test_the_norm_that_modernbert_lacks_is_in_no_file(tmp_path: Path) -> None:
     assert not [name for name in load_file(tmp_path / "model" / "model.safetensors") if "attn_norm" in name]
     _, found = load_weights(tmp_path / "model")
     assert found["blocks"]["attention_norm"]["scale"].shape == (1, 32)
+
+
+def test_the_norm_that_modernbert_lacks_is_left_out_where_devices_share_the_layers(tmp_path: Path) -> None:
+    network = Network.create(config_of("modernbert"))
+    save_hf(tmp_path / "model", network, random_params(network))
+    mesh = Mesh(np.array(jax.devices()[:1]), ("stage",))
+    places = jax.tree.map(
+        lambda axes: NamedSharding(mesh, PartitionSpec(*("stage" if axis == "layers" else None for axis in axes))),
+        network.axes(),
+        is_leaf=lambda axes: isinstance(axes, tuple),
+    )
+    shared, whole = (load_params(tmp_path / "model", network, shardings=given) for given in (places, None))
+    assert_equal_bits(shared, whole)
+    assert not np.any(shared["blocks"]["attention_norm"]["scale"][0])
+    assert np.all(shared["blocks"]["attention_norm"]["scale"][1])
 
 
 def test_both_heads_of_debertas_files_are_read(tmp_path: Path) -> None:
