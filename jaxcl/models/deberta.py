@@ -3,6 +3,7 @@ r"""DeBERTa-v3 (arXiv 2111.09543): RoBERTa's layers, whose attention also reads 
 Scores of query i and key j are $(Q_i \cdot K_j + Q_i \cdot K'_{b(i-j)} + K_j \cdot Q'_{b(i-j)}) / \sqrt{3 d}$ (DeBERTa,
 arXiv 2006.03654, equation 4): K' and Q' are the layer's own projections of vectors of distances, which all layers
 share, and b puts distances into buckets that grow with them. Attention runs on XLA, with an array of all scores.
+Dropout leaves the vectors of distances alone.
 
 Axis names: batch, length, heads, head_dim, embed, vocab, layers, places (of distances).
 """

@@ -183,8 +183,6 @@ _DEBERTA = {
     "norm_rel_ebd": "layer_norm",
     "position_biased_input": False,
     "type_vocab_size": 0,
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
 }
 OWN_MODELS: dict[str, dict[str, Any]] = {
     "modernbert": _MODERNBERT,
@@ -200,6 +198,8 @@ OWN_MODELS: dict[str, dict[str, Any]] = {
         "classifier_bias": True,
         "decoder_bias": False,
         "classifier_pooling": "mean",
+        **dict.fromkeys(("embedding_dropout", "mlp_dropout", "classifier_dropout"), 0.1),
+        "attention_dropout": 0.2,
         "classifier_activation": "silu",
         "hidden_activation": "gelu_pytorch_tanh",
     },

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 from transformers import CONFIG_MAPPING
 
@@ -151,7 +151,7 @@ def test_experts_are_read_from_tensors_of_their_own_and_from_those_of_a_layer(na
     assert_equal_bits(load_weights(tmp_path / "model")[1], params)
     # A part of the experts for each device.
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("tensor",))
-    split, whole = (jax.sharding.NamedSharding(mesh, spec) for spec in (P(None, "tensor"), P()))
+    split, whole = (jax.sharding.NamedSharding(mesh, spec) for spec in (PartitionSpec(None, "tensor"), PartitionSpec()))
     shardings = jax.tree.map(lambda leaf: split if len(leaf.shape) == 4 else whole, network.shapes())
     assert_equal_bits(load_params(tmp_path / "model", network, shardings=shardings), params)
 
@@ -318,6 +318,21 @@ def test_the_norm_that_modernbert_lacks_is_in_no_file(tmp_path: Path) -> None:
     assert not [name for name in load_file(tmp_path / "model" / "model.safetensors") if "attn_norm" in name]
     _, found = load_weights(tmp_path / "model")
     assert found["blocks"]["attention_norm"]["scale"].shape == (1, 32)
+
+
+def test_the_norm_that_modernbert_lacks_is_left_out_where_devices_share_the_layers(tmp_path: Path) -> None:
+    network = Network.create(config_of("modernbert"))
+    save_hf(tmp_path / "model", network, random_params(network))
+    mesh = Mesh(np.array(jax.devices()[:1]), ("stage",))
+    places = jax.tree.map(
+        lambda axes: NamedSharding(mesh, PartitionSpec(*("stage" if axis == "layers" else None for axis in axes))),
+        network.axes(),
+        is_leaf=lambda axes: isinstance(axes, tuple),
+    )
+    shared, whole = (load_params(tmp_path / "model", network, shardings=given) for given in (places, None))
+    assert_equal_bits(shared, whole)
+    assert not np.any(shared["blocks"]["attention_norm"]["scale"][0])
+    assert np.all(shared["blocks"]["attention_norm"]["scale"][1])
 
 
 def test_both_heads_of_debertas_files_are_read(tmp_path: Path) -> None:

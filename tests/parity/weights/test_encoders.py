@@ -127,7 +127,7 @@ def test_a_classifier_goes_there_and_back(name: str, tmp_path: Path) -> None:
 
 def test_a_body_alone_and_a_classifier_on_it(tmp_path: Path) -> None:
     """What a masked-LM checkpoint becomes when a classifier is put on it, here and there."""
-    for name in sorted({key.split("-")[0] for key in OWN_MODELS}):
+    for name in ("modernbert", "deberta-v2"):
         model = random_model(name, AutoModelForMaskedLM)
         folder = tmp_path / name
         model.save_pretrained(folder)
