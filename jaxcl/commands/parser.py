@@ -228,7 +228,7 @@ def _plan(commands: _Commands) -> None:
         "--topology",
         required=True,
         metavar="KIND:GRID",
-        help="kind of chip (v4, v5e, v5p or v6e) and grid, such as v5e:4x4",
+        help="kind of chip (v4, v5e, v5p, v6e; GPUs l4, rtx4090) and grid, such as v5e:4x4",
     )
     planned.add_argument("--mesh", default="", metavar="AXIS=N,...", help="sizes of mesh axes; short for mesh.AXIS=N")
     planned.add_argument("--steps", type=_names, default=None, metavar="A,B", help="train, replay, ...; default: all")

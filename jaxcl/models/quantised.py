@@ -133,8 +133,9 @@ def dequantise(codes: Int[Array, "..."], scale: Float[Array, "..."], dtype: Any 
     if codes.dtype == jnp.int8:
         return (codes.astype(jnp.float32) * scale).astype(dtype)
     axis = _blocked(codes.shape, scale.shape)
-    levels = _levels(_unpacked(codes, axis))
-    return (levels * jnp.repeat(scale, levels.shape[axis] // scale.shape[axis], axis)).astype(dtype)
+    whole = _unpacked(codes, axis)
+    blocks = whole.reshape(*scale.shape[: axis + 1], -1, *scale.shape[axis + 1 :])
+    return _levels(blocks, jnp.expand_dims(scale, axis + 1)).reshape(whole.shape).astype(dtype)
 
 
 def quantised_product(
@@ -226,9 +227,13 @@ def _unpacked(codes: UInt8[Array, "..."], axis: int) -> UInt8[Array, "..."]:
     return pairs.reshape(*codes.shape[:axis], -1, *codes.shape[axis + 1 :])
 
 
-def _levels(codes: UInt8[Array, "..."]) -> Float[Array, "..."]:
-    """The levels of codes, chosen bit by bit: accelerators are slow at looking up single numbers."""
-    values: list[Any] = [jnp.float32(level) for level in NF4]
+def _levels(codes: UInt8[Array, "..."], scale: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The levels of codes times their scales, chosen bit by bit: accelerators are slow at looking up single numbers.
+
+    The levels of each block are scaled first: levels alone would be constants, and XLA on CPUs would make an array of
+    the kernel's size of each, outside the loop over layers.
+    """
+    values: list[Any] = [level * scale for level in NF4]
     for bit in range(4):
         is_set = (codes >> bit) & 1 == 1
         values = [jnp.where(is_set, high, low) for low, high in zip(values[::2], values[1::2], strict=True)]

@@ -16,6 +16,8 @@ from jaxcl.weights.tree import flatten
 from tests.tiny.batches import batch_of
 from tests.tiny.networks import BUILDERS, params_of, row_losses
 
+pytestmark = pytest.mark.optimised  # a compiled program's memory is read
+
 SEGMENTS = [[1, 1, 1, 2, 2, 0], [1, 1, 1, 1, 1, 1]]
 TARGETS = {
     "llama": ("query", "key", "value", "out", "gate", "up", "down"),
@@ -155,6 +157,27 @@ def test_no_pass_keeps_a_dequantised_kernel() -> None:
         return results
 
     assert not kept(network) & kernels
+
+
+@pytest.mark.parametrize("how", ["int8", "nf4"])
+def test_a_step_needs_no_more_than_the_kernels_of_one_layer(how: str) -> None:
+    """In float32, even if products are bfloat16: so the compiler for CPUs has it."""
+    sizes: dict[str, Any] = {"hidden_size": 128, "head_dim": 32, "num_layers": 4}
+    network = held("llama", how, **sizes, compute={"remat": "full", "dtype": "bfloat16", "param_dtype": "bfloat16"})
+    batch = batch_of(SEGMENTS)
+
+    def loss(part: Any, params: Any) -> Any:
+        return jnp.sum(row_losses(network, overlay(params, part), batch))
+
+    shapes = network.shapes()
+    compiled = jax.jit(jax.grad(loss)).lower(trained(shapes), shapes).compile()
+    plain = flatten(network.unquantised.shapes())
+    layer = sum(
+        4 * leaf.size // leaf.shape[0]
+        for path, leaf in plain.items()
+        if path.startswith("blocks/") and "kernel" in path
+    )
+    assert compiled.memory_analysis().temp_size_in_bytes < 2 * layer
 
 
 @pytest.mark.parametrize("how", ["int8", "nf4"])
