@@ -21,7 +21,9 @@ from benchmarks.frontier.methods import RIVALS, tuning_points
 from benchmarks.frontier.records import Point, Record, append, file_of, read
 from benchmarks.frontier.summary import best_settings, draw, tables
 from benchmarks.frontier.testbeds import TESTBEDS
+from jaxcl.config import parse_config
 from jaxcl.models.batch import Batch
+from jaxcl.run import sequence
 from jaxcl.training.feed import place_batch
 from jaxcl.training.optimizer import OptimizerConfig, make_parts
 from tests.tiny.networks import tiny_llama
@@ -117,6 +119,27 @@ def test_kept_bytes_are_the_methods_state_and_what_is_remembered(tmp_path: Path)
     (tmp_path / "config.yaml").write_bytes(b"1" * 100)
     state: Any = SimpleNamespace(method_state={"fisher": jnp.zeros(10)})
     assert points.kept_bytes(state, folder) == 40 + 5 + 3
+
+
+@pytest.mark.slow
+def test_a_point_is_the_run_of_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    try:
+        points.data_root()
+    except SystemExit as error:
+        pytest.skip(str(error))
+    testbed = dataclasses.replace(TESTBEDS["text_quick"], name="text_tiny", steps=3, rows=8)
+    monkeypatch.setitem(points.TESTBEDS, "text_tiny", testbed)
+    point = Point("text_tiny", "stories,papers", "ewc", "ewc", {"fisher_examples": 4}, 3e-3, 5)
+    setting = points.Setting(point, tmp_path)
+    points.measure(setting, dataclasses.replace(point, learning_rate=0.1, seed=0))  # leaves nothing behind
+    found = points.measure(setting, point)
+    config = testbed.config(point.tasks, "dev", {"name": "ewc", **point.options}, tmp_path)
+    config |= {"seed": 5, "optimizer": {**config["optimizer"], "learning_rate": 3e-3}}
+    results = sequence.run(parse_config(config)).results
+    for ours, theirs in zip(found["matrix"], results.matrix, strict=True):
+        assert ours == pytest.approx([np.log(score) for score in theirs if score is not None], rel=1e-4)
+    assert found["learned"] == pytest.approx(np.mean([found["matrix"][0][0], found["matrix"][1][1]]), abs=1e-4)
+    assert found["drift"] == pytest.approx(found["general"][-1] - found["general"][0], abs=2e-5)
 
 
 # Records

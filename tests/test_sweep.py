@@ -17,7 +17,7 @@ from jaxcl.config import parse_config
 from jaxcl.errors import UserError
 from jaxcl.evaluation.results import Results
 from jaxcl.reporting.comparison import read_comparison
-from tests.tiny.runs import PAIRS
+from tests.tiny.runs import PAIRS, TEXT, run
 
 BASE = {**PAIRS, "method": {"name": "ewc", "strength": 10.0}}
 RATES = {"optimizer.learning_rate": ["1e-3", "0.01"]}
@@ -124,6 +124,21 @@ def test_a_sweep_is_run_once_and_can_be_widened(tmp_path: Path, monkeypatch: pyt
     content = read_comparison(out)
     assert list(content["sweep"]["failed"]) == ["sequential, learning_rate=0.1, seed 0"]
     assert [one["setting"] for one in content["sweep"]["points"]] == ["learning_rate=0.001", "learning_rate=0.01"]
+
+
+def test_dev_scores_are_those_of_the_model_at_the_end_on_dev_rows(tmp_path: Path) -> None:
+    content = {
+        **TEXT,
+        "tasks": [{key: value for key, value in task.items() if key != "end_task"} for task in TEXT["tasks"]],
+        "training": {"batch_size": 8, "steps": 1, "sinks": ["jsonl"]},
+        "evaluation": {"batch_size": 8, "limit": 8},
+    }
+    both = run({**content, "evaluation": {"batch_size": 8, "limit": 8, "dev": True}}, tmp_path / "both", "sequential")
+    on_dev = {"batch_size": 8, "limit": 8, "split": "dev"}
+    other = run({**content, "evaluation": on_dev}, tmp_path / "other", "sequential")
+    assert both.dev == pytest.approx(other.matrix[-1])
+    assert both.matrix[-1] != pytest.approx(other.matrix[-1])
+    assert other.dev is None
 
 
 def _fails_for(output: str) -> Any:

@@ -166,7 +166,8 @@ def direction(root: Path) -> Iterator[Row]:
 
 def number(root: Path) -> Iterator[Row]:
     """Numeric value of a character, by its name (the Python library's Unicode tables)."""
-    yield from _embedded("unicode_numeric", {str(digit): str(digit) for digit in range(10)}, "Value:")
+    words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    yield from _embedded("unicode_numeric", {str(digit): word for digit, word in enumerate(words)}, "Value:")
 
 
 def _embedded(name: str, words: dict[str, str], question: str) -> Iterator[Row]:

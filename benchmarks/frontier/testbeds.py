@@ -93,6 +93,8 @@ TESTBEDS = {
     one.name: one
     for one in (
         Testbed("text", "text", _DOMAINS, steps=60, batch_size=8, rows=64, data=_TEXT, characters=200_000),
+        # Not for choosing: to see that everything works.
+        Testbed("text_quick", "text", _DOMAINS, steps=25, batch_size=8, rows=32, data=_TEXT, characters=60_000),
         # The same at the size of the first measurements: three and a half times the work.
         Testbed("text_long", "text", _DOMAINS, steps=100, batch_size=16, rows=96, data=_TEXT, characters=500_000),
         Testbed(

@@ -62,8 +62,10 @@ def _header(content: Content) -> str:
     unfinished = [row["folder"] for row in content["runs"] if row.get("finished") is False]
     warning = f'<p class="warn">Not finished: {text(", ".join(unfinished))}</p>' if unfinished else ""
     names = f"{', '.join(methods[:-1])} and {methods[-1]}" if len(methods) > 1 else methods[0]
+    swept = sum(len(point["runs"]) for point in content.get("sweep", {}).get("points", []))
     facts = [
-        f"{len(content['runs'])} run{'s' if len(content['runs']) != 1 else ''}",
+        f"{swept or len(content['runs'])} run{'s' if (swept or len(content['runs'])) != 1 else ''}",
+        *([f"in detail: the {len(content['runs'])} with a chosen setting"] if swept else []),
         f"seed{'s' if len(seeds) != 1 else ''} {', '.join(map(str, seeds))}",
         ", ".join(dict.fromkeys(content["metric"])),
     ]

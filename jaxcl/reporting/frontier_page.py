@@ -36,16 +36,16 @@ def sections(content: Mapping[str, Any]) -> list[str]:
     sweep, points = content["sweep"], points_of(content["sweep"])
     methods = list(content["methods"])
     chosen = {point.method: point for point in points if point.chosen}
-    how = "; ".join(
-        f"{text(', '.join(names))} {_HOW[by]}"
-        for by in dict.fromkeys(sweep["chosen_by"].values())
-        if (names := [name for name in methods if sweep["chosen_by"].get(name) == by])
-    )
+    kinds = dict.fromkeys(sweep["chosen_by"].values())
+    names = {by: text(", ".join(name for name in methods if sweep["chosen_by"][name] == by)) for by in kinds}
+    how = "; ".join(f"{names[by] if len(kinds) > 1 else ''} {_HOW[by]}".strip() for by in kinds)
     failed = "".join(f"<li>{text(title)}: {text(why)}</li>" for title, why in sweep["failed"].items())
+    # With a single task nothing is kept, and joint training learns all at once.
+    drawn = any(point.values("bwt") for point in points)
     return [
         section(
             "Learning and keeping",
-            figure(frontier_plot(points, methods, higher_is_better=direction(content))),
+            figure(frontier_plot(points, methods, higher_is_better=direction(content))) if drawn else "",
             _chosen(chosen),
             _differences(chosen, higher_is_better=direction(content)),
             note=f"Each dot is a setting; the line joins those that no other setting of the method beats in both. "

@@ -104,8 +104,15 @@ def test_the_page_shows_the_frontier_and_the_chosen_settings_in_detail(
     runs, sweep = swept
     page = write_comparison(tmp_path, runs, sweep)
     shown = check_page(page.read_text(encoding="utf-8"))
-    for words in ("Learning and keeping", "Better than sequential by", "All settings", "by the mean score on the dev",
-                  "ewc, rate=9, seed 0: loss is nan <b>"):  # fmt: skip
+    for words in (
+        "6 runs",
+        "in detail: the 4 with a chosen setting",
+        "Learning and keeping",
+        "Chosen by the mean score on the dev rows",
+        "Better than sequential by",
+        "All settings",
+        "ewc, rate=9, seed 0: loss is nan <b>",
+    ):
         assert words in shown.text
     assert {f"{run.name.replace('=', '%3D')}/report.html" for run in runs} <= set(shown.links)
     content = read_comparison(tmp_path)
