@@ -23,7 +23,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from jaxcl.functional.soft_masks import Unit
 
 Accumulation = Literal["sum", "maximum"]
-Selection = Literal["measured", "permuted", "layer", "none"]
+Selection = Literal["measured", "permuted", "layer"]
 
 _MOST = 4.0  # largest mask that keeps a layer's mean
 
@@ -121,42 +121,64 @@ class RowColumn(NamedTuple):
 
         return jax.tree.map(product, self.inputs, self.outputs, sides)
 
+    def tempered(self, power: float, params: PyTree, sides: PyTree) -> RowColumn:
+        r"""The importance $k F^p$, with $k$ such that its mean over all params is that of $F$.
+
+        A few params hold most of the Fisher information. The lower the power, the more evenly it is spread.
+
+        Args:
+          power: p in [0, 1]; 0 makes all params equal, where there is any importance.
+          params: the params, or anything with their tree and shapes.
+          sides: see `RowColumn.zero`.
+        """
+        if power == 1:
+            return self
+
+        def raised(values: Array, others: Array, rows: Array, columns: Array, side: Sides, summed: Any) -> Array:
+            scale = _total(rows, columns, side) ** power
+            return values**power * (jnp.sum(others**power, axis=summed, keepdims=True) / scale)
+
+        def of_rows(rows: Array, columns: Array, side: Sides) -> Array:
+            return raised(rows, columns, rows, columns, side, side.outputs) if side.outputs else rows**power
+
+        def of_columns(rows: Array, columns: Array, side: Sides) -> Array:
+            if side.outputs:
+                return raised(columns, rows, rows, columns, side, side.inputs)
+            return jnp.sum(rows**power, axis=side.inputs, keepdims=True)
+
+        rows, columns = (jax.tree.map(one, self.inputs, self.outputs, sides) for one in (of_rows, of_columns))
+        found = RowColumn(rows, columns)
+        mean = found.mean(params)
+        return found.scaled(self.mean(params) / jnp.where(mean == 0, 1.0, mean))
+
     def mean(self, params: PyTree) -> Array:
         """The mean importance over all params, float32."""
         total = sum((jnp.sum(leaf) for leaf in jax.tree.leaves(self.inputs)), jnp.float32(0))
         return total / sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
-def select(importance: RowColumn, params: PyTree, sides: PyTree, how: Selection, key: PRNGKeyArray) -> RowColumn:
+def select(importance: RowColumn, sides: PyTree, how: Selection, key: PRNGKeyArray) -> RowColumn:
     """The importance, or a control that knows less of it.
 
     Args:
       importance: as measured.
-      params: the params, or anything with their tree and shapes.
       sides: see `RowColumn.zero`.
       how: `measured`: as it is; `permuted`: the numbers of a side are permuted, of every layer by itself; `layer`:
-        every param of a layer's matrix gets its mean; `none`: every param of the model gets the mean of all.
+        every param of a layer's matrix gets its mean.
       key: for the permutations: the same key permutes alike.
     """
     if how == "measured":
         return importance
-    keys = iter(jax.random.split(key, 2 * len(jax.tree.leaves(params))))
-    mean = importance.mean(params)
+    keys = iter(jax.random.split(key, 2 * len(jax.tree.leaves(importance.inputs))))
 
-    def change(values: Array, leaf: Any, axes: tuple[int, ...], others: tuple[int, ...]) -> Array:
+    def change(values: Array, axes: tuple[int, ...]) -> Array:
         if how == "permuted":
             return _permuted(values, axes, next(keys))
-        if how == "layer":
-            return jnp.broadcast_to(jnp.mean(values, axis=axes, keepdims=True), values.shape)
-        return jnp.full_like(values, mean * math.prod(leaf.shape[axis] for axis in others))
+        return jnp.broadcast_to(jnp.mean(values, axis=axes, keepdims=True), values.shape)
 
     return RowColumn(
-        jax.tree.map(
-            lambda x, leaf, side: change(x, leaf, side.inputs, side.outputs), importance.inputs, params, sides
-        ),
-        jax.tree.map(
-            lambda x, leaf, side: change(x, leaf, side.outputs, side.inputs), importance.outputs, params, sides
-        ),
+        jax.tree.map(lambda values, side: change(values, side.inputs), importance.inputs, sides),
+        jax.tree.map(lambda values, side: change(values, side.outputs), importance.outputs, sides),
     )
 
 

@@ -74,6 +74,13 @@ class DasOptions(MethodOptions):
         description="row_column: a number per row and per column of a matrix; full: one per param, as much memory "
         "as the trained params",
     )
+    evenness: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="importance is used as k F^(1 - evenness), with the mean of F; 0: as measured, where a few params "
+        "hold most of it; 1: all params alike",
+    )
     accumulate: Accumulation = Field(
         "sum", description="importance for all domains so far: the sum over domains, or the maximum"
     )
@@ -90,7 +97,7 @@ class DasOptions(MethodOptions):
     selection: Selection = Field(
         "measured",
         description="controls for experiments; measured: importance as it is; permuted: its rows and columns permuted "
-        "within each layer's matrix; layer: the mean of each layer's matrix; none: one mean for all params",
+        "within each layer's matrix; layer: the mean of each layer's matrix (evenness 1: the mean of all params)",
     )
 
 
@@ -143,7 +150,7 @@ class Das(Method[DasOptions]):
         """Stiffness and anchor of the pull, and the masks."""
         found: dict[str, Any] = {}
         if self.pulls:
-            full = state["importance"].full(self.sides())
+            full = self.spread(state["importance"]).full(self.sides())
             stiffness = jax.tree.map(lambda leaf: self.options.strength * leaf, full)
             found |= {"anchor": state["anchor"], "stiffness": stiffness}
         if self.masks:
@@ -190,17 +197,25 @@ class Das(Method[DasOptions]):
         half = self.options.anchor_dtype == "bfloat16"
         return jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16) if half else leaf, trained(params))
 
+    def spread(self, importance: RowColumn) -> RowColumn:
+        """The importance as it is used, see `evenness`; pure."""
+        return importance.tempered(1.0 - self.options.evenness, trained(self.network.shapes()), self.sides())
+
     def masks_of(self, importance: RowColumn) -> Params:
         """The soft mask of every trained param; pure."""
         shapes = trained(self.network.shapes())
         return row_column_masks(
-            importance, shapes, self.sides(), strength=self.options.mask_strength, keep_mean=self.options.keep_mean
+            self.spread(importance),
+            shapes,
+            self.sides(),
+            strength=self.options.mask_strength,
+            keep_mean=self.options.keep_mean,
         )
 
     def needs(self, importance: RowColumn) -> dict[str, Array]:
         """How far units are needed, `F / (F + mean F)` averaged over their params, `[layers, units]`; pure."""
         shapes, sides = trained(self.network.shapes()), self.sides()
-        masks = row_column_masks(importance, shapes, sides, strength=1.0, keep_mean=False)
+        masks = row_column_masks(self.spread(importance), shapes, sides, strength=1.0, keep_mean=False)
         needs = jax.tree.map(lambda mask: 1.0 - mask, masks)
         sizes = {kind: gate.shape for kind, gate in vars(self.network.gates()).items()}
         return unit_means(needs, trained(self.network.units()), sizes)
@@ -230,10 +245,10 @@ class Das(Method[DasOptions]):
 
     def update_state(self, state: State, sums: Sums, place: Array) -> State:
         """Takes a finished measurement into the state; pure."""
-        options, shapes, sides = self.options, trained(self.network.shapes()), self.sides()
+        options = self.options
         new = sums.total.scaled(1.0 / jnp.maximum(sums.tokens, 1.0))
         # The same key for every domain, so that what was permuted alike adds up alike.
-        new = select(new, shapes, sides, options.selection, jax.random.key(0))
+        new = select(new, self.sides(), options.selection, jax.random.key(0))
         history = {kind: state["history"][kind].at[place].set(one) for kind, one in self.needs(new).items()}
         importance = state["importance"].accumulated(new, options.accumulate, options.decay)
         return {**state, "importance": importance, "history": history}

@@ -164,9 +164,12 @@ def test_what_is_kept_is_a_choice() -> None:
     # The same draws: rows and columns are the sums of the squares in full.
     assert_close(RowColumn.of(full.inputs, method.sides()), plain["importance"])
     extra = method.update_args(params, plain, make_batch(), task.key)
-    stiffness = plain["importance"].full(method.sides())
+    stiffness = method.spread(plain["importance"]).full(method.sides())
     assert_close(extra["stiffness"], jax.tree.map(lambda leaf: method.options.strength * leaf, stiffness))
-    for selection in ("permuted", "layer", "none"):
+    even = Das(DasOptions(evenness=1.0, strength=3.0), network, 1).update_args(params, plain, make_batch(), task.key)
+    mean = 3.0 * plain["importance"].mean(params)
+    assert_close(even["stiffness"], jax.tree.map(lambda leaf: jnp.full_like(leaf, mean), params))
+    for selection in ("permuted", "layer"):
         control = known(selection=selection)[1]["importance"]
         kernel = control.inputs["blocks"]["mlp"]["up"]["kernel"]
         assert not np.allclose(kernel, plain["importance"].inputs["blocks"]["mlp"]["up"]["kernel"])

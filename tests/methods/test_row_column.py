@@ -68,33 +68,45 @@ def test_accumulation_has_no_ceiling_and_releases() -> None:
     np.testing.assert_allclose(crossed, np.outer([1, 3], [2, 7]) / 6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("how", ["permuted", "layer", "none"])
+@pytest.mark.parametrize("how", ["permuted", "layer"])
 def test_controls_keep_what_they_say(how: Any) -> None:
     kept = RowColumn.of(IMPORTANCE, SIDES)
-    found = select(kept, PARAMS, SIDES, how, jax.random.key(3))
-    jax.tree.map(np.testing.assert_array_equal, found, select(kept, PARAMS, SIDES, how, jax.random.key(3)))
+    found = select(kept, SIDES, how, jax.random.key(3))
+    jax.tree.map(np.testing.assert_array_equal, found, select(kept, SIDES, how, jax.random.key(3)))
     full, before = found.full(SIDES), kept.full(SIDES)
-    np.testing.assert_allclose(found.mean(PARAMS), kept.mean(PARAMS), rtol=1e-5)
     for name, side in SIDES.items():
         own = (*side.inputs, *side.outputs)
         means = np.mean(before[name], axis=own, keepdims=True)
-        if how == "none":
-            np.testing.assert_allclose(full[name], kept.mean(PARAMS), rtol=1e-5)
-        else:
-            np.testing.assert_allclose(np.mean(full[name], axis=own, keepdims=True), means, rtol=1e-5)
+        np.testing.assert_allclose(np.mean(full[name], axis=own, keepdims=True), means, rtol=1e-5)
         if how == "layer":
             np.testing.assert_allclose(full[name], np.broadcast_to(means, full[name].shape), rtol=1e-5)
         if how == "permuted":
-            layers = [0, 1] if 0 not in own else [...]
             orders = []
-            for layer in layers:
+            for layer in [0, 1] if 0 not in own else [...]:
                 one, other = (np.ravel(tree.inputs[name][layer]) for tree in (kept, found))
                 np.testing.assert_array_equal(np.sort(one), np.sort(other))
                 orders.append([int(np.flatnonzero(one == value)[0]) for value in other])
             assert any(order != sorted(order) for order in orders), name
             # Heads and their dimensions are permuted together, layers apart from each other.
             assert name != "out" or orders[0] != orders[1]
-    assert select(kept, PARAMS, SIDES, "measured", jax.random.key(3)) is kept
+    assert select(kept, SIDES, "measured", jax.random.key(3)) is kept
+
+
+@pytest.mark.parametrize("power", [0.0, 0.3, 1.0])
+def test_spreading_evenly_keeps_the_mean(power: float) -> None:
+    kept = RowColumn.of(IMPORTANCE, SIDES)
+    found = kept.tempered(power, PARAMS, SIDES)
+    np.testing.assert_allclose(found.mean(PARAMS), kept.mean(PARAMS), rtol=1e-5)
+    raised = {name: leaf**power for name, leaf in by_hand(IMPORTANCE).items()}
+    factor = float(kept.mean(PARAMS)) / np.mean(np.concatenate([np.ravel(leaf) for leaf in raised.values()]))
+    for name, leaf in found.full(SIDES).items():
+        np.testing.assert_allclose(leaf, factor * raised[name], rtol=1e-4, err_msg=name)
+    # What is kept are the sums of what it says in full.
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), RowColumn.of(found.full(SIDES), SIDES), found
+    )
+    none = RowColumn.zero(PARAMS, SIDES).tempered(power, PARAMS, SIDES)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(none))
 
 
 def test_masks_are_the_formula() -> None:
