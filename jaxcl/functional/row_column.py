@@ -121,35 +121,19 @@ class RowColumn(NamedTuple):
 
         return jax.tree.map(product, self.inputs, self.outputs, sides)
 
-    def tempered(self, power: float, params: PyTree, sides: PyTree) -> RowColumn:
-        r"""The importance $k F^p$, with $k$ such that its mean over all params is that of $F$.
+    def evened(self, evenness: float, params: PyTree, sides: PyTree) -> PyTree:
+        r"""The importance of every param, $(1 - e) F + e \bar F$ with the mean $\bar F$ over all params.
 
-        A few params hold most of the Fisher information. The lower the power, the more evenly it is spread.
+        A few params hold most of the Fisher information. The mean stays as it is; the greater `evenness`, in [0, 1], the
+        more alike params are.
 
         Args:
-          power: p in [0, 1]; 0 makes all params equal, where there is any importance.
+          evenness: e.
           params: the params, or anything with their tree and shapes.
           sides: see `RowColumn.zero`.
         """
-        if power == 1:
-            return self
-
-        def raised(values: Array, others: Array, rows: Array, columns: Array, side: Sides, summed: Any) -> Array:
-            scale = _total(rows, columns, side) ** power
-            return values**power * (jnp.sum(others**power, axis=summed, keepdims=True) / scale)
-
-        def of_rows(rows: Array, columns: Array, side: Sides) -> Array:
-            return raised(rows, columns, rows, columns, side, side.outputs) if side.outputs else rows**power
-
-        def of_columns(rows: Array, columns: Array, side: Sides) -> Array:
-            if side.outputs:
-                return raised(columns, rows, rows, columns, side, side.inputs)
-            return jnp.sum(rows**power, axis=side.inputs, keepdims=True)
-
-        rows, columns = (jax.tree.map(one, self.inputs, self.outputs, sides) for one in (of_rows, of_columns))
-        found = RowColumn(rows, columns)
-        mean = found.mean(params)
-        return found.scaled(self.mean(params) / jnp.where(mean == 0, 1.0, mean))
+        mean = evenness * self.mean(params)
+        return jax.tree.map(lambda leaf: (1 - evenness) * leaf + mean, self.full(sides))
 
     def mean(self, params: PyTree) -> Array:
         """The mean importance over all params, float32."""
@@ -183,14 +167,11 @@ def select(importance: RowColumn, sides: PyTree, how: Selection, key: PRNGKeyArr
 
 
 @jax.named_scope("soft_mask")
-def row_column_masks(
-    importance: RowColumn, params: PyTree, sides: PyTree, *, strength: float, keep_mean: bool
-) -> PyTree:
+def importance_masks(importance: PyTree, sides: PyTree, *, strength: float, keep_mean: bool) -> PyTree:
     r"""Soft masks by params, $1 / (1 + c F / \bar F)$ with the mean $\bar F$ over all params; 1 if all are 0.
 
     Args:
-      importance: of the params.
-      params: the params, or anything with their tree and shapes.
+      importance: of every param.
       sides: see `RowColumn.zero`.
       strength: c: a param of mean importance moves by `1 / (1 + c)`.
       keep_mean: divide by the mean over each layer's param, up to 4, so that mean steps are as without masks.
@@ -199,11 +180,11 @@ def row_column_masks(
       A tree like the params, float32.
 
     Examples:
-      >>> importance = RowColumn.of(jnp.array([1.0, 0.0]), Sides((0,), ()))
-      >>> row_column_masks(importance, jnp.ones(2), Sides((0,), ()), strength=1.0, keep_mean=False).tolist()
+      >>> importance_masks(jnp.array([1.0, 0.0]), Sides((0,), ()), strength=1.0, keep_mean=False).tolist()
       [0.3333333432674408, 1.0]
     """
-    mean = importance.mean(params)
+    leaves = jax.tree.leaves(importance)
+    mean = sum((jnp.sum(leaf) for leaf in leaves), jnp.float32(0)) / sum(leaf.size for leaf in leaves)
     mean = jnp.where(mean == 0, 1.0, mean)
 
     def mask(values: Array, side: Sides) -> Array:
@@ -212,7 +193,7 @@ def row_column_masks(
             return found
         return jnp.minimum(found / jnp.mean(found, axis=(*side.inputs, *side.outputs), keepdims=True), _MOST)
 
-    return jax.tree.map(mask, importance.full(sides), sides)
+    return jax.tree.map(mask, importance, sides)
 
 
 def unit_means(values: PyTree, units: PyTree, sizes: Mapping[str, tuple[int, int]]) -> dict[str, Array]:

@@ -26,7 +26,7 @@ from jaxtyping import Array, Float
 from pydantic import Field
 
 from jaxcl.functional.elastic_pull import elastic_optimizer
-from jaxcl.functional.row_column import Accumulation, RowColumn, Selection, Sides, row_column_masks, select, unit_means
+from jaxcl.functional.row_column import Accumulation, RowColumn, Selection, Sides, importance_masks, select, unit_means
 from jaxcl.methods.base import Method, OptimizerParts, Params, State, Task
 from jaxcl.methods.options import MethodOptions
 from jaxcl.methods.passes.squares import add_row_squares, drawn_squares
@@ -78,8 +78,8 @@ class DasOptions(MethodOptions):
         0.5,
         ge=0,
         le=1,
-        description="importance is used as k F^(1 - evenness), with the mean of F; 0: as measured, where a few params "
-        "hold most of it; 1: all params alike",
+        description="e: importance is used as (1 - e) F + e mean F; 0: as measured, where a few params hold most of it "
+        "and those that no example used drift; 1: all params alike",
     )
     accumulate: Accumulation = Field(
         "sum", description="importance for all domains so far: the sum over domains, or the maximum"
@@ -150,7 +150,7 @@ class Das(Method[DasOptions]):
         """Stiffness and anchor of the pull, and the masks."""
         found: dict[str, Any] = {}
         if self.pulls:
-            full = self.spread(state["importance"]).full(self.sides())
+            full = self.importance_of(state["importance"])
             stiffness = jax.tree.map(lambda leaf: self.options.strength * leaf, full)
             found |= {"anchor": state["anchor"], "stiffness": stiffness}
         if self.masks:
@@ -197,25 +197,18 @@ class Das(Method[DasOptions]):
         half = self.options.anchor_dtype == "bfloat16"
         return jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16) if half else leaf, trained(params))
 
-    def spread(self, importance: RowColumn) -> RowColumn:
-        """The importance as it is used, see `evenness`; pure."""
-        return importance.tempered(1.0 - self.options.evenness, trained(self.network.shapes()), self.sides())
+    def importance_of(self, importance: RowColumn) -> Params:
+        """The importance of every trained param as it is used, see `evenness`; pure."""
+        return importance.evened(self.options.evenness, trained(self.network.shapes()), self.sides())
 
     def masks_of(self, importance: RowColumn) -> Params:
         """The soft mask of every trained param; pure."""
-        shapes = trained(self.network.shapes())
-        return row_column_masks(
-            self.spread(importance),
-            shapes,
-            self.sides(),
-            strength=self.options.mask_strength,
-            keep_mean=self.options.keep_mean,
-        )
+        strength, keep = self.options.mask_strength, self.options.keep_mean
+        return importance_masks(self.importance_of(importance), self.sides(), strength=strength, keep_mean=keep)
 
     def needs(self, importance: RowColumn) -> dict[str, Array]:
         """How far units are needed, `F / (F + mean F)` averaged over their params, `[layers, units]`; pure."""
-        shapes, sides = trained(self.network.shapes()), self.sides()
-        masks = row_column_masks(self.spread(importance), shapes, sides, strength=1.0, keep_mean=False)
+        masks = importance_masks(importance.full(self.sides()), self.sides(), strength=1.0, keep_mean=False)
         needs = jax.tree.map(lambda mask: 1.0 - mask, masks)
         sizes = {kind: gate.shape for kind, gate in vars(self.network.gates()).items()}
         return unit_means(needs, trained(self.network.units()), sizes)

@@ -164,7 +164,7 @@ def test_what_is_kept_is_a_choice() -> None:
     # The same draws: rows and columns are the sums of the squares in full.
     assert_close(RowColumn.of(full.inputs, method.sides()), plain["importance"])
     extra = method.update_args(params, plain, make_batch(), task.key)
-    stiffness = method.spread(plain["importance"]).full(method.sides())
+    stiffness = plain["importance"].evened(method.options.evenness, params, method.sides())
     assert_close(extra["stiffness"], jax.tree.map(lambda leaf: method.options.strength * leaf, stiffness))
     even = Das(DasOptions(evenness=1.0, strength=3.0), network, 1).update_args(params, plain, make_batch(), task.key)
     mean = 3.0 * plain["importance"].mean(params)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcl.functional.row_column import RowColumn, Sides, row_column_masks, select, unit_means
+from jaxcl.functional.row_column import RowColumn, Sides, importance_masks, select, unit_means
 from jaxcl.functional.soft_masks import LAYER, Unit
 
 RANDOM = np.random.default_rng(0)
@@ -92,36 +92,28 @@ def test_controls_keep_what_they_say(how: Any) -> None:
     assert select(kept, SIDES, "measured", jax.random.key(3)) is kept
 
 
-@pytest.mark.parametrize("power", [0.0, 0.3, 1.0])
-def test_spreading_evenly_keeps_the_mean(power: float) -> None:
+@pytest.mark.parametrize("evenness", [0.0, 0.3, 1.0])
+def test_evenness_keeps_the_mean(evenness: float) -> None:
     kept = RowColumn.of(IMPORTANCE, SIDES)
-    found = kept.tempered(power, PARAMS, SIDES)
-    np.testing.assert_allclose(found.mean(PARAMS), kept.mean(PARAMS), rtol=1e-5)
-    raised = {name: leaf**power for name, leaf in by_hand(IMPORTANCE).items()}
-    factor = float(kept.mean(PARAMS)) / np.mean(np.concatenate([np.ravel(leaf) for leaf in raised.values()]))
-    for name, leaf in found.full(SIDES).items():
-        np.testing.assert_allclose(leaf, factor * raised[name], rtol=1e-4, err_msg=name)
-    # What is kept are the sums of what it says in full.
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), RowColumn.of(found.full(SIDES), SIDES), found
-    )
-    none = RowColumn.zero(PARAMS, SIDES).tempered(power, PARAMS, SIDES)
-    assert not any(np.any(leaf) for leaf in jax.tree.leaves(none))
+    full, found = by_hand(IMPORTANCE), kept.evened(evenness, PARAMS, SIDES)
+    mean = np.mean(np.concatenate([np.ravel(leaf) for leaf in full.values()]))
+    for name, leaf in found.items():
+        np.testing.assert_allclose(leaf, (1 - evenness) * full[name] + evenness * mean, rtol=1e-4, err_msg=name)
 
 
 def test_masks_are_the_formula() -> None:
     kept = RowColumn.of(IMPORTANCE, SIDES)
     full, mean = by_hand(IMPORTANCE), float(kept.mean(PARAMS))
-    free = row_column_masks(kept, PARAMS, SIDES, strength=2.0, keep_mean=False)
-    even = row_column_masks(kept, PARAMS, SIDES, strength=2.0, keep_mean=True)
+    free = importance_masks(kept.full(SIDES), SIDES, strength=2.0, keep_mean=False)
+    even = importance_masks(kept.full(SIDES), SIDES, strength=2.0, keep_mean=True)
     for name, side in SIDES.items():
         want = 1 / (1 + 2 * full[name] / mean)
         np.testing.assert_allclose(free[name], want, rtol=1e-5)
         own = (*side.inputs, *side.outputs)
         np.testing.assert_allclose(even[name], np.minimum(want / want.mean(own, keepdims=True), 4), rtol=1e-5)
-    steep = row_column_masks(kept, PARAMS, SIDES, strength=1e6, keep_mean=True)
+    steep = importance_masks(kept.full(SIDES), SIDES, strength=1e6, keep_mean=True)
     assert max(float(jnp.max(leaf)) for leaf in jax.tree.leaves(steep)) == 4
-    ones = row_column_masks(RowColumn.zero(PARAMS, SIDES), PARAMS, SIDES, strength=2.0, keep_mean=True)
+    ones = importance_masks(RowColumn.zero(PARAMS, SIDES).full(SIDES), SIDES, strength=2.0, keep_mean=True)
     assert all(np.all(np.asarray(leaf) == 1) for leaf in jax.tree.leaves(ones))
 
 
