@@ -124,8 +124,8 @@ class RowColumn(NamedTuple):
     def evened(self, evenness: float, params: PyTree, sides: PyTree) -> PyTree:
         r"""The importance of every param, $(1 - e) F + e \bar F$ with the mean $\bar F$ over all params.
 
-        A few params hold most of the Fisher information. The mean stays as it is; the greater `evenness`, in [0, 1], the
-        more alike params are.
+        A few params hold most of the Fisher information. The mean stays as it is; with `evenness` in [0, 1] params are
+        more and more alike.
 
         Args:
           evenness: e.
