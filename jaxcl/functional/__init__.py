@@ -4,7 +4,7 @@ Importing it loads jax, optax and jaxtyping, and nothing else of jaxcl.
 
 - DAS, the paper's version: `gate_gradients`, `ImportanceSums`, `normalise`, `accumulate`, `soft_masks`,
   `masked_optimizer`, `pool`, `contrast`
-- DAS, second version: `RowColumn`, `Sides`, `select`, `row_column_masks`, `elastic_optimizer`
+- DAS, second version: `RowColumn`, `Sides`, `select`, `importance_masks`, `elastic_optimizer`
 - SEEKR: `watch`, `HeadSums`, `combine`, `select_heads`, `sample_queries`, `selected_rows`, `attention_maps`,
   `attention_divergence`
 - Distillation of outputs: `top_scores`, `top_divergence`, `full_divergence`
@@ -56,7 +56,7 @@ from jaxcl.functional.losses import (
     token_losses,
 )
 from jaxcl.functional.matrix import ContinualMatrix
-from jaxcl.functional.row_column import RowColumn, Sides, row_column_masks, select, unit_means
+from jaxcl.functional.row_column import RowColumn, Sides, importance_masks, select, unit_means
 from jaxcl.functional.soft_masks import LAYER, Unit, masked_decay, masked_optimizer, soft_mask, soft_masks
 from jaxcl.functional.terms import Term, Terms
 
@@ -94,6 +94,7 @@ __all__ = [
     "full_divergence",
     "gate_gradients",
     "heads_of_layers",
+    "importance_masks",
     "masked_decay",
     "masked_optimizer",
     "normalise",

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from jaxcl.functional.soft_masks import Unit
 
 Accumulation = Literal["sum", "maximum"]
-Selection = Literal["measured", "permuted", "layer", "none"]
+Selection = Literal["measured", "permuted", "layer"]
 
 _MOST = 4.0  # largest mask that keeps a layer's mean
 
@@ -130,54 +130,57 @@ class RowColumn(NamedTuple):
 
         return jax.tree.map(product, self.inputs, self.outputs, sides)
 
+    def evened(self, evenness: float, params: PyTree, sides: PyTree) -> PyTree:
+        r"""The importance of every param, $(1 - e) F + e \bar F$ with the mean $\bar F$ over all params.
+
+        A few params hold most of the Fisher information. The mean stays as it is; with `evenness` in [0, 1] params are
+        more and more alike.
+
+        Args:
+          evenness: e.
+          params: the params, or anything with their tree and shapes.
+          sides: see `RowColumn.zero`.
+        """
+        mean = evenness * self.mean(params)
+        return jax.tree.map(lambda leaf: (1 - evenness) * leaf + mean, self.full(sides))
+
     def mean(self, params: PyTree) -> Array:
         """The mean importance over all params, float32."""
         total = sum((jnp.sum(leaf) for leaf in jax.tree.leaves(self.inputs)), jnp.float32(0))
         return total / sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
-def select(importance: RowColumn, params: PyTree, sides: PyTree, how: Selection, key: PRNGKeyArray) -> RowColumn:
+def select(importance: RowColumn, sides: PyTree, how: Selection, key: PRNGKeyArray) -> RowColumn:
     """The importance, or a control that knows less of it.
 
     Args:
       importance: as measured.
-      params: the params, or anything with their tree and shapes.
       sides: see `RowColumn.zero`.
       how: `measured`: as it is; `permuted`: the numbers of a side are permuted, of every layer by itself; `layer`:
-        every param of a layer's matrix gets its mean; `none`: every param of the model gets the mean of all.
+        every param of a layer's matrix gets its mean.
       key: for the permutations: the same key permutes alike.
     """
     if how == "measured":
         return importance
-    keys = iter(jax.random.split(key, 2 * len(jax.tree.leaves(params))))
-    mean = importance.mean(params)
+    keys = iter(jax.random.split(key, 2 * len(jax.tree.leaves(importance.inputs))))
 
-    def change(values: Array, leaf: Any, axes: tuple[int, ...], others: tuple[int, ...]) -> Array:
+    def change(values: Array, axes: tuple[int, ...]) -> Array:
         if how == "permuted":
             return _permuted(values, axes, next(keys))
-        if how == "layer":
-            return jnp.broadcast_to(jnp.mean(values, axis=axes, keepdims=True), values.shape)
-        return jnp.full_like(values, mean * math.prod(leaf.shape[axis] for axis in others))
+        return jnp.broadcast_to(jnp.mean(values, axis=axes, keepdims=True), values.shape)
 
     return RowColumn(
-        jax.tree.map(
-            lambda x, leaf, side: change(x, leaf, side.inputs, side.outputs), importance.inputs, params, sides
-        ),
-        jax.tree.map(
-            lambda x, leaf, side: change(x, leaf, side.outputs, side.inputs), importance.outputs, params, sides
-        ),
+        jax.tree.map(lambda values, side: change(values, side.inputs), importance.inputs, sides),
+        jax.tree.map(lambda values, side: change(values, side.outputs), importance.outputs, sides),
     )
 
 
 @jax.named_scope("soft_mask")
-def row_column_masks(
-    importance: RowColumn, params: PyTree, sides: PyTree, *, strength: float, keep_mean: bool
-) -> PyTree:
+def importance_masks(importance: PyTree, sides: PyTree, *, strength: float, keep_mean: bool) -> PyTree:
     r"""Soft masks by params, $1 / (1 + c F / \bar F)$ with the mean $\bar F$ over all params; 1 if all are 0.
 
     Args:
-      importance: of the params.
-      params: the params, or anything with their tree and shapes.
+      importance: of every param.
       sides: see `RowColumn.zero`.
       strength: c: a param of mean importance moves by `1 / (1 + c)`.
       keep_mean: divide by the mean over each layer's param, up to 4, so that mean steps are as without masks.
@@ -186,11 +189,11 @@ def row_column_masks(
       A tree like the params, float32.
 
     Examples:
-      >>> importance = RowColumn.of(jnp.array([1.0, 0.0]), Sides((0,), ()))
-      >>> row_column_masks(importance, jnp.ones(2), Sides((0,), ()), strength=1.0, keep_mean=False).tolist()
+      >>> importance_masks(jnp.array([1.0, 0.0]), Sides((0,), ()), strength=1.0, keep_mean=False).tolist()
       [0.3333333432674408, 1.0]
     """
-    mean = importance.mean(params)
+    leaves = jax.tree.leaves(importance)
+    mean = sum((jnp.sum(leaf) for leaf in leaves), jnp.float32(0)) / sum(leaf.size for leaf in leaves)
     mean = jnp.where(mean == 0, 1.0, mean)
 
     def mask(values: Array, side: Sides) -> Array:
@@ -199,7 +202,7 @@ def row_column_masks(
             return found
         return jnp.minimum(found / jnp.mean(found, axis=(*side.inputs, *side.outputs), keepdims=True), _MOST)
 
-    return jax.tree.map(mask, importance.full(sides), sides)
+    return jax.tree.map(mask, importance, sides)
 
 
 def unit_means(values: PyTree, units: PyTree, sizes: Mapping[str, tuple[int, int]]) -> dict[str, Array]:

@@ -26,7 +26,7 @@ from jaxtyping import Array, Float
 from pydantic import Field
 
 from jaxcl.functional.elastic_pull import elastic_optimizer
-from jaxcl.functional.row_column import Accumulation, RowColumn, Selection, Sides, row_column_masks, select, unit_means
+from jaxcl.functional.row_column import Accumulation, RowColumn, Selection, Sides, importance_masks, select, unit_means
 from jaxcl.methods.base import Method, OptimizerParts, Params, State, Task
 from jaxcl.methods.options import MethodOptions
 from jaxcl.methods.passes.squares import add_row_squares, drawn_squares
@@ -74,6 +74,13 @@ class DasOptions(MethodOptions):
         description="row_column: a number per row and per column of a matrix; full: one per param, as much memory "
         "as the trained params",
     )
+    evenness: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="e: importance is used as (1 - e) F + e mean F; 0: as measured, where a few params hold most of it "
+        "and those that no example used drift; 1: all params alike",
+    )
     accumulate: Accumulation = Field(
         "sum", description="importance for all domains so far: the sum over domains, or the maximum"
     )
@@ -90,7 +97,7 @@ class DasOptions(MethodOptions):
     selection: Selection = Field(
         "measured",
         description="controls for experiments; measured: importance as it is; permuted: its rows and columns permuted "
-        "within each layer's matrix; layer: the mean of each layer's matrix; none: one mean for all params",
+        "within each layer's matrix; layer: the mean of each layer's matrix (evenness 1: the mean of all params)",
     )
 
 
@@ -143,7 +150,7 @@ class Das(Method[DasOptions]):
         """Stiffness and anchor of the pull, and the masks."""
         found: dict[str, Any] = {}
         if self.pulls:
-            full = state["importance"].full(self.sides())
+            full = self.importance_of(state["importance"])
             stiffness = jax.tree.map(lambda leaf: self.options.strength * leaf, full)
             found |= {"anchor": state["anchor"], "stiffness": stiffness}
         if self.masks:
@@ -190,17 +197,18 @@ class Das(Method[DasOptions]):
         half = self.options.anchor_dtype == "bfloat16"
         return jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16) if half else leaf, trained(params))
 
+    def importance_of(self, importance: RowColumn) -> Params:
+        """The importance of every trained param as it is used, see `evenness`; pure."""
+        return importance.evened(self.options.evenness, trained(self.network.shapes()), self.sides())
+
     def masks_of(self, importance: RowColumn) -> Params:
         """The soft mask of every trained param; pure."""
-        shapes = trained(self.network.shapes())
-        return row_column_masks(
-            importance, shapes, self.sides(), strength=self.options.mask_strength, keep_mean=self.options.keep_mean
-        )
+        strength, keep = self.options.mask_strength, self.options.keep_mean
+        return importance_masks(self.importance_of(importance), self.sides(), strength=strength, keep_mean=keep)
 
     def needs(self, importance: RowColumn) -> dict[str, Array]:
         """How far units are needed, `F / (F + mean F)` averaged over their params, `[layers, units]`; pure."""
-        shapes, sides = trained(self.network.shapes()), self.sides()
-        masks = row_column_masks(importance, shapes, sides, strength=1.0, keep_mean=False)
+        masks = importance_masks(importance.full(self.sides()), self.sides(), strength=1.0, keep_mean=False)
         needs = jax.tree.map(lambda mask: 1.0 - mask, masks)
         sizes = {kind: gate.shape for kind, gate in vars(self.network.gates()).items()}
         return unit_means(needs, trained(self.network.units()), sizes)
@@ -230,10 +238,10 @@ class Das(Method[DasOptions]):
 
     def update_state(self, state: State, sums: Sums, place: Array) -> State:
         """Takes a finished measurement into the state; pure."""
-        options, shapes, sides = self.options, trained(self.network.shapes()), self.sides()
+        options = self.options
         new = sums.total.scaled(1.0 / jnp.maximum(sums.tokens, 1.0))
         # The same key for every domain, so that what was permuted alike adds up alike.
-        new = select(new, shapes, sides, options.selection, jax.random.key(0))
+        new = select(new, self.sides(), options.selection, jax.random.key(0))
         history = {kind: state["history"][kind].at[place].set(one) for kind, one in self.needs(new).items()}
         importance = state["importance"].accumulated(new, options.accumulate, options.decay)
         return {**state, "importance": importance, "history": history}

@@ -55,8 +55,8 @@ def test_drawn_targets_give_the_fisher_information_of_every_position(network: Ne
     assert sums.tokens == draws * np.sum(batch.weights) > 0
     for name, leaf in named(sums.total.inputs).items():
         expected = named(want)[name]
-        # A square of a normal number has a deviation of root 2; the mean over a param is known better than that.
-        np.testing.assert_allclose(np.sum(leaf) / draws, np.sum(expected), rtol=0.1, atol=1e-9, err_msg=name)
+        # A square of a normal number has a deviation of root 2, and tails are heavy: a few percent after 2000 draws.
+        np.testing.assert_allclose(np.sum(leaf) / draws, np.sum(expected), rtol=0.2, atol=1e-9, err_msg=name)
         top = np.unravel_index(np.argmax(expected), expected.shape)
         if expected[top] > 1e-6:
             np.testing.assert_allclose(leaf[top] / draws, expected[top], rtol=0.3, err_msg=name)
@@ -164,9 +164,12 @@ def test_what_is_kept_is_a_choice() -> None:
     # The same draws: rows and columns are the sums of the squares in full.
     assert_close(RowColumn.of(full.inputs, method.sides()), plain["importance"])
     extra = method.update_args(params, plain, make_batch(), task.key)
-    stiffness = plain["importance"].full(method.sides())
+    stiffness = plain["importance"].evened(method.options.evenness, params, method.sides())
     assert_close(extra["stiffness"], jax.tree.map(lambda leaf: method.options.strength * leaf, stiffness))
-    for selection in ("permuted", "layer", "none"):
+    even = Das(DasOptions(evenness=1.0, strength=3.0), network, 1).update_args(params, plain, make_batch(), task.key)
+    mean = 3.0 * plain["importance"].mean(params)
+    assert_close(even["stiffness"], jax.tree.map(lambda leaf: jnp.full_like(leaf, mean), params))
+    for selection in ("permuted", "layer"):
         control = known(selection=selection)[1]["importance"]
         kernel = control.inputs["blocks"]["mlp"]["up"]["kernel"]
         assert not np.allclose(kernel, plain["importance"].inputs["blocks"]["mlp"]["up"]["kernel"])

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcl.functional.row_column import RowColumn, Sides, row_column_masks, select, unit_means
+from jaxcl.functional.row_column import RowColumn, Sides, importance_masks, select, unit_means
 from jaxcl.functional.soft_masks import LAYER, Unit
 
 RANDOM = np.random.default_rng(0)
@@ -68,48 +68,52 @@ def test_accumulation_has_no_ceiling_and_releases() -> None:
     np.testing.assert_allclose(crossed, np.outer([1, 3], [2, 7]) / 6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("how", ["permuted", "layer", "none"])
+@pytest.mark.parametrize("how", ["permuted", "layer"])
 def test_controls_keep_what_they_say(how: Any) -> None:
     kept = RowColumn.of(IMPORTANCE, SIDES)
-    found = select(kept, PARAMS, SIDES, how, jax.random.key(3))
-    jax.tree.map(np.testing.assert_array_equal, found, select(kept, PARAMS, SIDES, how, jax.random.key(3)))
+    found = select(kept, SIDES, how, jax.random.key(3))
+    jax.tree.map(np.testing.assert_array_equal, found, select(kept, SIDES, how, jax.random.key(3)))
     full, before = found.full(SIDES), kept.full(SIDES)
-    np.testing.assert_allclose(found.mean(PARAMS), kept.mean(PARAMS), rtol=1e-5)
     for name, side in SIDES.items():
         own = (*side.inputs, *side.outputs)
         means = np.mean(before[name], axis=own, keepdims=True)
-        if how == "none":
-            np.testing.assert_allclose(full[name], kept.mean(PARAMS), rtol=1e-5)
-        else:
-            np.testing.assert_allclose(np.mean(full[name], axis=own, keepdims=True), means, rtol=1e-5)
+        np.testing.assert_allclose(np.mean(full[name], axis=own, keepdims=True), means, rtol=1e-5)
         if how == "layer":
             np.testing.assert_allclose(full[name], np.broadcast_to(means, full[name].shape), rtol=1e-5)
         if how == "permuted":
-            layers = [0, 1] if 0 not in own else [...]
             orders = []
-            for layer in layers:
+            for layer in [0, 1] if 0 not in own else [...]:
                 one, other = (np.ravel(tree.inputs[name][layer]) for tree in (kept, found))
                 np.testing.assert_array_equal(np.sort(one), np.sort(other))
                 orders.append([int(np.flatnonzero(one == value)[0]) for value in other])
             assert any(order != sorted(order) for order in orders), name
             # Heads and their dimensions are permuted together, layers apart from each other.
             assert name != "out" or orders[0] != orders[1]
-    assert select(kept, PARAMS, SIDES, "measured", jax.random.key(3)) is kept
+    assert select(kept, SIDES, "measured", jax.random.key(3)) is kept
+
+
+@pytest.mark.parametrize("evenness", [0.0, 0.3, 1.0])
+def test_evenness_keeps_the_mean(evenness: float) -> None:
+    kept = RowColumn.of(IMPORTANCE, SIDES)
+    full, found = by_hand(IMPORTANCE), kept.evened(evenness, PARAMS, SIDES)
+    mean = np.mean(np.concatenate([np.ravel(leaf) for leaf in full.values()]))
+    for name, leaf in found.items():
+        np.testing.assert_allclose(leaf, (1 - evenness) * full[name] + evenness * mean, rtol=1e-4, err_msg=name)
 
 
 def test_masks_are_the_formula() -> None:
     kept = RowColumn.of(IMPORTANCE, SIDES)
     full, mean = by_hand(IMPORTANCE), float(kept.mean(PARAMS))
-    free = row_column_masks(kept, PARAMS, SIDES, strength=2.0, keep_mean=False)
-    even = row_column_masks(kept, PARAMS, SIDES, strength=2.0, keep_mean=True)
+    free = importance_masks(kept.full(SIDES), SIDES, strength=2.0, keep_mean=False)
+    even = importance_masks(kept.full(SIDES), SIDES, strength=2.0, keep_mean=True)
     for name, side in SIDES.items():
         want = 1 / (1 + 2 * full[name] / mean)
         np.testing.assert_allclose(free[name], want, rtol=1e-5)
         own = (*side.inputs, *side.outputs)
         np.testing.assert_allclose(even[name], np.minimum(want / want.mean(own, keepdims=True), 4), rtol=1e-5)
-    steep = row_column_masks(kept, PARAMS, SIDES, strength=1e6, keep_mean=True)
+    steep = importance_masks(kept.full(SIDES), SIDES, strength=1e6, keep_mean=True)
     assert max(float(jnp.max(leaf)) for leaf in jax.tree.leaves(steep)) == 4
-    ones = row_column_masks(RowColumn.zero(PARAMS, SIDES), PARAMS, SIDES, strength=2.0, keep_mean=True)
+    ones = importance_masks(RowColumn.zero(PARAMS, SIDES).full(SIDES), SIDES, strength=2.0, keep_mean=True)
     assert all(np.all(np.asarray(leaf) == 1) for leaf in jax.tree.leaves(ones))
 
 
