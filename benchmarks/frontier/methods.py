@@ -68,7 +68,7 @@ RIVALS: dict[str, Rival] = {
     # Controls: the same, knowing less of what matters.
     "das (permuted)": Rival("das", _DAS | {"selection": "permuted"}, "strength", _PULLS),
     "das (layers)": Rival("das", _DAS | {"selection": "layer"}, "strength", _PULLS),
-    "das (uniform)": Rival("das", _DAS | {"selection": "none"}, "strength", _PULLS),
+    "das (uniform)": Rival("das", _DAS | {"evenness": 1.0}, "strength", _PULLS),
     "das_paper": Rival("das_paper", _DAS | {"contrast_weight": 0.0}, "shared", ("free", "mean", "frozen")),
     "das_paper (contrast)": Rival("das_paper", _DAS, "contrast_weight", (0.1, 0.3, 1.0)),
     "joint": Rival("joint"),

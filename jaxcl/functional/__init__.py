@@ -108,7 +108,6 @@ __all__ = [
     "real_length",
     "resolve_budget",
     "restart_average",
-    "row_column_masks",
     "sample_queries",
     "scored_states",
     "select",
