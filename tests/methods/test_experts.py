@@ -24,7 +24,7 @@ MODEL: dict[str, dict[str, Any]] = {
     "progressive_prompts": {"soft_tokens": 10},
 }
 OPTIONS: dict[str, dict[str, Any]] = {
-    "das": {"contrast_weight": 0.0},
+    "das_paper": {"contrast_weight": 0.0},
     "progressive_prompts": {"length": 5},
     "seekr": {"layer_budget": 1, "head_budget": 2, "query_budget": 3},
 }
@@ -65,7 +65,7 @@ def test_the_routers_loss_is_a_term(name: str) -> None:
         assert count == 6 + 4 + 5  # real tokens
 
 
-@pytest.mark.parametrize("name", ["sequential", "das"])
+@pytest.mark.parametrize("name", ["sequential", "das_paper"])
 def test_without_weight_there_is_no_term(name: str) -> None:
     method = method_of(name)
     params = method.network.shapes()

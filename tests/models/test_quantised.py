@@ -97,7 +97,7 @@ def test_a_kernel_of_zeros_stays_so(how: Any) -> None:
 
 
 @pytest.mark.parametrize("how", ["int8", "nf4"])
-@pytest.mark.parametrize("architecture", BUILDERS)
+@pytest.mark.parametrize("architecture", ["llama", "roberta"])
 def test_only_kernels_of_layers_are_quantised(architecture: str, how: str) -> None:
     network = held(architecture, how)
     plain, shapes = flatten(network.unquantised.shapes()), flatten(network.shapes())
@@ -115,7 +115,7 @@ def test_only_kernels_of_layers_are_quantised(architecture: str, how: str) -> No
 
 @pytest.mark.parametrize("remat", ["none", "dots"])
 @pytest.mark.parametrize("how", ["int8", "nf4"])
-@pytest.mark.parametrize("architecture", BUILDERS)
+@pytest.mark.parametrize("architecture", ["llama", "roberta"])
 def test_losses_and_gradients_are_those_beside_the_dequantised_weights(architecture: str, how: str, remat: str) -> None:
     network = held(architecture, how, compute={"remat": remat})
     params, batch = quantised_params(network), batch_of(SEGMENTS)
