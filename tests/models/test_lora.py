@@ -18,6 +18,8 @@ SEGMENTS = [[1, 1, 1, 2, 2, 0], [1, 1, 1, 1, 1, 1]]
 TARGETS = {
     "llama": ("query", "key", "value", "out", "gate", "up", "down"),
     "roberta": ("query", "key", "value", "out", "up", "down"),
+    "modernbert": ("query", "key", "value", "out", "gate", "up", "down"),
+    "deberta": ("query", "key", "value", "out", "up", "down"),
 }
 SCALE = 5 / 3
 
