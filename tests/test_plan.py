@@ -30,10 +30,7 @@ from tests.tiny.runs import DECODER
 ROOT = Path(__file__).parents[1]
 GOLDEN = sorted((ROOT / "tests" / "golden" / "plans").glob("*.json"))
 SEVENTY = ("seekr_llama2_70b_v5p_4x4x4", "seekr_llama2_70b_v5e_16x16")
-OTHER_FAMILIES = (
-    "qwen3_8b",
-    "gemma3_4b",
-)
+OTHER_FAMILIES = ("qwen3_8b_v5e_4x4",)
 LLAMA = {**DECODER, "vocab_size": 64, "num_layers": 3, "num_heads": 4, "num_kv_heads": 4, "max_length": 64}
 PAIRS_DATA = {"prompt_length": 24, "answer_length": 8}
 
@@ -265,10 +262,10 @@ def test_a_plan_counts_low_bits_to_the_optimizer() -> None:
 
 @pytest.mark.parametrize(("how", "each"), [("int8", 1.0), ("nf4", 0.5)])
 def test_a_plan_counts_frozen_weights_as_they_are_held(how: str, each: float) -> None:
-    """Of 64 x 64 numbers of a projection, a byte or half a byte each, and 64 or 64 * 1 scales of 4 bytes."""
+    """Of 64 x 64 numbers of a projection, a byte or half a byte each, and 64 scales of 4 bytes."""
     sizes = {"hidden_size": 64, "head_dim": 64, "num_heads": 1, "num_kv_heads": 1, "intermediate_size": 64}
     model = {**LLAMA, **sizes, "lora": {"rank": 2}, "quantise": how}
-    config = config_of(SEEKR, model=model, training={"batch_size": 1})
+    config = config_of({"name": "sequential"}, model=model, training={"batch_size": 1})
     found = plan(config, "l4:1x1", ["train"])
     kernels = 3 * 7 * (64 * 64 * each + 64 * 4)
     rest = 4 * (2 * 64 * 64 + 7 * 64)  # embedding, head, norms
@@ -287,23 +284,21 @@ def test_estimates_know_what_is_frozen() -> None:
         return estimate(config, Arrangement(1, 1, 1, "full", 2), CHIPS["v5e"]).bytes
 
     # Moments (8 bytes) and gradient (4) of all, or of the adapters of 3 layers alone; int8 saves 3 bytes of 4.
-    kernels, scales = 3 * (4 * 16 * 64 + 3 * 16 * 32), 3 * (3 * 64 + 16 + 2 * 32 + 16)
+    kernels, scales = 3 * (4 * 16 * 16 + 3 * 16 * 32), 3 * (4 * 16 + 2 * 32 + 16)
     everything = Network.create(config_of({"name": "sequential"}, model=LLAMA).model).num_params
-    adapters = 3 * 2 * 2 * (16 + 64)
+    adapters = 3 * 2 * 2 * (16 + 16)
     lora = {"rank": 2}
     assert needs() - needs(lora=lora) == 12 * everything - 16 * adapters
     assert needs(lora=lora) - needs(lora=lora, quantise="int8") == 3 * kernels - 4 * scales
 
 
-@pytest.mark.parametrize("chips", ["v5e_4x4", "v5p_2x2x4"])
 @pytest.mark.parametrize("model", OTHER_FAMILIES)
-def test_other_families_have_plans_whose_replay_costs_hardly_more(model: str, chips: str) -> None:
-    kept, best = (_kept(f"{name}seekr_{model}_{chips}") for name in ("", "best_"))
+def test_other_families_have_plans_whose_replay_costs_hardly_more(model: str) -> None:
+    kept = _kept(f"seekr_{model}")
     assert kept.fits
-    assert kept.steps["replay"].flops <= 1.03 * kept.steps["train"].flops  # type: ignore[operator]
-    assert best.fits
-    assert best.roofline_seconds <= kept.roofline_seconds  # type: ignore[operator]
-    assert best.steps["replay"].utilisation >= 0.9  # type: ignore[operator]
+    plain, replay = kept.steps["train"], kept.steps["replay"]
+    assert plain.flops < replay.flops <= 1.03 * plain.flops  # type: ignore[operator]
+    assert replay.utilisation >= 0.9  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("how", ["int8", "nf4"])
@@ -312,6 +307,8 @@ def test_seven_billion_params_with_adapters_fit_one_gpu_of_24_gb(how: str) -> No
     assert kept.parameters > 6.7e9
     assert kept.fits
     assert kept.chip_memory < 24e9
+    assert kept.bytes_per_chip < 16e9
+    assert kept.steps["replay"].flops <= 1.03 * kept.steps["train"].flops  # type: ignore[operator]
 
 
 def _kept(name: str) -> Plan:
@@ -408,7 +405,8 @@ def test_kept_plans_are_of_the_configurations_as_they_are(path: Path) -> None:
         assert step.arguments["params"] == pytest.approx(bytes_per_device(network.shapes()) / split, rel=1e-2)
         if name != "replay":  # which has what the method stores in its batch as well
             numbers = 3 * shape.length + scored + 2
-            assert step.arguments["batch"] == 4 * numbers * found.batch_size / rows / found.accumulate
+            parts = 1 if name == "train" else found.accumulate  # between tasks, micro-batches are measured
+            assert step.arguments["batch"] == 4 * numbers * found.batch_size / rows / parts
         assert step.fits == (step.bytes_per_chip <= chip.memory)
         assert step.bytes_per_chip >= sum(step.arguments.values()) * 0.99
         assert step.seconds["compute"] == pytest.approx(step.flops / chip.flops, rel=1e-4)

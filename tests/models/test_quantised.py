@@ -177,7 +177,7 @@ def test_a_step_needs_no_more_than_the_kernels_of_one_layer(how: str) -> None:
         for path, leaf in plain.items()
         if path.startswith("blocks/") and "kernel" in path
     )
-    assert compiled.memory_analysis().temp_size_in_bytes < 2 * layer
+    assert compiled.memory_analysis().temp_size_in_bytes < 3 * layer  # and activations
 
 
 @pytest.mark.parametrize("how", ["int8", "nf4"])
