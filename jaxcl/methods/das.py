@@ -43,10 +43,10 @@ class DasOptions(MethodOptions):
         "mask: smaller steps; both: both",
     )
     strength: float = Field(
-        20.0,
+        4.0,
         ge=0,
-        description="lambda of the pull; for the same gradient, params come to rest at a distance of 1 / strength; "
-        "0: no pull",
+        description="lambda of the pull; the weight of what is known, compared with the domain at hand: under AdamW's "
+        "usual moments, at about 4 an earlier token counts as much as a new one; 0: no pull",
     )
     mask_strength: float = Field(
         1.0, ge=0, description="c of the mask 1 / (1 + c F / mean F), with the importance F of a param; 0: no mask"

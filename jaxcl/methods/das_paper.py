@@ -45,7 +45,7 @@ from jaxcl.models.trainable import trained
 
 
 class DasPaperOptions(MethodOptions):
-    """Options of `das`; the defaults are the paper's, but for `mask_on` and `anchor`.
+    """Options of `das_paper`; the defaults are the paper's, but for `mask_on` and `anchor`.
 
     The paper's optimizer undoes masks on the gradient; the anchor's own pass changes no expected gradient.
     """
