@@ -178,7 +178,7 @@ def measured(part: str, folder: Path, processes: int = 1) -> dict[str, float]:
         subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, **together, "JAX_PROCESS_ID": str(index)})
         for index in range(processes)
     ]
-    each = [json.loads(one.communicate()[0]) for one in started]
+    each = [json.loads(one.communicate()[0].splitlines()[-1]) for one in started]
     found = {name: max(one[name] for one in each) for name in each[0]}
     print(f"{part}: {found}", file=sys.stderr, flush=True)
     return found
