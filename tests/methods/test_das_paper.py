@@ -14,7 +14,7 @@ from tests.tiny.batches import StandInTask, make_batch, pad_batch
 from tests.tiny.networks import filled, init, perturbed, tiny_llama, tiny_roberta
 
 
-@pytest.fixture(scope="module", params=["llama", "roberta"])
+@pytest.fixture(scope="module", params=["llama", pytest.param("roberta", marks=pytest.mark.slow)])
 def network(request: pytest.FixtureRequest) -> Network:
     return tiny_llama(num_layers=1) if request.param == "llama" else tiny_roberta(num_layers=1)
 
@@ -107,6 +107,7 @@ def test_contrast_equals_separate_passes(network: Network) -> None:
         assert padded[name].count == term.count
 
 
+@pytest.mark.slow
 def test_fixed_negatives_leave_only_the_slope_through_the_full_network() -> None:
     """Against finite differences of a contrast in NumPy whose past is held, or moves along."""
     network = tiny_roberta(num_layers=1)
@@ -151,6 +152,7 @@ def test_fixed_negatives_leave_only_the_slope_through_the_full_network() -> None
     np.testing.assert_allclose(max(values), min(values), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_proxy_is_a_choice() -> None:
     network = tiny_llama(num_layers=1)
     params, batches = init(network), [make_batch()]
@@ -232,6 +234,7 @@ def test_options_are_held_against_the_model() -> None:
     DasPaper.check(DasPaperOptions(), tiny_llama().config)
 
 
+@pytest.mark.slow
 def test_there_is_no_contrast_before_anything_is_known() -> None:
     network = tiny_llama(num_layers=1)
     params, batch = init(network), make_batch()
@@ -249,6 +252,7 @@ def test_there_is_no_contrast_before_anything_is_known() -> None:
     assert float(known.count) == 3
 
 
+@pytest.mark.slow
 def test_the_past_has_dropout_of_its_own() -> None:
     """With every gate open, the past is one more pass of the whole network: it draws other noise than the positive."""
     network = tiny_roberta(num_layers=1, hidden_dropout=0.3)

@@ -45,6 +45,7 @@ def measure(network: Network, params: Any, general: bool) -> Gates:
     return jax.jit(run)()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("make", "general"), [(tiny_llama, False), (tiny_roberta, True)])
 def test_rematerialisation_changes_no_importance(make: Any, general: bool) -> None:
     params = init(make())
@@ -53,6 +54,7 @@ def test_rematerialisation_changes_no_importance(make: Any, general: bool) -> No
         assert_close(measure(make(compute=Compute(remat=remat)), params, general), plain, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [tiny_llama, tiny_roberta])
 def test_bfloat16_gives_nearly_the_same_gate_gradients(make: Any) -> None:
     # A product in bfloat16 is off by up to 2^-9 of itself, and a gradient passes through some twenty of them, whose
@@ -82,7 +84,7 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("mask_on", ["gradient", "update"])
+@pytest.mark.parametrize("mask_on", [pytest.param("gradient", marks=pytest.mark.slow), "update"])
 def test_masks_act_once_however_many_micro_batches(mask_on: Any) -> None:
     network = tiny_llama(num_layers=1)
     layout = Layout.create(make_mesh(MeshConfig(), jax.devices()[:1]), network.axes(), network.shapes())

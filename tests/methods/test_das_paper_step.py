@@ -23,7 +23,7 @@ pytestmark = pytest.mark.optimised  # bits are compared
 STEPS = 4
 
 
-@pytest.fixture(scope="module", params=["llama", "roberta"])
+@pytest.fixture(scope="module", params=["llama", pytest.param("roberta", marks=pytest.mark.slow)])
 def network(request: pytest.FixtureRequest) -> Network:
     return tiny_llama(num_layers=1) if request.param == "llama" else tiny_roberta(num_layers=1)
 

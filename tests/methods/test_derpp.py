@@ -17,7 +17,7 @@ from tests.tiny.networks import VOCAB, init, perturbed, tiny_llama, tiny_roberta
 from tests.tiny.stored import collated, stored_records
 
 
-@pytest.fixture(scope="module", params=["llama", "roberta"])
+@pytest.fixture(scope="module", params=["llama", pytest.param("roberta", marks=pytest.mark.slow)])
 def network(request: pytest.FixtureRequest) -> Network:
     return tiny_llama(num_layers=1) if request.param == "llama" else tiny_roberta(num_layers=1)
 

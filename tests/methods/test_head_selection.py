@@ -19,7 +19,7 @@ from tests.tiny.batches import make_batch, pad_batch, take_rows
 from tests.tiny.networks import init, perturbed, tiny_llama, tiny_roberta
 
 
-@pytest.fixture(scope="module", params=["llama", "roberta"])
+@pytest.fixture(scope="module", params=["llama", pytest.param("roberta", marks=pytest.mark.slow)])
 def network(request: pytest.FixtureRequest) -> Network:
     return tiny_llama() if request.param == "llama" else tiny_roberta()
 
