@@ -30,7 +30,9 @@ from tests.tiny.runs import DECODER
 ROOT = Path(__file__).parents[1]
 GOLDEN = sorted((ROOT / "tests" / "golden" / "plans").glob("*.json"))
 SEVENTY = ("seekr_llama2_70b_v5p_4x4x4", "seekr_llama2_70b_v5e_16x16")
-OTHER_FAMILIES = ("qwen3_8b_v5e_4x4",)
+OTHER_FAMILIES = (  # with a kept plan of `train` and `replay`; another is one more line
+    "qwen3_8b_v5e_4x4",
+)
 LLAMA = {**DECODER, "vocab_size": 64, "num_layers": 3, "num_heads": 4, "num_kv_heads": 4, "max_length": 64}
 PAIRS_DATA = {"prompt_length": 24, "answer_length": 8}
 
