@@ -47,6 +47,7 @@ def test_methods_without_a_swept_option_have_one_run_for_all_its_values() -> Non
 
 def test_one_value_written_in_two_ways_is_one_run() -> None:
     assert len(planned({"optimizer.learning_rate": ["1e-3", "0.001", "0.002"]}, "ewc")) == 2
+    assert len(planned({"evaluation.before": ["true", "True", "false"]}, "ewc")) == 2
 
 
 def test_a_sweep_leaves_the_configuration_as_it_was() -> None:

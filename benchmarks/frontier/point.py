@@ -179,11 +179,11 @@ class Setting:
         return float(100 * right / count)
 
     def general(self, params: Params) -> float:
-        """Nats per token of general text that was held out when the model learned it."""
+        """Nats per token of general text: the test rows of its default split."""
         return self._nats(params, self._general)
 
     def divergence(self, params: Params, index: int) -> float:
-        """KL(starting model || params) on a task's held-out rows, nats per scored position."""
+        """KL(starting model || params) on a batch of a task's held-out rows, nats per scored position."""
         sums = [self._diverge(self._start, params, batch) for batch in self._scored[index][:1]]
         total, count = np.asarray(jax.device_get(sums), np.float64).sum(axis=0)
         return float(total / count)

@@ -85,8 +85,8 @@ _DOMAINS = {
 }
 _TEXT = {"length": 96, "packing": True}
 _ANSWERS = {
-    "A": ("relation", "category", "aspect", "number"),
-    "B": ("number", "aspect", "relation", "category"),
+    "A": ("relation", "category", "number", "direction"),
+    "B": ("number", "direction", "category", "relation"),
 }
 
 TESTBEDS = {
@@ -97,6 +97,8 @@ TESTBEDS = {
         Testbed("text_quick", "text", _DOMAINS, steps=25, batch_size=8, rows=32, data=_TEXT, characters=60_000),
         # The same at the size of the first measurements: three and a half times the work.
         Testbed("text_long", "text", _DOMAINS, steps=100, batch_size=16, rows=96, data=_TEXT, characters=500_000),
+        # Alone, after 100 steps at 1e-3 (percent right; most frequent answer): relation 100 (26), number 97 (about 10),
+        # category 58 (about 12). Tasks of whole sentences are beyond this model: aspect 58 (61).
         Testbed(
             "instruction",
             "pairs",
@@ -104,7 +106,13 @@ TESTBEDS = {
             steps=100,
             batch_size=16,
             rows=250,
-            data={"prompt_length": 56, "answer_length": 8, "buckets": 2, "bucket_lengths": [32, 64]},
+            data={
+                "prompt_length": 24,
+                "answer_length": 8,
+                "buckets": 1,
+                "bucket_lengths": [32],
+                "on_long_answer": "cut",
+            },
         ),
     )
 }
