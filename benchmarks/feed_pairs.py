@@ -89,7 +89,7 @@ def main() -> None:
     method = Seekr(options, network, 2)
     params = network.shapes()
     state = jax.eval_shape(method.init, params)
-    config = DataConfig(prompt_length=384, answer_length=64, on_long_answer="cut")
+    config = DataConfig(prompt_length=384, answer_length=64, on_long_answer="cut", threads=2)
     rows = PairRows(pairs(pool), tokenizer, config, task=0, name="pairs")
     memory = Memory(seed=0).with_task(0, "pairs", count=len(rows), examples=range(len(rows)))
     with tempfile.TemporaryDirectory() as folder:
