@@ -40,7 +40,7 @@ def train(method: Method, network: Network, importance: float | None, **section:
 
 
 def test_where_nothing_is_known_it_trains_like_plain_fine_tuning() -> None:
-    """Without a pull to the bit. With one, a compiler does not fuse the step's last product and sum: but for rounding."""
+    """Without a pull to the bit; with one but for rounding: a compiler fuses other products and sums."""
     plain = train(Sequential(MethodOptions(), NETWORK, 1), NETWORK, None)
     start = named(init(NETWORK))
     exact = train(Das(DasOptions(hold="both", strength=0.0), NETWORK, 1), NETWORK, 0.0)
