@@ -111,7 +111,8 @@ def elastic_optimizer(
 def pulled(updates: PyTree, params: PyTree, anchor: PyTree, rates: PyTree) -> PyTree:
     """The updates, followed by the minimum of `rate / 2 (x - anchor)^2 + 1 / 2 (x - params)^2`.
 
-    A rate of 0 changes no bit.
+    A rate of 0 changes no bit of an update. Compiled together with what adds it to the params, the sum may be rounded
+    otherwise than without a pull.
 
     Args:
       updates: what is added to the params.

