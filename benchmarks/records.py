@@ -37,9 +37,8 @@ def recorded_run(
         if content["config"] != json.loads(json.dumps(wanted)):
             raise SystemExit(f"{record} holds another configuration; move it away to run this one")
         return content["results"]
-    from jaxcl.experiment import run
-
     from jaxcl.config import parse_config
+    from jaxcl.run.sequence import run
 
     prepare()
     results = run(parse_config(config)).results.model_dump(mode="json")

@@ -31,9 +31,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.program import Program, machine, run_in_turn
-from jaxcl.data.teacher_store import write_records
+from jaxcl.data.teacher_store import Record, write_records
 from jaxcl.functional.heads import HeadSums
-from jaxcl.methods.base import Method, Record
+from jaxcl.methods.base import Method
 from jaxcl.methods.seekr import Seekr, SeekrOptions
 from jaxcl.methods.sequential import Sequential
 from jaxcl.models.batch import Batch
