@@ -69,6 +69,10 @@ class RowColumn(NamedTuple):
     def of(cls, importance: PyTree, sides: PyTree) -> RowColumn:
         """The sums along either side of an importance that is given in full.
 
+        Args:
+          importance: of every param.
+          sides: see `zero`.
+
         Examples:
           >>> found = RowColumn.of(jnp.array([[1.0, 2.0], [3.0, 4.0]]), Sides((0,), (1,)))
           >>> found.inputs.tolist(), found.outputs.tolist()
@@ -83,7 +87,12 @@ class RowColumn(NamedTuple):
         return cls(sums("outputs"), sums("inputs"))
 
     def add(self, importance: PyTree, sides: PyTree) -> RowColumn:
-        """With the sums of an importance that is given in full added."""
+        """With the sums of an importance that is given in full added.
+
+        Args:
+          importance: of every param.
+          sides: see `zero`.
+        """
         return jax.tree.map(jnp.add, self, RowColumn.of(importance, sides))
 
     def scaled(self, factor: Array | float) -> RowColumn:
