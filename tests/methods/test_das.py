@@ -14,7 +14,7 @@ from tests.tiny.batches import StandInTask, make_batch, pad_batch, take_rows
 from tests.tiny.networks import init, named, perturbed, tiny_llama, tiny_roberta
 
 
-@pytest.fixture(scope="module", params=["llama", "roberta"])
+@pytest.fixture(scope="module", params=["llama", pytest.param("roberta", marks=pytest.mark.slow)])
 def network(request: pytest.FixtureRequest) -> Network:
     return tiny_llama(num_layers=1) if request.param == "llama" else tiny_roberta(num_layers=1)
 

@@ -23,6 +23,7 @@ MODEL: dict[str, dict[str, Any]] = {
     "olora": {"lora": {"rank": 2}},
     "progressive_prompts": {"soft_tokens": 10},
 }
+FAST = ("sequential", "das", "seekr", "lwf")
 OPTIONS: dict[str, dict[str, Any]] = {
     "das_paper": {"contrast_weight": 0.0},
     "progressive_prompts": {"length": 5},
@@ -42,7 +43,9 @@ def loss_of(network: Network, params: Any, batch: Any) -> jax.Array:
     return balance_loss(load, jnp.sum(batch.segments != 0))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
+)
 def test_the_routers_loss_is_a_term(name: str) -> None:
     method = method_of(name, router_loss_weight=0.25)
     params, batch = params_of(method.network), make_batch()

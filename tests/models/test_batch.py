@@ -11,7 +11,7 @@ import pytest
 
 from jaxcl.methods.passes.losses import language_model_loss
 from jaxcl.models.batch import Batch
-from tests.tiny.networks import BUILDERS, llama, log_softmax, params_of, roberta
+from tests.tiny.networks import ARCHITECTURES, BUILDERS, llama, log_softmax, params_of, roberta
 
 IDS = np.array([[5, 6, 7, 8, 9], [2, 3, 4, 0, 0], [0, 0, 2, 3, 4], [6, 0, 7, 8, 0], [0, 0, 0, 0, 0]])
 MASK = np.array([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [0, 0, 1, 1, 1], [1, 0, 1, 1, 0], [0, 0, 0, 0, 0]])
@@ -53,7 +53,7 @@ def test_labels_lie_where_their_tokens_are() -> None:
     assert masked.types[2].tolist() == [0, 0, 0, 1, 1]
 
 
-@pytest.mark.parametrize("architecture", BUILDERS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_side_of_the_padding_changes_no_loss(architecture: str) -> None:
     network = BUILDERS[architecture]()
     left, right = (Batch.from_labels(*(a[[row]] for a in (IDS, MASK, IDS)), causal=network.causal) for row in (2, 1))

@@ -11,7 +11,7 @@ import pytest
 from jaxcl.models.gates import EarlyGates, Gates
 from jaxcl.models.network import Network, Params
 from tests.tiny.batches import batch_of
-from tests.tiny.networks import BUILDERS, llama, params_of, row_losses
+from tests.tiny.networks import ARCHITECTURES, BUILDERS, llama, params_of, row_losses
 
 SEGMENTS = [[1, 1, 1, 1, 2, 2], [1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1]]
 
@@ -37,7 +37,7 @@ def with_scaled_weights(params: Params, gates: Gates) -> Params:
     return {**params, "blocks": blocks}
 
 
-@pytest.mark.parametrize("architecture", BUILDERS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_gates_equal_scaled_weights(architecture: str) -> None:
     network = BUILDERS[architecture]()
     params, batch, gates = params_of(network), batch_of(SEGMENTS), random_gates(BUILDERS[architecture]())
@@ -76,7 +76,7 @@ def test_early_gates_of_each_example_have_gradients_of_their_own() -> None:
     assert abs(gradient.intermediate[place]) > 1e-2
 
 
-@pytest.mark.parametrize("architecture", BUILDERS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("rows", [None, 3])
 def test_gates_of_one_change_nothing(architecture: str, rows: int | None) -> None:
     network = BUILDERS[architecture]()
@@ -85,7 +85,7 @@ def test_gates_of_one_change_nothing(architecture: str, rows: int | None) -> Non
     np.testing.assert_allclose(got, network.hidden(params, batch).states, atol=1e-6)
 
 
-@pytest.mark.parametrize("architecture", BUILDERS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_gradients_of_each_examples_own_gates_equal_a_loop(architecture: str, remat: str) -> None:
     network = BUILDERS[architecture](compute={"remat": remat})

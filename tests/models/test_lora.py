@@ -12,7 +12,7 @@ from jaxcl.models.lora import LoraConfig, adapted, fold
 from jaxcl.models.network import Network
 from jaxcl.models.trainable import overlay, trained
 from tests.tiny.batches import batch_of
-from tests.tiny.networks import BUILDERS, params_of, row_losses
+from tests.tiny.networks import ARCHITECTURES, BUILDERS, params_of, row_losses
 
 SEGMENTS = [[1, 1, 1, 2, 2, 0], [1, 1, 1, 1, 1, 1]]
 TARGETS = {
@@ -49,7 +49,7 @@ def paths(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
 
 
-@pytest.mark.parametrize("architecture", BUILDERS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_an_adapter_computes_what_its_product_in_the_kernel_would(architecture: str) -> None:
     network, plain = adapted_network(architecture), BUILDERS[architecture]()
     params, batch = params_of(network), batch_of(SEGMENTS)
@@ -60,7 +60,7 @@ def test_an_adapter_computes_what_its_product_in_the_kernel_would(architecture: 
         assert np.abs(np.asarray(leaves["lora_b"])).max() > 0
 
 
-@pytest.mark.parametrize("architecture", BUILDERS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_fresh_adapter_changes_neither_the_network_nor_its_draws(architecture: str) -> None:
     network, plain = adapted_network(architecture, rank=200), BUILDERS[architecture]()
     params, base = (jax.jit(one.init)(jax.random.key(3)) for one in (network, plain))

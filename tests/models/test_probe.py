@@ -12,7 +12,7 @@ from jaxcl.models.batch import Batch
 from jaxcl.models.network import Network
 from jaxcl.models.probe import Probe, Tap
 from tests.tiny.batches import batch_of
-from tests.tiny.networks import BUILDERS, llama, params_of, row_losses
+from tests.tiny.networks import ARCHITECTURES, BUILDERS, llama, params_of, row_losses
 
 SEGMENTS = [[1, 1, 1, 2, 2, 0], [1, 1, 1, 1, 1, 1]]
 HEADS = np.array([[[2, 0], [1, -1]], [[0, 1], [2, 2]]])  # [layers, batch, selected]
@@ -49,7 +49,7 @@ def expected_rows(maps: np.ndarray, heads: np.ndarray, queries: np.ndarray) -> n
     return rows
 
 
-@pytest.mark.parametrize("architecture", BUILDERS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_selected_rows_are_rows_of_the_whole_maps(architecture: str, remat: str) -> None:
     network = BUILDERS[architecture](compute={"remat": remat})
@@ -71,7 +71,7 @@ def test_selected_rows_are_rows_of_the_whole_maps(architecture: str, remat: str)
         assert want.sum() > 3
 
 
-@pytest.mark.parametrize("architecture", BUILDERS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_a_probe_gives_all_maps_inside_jit_and_they_are_those_a_tap_sees(architecture: str, remat: str) -> None:
     network = BUILDERS[architecture](compute={"remat": remat})
@@ -94,7 +94,7 @@ def test_a_probe_gives_all_maps_inside_jit_and_they_are_those_a_tap_sees(archite
         np.testing.assert_allclose(probed["maps"][layer], seen[layer], atol=1e-6)
 
 
-@pytest.mark.parametrize("architecture", BUILDERS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_tap_receives_the_maps_that_attention_uses(architecture: str) -> None:
     """The tapped maps are read off the output: with the identity as values, attention gives its maps."""
     network = BUILDERS[architecture]()
@@ -119,7 +119,7 @@ def test_the_tap_receives_the_maps_that_attention_uses(architecture: str) -> Non
     np.testing.assert_allclose(got[real], network.hidden(params, batch).states[real], atol=1e-5)
 
 
-@pytest.mark.parametrize("architecture", BUILDERS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_identity_as_tap_changes_nothing(architecture: str) -> None:
     network = BUILDERS[architecture]()
     params, batch = params_of(network), batch_of(SEGMENTS)
@@ -128,7 +128,7 @@ def test_the_identity_as_tap_changes_nothing(architecture: str) -> None:
     np.testing.assert_allclose(got, network.hidden(params, batch).states, atol=1e-5)
 
 
-@pytest.mark.parametrize("architecture", BUILDERS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_gradients_pass_through_a_tap_with_and_without_rematerialisation(architecture: str) -> None:
     params = params_of(BUILDERS[architecture]())
     batch = batch_of(SEGMENTS)

@@ -19,7 +19,7 @@ from jaxcl.models.probe import Probe, Tap
 from jaxcl.models.roberta import RobertaMlp
 from jaxcl.models.rotary import rotary, rotate
 from tests.tiny.batches import batch_of
-from tests.tiny.networks import BUILDERS, params_of, row_losses
+from tests.tiny.networks import ARCHITECTURES, BUILDERS, params_of, row_losses
 
 pytestmark = pytest.mark.optimised  # compiled programs are read
 
@@ -109,7 +109,7 @@ def test_features_that_are_not_asked_for_leave_no_trace(architecture: str, monke
     assert with_gates != stripped  # the comparison sees what it should see
 
 
-@pytest.mark.parametrize("architecture", BUILDERS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_eight_layers_are_as_much_program_as_two(architecture: str) -> None:
     def instructions(layers: int) -> int:
         return program(BUILDERS[architecture](num_layers=layers)).count(" = ")
@@ -117,7 +117,7 @@ def test_eight_layers_are_as_much_program_as_two(architecture: str) -> None:
     assert instructions(8) == instructions(2) > 200
 
 
-@pytest.mark.parametrize("architecture", BUILDERS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_rematerialisation_changes_no_gradient(architecture: str) -> None:
     batch = batch_of(SEGMENTS)
     params = params_of(BUILDERS[architecture](num_layers=3))
@@ -137,7 +137,7 @@ def test_rematerialisation_changes_no_gradient(architecture: str) -> None:
     assert temporary["full"] < temporary["dots"] < temporary["none"]
 
 
-@pytest.mark.parametrize("architecture", BUILDERS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_walking_the_layers_equals_the_whole(architecture: str) -> None:
     network = BUILDERS[architecture]()
     params, batch, gates = params_of(network), batch_of(SEGMENTS), network.gates()

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.tiny.batches import batch_of
-from tests.tiny.networks import BUILDERS, VOCAB, llama, params_of, roberta
+from tests.tiny.networks import ARCHITECTURES, BUILDERS, VOCAB, llama, params_of, roberta
 
 LENGTH = 12
 ROWS = 3
@@ -44,7 +44,7 @@ def lay_out(documents: list[tuple[int, int, np.ndarray]]) -> tuple[np.ndarray, n
 documents = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=LENGTH // 2).map(np.array)
 
 
-@pytest.mark.parametrize("architecture", BUILDERS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @settings(max_examples=15, deadline=None)
 @given(first=documents, second=documents, gap=st.integers(0, 3), junk=st.integers(0, VOCAB - 1))
 def test_packed_documents_give_what_they_give_alone(

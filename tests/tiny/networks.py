@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jaxcl.models.batch import Batch
 from jaxcl.models.deberta import DebertaConfig
@@ -93,6 +94,12 @@ def deberta(**changes: Any) -> Network:
 
 
 BUILDERS = {"llama": llama, "roberta": roberta, "modernbert": modernbert, "deberta": deberta}
+# For tests of what all architectures share; the later ones are made of the parts of the first.
+ARCHITECTURES = [
+    "llama",
+    "roberta",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("modernbert", "deberta")),
+]
 
 # Configurations that differ in what a checkpoint stores.
 LLAMA = {
