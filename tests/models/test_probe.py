@@ -59,7 +59,7 @@ def test_selected_rows_are_rows_of_the_whole_maps(architecture: str, remat: str)
         return {"rows": selected_rows(view, *inputs), "query": view.query, "key": view.key}
 
     probe = Probe(look, (jnp.asarray(HEADS), jnp.asarray(QUERIES)))
-    states, probed = jax.jit(lambda params: network.hidden(params, batch, probe=probe))(params)
+    states, probed, _ = jax.jit(lambda params: network.hidden(params, batch, probe=probe))(params)
     np.testing.assert_allclose(states, network.hidden(params, batch).states, atol=1e-6)
     assert probed["rows"].dtype == jnp.float32
     for layer in range(2):

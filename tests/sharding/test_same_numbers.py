@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 # One mesh for each method is always tried, the others by `make test-slow`.
-PAIRS = ["das:2x4", "das_paper uneven:2x4", "das_paper experts:2x4", "seekr:2x4"]
+PAIRS = ["das:2x4", "das_paper uneven:2x4", "seekr:2x4"]
 SLOW = [
     *("das_paper encoder:8x1", "das_paper encoder:2x4", "das_paper encoder:2x2x2", "das_paper uneven:2x2x2"),
-    "das_paper experts:2x2x2",
+    *("das_paper experts:2x4", "das_paper experts:2x2x2"),
     *("seekr:8x1", "seekr:2x2x2", "seekr uneven:2x4", "seekr uneven:2x2x2"),
 ]
 TWO_PROCESSES = ["das_paper encoder:4", "seekr:4"]
