@@ -106,7 +106,7 @@ def test_the_tap_receives_the_maps_that_attention_uses(architecture: str) -> Non
     def replace(probs: jax.Array, visible: jax.Array, inputs: jax.Array) -> jax.Array:
         return jnp.where(visible, inputs, 0)
 
-    _, (queries, keys) = network.hidden(params, batch, probe=Probe(look))
+    _, (queries, keys), _ = network.hidden(params, batch, probe=Probe(look))
     maps = []
     x = network.embed(params, batch)
     for layer in range(2):
