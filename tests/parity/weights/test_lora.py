@@ -34,6 +34,12 @@ MODELS = OURS | {"phi3": config_of("phi3"), "phi3-few": config_of("phi3"), "gemm
 MODELS["qwen3_moe"] = config_of("qwen3_moe")
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """What peft draws does not depend on the tests before."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(params=TARGETS)
 def folders(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Network, Any, Path]:
     """A network with adapters, and its base, merged and PEFT folders."""
