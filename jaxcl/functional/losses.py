@@ -85,8 +85,8 @@ def token_losses(logits: Float[Array, "... vocab"], targets: Int[Array, "..."]) 
 
 
 def token_gates(
-    logits: Float[Array, "... vocab"], targets: Int[Array, "..."], gate: Gate
-) -> Float[Array, "..."] | float:
+    logits: Float[Array, "... vocab"], targets: Int[Array, "..."], gate: Literal["probability", "entropy"]
+) -> Float[Array, "..."]:
     """What each token's loss is multiplied by; a constant to the gradient.
 
     A model forgets most where it is sure of another token than the one it is taught: there the gradient is largest.
@@ -94,8 +94,8 @@ def token_gates(
     Args:
       logits: token scores.
       targets: the token expected at each position.
-      gate: none: 1. probability: the target's own, p (dynamic fine-tuning, arXiv 2508.05629). entropy: that of the 20
-        likeliest tokens, renormalised, in units of ln 20 (entropy-adaptive fine-tuning).
+      gate: probability: the target's own, p (dynamic fine-tuning, arXiv 2508.05629). entropy: that of the 20 likeliest
+        tokens, renormalised, in units of ln 20 (entropy-adaptive fine-tuning).
 
     Examples:
       >>> logits = jnp.log(jnp.array([0.25, 0.75]))
@@ -104,13 +104,17 @@ def token_gates(
       >>> round(float(token_gates(jnp.zeros(40), jnp.array(1), "entropy")), 6)
       1.0
     """
-    if gate == "none":
-        return 1.0
     if gate == "probability":
         return jax.lax.stop_gradient(jnp.exp(-token_losses(logits, targets)))
     top = min(_LIKELIEST, logits.shape[-1])
     logs = jax.nn.log_softmax(jax.lax.top_k(jax.lax.stop_gradient(logits), top)[0], axis=-1)
     return -jnp.sum(jnp.exp(logs) * logs, axis=-1) / math.log(_LIKELIEST)
+
+
+def gated_losses(logits: Float[Array, "... vocab"], targets: Int[Array, "..."], gate: Gate) -> Float[Array, "..."]:
+    """`token_losses` times `token_gates`; without a gate, `token_losses` and nothing else."""
+    losses = token_losses(logits, targets)
+    return losses if gate == "none" else losses * token_gates(logits, targets, gate)
 
 
 def chunked_token_losses(
@@ -120,13 +124,8 @@ def chunked_token_losses(
     chunk: int,
     gate: Gate = "none",
 ) -> Float[Array, "batch predict"]:
-    """`token_losses` of states times `token_gates`, in chunks; see `cross_entropy` for the arguments."""
-
-    def losses(part: tuple[Array, Array]) -> Array:
-        scores = logits(part[0])
-        return token_losses(scores, part[1]) * token_gates(scores, part[1], gate)
-
-    return over_positions(losses, (states, targets), chunk)
+    """`gated_losses` of states, in chunks; see `cross_entropy` for the arguments."""
+    return over_positions(lambda part: gated_losses(logits(part[0]), part[1], gate), (states, targets), chunk)
 
 
 def cross_entropy(

@@ -19,7 +19,7 @@ from jaxtyping import Array
 from pydantic import Field
 
 from jaxcl.functional.distillation import full_divergence
-from jaxcl.functional.losses import chunked_token_losses, over_positions, scored_states, token_gates, token_losses
+from jaxcl.functional.losses import chunked_token_losses, gated_losses, over_positions, scored_states
 from jaxcl.functional.terms import Term, Terms
 from jaxcl.methods.base import Method, Params, State, Task
 from jaxcl.methods.options import MethodOptions
@@ -74,8 +74,7 @@ class Lwf(Method[LwfOptions]):
             def scores(part: tuple[Array, Array, Array]) -> tuple[Array, Array]:
                 logits = network.logits(params, part[0])
                 softened = jax.nn.log_softmax(network.logits(teacher, part[1]) / temperature, axis=-1)
-                own = token_losses(logits, part[2]) * token_gates(logits, part[2], gate)
-                return own, full_divergence(softened, logits / temperature)
+                return gated_losses(logits, part[2], gate), full_divergence(softened, logits / temperature)
 
             known = scored_states(network.hidden(teacher, batch).states, batch.predict)
             return over_positions(scores, (states, known, batch.targets), chunk)

@@ -45,7 +45,7 @@ from jaxcl.functional.heads import (
     resolve_budget,
     select_heads,
 )
-from jaxcl.functional.losses import over_positions, scored_states, token_gates, token_losses
+from jaxcl.functional.losses import gated_losses, over_positions, scored_states
 from jaxcl.functional.terms import Term, Terms
 from jaxcl.methods.base import Method, Params, State, Stored, Task
 from jaxcl.methods.options import ReplayConfig, ReplayOptions
@@ -298,7 +298,7 @@ class Seekr(Method[SeekrOptions]):
 
         def scores(part: tuple[Array, Array, dict[str, Array]]) -> tuple[Array, Array]:
             logits = self.network.logits(params, part[0])
-            return token_losses(logits, part[1]) * token_gates(logits, part[1], gate), self._divergence(part[2], logits)
+            return gated_losses(logits, part[1], gate), self._divergence(part[2], logits)
 
         outputs = {name: teacher[name] for name in self._outputs}
         inputs = (scored_states(hidden.states, batch.predict), batch.targets, outputs)
