@@ -79,6 +79,9 @@ class Trainer:
         self._seed = seed
         self._reset = jax.jit(_fresh(self._init_optimizer), out_shardings=self.shardings.opt_state)
         self._on_devices = opt_shardings
+        self._restart = jax.jit(restart_average, donate_argnums=0, out_shardings=self.shardings.opt_state)
+        ends = layout.params, self.shardings.low_bits
+        self._finish = jax.jit(self._averaged_params, donate_argnums=0, out_shardings=ends)
         self._no_low_bits = jax.jit(_no_low_bits, out_shardings=self.shardings.low_bits)
         step = make_train_step(
             method,
@@ -148,25 +151,22 @@ class Trainer:
             jax.tree.map(lambda leaf: leaf.delete(), state.opt_state)
             state = state.replace(opt_state=self._reset(state.params))
         if self.optimizer.averaging is not None:
-            wide = widen(trained(state.params), self._held(state)[1])
-            restart = jax.jit(restart_average, donate_argnums=0, out_shardings=self.shardings.opt_state)
-            state = state.replace(opt_state=restart(self._held(state)[0], wide))
+            opt_state, low_bits = self._held(state)
+            state = state.replace(opt_state=self._restart(opt_state, widen(trained(state.params), low_bits)))
         return state.replace(clock=clock)
 
     def finish_task(self, state: TrainState) -> TrainState:
         """The state after a task's last step, with its params averaged (`optimizer.average`); `state` is donated."""
         if self.optimizer.averaging is None:
             return state
-        how, rate = self.optimizer.averaging
-
-        def finish(params: PyTree, opt_state: Averaged, low_bits: PyTree) -> tuple[PyTree, PyTree]:
-            end = finish_average(opt_state, widen(trained(params), low_bits), how, rate)
-            part, low_bits = split(end, low_bits)
-            return overlay(params, part), low_bits
-
-        compiled = jax.jit(finish, donate_argnums=0, out_shardings=(self.layout.params, self.shardings.low_bits))
-        params, low_bits = compiled(state.params, *self._held(state))
+        params, low_bits = self._finish(state.params, *self._held(state))
         return state.replace(params=params, low_bits=low_bits)
+
+    def _averaged_params(self, params: PyTree, opt_state: Averaged, low_bits: PyTree) -> tuple[PyTree, PyTree]:
+        assert self.optimizer.averaging is not None
+        end = finish_average(opt_state, widen(trained(params), low_bits), *self.optimizer.averaging)
+        part, low_bits = split(end, low_bits)
+        return overlay(params, part), low_bits
 
     def _held(self, state: TrainState) -> tuple[Any, PyTree]:
         """Optimizer state and low bits on the devices, wherever they are held."""
