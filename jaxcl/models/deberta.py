@@ -22,6 +22,7 @@ from pydantic import Field, model_validator
 from jaxcl.models.activation import ACTIVATIONS, Activation
 from jaxcl.models.batch import Batch
 from jaxcl.models.compute import Compute
+from jaxcl.models.encoder_shape import UnwindowedShape
 from jaxcl.models.layer import Context, LayerKind, Noise
 from jaxcl.models.layers import Embedding, LayerNorm
 from jaxcl.models.lora import LoraConfig
@@ -30,7 +31,7 @@ from jaxcl.models.roberta import Classifier, MaskedHead, RobertaBlock, RobertaCo
 from jaxcl.schema import Schema
 
 
-class DebertaConfig(Schema):
+class DebertaConfig(UnwindowedShape, Schema):
     """Shape of a DeBERTa-v3 encoder."""
 
     architecture: Literal["deberta"] = Field("deberta", description="encoder with attention by relative distance")
@@ -85,36 +86,6 @@ class DebertaConfig(Schema):
     def quantise(self) -> Quantise:
         """Kernels are held as they are."""
         return "none"
-
-    @property
-    def dropout_rates(self) -> tuple[float, float]:
-        """Dropout rates on hidden states and on attention probabilities."""
-        return self.hidden_dropout, self.attention_dropout
-
-    @property
-    def head_dim(self) -> int:
-        """Width of a head."""
-        return self.hidden_size // self.num_heads
-
-    @property
-    def causal(self) -> bool:
-        """Whether a position sees only earlier ones."""
-        return False
-
-    @property
-    def window(self) -> int:
-        """No layer has a window."""
-        return 0
-
-    @property
-    def windowed(self) -> tuple[bool, ...]:
-        """Which layers attend to a window only."""
-        return (False,) * self.num_layers
-
-    @property
-    def num_kv_heads(self) -> int:
-        """Key/value heads per layer: one for each head."""
-        return self.num_heads
 
 
 def bucket(distance: Int[np.ndarray, "..."], buckets: int, max_distance: int) -> Int[np.ndarray, "..."]:

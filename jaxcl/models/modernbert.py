@@ -20,6 +20,7 @@ from pydantic import Field, ValidationError, model_validator
 from jaxcl.models.activation import ACTIVATIONS, Activation
 from jaxcl.models.batch import Batch
 from jaxcl.models.compute import Compute
+from jaxcl.models.encoder_shape import EncoderShape
 from jaxcl.models.gates import Gates
 from jaxcl.models.layer import Context, LayerKind, Noise
 from jaxcl.models.layers import Embedding, LayerNorm, Linear, constant
@@ -31,7 +32,7 @@ from jaxcl.models.rotary import rotary
 from jaxcl.schema import Schema
 
 
-class ModernBertConfig(Schema):
+class ModernBertConfig(EncoderShape, Schema):
     """Shape of a ModernBERT encoder. The defaults of its switches are those of the published models."""
 
     architecture: Literal["modernbert"] = Field(
@@ -104,29 +105,9 @@ class ModernBertConfig(Schema):
         return "none"
 
     @property
-    def dropout_rates(self) -> tuple[float, float]:
-        """Dropout rates on hidden states and on attention probabilities."""
-        return self.hidden_dropout, self.attention_dropout
-
-    @property
-    def head_dim(self) -> int:
-        """Width of a head."""
-        return self.hidden_size // self.num_heads
-
-    @property
-    def causal(self) -> bool:
-        """Whether a position sees only earlier ones."""
-        return False
-
-    @property
     def windowed(self) -> tuple[bool, ...]:
         """Which layers attend to the window only."""
         return self.decoder.windowed
-
-    @property
-    def num_kv_heads(self) -> int:
-        """Key/value heads per layer: one for each head."""
-        return self.num_heads
 
 
 def _norm(config: ModernBertConfig, layers: int | None = None) -> LayerNorm:

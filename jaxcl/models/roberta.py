@@ -18,6 +18,7 @@ from jaxcl.models.activation import ACTIVATIONS, Activation
 from jaxcl.models.axes import constrain
 from jaxcl.models.batch import Batch
 from jaxcl.models.compute import Compute, recomputed
+from jaxcl.models.encoder_shape import UnwindowedShape
 from jaxcl.models.gates import Gates, gate
 from jaxcl.models.layer import Context, LayerKind, Noise
 from jaxcl.models.layers import Embedding, LayerNorm, Linear, constant
@@ -26,7 +27,7 @@ from jaxcl.models.quantised import Quantise, check_quantise
 from jaxcl.schema import Schema
 
 
-class RobertaConfig(Schema):
+class RobertaConfig(UnwindowedShape, Schema):
     """Shape of a RoBERTa-style encoder. BERT: position_offset 0, type_vocab_size 2, pad_id 0, layer_norm_eps 1e-12."""
 
     architecture: Literal["roberta"] = Field("roberta", description="encoder with learned positions and post-norm")
@@ -68,36 +69,6 @@ class RobertaConfig(Schema):
         sizes = {"hidden_size": self.hidden_size, "intermediate_size": self.intermediate_size}
         check_quantise(self.quantise, self.lora, **sizes, head_dim=self.head_dim)
         return self
-
-    @property
-    def dropout_rates(self) -> tuple[float, float]:
-        """Dropout rates on hidden states and on attention probabilities."""
-        return self.hidden_dropout, self.attention_dropout
-
-    @property
-    def head_dim(self) -> int:
-        """Width of a head."""
-        return self.hidden_size // self.num_heads
-
-    @property
-    def causal(self) -> bool:
-        """Whether a position sees only earlier ones."""
-        return False
-
-    @property
-    def window(self) -> int:
-        """No layer has a window."""
-        return 0
-
-    @property
-    def windowed(self) -> tuple[bool, ...]:
-        """Which layers attend to a window only."""
-        return (False,) * self.num_layers
-
-    @property
-    def num_kv_heads(self) -> int:
-        """Key/value heads per layer: one for each head."""
-        return self.num_heads
 
 
 class RobertaEmbeddings(nnx.Module):

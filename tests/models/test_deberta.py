@@ -12,7 +12,7 @@ import pytest
 from jaxcl.functional import attention_maps
 from jaxcl.models.deberta import bucket, places
 from jaxcl.models.probe import Probe
-from jaxcl.weights.tree import flatten, unflatten
+from jaxcl.weights.tree import flatten
 from tests.tiny.batches import batch_of
 from tests.tiny.networks import deberta, params_of
 
@@ -93,26 +93,6 @@ def test_the_class_is_read_behind_a_dense_layer() -> None:
     dense, out = params["classifier"]["dense"], params["classifier"]["out"]
     inner = np.maximum(states[:, 0] @ dense["kernel"] + dense["bias"], 0)
     np.testing.assert_allclose(network.classify(params, states, batch), inner @ out["kernel"] + out["bias"], atol=1e-5)
-
-
-def test_hidden_states_are_dropped_in_four_places() -> None:
-    """Embeddings, what attention and the feed-forward part add, and the classifier's input."""
-    network = deberta(hidden_dropout=0.5, attention_dropout=0.0)
-    params, batch, key = params_of(network), batch_of(SEGMENTS), jax.random.key(0)
-
-    def differs(run: Any) -> bool:
-        return bool(np.any(np.asarray(run(None) != run(key))))
-
-    assert differs(lambda key: network.embed(params, batch, dropout_key=key))
-    x = network.embed(params, batch)
-    assert differs(lambda key: network.classify(params, x, batch, dropout_key=key))
-    for silent in ("attention/out", "mlp/down"), ("attention/out",), ("mlp/down",):
-        flat = flatten(params)
-        muted = {f"blocks/{name}/{part}" for name in silent for part in ("kernel", "bias")}
-        still = unflatten({path: leaf * (path not in muted) for path, leaf in flat.items()})
-        layer = jax.tree.map(lambda leaf: leaf[0], network.blocks(still))
-        found = differs(lambda key, layer=layer: network.block(layer, x, batch, dropout_key=key)[0])
-        assert found == (len(silent) == 1), silent
 
 
 @pytest.mark.parametrize(

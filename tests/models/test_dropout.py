@@ -8,8 +8,9 @@ import pytest
 
 from jaxcl.models import layer
 from jaxcl.models.layers import dropout, place_hash
+from jaxcl.weights.tree import flatten, unflatten
 from tests.tiny.batches import batch_of
-from tests.tiny.networks import ARCHITECTURES, BUILDERS
+from tests.tiny.networks import ARCHITECTURES, BUILDERS, params_of
 
 SHAPE = (32, 4, 24, 16)
 
@@ -157,3 +158,24 @@ def test_a_given_rate_leaves_attention_on_its_kernel(architecture: str, monkeypa
     trace(dropout_key=key, dropout_rate=0.3)
     with pytest.raises(AssertionError, match="explicit"):
         trace(dropout_key=key)
+
+
+@pytest.mark.parametrize("architecture", ["modernbert", "deberta"])
+def test_hidden_states_of_an_encoder_are_dropped_in_four_places(architecture: str) -> None:
+    """Embeddings, what attention and the feed-forward part add, and the classifier's input."""
+    network = BUILDERS[architecture](hidden_dropout=0.5, attention_dropout=0.0)
+    params, batch, key = params_of(network), batch_of([[1, 1, 1, 1], [1, 1, 1, 0]]), jax.random.key(0)
+
+    def differs(run: Any) -> bool:
+        return bool(np.any(np.asarray(run(None) != run(key))))
+
+    assert differs(lambda key: network.embed(params, batch, dropout_key=key))
+    x = network.embed(params, batch)
+    assert differs(lambda key: network.classify(params, x, batch, dropout_key=key))
+    for silent in ("attention/out", "mlp/down"), ("attention/out",), ("mlp/down",):
+        flat = flatten(params)
+        muted = {f"blocks/{name}/{part}" for name in silent for part in ("kernel", "bias")}
+        still = unflatten({path: leaf * (path not in muted) for path, leaf in flat.items()})
+        layer = jax.tree.map(lambda leaf: leaf[0], network.blocks(still))
+        found = differs(lambda key, layer=layer: network.block(layer, x, batch, dropout_key=key)[0])
+        assert found == (len(silent) == 1), silent
