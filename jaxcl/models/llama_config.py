@@ -168,6 +168,10 @@ class LlamaConfig(Schema):
             )
         if self.mlp_bias:
             raise ValueError("mlp_bias: experts (num_experts above 0) have no biases; allowed is false")
+        if self.quantise != "none":
+            raise ValueError(
+                f"quantise: experts (num_experts above 0) are not quantised; allowed is none, got {self.quantise}"
+            )
         if self.lora is not None and (found := sorted({"gate", "up", "down"} & set(self.lora.targets))):
             raise ValueError(
                 f"lora.targets: experts (num_experts above 0) have no adapters, got {', '.join(found)}; allowed are "

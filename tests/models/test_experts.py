@@ -1,4 +1,4 @@
-"""Mixtures of experts: what a loop over tokens computes, a router loss that padding is no part of, and one program."""
+"""Mixtures of experts compute what a loop over tokens does, in one program; padding does not count for the routers."""
 
 from __future__ import annotations
 
@@ -217,6 +217,10 @@ def test_experts_that_are_off_leave_no_trace() -> None:
     [
         ({"experts_per_token": 0}, r"experts_per_token: expected 1 to num_experts \(5\), got 0"),
         ({"experts_per_token": 6}, r"experts_per_token: expected 1 to num_experts \(5\), got 6"),
+        (
+            {"quantise": "int8", "lora": {"targets": ["query"]}},
+            "quantise: experts .* are not quantised; allowed is none",
+        ),
         ({"mlp_bias": True}, r"mlp_bias: experts .* have no biases"),
         ({"lora": {"targets": ("query", "up", "down")}}, r"lora.targets: experts .* have no adapters, got down, up"),
     ],
