@@ -15,6 +15,8 @@ _CONFIG_HELP = (
     "every key"
 )
 
+_CHANGED_HELP = "go on although data has changed since the run read it; says what changed"
+
 
 class _Parser(argparse.ArgumentParser):
     """argparse, with one line on bad usage instead of the whole usage text."""
@@ -65,9 +67,6 @@ def _place(text: str) -> str:
         return place(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
-
-
-_CHANGED_HELP = "go on although data has changed since the run read it; says what changed"
 
 
 def _text(text: str) -> str:

@@ -89,7 +89,7 @@ def constant(
 
 
 def _sides(dimensions: int, layers: int | None, inputs: int, stacked: int = 0) -> Sides:
-    """The sides of a parameter with so many axes within a layer, of which the first but `stacked` are inputs."""
+    """The sides of a parameter with this number of axes within a layer: stacked ones, inputs, outputs."""
     axes = tuple(range(dimensions) if layers is None else range(1, dimensions + 1))[stacked:]
     return Sides(axes[:inputs], axes[inputs:]) if inputs else Sides(axes, ())
 
