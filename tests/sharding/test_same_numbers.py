@@ -124,8 +124,9 @@ def test_there_was_something_to_learn(results: dict[str, Any]) -> None:
     assert heads[0] != [[0, 0], [0, 1], [0, 2]]
 
 
-def test_experts_are_split_over_devices(results: dict[str, Any]) -> None:
-    specs = {path: spec for path, spec in results["das experts:2x4"]["specs"].items() if "params" in path}
+@pytest.mark.slow
+def test_experts_are_split_over_devices(more_results: dict[str, Any]) -> None:
+    specs = {path: spec for path, spec in more_results["das_paper experts:2x4"]["specs"].items() if "params" in path}
     kernels = {path.split("/")[-2]: spec for path, spec in specs.items() if "mlp/" in path}
     # axes of the params: layers, experts, embed, units of an expert
     assert kernels == {
