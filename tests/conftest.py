@@ -8,6 +8,8 @@ import jax
 import pytest
 from hypothesis import settings
 
+from jaxcl.run import sequence
+
 # A program is compiled once for all tests, however small it is, where a folder for compiled programs is set, as
 # `make test` does. What tests start as programs of their own reads the environment.
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
@@ -27,6 +29,14 @@ def optimisation(request: pytest.FixtureRequest) -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", request.node.get_closest_marker("optimised") is None)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_reports() -> Iterator[None]:
+    """Runs in the tests' own process write no report, which takes as long as the run; tests that read one write it."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sequence, "write_report", lambda folder: None)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

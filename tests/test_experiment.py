@@ -11,6 +11,7 @@ import yaml
 from jaxcl.commands.generate import generate_text
 from jaxcl.errors import UserError
 from jaxcl.evaluation.results import Results
+from jaxcl.reporting.report import write_report
 from jaxcl.run import sequence
 from tests.tiny.faults import killed_at_save
 from tests.tiny.runs import PAIRS, SEEKR, TEXT, numbers, run
@@ -19,7 +20,9 @@ from tests.tiny.runs import PAIRS, SEEKR, TEXT, numbers, run
 @pytest.fixture(scope="module")
 def seekr_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "seekr"
-    run(PAIRS, folder, SEEKR)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sequence, "write_report", write_report)
+        run(PAIRS, folder, SEEKR)
     return folder
 
 

@@ -17,6 +17,7 @@ from jaxcl.config.file import read_yaml, validate
 from jaxcl.data.tokenizer import Tokenizer
 from jaxcl.errors import UserError
 from jaxcl.evaluation.results import Results
+from jaxcl.reporting.report import write_report
 from jaxcl.run import sequence
 from jaxcl.run.folder import RunFolder
 from jaxcl.training.checkpoint import Checkpoints
@@ -234,7 +235,7 @@ def test_das_goes_on_from_the_run_folder_alone(tmp_path: Path, tokenizer: Path) 
     again = extend(folder, words(jsonl_task(tmp_path / "upper", "upper", "text")), 4).results
     assert again.matrix[3][:2] == [None, None]
     assert None not in again.matrix[3][2:]
-    assert "upper" in (folder / "report.html").read_text()
+    assert "upper" in write_report(folder).read_text()
     with pytest.raises(UserError, match=r"task language: its examples are needed \(tasks.0.data_gone is true\)"):
         measure_importance(str(folder), [], tmp_path / "importance")
 

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from jaxcl.reporting.report import write_report
+from jaxcl.run import sequence
+
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(
@@ -43,6 +46,7 @@ def test_the_python_of_the_readme_runs(
         assert given in block
         block = block.replace(given, fewer)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sequence, "write_report", write_report)
     exec(compile(block, "README.md", "exec"), {})
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines[:3]] == ["after category", "after direction", "after number"]

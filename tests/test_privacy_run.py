@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from jaxcl.errors import UserError
+from jaxcl.reporting.report import write_report
 from tests.tiny.runs import PAIRS, run
 
 PRIVACY = {"clip": 1.0, "noise_multiplier": 1.0, "delta": 1e-3}
@@ -23,7 +24,7 @@ def test_results_say_what_each_task_has_told(tmp_path: Path) -> None:
     assert set(content) == {"epsilon", "epsilon_poisson"}
     assert list(content["epsilon"]) == results.tasks
     assert all(0 < value < 100 for value in content["epsilon"].values())
-    assert "epsilon" in (tmp_path / "private" / "report.html").read_text()
+    assert "epsilon" in write_report(tmp_path / "private").read_text()
 
 
 def test_methods_that_keep_examples_are_refused(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from jaxcl.config import parse_config
 from jaxcl.errors import UserError
 from jaxcl.evaluation.end_tasks import EndTaskScore
 from jaxcl.evaluation.results import Results
+from jaxcl.reporting.report import write_report
 from jaxcl.run import evaluator, sequence
 from tests.tiny.runs import ENCODER, TOKENIZER
 
@@ -86,7 +87,7 @@ def test_end_tasks_as_the_metric_measured_only_where_needed(tmp_path: Path, monk
     assert results.further["perplexity"].gain is not None
     assert results.further["end task accuracy"].matrix[2] == [16.0, 17.0, 18.0]
     assert results.further["end task accuracy"].deviation == [[0.0, None, None], [None, 0.0, None], [0.0] * 3]
-    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    page = write_report(tmp_path / "run").read_text(encoding="utf-8")
     assert "57.0 <small>± 1.4</small>" in page
     assert "Gain" in page
 

@@ -109,7 +109,7 @@ def importance_tables(
         kept = remember(parts, kept, index, params)
         task = running_task(parts, kept, index, stage="after", params_before=params_before)
         state = layout.place(method.consolidate(params, state, task))
-    return {name: np.asarray(table) for name, table in method.tables(state).items()}
+    return {name: np.asarray(table) for name, table in task.compile(method.tables)(state).items()}
 
 
 def _subject(source: str, overrides: Sequence[str], scratch: Path) -> tuple[ExperimentConfig, _Subject]:

@@ -37,7 +37,7 @@ class ToolHooks:
         return False
 
     def tables(self, state: PyTree) -> dict[str, Array]:
-        """Arrays worth a picture in the report: importance, masks, selected heads."""
+        """Arrays worth a picture in the report: importance, masks, selected heads; pure."""
         return {}
 
     def measurements(self, before: PyTree, params: PyTree, state: PyTree, batch: Batch, key: Array) -> dict[str, Any]:

@@ -338,7 +338,9 @@ class TaskSequence:
             about = parts.about(self.kept.task(index))
             write_records(self.folder.store(index, jax.process_index()), stored, about)
         wait_for_all(f"signals of task {index} stored")
-        if self.main and (tables := method.tables(state.method_state)):
+        # By all processes together: the state may be split over them.
+        tables = task.compile(method.tables)(state.method_state)
+        if self.main and tables:
             write_tables(self.folder.importance, index, {name: np.asarray(value) for name, value in tables.items()})
         return state
 
