@@ -34,6 +34,14 @@ def optimisation(request: pytest.FixtureRequest) -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+@pytest.fixture
+def optimised(optimisation: None) -> Iterator[None]:
+    """Compiles with all optimisations in a test that reads a program of its own, and in no other of its module."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def no_reports() -> Iterator[None]:
     """Runs in the tests' own process write no report, which takes as long as the run; tests that read one write it."""

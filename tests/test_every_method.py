@@ -17,6 +17,8 @@ from tests.tiny.runs import PAIRS, TEXT, numbers, run
 
 # Whole runs of these are looked at more closely in test_experiment, test_lora_run and test_prompts_run.
 ELSEWHERE = {"seekr", "olora", "progressive_prompts"}
+# What others of the kind do in a whole run.
+SLOW = {"das_paper", "lwf", "joint"}
 REPLAY = {"fraction": 0.25, "every": 2}
 OPTIONS: dict[str, dict[str, Any]] = {
     "replay": {"replay": REPLAY},
@@ -33,7 +35,10 @@ SHORT = {
 DOMAINS = {**TEXT, "evaluation": {"batch_size": 8}, "tasks": [{**task, "end_task": None} for task in TEXT["tasks"]]}
 
 
-@pytest.mark.parametrize("name", sorted(METHODS.keys() - ELSEWHERE))
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in sorted(METHODS.keys() - ELSEWHERE)],
+)
 def test_a_whole_run(name: str, tmp_path: Path) -> None:
     results = run(SHORT, tmp_path / "run", {"name": name, **OPTIONS.get(name, {})})
     assert results.finished
@@ -90,7 +95,7 @@ def test_each_task_of_one_has_a_model_of_its_own(one_folder: Path) -> None:
     assert not (one_folder / "predictions" / "after01_task00.jsonl").exists()
 
 
-@pytest.mark.parametrize("saves", [3, 4])
+@pytest.mark.parametrize("saves", [3, pytest.param(4, marks=pytest.mark.slow)])
 def test_an_interrupted_run_of_one_goes_on(one_folder: Path, tmp_path: Path, saves: int) -> None:
     """Killed at the end of the first task, which the second must not go on from, and within the second."""
     content = {**PAIRS, "optimizer": {"learning_rate": 1e-2, "reset_optimizer": False}}

@@ -147,7 +147,8 @@ def test_one_more_domain_goes_on_from_before_the_decay(tmp_path: Path, tokenizer
     check_equal(runs.two, runs.whole)
 
 
-@pytest.mark.parametrize("save", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("save", [1, 2])
 def test_an_interrupted_extension_goes_on(das: Runs, tmp_path: Path, save: int) -> None:
     """Killed before the new task's first step, and within it."""
     folder = tmp_path / "run"

@@ -84,6 +84,7 @@ def edit_json(path: Path, change: Callable[[Any], Any]) -> None:
     path.write_text(json.dumps(content))
 
 
+@pytest.mark.slow
 def test_a_stop_between_checkpoint_and_results_shifts_nothing(
     copy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -218,7 +218,8 @@ def content(output: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in [*(output / "memory").iterdir(), output / "memory.json"]}
 
 
-@pytest.mark.parametrize("choose", ["balanced", pytest.param("highest_loss", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("choose", ["balanced", "highest_loss"])
 def test_a_memory_that_is_cut_is_exact_after_interruptions(tmp_path: Path, choose: str) -> None:
     """Killed between what a task changes in the memory and its checkpoint, and after that."""
     write_data(tmp_path)

@@ -54,6 +54,7 @@ def test_adapters_learn_beside_weights_that_keep_every_bit(seekr: Path) -> None:
     assert len(jax.tree.leaves(trained(model.params))) == 4
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_with_the_same_bits(seekr: Path, tmp_path: Path) -> None:
     with killed_at_save(3):
         run(HELD, tmp_path / "run", SEEKR)
@@ -72,6 +73,7 @@ def test_the_exported_model_has_the_answers_of_the_run(seekr: Path, tmp_path: Pa
     assert answer(tmp_path / "orbax") == answer(seekr)
 
 
+@pytest.mark.slow
 def test_replay_beside_nf4_and_other_weights_than_those_of_the_start(seekr: Path, tmp_path: Path) -> None:
     """The weights are those that were exported, read while they are quantised."""
     convert(str(seekr), tmp_path / "hf", "hf", "float32")
@@ -81,6 +83,7 @@ def test_replay_beside_nf4_and_other_weights_than_those_of_the_start(seekr: Path
     assert load_model(str(tmp_path / "run")).params["blocks"]["mlp"]["up"]["kernel"].dtype == np.uint8
 
 
+@pytest.mark.slow
 def test_das_and_end_tasks_beside_quantised_weights(tmp_path: Path) -> None:
     content = {**TEXT, "model": {**TEXT["model"], "lora": LORA, "quantise": "nf4"}}
     results = run(content, tmp_path / "run", {"name": "das", "importance_examples": 8})

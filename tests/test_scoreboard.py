@@ -92,6 +92,7 @@ def test_end_tasks_as_the_metric_measured_only_where_needed(tmp_path: Path, monk
     assert "Gain" in page
 
 
+@pytest.mark.slow
 def test_end_tasks_beside_perplexity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """End tasks of different metrics are one measure; a domain without one leaves a gap."""
     given = Given(monkeypatch)

@@ -99,6 +99,7 @@ def lines_of(text: str) -> list[str]:
     return [" ".join(line.split()) for line in text.splitlines()]
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_says_where_it_is_and_how_it_goes_on(told: dict[str, Any]) -> None:
     lines = lines_of(told["interrupted"])
     assert lines[0] == f"{told['folder']}: derpp, seed 0, 2 tasks"

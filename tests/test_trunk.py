@@ -147,7 +147,8 @@ def test_learning_rates_of_a_run(wsd: tuple[Path, list[Any]]) -> None:
 
 
 # Checkpoints of a task: after steps 3, 4 (before the decay) and 6, and at its end; the first is that of the start.
-@pytest.mark.parametrize("save", [4, *(pytest.param(save, marks=pytest.mark.slow) for save in (2, 3, 5, 7))])
+@pytest.mark.slow
+@pytest.mark.parametrize("save", [2, 3, 4, 5, 7])
 def test_an_interrupted_run_goes_on_exactly(wsd: tuple[Path, list[Any]], tmp_path: Path, save: int) -> None:
     """Killed between stable and decay, right at the checkpoint, within the decay, at the task's end, and after it."""
     with killed_at_save(save):

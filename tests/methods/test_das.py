@@ -90,11 +90,12 @@ def test_padding_adds_nothing_to_drawn_squares(network: Network) -> None:
     """The same rows draw the same tokens, whatever fills the batch."""
     params, batch = init(network), make_batch((6, 4))
     method = Das(DasOptions(), network, 1)
-    none = method.add_drawn(method.no_sums(), params, make_batch((0, 0)), jax.random.key(0))
+    add = jax.jit(method.add_drawn)
+    none = add(method.no_sums(), params, make_batch((0, 0)), jax.random.key(0))
     assert none.tokens == 0
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(none.total))
-    one = method.add_drawn(method.no_sums(), params, batch, jax.random.key(0))
-    other = method.add_drawn(method.no_sums(), params, pad_batch(batch, rows=1, length=2, predict=1), jax.random.key(0))
+    one = add(method.no_sums(), params, batch, jax.random.key(0))
+    other = add(method.no_sums(), params, pad_batch(batch, rows=1, length=2, predict=1), jax.random.key(0))
     assert_close(other.total, one.total)
 
 
@@ -105,10 +106,12 @@ def test_state_over_two_domains() -> None:
     start = method.init(first)
     tasks = [StandInTask([make_batch(seed=seed), make_batch(seed=5 + seed)], index=seed) for seed in (0, 1)]
 
+    add, needs = jax.jit(method.add_drawn), jax.jit(method.needs)
+
     def measured(params: Any, task: Any) -> RowColumn:
         sums = method.no_sums()
         for batch in task.examples(7):
-            sums = jax.jit(method.add_drawn)(sums, params, batch, task.key)
+            sums = add(sums, params, batch, task.key)
         return sums.total.scaled(1 / sums.tokens)
 
     prepared = method.prepare(first, start, tasks[0])
@@ -124,11 +127,11 @@ def test_state_over_two_domains() -> None:
     jax.tree.map(np.testing.assert_array_equal, later["anchor"], second)
     jax.tree.map(np.testing.assert_array_equal, later["importance"], learned["importance"])
     for place, one in enumerate((general, domain)):
-        assert_close({kind: table[place] for kind, table in later["history"].items()}, method.needs(one))
+        assert_close({kind: table[place] for kind, table in later["history"].items()}, needs(one))
     for state in (prepared, learned, later):
         assert jax.tree.structure(state) == jax.tree.structure(start)
         jax.tree.map(lambda a, b: np.testing.assert_equal((a.shape, a.dtype), (b.shape, b.dtype)), state, start)
-    tables = method.tables(later)
+    tables = jax.jit(method.tables)(later)
     assert tables["domains_heads"].shape == (3, 1, 4)
     assert 0 < float(jnp.min(tables["importance_output"])) < float(jnp.max(tables["importance_output"])) < 1
     assert not np.any(later["history"]["heads"][2])
@@ -156,19 +159,22 @@ def test_what_is_kept_is_a_choice() -> None:
     assert sum(leaf.size for leaf in jax.tree.leaves(plain["importance"])) < 0.5 * network.num_params
     masked = known(hold="mask")
     assert masked[1]["anchor"] == {}
-    assert set(masked[0].update_args(params, masked[1], make_batch(), task.key)) == {"masks"}
+    assert set(jax.eval_shape(masked[0].update_args, params, masked[1], make_batch(), task.key)) == {"masks"}
     half = known(anchor_dtype="bfloat16")[1]["anchor"]
     assert {leaf.dtype for leaf in jax.tree.leaves(half)} == {jnp.dtype("bfloat16")}
     full = known(resolution="full")[1]["importance"]
     assert jax.tree.map(jnp.shape, full.inputs) == shapes
     # The same draws: rows and columns are the sums of the squares in full.
     assert_close(RowColumn.of(full.inputs, method.sides()), plain["importance"])
-    extra = method.update_args(params, plain, make_batch(), task.key)
-    stiffness = plain["importance"].evened(method.options.evenness, params, method.sides())
-    assert_close(extra["stiffness"], jax.tree.map(lambda leaf: method.options.strength * leaf, stiffness))
-    even = Das(DasOptions(evenness=1.0, strength=3.0), network, 1).update_args(params, plain, make_batch(), task.key)
+
+    def stiffness_of(method: Das) -> Any:
+        return jax.jit(method.update_args)(params, plain, make_batch(), task.key)["stiffness"]
+
+    stiffness = jax.jit(lambda: plain["importance"].evened(method.options.evenness, params, method.sides()))()
+    assert_close(stiffness_of(method), jax.tree.map(lambda leaf: method.options.strength * leaf, stiffness))
+    even = stiffness_of(Das(DasOptions(evenness=1.0, strength=3.0), network, 1))
     mean = 3.0 * plain["importance"].mean(params)
-    assert_close(even["stiffness"], jax.tree.map(lambda leaf: jnp.full_like(leaf, mean), params))
+    assert_close(even, jax.tree.map(lambda leaf: np.full(leaf.shape, mean), params))
     for selection in ("permuted", "layer"):
         control = known(selection=selection)[1]["importance"]
         kernel = control.inputs["blocks"]["mlp"]["up"]["kernel"]
@@ -186,5 +192,5 @@ def test_only_adapters_are_held_where_only_they_are_trained() -> None:
     up = state["importance"].inputs["blocks"]["mlp"]["up"]
     assert {name: leaf.shape for name, leaf in up.items()} == {"lora_a": (1, 8, 1), "lora_b": (1, 2, 1)}
     assert all(np.any(leaf > 0) for leaf in jax.tree.leaves(state["importance"]))
-    args = method.update_args(params, state, make_batch(), jax.random.key(0))
+    args = jax.eval_shape(method.update_args, params, state, make_batch(), jax.random.key(0))
     assert set(named(args["masks"])) == set(named(args["stiffness"])) == set(named(state["anchor"]))

@@ -17,8 +17,6 @@ from jaxcl.models.llama import LlamaConfig
 from jaxcl.models.network import Network, Params
 from jaxcl.models.roberta import RobertaConfig
 
-pytestmark = pytest.mark.optimised  # compiled programs are read
-
 VOCAB = 29
 Score = Callable[[list[int]], np.ndarray]
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [7], [2, 7, 1, 8, 2], [11, 12, 13]]
@@ -262,7 +260,7 @@ def test_one_compilation_a_bucket_and_mode(network: Network, params: Params) -> 
     assert lengths == [5, 20, 40, 5, 5]
 
 
-def test_cache_is_updated_in_place(network: Network, params: Params) -> None:
+def test_cache_is_updated_in_place(network: Network, params: Params, optimised: None) -> None:
     generate = generator(network)
     program = generate.jitted.lower(params, *generate.pad(PROMPTS), None).compile().as_text()
     shape = rf"f32\[3,4,2,{8 + 6 - 1},4\]"

@@ -16,8 +16,6 @@ from jaxcl.weights.tree import flatten
 from tests.tiny.batches import batch_of
 from tests.tiny.networks import BUILDERS, params_of, row_losses
 
-pytestmark = pytest.mark.optimised  # a compiled program's memory is read
-
 SEGMENTS = [[1, 1, 1, 2, 2, 0], [1, 1, 1, 1, 1, 1]]
 TARGETS = {
     "llama": ("query", "key", "value", "out", "gate", "up", "down"),
@@ -97,7 +95,7 @@ def test_a_kernel_of_zeros_stays_so(how: Any) -> None:
 
 
 @pytest.mark.parametrize("how", ["int8", "nf4"])
-@pytest.mark.parametrize("architecture", ["llama", "roberta"])
+@pytest.mark.parametrize("architecture", ["llama", pytest.param("roberta", marks=pytest.mark.slow)])
 def test_only_kernels_of_layers_are_quantised(architecture: str, how: str) -> None:
     network = held(architecture, how)
     plain, shapes = flatten(network.unquantised.shapes()), flatten(network.shapes())
@@ -113,9 +111,9 @@ def test_only_kernels_of_layers_are_quantised(architecture: str, how: str) -> No
         np.testing.assert_allclose(dequantise(found[path], found[f"{path}_scale"]), dequantise(*expected), rtol=1e-6)
 
 
-@pytest.mark.parametrize("remat", ["none", "dots"])
+@pytest.mark.parametrize("remat", ["none", pytest.param("dots", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("how", ["int8", "nf4"])
-@pytest.mark.parametrize("architecture", ["llama", "roberta"])
+@pytest.mark.parametrize("architecture", ["llama", pytest.param("roberta", marks=pytest.mark.slow)])
 def test_losses_and_gradients_are_those_beside_the_dequantised_weights(architecture: str, how: str, remat: str) -> None:
     network = held(architecture, how, compute={"remat": remat})
     params, batch = quantised_params(network), batch_of(SEGMENTS)
@@ -160,7 +158,7 @@ def test_no_pass_keeps_a_dequantised_kernel() -> None:
 
 
 @pytest.mark.parametrize("how", ["int8", "nf4"])
-def test_a_step_needs_no_more_than_the_kernels_of_one_layer(how: str) -> None:
+def test_a_step_needs_no_more_than_the_kernels_of_one_layer(how: str, optimised: None) -> None:
     """In float32, even if products are bfloat16: so the compiler for CPUs has it."""
     sizes: dict[str, Any] = {"hidden_size": 128, "head_dim": 32, "num_layers": 4}
     network = held("llama", how, **sizes, compute={"remat": "full", "dtype": "bfloat16", "param_dtype": "bfloat16"})

@@ -145,17 +145,23 @@ def init(network: Network, seed: int = 0) -> Any:
 
 def perturbed(params: Any, scale: float, seed: int = 7) -> Any:
     """The params with normal noise of standard deviation `scale`."""
+    return _perturbed(params, jnp.float32(scale), jax.random.key(seed))
+
+
+@jax.jit  # of every leaf by itself would be compiled many times over
+def _perturbed(params: Any, scale: Any, key: Any) -> Any:
     leaves, structure = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    keys = jax.random.split(key, len(leaves))
     moved = [
-        leaf + scale * jax.random.normal(key, leaf.shape, leaf.dtype) for leaf, key in zip(leaves, keys, strict=True)
+        leaf + (scale * jax.random.normal(key, leaf.shape, leaf.dtype)).astype(leaf.dtype)
+        for leaf, key in zip(leaves, keys, strict=True)
     ]
     return jax.tree.unflatten(structure, moved)
 
 
 def params_of(network: Network, seed: int = 0) -> Params:
     """Fresh params, with noise on what starts at 0 or 1 so that a forgotten bias or scale shows."""
-    return perturbed(network.init(jax.random.key(seed)), 0.2, seed + 1)
+    return perturbed(init(network, seed), 0.2, seed + 1)
 
 
 def random_params(network: Network, seed: int = 0, dtype: Any = None) -> Params:
