@@ -20,6 +20,7 @@ if jax.__version_info__[:2] == (0, 10):
 
 
 WHOLE_RUNS = Path(__file__).parent
+LONG = {"test_same_numbers", "test_devices"}
 
 # How long an example takes is the machine's affair.
 settings.register_profile("jaxcl", deadline=None)
@@ -57,8 +58,8 @@ def data_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # Whole runs take longest: with two workers, a module of them at the end would leave one waiting.
-    items.sort(key=lambda item: item.path.parent != WHOLE_RUNS)
+    # Modules that take long come first: with two workers, one of them at the end would leave the other waiting.
+    items.sort(key=lambda item: item.path.parent != WHOLE_RUNS and item.path.stem not in LONG)
     for item in items:
         if any(mark.name == "optimised" for mark in item.own_markers):
             raise pytest.UsageError(f"{item.nodeid}: optimised is a mark of modules: fixtures compile for all tests")

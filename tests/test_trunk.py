@@ -21,6 +21,7 @@ from jaxcl.run.model import load_model
 from jaxcl.training.checkpoint import Checkpoints
 from jaxcl.training.kept import mark_after, mark_before_decay
 from jaxcl.training.trainer import Trainer
+from tests.tiny.devices import flags
 from tests.tiny.faults import killed_at_save
 from tests.tiny.runs import DECODER, PAIRS, TOKENIZER, numbers, run
 
@@ -284,12 +285,12 @@ def test_what_does_not_fit_is_refused_before_training(
 def test_several_devices_go_on_exactly(tmp_path: Path) -> None:
     """Sharded params and moments of the trunk come back where they were."""
     script = Path(__file__).parent / "tiny" / "trunk_script.py"
-    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    settings = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags(4)}
     done = subprocess.run(
         [sys.executable, str(script), str(tmp_path)],
         capture_output=True,
         text=True,
-        env={**os.environ, **flags},
+        env={**os.environ, **settings},
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]

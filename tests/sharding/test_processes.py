@@ -14,6 +14,7 @@ from jaxcl.errors import UserError
 from jaxcl.sharding import processes
 from jaxcl.sharding.clusters import ProcessId
 from jaxcl.sharding.processes import initialize
+from tests.tiny.devices import flags
 
 KEYS = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "JAXCL_HOSTS", "SLURM_STEP_NUM_TASKS")
 
@@ -90,7 +91,7 @@ def run_two(file: Path, devices: tuple[int, int]) -> list[tuple[int, str]]:
             "JAX_COORDINATOR_ADDRESS": address,
             "JAX_NUM_PROCESSES": "2",
             "JAX_PROCESS_ID": str(index),
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices[index]}",
+            "XLA_FLAGS": flags(devices[index]),
         }
         running.append(
             subprocess.Popen(

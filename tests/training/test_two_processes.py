@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.tiny.devices import flags
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -39,7 +41,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             JAX_COORDINATOR_ADDRESS=address,
             JAX_NUM_PROCESSES="2",
             JAX_PROCESS_ID=str(index),
-            XLA_FLAGS="--xla_force_host_platform_device_count=2",
+            XLA_FLAGS=flags(2),
         )
     try:
         for name, process in running.items():

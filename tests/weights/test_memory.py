@@ -15,6 +15,7 @@ from jaxcl.models.llama import LlamaConfig
 from jaxcl.models.network import Network
 from jaxcl.weights import fill, load_params, save_hf
 from jaxcl.weights.source import Safetensors
+from tests.tiny.devices import flags
 from tests.tiny.networks import CONFIGS, random_params
 
 # About 24 MB in float32; deep enough that a layer is small beside the whole.
@@ -165,7 +166,7 @@ print("sharded ok")
 def test_params_on_eight_devices_are_read_in_parts(tmp_path: Path) -> None:
     network = Network.create(CONFIGS["llama"])
     save_hf(tmp_path / "model", network, random_params(network))
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags(8)}
     done = subprocess.run(
         [sys.executable, "-c", CHILD, str(tmp_path)], capture_output=True, text=True, check=False, env=environment
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from jaxcl.models.network import Network
 from jaxcl.weights import load_weights, save_hf
+from tests.tiny.devices import flags
 from tests.tiny.networks import CONFIGS, assert_equal_bits, random_params
 
 CHILD = """
@@ -47,7 +48,7 @@ def test_two_processes_read_and_write_together(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags(2)}
     children = [
         subprocess.Popen(
             [sys.executable, "-c", CHILD, str(tmp_path), port, str(process)],
