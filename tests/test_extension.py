@@ -286,6 +286,7 @@ def test_joint_training_needs_the_data(tmp_path: Path, tokenizer: Path) -> None:
         sequence.run(config(content, tmp_path / "run", tokenizer, 2))
 
 
+@pytest.mark.slow
 def test_das_learns_the_same_whether_earlier_data_is_there(das: Runs, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(das.two, folder)

@@ -126,6 +126,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 RESUMED = {**SHORT, "training": {"batch_size": 8, "epochs": 1, "log_every": 1, "checkpoint_every": 3}}
 
 
+@pytest.mark.slow
 def test_an_epoch_holds_all_batches_of_the_task_and_general_ones_besides(whole: Path) -> None:
     first, second = kinds(whole, 0), kinds(whole, 1)
     assert first.count("task") == 4  # 32 rows

@@ -122,6 +122,7 @@ def test_a_stop_between_checkpoint_and_results_shifts_nothing(
     assert (copy / "run/config.yaml").read_text() == config
 
 
+@pytest.mark.slow
 def test_finished_by_hand_ends_no_run(stopped: Path, copy: Path) -> None:
     edit_json(copy / "run/results.json", lambda content: content.update(finished=True))
     with pytest.raises(UserError, match="the run is not finished; finish it first"):

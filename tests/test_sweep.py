@@ -127,6 +127,7 @@ def test_a_sweep_is_run_once_and_can_be_widened(tmp_path: Path, monkeypatch: pyt
     assert [one["setting"] for one in content["sweep"]["points"]] == ["learning_rate=0.001", "learning_rate=0.01"]
 
 
+@pytest.mark.slow
 def test_dev_scores_are_those_of_the_model_at_the_end_on_dev_rows(tmp_path: Path) -> None:
     content = {
         **TEXT,

@@ -68,6 +68,7 @@ def test_importance_1_freezes_to_the_bit(network: Network, masked: Trainer) -> N
         assert jnp.all(jnp.isfinite(found[path]))
 
 
+@pytest.mark.slow
 def test_importance_1_with_shared_params_frozen_freezes_everything(network: Network) -> None:
     # The contrast is on: its gradient is masked like the other.
     trainer = make_trainer(network, DasPaper(DasPaperOptions(shared="frozen"), network, 1))

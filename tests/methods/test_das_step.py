@@ -39,6 +39,7 @@ def train(method: Method, network: Network, importance: float | None, **section:
     return named(trained(state.params))
 
 
+@pytest.mark.slow
 def test_where_nothing_is_known_it_trains_like_plain_fine_tuning() -> None:
     """Without a pull to the bit; with one but for rounding: a compiler fuses other products and sums."""
     plain = train(Sequential(MethodOptions(), NETWORK, 1), NETWORK, None)
@@ -63,6 +64,7 @@ def test_great_importance_holds_params_where_they_were() -> None:
             np.testing.assert_allclose(found[path], leaf, atol=1e-3 * far + 1e-7, err_msg=f"{name} {path}")
 
 
+@pytest.mark.slow
 def test_a_mask_slows_and_a_pull_of_half_the_importance_holds_less() -> None:
     start, moved = named(init(NETWORK)), train(Sequential(MethodOptions(), NETWORK, 1), NETWORK, None)
 

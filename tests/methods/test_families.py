@@ -50,8 +50,8 @@ MIXED: dict[str, Any] = {
     "logit_cap": 5.0,
     "activation": "gelu_tanh",
 }
-_SLOW = [*DECODERS, *ENCODERS]
-ALL = ["all switches", "modernbert", "deberta-v2", *(pytest.param(name, marks=pytest.mark.slow) for name in _SLOW)]
+_SLOW = ["modernbert", "deberta-v2", *DECODERS, *ENCODERS]
+ALL = ["all switches", *(pytest.param(name, marks=pytest.mark.slow) for name in _SLOW)]
 SEGMENTS = [[1] * 9, [1] * 7 + [0] * 2, [1] * 8 + [0]]  # longer than the windows, which are 5
 
 

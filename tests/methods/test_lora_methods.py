@@ -83,7 +83,9 @@ def lwf() -> tuple[Method, Any, Batch]:
     return Lwf(LwfOptions(weight=0.1), NETWORK, 2), {"learned": jnp.int32(1)}, BATCH
 
 
-@pytest.mark.parametrize("case", [plain, das, seekr, olora, ewc, lwf])
+@pytest.mark.parametrize(
+    "case", [das, seekr, *(pytest.param(case, marks=pytest.mark.slow) for case in (plain, olora, ewc, lwf))]
+)
 def test_only_adapters_learn(case: Any) -> None:
     method, changes, batch = case()
     trainer = make_trainer(method, weight_decay=0.1)

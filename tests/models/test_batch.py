@@ -19,7 +19,7 @@ MASK = np.array([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [0, 0, 1, 1, 1], [1, 0, 1, 1,
 
 def loss(network: Any, batch: Batch) -> tuple[float, float]:
     params = params_of(network)
-    term = language_model_loss(network, params, network.hidden(params, batch).states, batch, 0)
+    term = jax.jit(lambda: language_model_loss(network, params, network.hidden(params, batch).states, batch, 0))()
     return float(term.sum), float(term.count)
 
 

@@ -41,7 +41,8 @@ def test_places_are_cut_off_at_the_ends_of_the_table() -> None:
 def test_scores_are_those_of_the_paper() -> None:
     network = deberta()
     params, batch = params_of(network), batch_of(SEGMENTS)
-    probed = network.hidden(params, batch, probe=Probe(lambda view, _: attention_maps(view))).probed
+    probe = Probe(lambda view, _: attention_maps(view))
+    probed = jax.jit(lambda: network.hidden(params, batch, probe=probe).probed)()
     x = np.asarray(network.embed(params, batch), float)
     part = {name: np.asarray(leaf[0], float) for name, leaf in flatten(params["blocks"]["attention"]).items()}
     embed = params["embed"]
@@ -75,6 +76,7 @@ def test_every_layer_reads_the_vectors_of_distances() -> None:
     assert tables.shape == (3, 8, 12)
     np.testing.assert_array_equal(tables[0], tables[2])
 
+    @jax.jit
     def loss(table: jax.Array) -> jax.Array:
         embed = {**params["embed"], "distance": {"embedding": table}}
         return jnp.sum(jnp.square(network.hidden({**params, "embed": embed}, batch).states[..., :3]))

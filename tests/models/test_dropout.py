@@ -109,18 +109,18 @@ def test_rows_with_keys_draw_by_them_alone() -> None:
 def test_a_row_with_a_key_has_the_same_states_in_any_batch(architecture: str) -> None:
     own = {"dropout": 0.2} if architecture == "llama" else {"hidden_dropout": 0.2}
     network, key = BUILDERS[architecture](**own), jax.random.key(0)
-    params = network.init(jax.random.key(1))
+    params = jax.jit(network.init)(jax.random.key(1))
     batch = batch_of([[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 0, 0]])
     keys = jax.random.split(key, 3)
 
     def states(*chosen: int) -> np.ndarray:
         part = jax.tree.map(lambda leaf: leaf[np.array(chosen)], batch)
-        return np.asarray(network.hidden(params, part, dropout_key=keys[np.array(chosen)]).states)
+        return np.asarray(jax.jit(network.hidden)(params, part, dropout_key=keys[np.array(chosen)]).states)
 
     whole = states(0, 1, 2)
     np.testing.assert_allclose(states(2, 0, 1), whole[[2, 0, 1]], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(states(1), whole[[1]], rtol=1e-5, atol=1e-5)
-    assert not np.allclose(network.hidden(params, batch).states, whole)
+    assert not np.allclose(jax.jit(network.hidden)(params, batch).states, whole)
 
 
 def test_backward_pass_draws_what_the_forward_pass_drew() -> None:
@@ -160,7 +160,7 @@ def test_a_given_rate_leaves_attention_on_its_kernel(architecture: str, monkeypa
         trace(dropout_key=key)
 
 
-@pytest.mark.parametrize("architecture", ["modernbert", "deberta"])
+@pytest.mark.parametrize("architecture", [pytest.param("modernbert", marks=pytest.mark.slow), "deberta"])
 def test_hidden_states_of_an_encoder_are_dropped_in_four_places(architecture: str) -> None:
     """Embeddings, what attention and the feed-forward part add, and the classifier's input."""
     network = BUILDERS[architecture](hidden_dropout=0.5, attention_dropout=0.0)

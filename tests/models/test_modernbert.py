@@ -23,7 +23,7 @@ def changed(params: Any, path: str, place: Any = ...) -> Any:
 
 
 def logits(network: Network, params: Any) -> np.ndarray:
-    return np.asarray(network.logits(params, network.hidden(params, batch_of(SEGMENTS)).states))
+    return np.asarray(jax.jit(lambda: network.logits(params, network.hidden(params, batch_of(SEGMENTS)).states))())
 
 
 def test_the_first_layer_has_no_norm() -> None:
@@ -35,7 +35,9 @@ def test_the_first_layer_has_no_norm() -> None:
         np.testing.assert_array_equal(logits(network, changed(params, path, 0)), base)
         for layer in (1, 2):
             assert np.abs(logits(network, changed(params, path, layer)) - base).max() > 1e-3
-    slope = jax.grad(lambda params: jnp.sum(jnp.square(network.hidden(params, batch_of(SEGMENTS)).states)))(params)
+    slope = jax.jit(jax.grad(lambda params: jnp.sum(jnp.square(network.hidden(params, batch_of(SEGMENTS)).states))))(
+        params
+    )
     largest = np.abs(slope["blocks"]["attention_norm"]["scale"]).max(1)
     assert largest[0] == 0
     assert np.all(largest[1:] > 0)
