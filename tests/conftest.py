@@ -9,14 +9,16 @@ import pytest
 from hypothesis import settings
 
 from jaxcl.run import sequence
+from tests.tiny.devices import FAST
 
 # A program is compiled once for all tests, however small it is, where a folder for compiled programs is set, as
 # `make test` does. What tests start as programs of their own reads the environment.
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 os.environ |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-# The older way of making code compiles small programs in a third of the time. XLA ends at a flag that it does not know.
-if jax.__version_info__[:2] == (0, 10):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
+# Flags are read when the first program is compiled. The compiler for TPUs reads them again, and ends at this one.
+with pytest.MonkeyPatch.context() as patched:
+    patched.setenv("XLA_FLAGS", f"{os.environ.get('XLA_FLAGS', '')} {FAST}".strip())
+    jax.block_until_ready(jax.jit(lambda: 0)())
 
 
 WHOLE_RUNS = Path(__file__).parent

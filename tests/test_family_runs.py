@@ -46,7 +46,7 @@ CASES = {
     "deberta, das": (DOMAINS, "deberta", DAS),
     "deberta, seekr": (DOMAINS, "deberta", SEEKR),
 }
-SLOW = {"modernbert, das", "mixture, das", "deberta, seekr"}
+SLOW = {"modernbert, das", "mixture, das", "deberta, das", "deberta, seekr"}
 
 
 def stored(folder: Path) -> Any:
@@ -73,6 +73,7 @@ def test_a_run_that_was_killed_ends_with_the_same_bits(case: str, tmp_path: Path
     jax.tree.map(np.testing.assert_array_equal, stored(tmp_path / "killed"), stored(tmp_path / "whole"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_its_steps_are_planned(case: str, tmp_path: Path) -> None:
     content, model, method = CASES[case]
