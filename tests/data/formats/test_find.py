@@ -149,7 +149,7 @@ def test_labels_keep_their_order(tmp_path):
     [
         (b'{"a": 1}', "expected a JSON list of label names"),
         (b'["a", 1]', "expected a JSON list of label names"),
-        (b'["a",\n]', "line 2 column 1 is not valid JSON"),
+        (b'["a",\n@]', "line 2 column 1 is not valid JSON"),
         (b'["\xff"]', "is not UTF-8 text"),
     ],
 )
