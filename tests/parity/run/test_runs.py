@@ -144,7 +144,8 @@ def test_a_step_is_that_of_the_mean_over_all_answer_tokens(wide: Path, accumulat
         "output": str(tmp_path / "run"),
     }
     sequence.run(parse_config(content))
-    network, params, _, _ = load_model(str(tmp_path / "run"))
+    model_of_run = load_model(str(tmp_path / "run"))
+    network, params = model_of_run.network, model_of_run.params
     found = named(network, params)
     assert found.keys() == expected.keys()
     moved = {name: expected[name] - one for name, one in load_tensors(wide).items()}
