@@ -1,4 +1,4 @@
-"""What a task begins anew with, from a checkpoint, when too many of its steps were not finite."""
+"""What a task goes on with from a checkpoint, after too many of its steps were not finite, and what that costs."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from jaxcl.data.pipeline import Stream
 from jaxcl.training.checkpoint import Saved
 from jaxcl.training.config import TrainingConfig
+from jaxcl.training.privacy import PrivacyConfig, spent
 from jaxcl.training.watch import Watch
 
 
@@ -50,3 +52,17 @@ def order_seed(seed: int, rewinds: int) -> int:
     (7, True)
     """
     return int(np.random.SeedSequence((seed, rewinds)).generate_state(1)[0]) if rewinds else seed
+
+
+def spent_on(privacy: PrivacyConfig, stream: Stream, total: int, watch: Watch) -> dict[str, float]:
+    """What training on a task reveals (see `spent`), with what was skipped and what was left behind.
+
+    Args:
+      privacy: the privacy section.
+      stream: the task's batches. General rows are public; the steps on them tell nothing about the task's.
+      total: steps of the task.
+      watch: of the task.
+    """
+    steps = stream.own_steps_in(total)
+    steps += sum(stream.own_steps_in(left) - stream.own_steps_in(step) for step, left in watch.left)
+    return spent(privacy, steps=steps, steps_per_epoch=stream.own_steps_per_epoch, rewinds=len(watch.left))

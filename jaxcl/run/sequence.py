@@ -39,7 +39,7 @@ from jaxcl.run.remembering import (
     save_kept,
     text_of,
 )
-from jaxcl.run.rewinding import may_go_back, noted_after, order_seed, watch_of
+from jaxcl.run.rewinding import may_go_back, noted_after, order_seed, spent_on, watch_of
 from jaxcl.run.scoreboard import Scoreboard
 from jaxcl.run.synthesis import Writer, write_samples
 from jaxcl.run.tasks import Stage, running_task
@@ -51,7 +51,6 @@ from jaxcl.training.config import task_steps
 from jaxcl.training.kept import START_MARK, mark_after, mark_before_decay
 from jaxcl.training.keys import run_key
 from jaxcl.training.loop import train_task
-from jaxcl.training.privacy import PrivacyConfig, spent
 from jaxcl.training.profile import Profiler
 from jaxcl.training.sinks import Sink, check_sinks, open_sinks
 from jaxcl.training.state import TrainState
@@ -279,7 +278,7 @@ class TaskSequence:
             state = self._conclude(parts.trainer.finish_task(state), index)
         self.board.note_task(index, steps=total, described=stream.describe(), watch=watch)
         if training.privacy is not None:
-            self.board.note_privacy(index, self._spent(training.privacy, stream, total, watch))
+            self.board.note_privacy(index, spent_on(training.privacy, stream, total, watch))
         self._save(state, task=index, phase="learned", mark=mark_after(index))
         return state
 
@@ -337,13 +336,6 @@ class TaskSequence:
             print(f"{error}; going on from {where} with another order of the data", file=sys.stderr)
         self._open_sinks(state)
         return state, position, noted_after(watch, saved, step=step, left=error.step)
-
-    def _spent(self, privacy: PrivacyConfig, stream: Stream, total: int, watch: Watch) -> dict[str, float]:
-        """What training on a task reveals, skipped steps and those that were left behind included."""
-        # General rows are public; the steps on them tell nothing about the task's.
-        steps = stream.own_steps_in(total)
-        steps += sum(stream.own_steps_in(left) - stream.own_steps_in(step) for step, left in watch.left)
-        return spent(privacy, steps=steps, steps_per_epoch=stream.own_steps_per_epoch, rewinds=len(watch.left))
 
     def _prepare(self, state: TrainState, index: int) -> TrainState:
         """What a task's training starts from, but for schedule and moments; the method sees the model before it."""

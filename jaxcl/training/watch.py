@@ -55,7 +55,8 @@ class Watch:
           kind: `Batch.origin`.
           metrics: of the step.
         """
-        bad = next((name for name, value in metrics.items() if not math.isfinite(value)), None)
+        names = sorted(metrics, key=lambda name: name != "loss")  # if the loss is not finite, it is the one to name
+        bad = next((name for name in names if not math.isfinite(metrics[name])), None)
         if metrics["skipped"]:
             self.skipped += 1
             self.streak += 1

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxcl.functional.terms import Term
 from jaxcl.sharding.layout import Layout
 from jaxcl.sharding.mesh import MeshConfig, make_mesh
 from jaxcl.training.feed import place_batch
@@ -25,7 +26,12 @@ from tests.tiny.trainer import make_trainer as plain_trainer
 
 
 class Tracking(TinyMethod):
-    """A method whose state moves with every step."""
+    """A method whose state moves with every step. A weight of 2 makes its gradient infinite, but not its loss."""
+
+    def loss(self, params: Any, state: Any, batch: Any, key: Any) -> Any:
+        nothing = jnp.sum(params["head"]["bias"] - jax.lax.stop_gradient(params["head"]["bias"]))
+        steep = jnp.where(jnp.any(batch.weights == 2), 3e38, 0.0) * nothing.astype(jnp.float32)
+        return {**super().loss(params, state, batch, key), "steep": Term(steep + steep, jnp.float32(1))}
 
     def track(self, params: Any, state: Any, before: Any, gradient: Any, means: Any) -> Any:
         return {"snapshot": gradient, "seen": state["seen"] + means["lm"]}
@@ -63,8 +69,7 @@ def trainer_of(
         ({"average": "ema", "name": "lion", "weight_decay": 0.1}, np.nan),
         pytest.param({"name": "adafactor", "average": "sfa", "average_every": 2}, np.inf, marks=pytest.mark.slow),
         pytest.param({"privacy": PrivacyConfig(clip=1.0, noise_multiplier=1.0)}, np.nan, marks=pytest.mark.slow),
-        # A loss that is finite, with a gradient that is not.
-        ({}, 1e38),
+        ({}, 2.0),
     ],
 )
 def test_a_step_that_is_not_finite_changes_no_bit_but_the_clock(options: dict[str, Any], value: float) -> None:
@@ -78,6 +83,7 @@ def test_a_step_that_is_not_finite_changes_no_bit_but_the_clock(options: dict[st
         state, metrics = trainer.step(state, place_batch(batch, trainer.layout.batch))
         after = host(state)
         assert float(metrics["skipped"]) == (step == 2)
+        assert np.isfinite(metrics["loss"]) == (step != 2 or value == 2)
         assert (int(after.step), int(after.clock.step)) == (step, step)
         changed = [
             not np.array_equal(old, new, equal_nan=True)
@@ -139,6 +145,8 @@ def test_params_that_are_broken_stop_it_at_once() -> None:
     watch = Watch(limit=3)
     assert watch.add(4, "task", {"loss": 1.0, "update_norm": np.inf, "skipped": 0.0}) == "update_norm"
     assert watch.skipped == 0
+    assert watch.add(5, "task", {"grad_norm": np.nan, "loss": np.nan, "skipped": 1.0}) is None
+    assert (watch.skipped, watch.streak) == (1, 1)
 
 
 def test_checkpoints_wait_for_a_step_that_was_made() -> None:
@@ -203,8 +211,7 @@ def test_what_was_counted_goes_on_from_its_note() -> None:
     whole, first = Watch(3, 2, 1.0), Watch(3, 2, 1.0)
     steps = [(float(loss), float(loss == 7)) for loss in (1, 2, 7, 9, 1, 7, 7, 5)]
     for step, (loss, skipped) in enumerate(steps, 1):
-        watch = whole.add(step, "task", {"loss": loss, "skipped": skipped})
-        assert watch is None
+        assert whole.add(step, "task", {"loss": loss, "skipped": skipped}) is None
     for step, (loss, skipped) in enumerate(steps[:4], 1):
         first.add(step, "task", {"loss": loss, "skipped": skipped})
     rest = Watch(3, 2, 1.0, **first.plain())
