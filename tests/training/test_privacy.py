@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from jaxcl.errors import UserError
+from jaxcl.run.rewinding import spent_on
 from jaxcl.training.feed import place_batch
 from jaxcl.training.optimizer import OptimizerConfig
-from jaxcl.run.rewinding import spent_on
 from jaxcl.training.privacy import PrivacyConfig, check_private, spent
 from jaxcl.training.trainer import Trainer
 from jaxcl.training.watch import Watch
