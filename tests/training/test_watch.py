@@ -28,13 +28,16 @@ from tests.tiny.trainer import make_trainer as plain_trainer
 class Tracking(TinyMethod):
     """A method whose state moves with every step. A weight of 2 makes its gradient infinite, but not its loss."""
 
+    def init(self, params: Any) -> Any:
+        return {"gradient": jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params), "seen": jnp.zeros((3,))}
+
     def loss(self, params: Any, state: Any, batch: Any, key: Any) -> Any:
         nothing = jnp.sum(params["head"]["bias"] - jax.lax.stop_gradient(params["head"]["bias"]))
         steep = jnp.where(jnp.any(batch.weights == 2), 3e38, 0.0) * nothing.astype(jnp.float32)
         return {**super().loss(params, state, batch, key), "steep": Term(steep + steep, jnp.float32(1))}
 
     def track(self, params: Any, state: Any, before: Any, gradient: Any, means: Any) -> Any:
-        return {"snapshot": gradient, "seen": state["seen"] + means["lm"]}
+        return {"gradient": gradient, "seen": state["seen"] + means["lm"]}
 
 
 class Poisoned(Rows):
