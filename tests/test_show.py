@@ -19,6 +19,7 @@ from jaxcl.errors import UserError
 from jaxcl.models.network import Network
 from jaxcl.run import sequence
 from jaxcl.training import trackers
+from tests.tiny.invented_runs import make_run
 
 CONFIG: dict[str, Any] = {
     "model": {
@@ -135,6 +136,15 @@ def test_a_finished_run_shows_scores_stores_and_time(told: dict[str, Any]) -> No
     training = results["timing"]["training"]
     assert f"training {training:,.1f} s {training / sum(results['timing'].values()):.0%}" in lines
     assert [one.mark for one in checkpoints(folder / "checkpoints")] == ["after task 1"]
+
+
+def test_what_was_not_finite_is_said(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", "seekr", tasks=1)
+    results = json.loads((folder / "results.json").read_text())
+    (task,) = results["tasks"]
+    assert "skipped" not in show(folder)
+    (folder / "results.json").write_text(json.dumps({**results, "steps": {task: 40}, "skipped": {task: 2}}))
+    assert f"{task}: 2 of 40 steps skipped, because loss or gradient was not finite" in show(folder)
 
 
 def test_the_summary_needs_no_jax(told: dict[str, Any]) -> None:

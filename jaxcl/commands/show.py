@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from jaxcl.errors import UserError
-from jaxcl.reporting.run_data import directions, read_results, scores
+from jaxcl.reporting.run_data import directions, read_results, scores, watched
 
 _TAIL_BYTES = 1 << 16
 _MEASURES = {"op": "OP", "bwt": "BWT", "fwt": "FWT", "forgetting": "forgetting"}
@@ -54,6 +54,7 @@ def show(folder: Path) -> str:
     sections = [
         [*_head(folder, config, results), *_whereabouts(folder, config, results, kept)],
         [] if results is None else list(_scores(results)),
+        [] if results is None else watched(results),
         list(_stored(folder, kept)),
         list(_seconds((results or {}).get("timing") or {})),
     ]

@@ -171,7 +171,7 @@ class Method(ToolHooks, Generic[OptionsT]):
     def track(
         self, params: Params, state: State, before: Params, gradient: Params, means: Mapping[str, Array]
     ) -> State:
-        """The state after a step; pure.
+        """The state after a step; pure. After a step whose loss or gradient is not finite, the state stays as it was.
 
         Args:
           params: what is trained, after the step; float32 even if the model holds bfloat16.

@@ -12,7 +12,7 @@ import numpy as np
 from jaxcl.reporting import plots
 from jaxcl.reporting.matrix_table import matrix_table
 from jaxcl.reporting.page import card, details, duration, figure, number, page, section, size, table, text, write_page
-from jaxcl.reporting.run_data import RunData, read_run, scores, unit
+from jaxcl.reporting.run_data import RunData, read_run, scores, unit, watched
 from jaxcl.reporting.samples import task_samples
 from jaxcl.reporting.style import DASH
 from jaxcl.reporting.tables import table_sections
@@ -25,7 +25,7 @@ _MEANINGS = {
     "forgetting": ("Forgetting", "drop of the earlier tasks from their best score"),
     "intransigence": ("Intransigence", "gap to joint training right after learning: what could not be learned"),
 }
-_OWN = ("step", "task", "task_step", "kind", "steps", "seconds", "loss")
+_OWN = ("step", "task", "task_step", "kind", "steps", "seconds", "loss", "skipped", "spikes")
 
 
 def write_report(run_folder: Path) -> Path:
@@ -182,6 +182,7 @@ def _losses(run: RunData) -> str:
     return section(
         "Training",
         picture,
+        *(f'<p class="warn">{text(line)}</p>' for line in watched(run.results)),
         details("Terms of the loss, norms, rates", figure(more)) if more else "",
         note="Means over the steps between two logged rows; dashed lines: start of a task.",
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from jaxtyping import Float, Shaped
 
 from jaxcl.errors import UserError
 
+# Spikes of a task that are named; the others are counted.
+_SPIKES = 10
 _NEEDED = ("method", "seed", "tasks", "metric", "matrix")
 
 
@@ -103,6 +106,34 @@ def directions(results: dict[str, Any]) -> list[bool]:
     """For each task, whether a larger score is better."""
     default = [name != "perplexity" for name in results["metric"]]
     return list(results.get("higher_is_better") or default)
+
+
+def watched(results: Mapping[str, Any]) -> list[str]:
+    """A line for each task that skipped steps, went back to a checkpoint, or had spikes of the loss.
+
+    Args:
+      results: `results.json`; one of an earlier version has no such counts.
+
+    Examples:
+      >>> watched({"steps": {"a": 40}, "skipped": {"a": 3}, "spikes": {"a": [7, 20]}, "rewinds": {"a": 0}})
+      ['a: 3 of 40 steps skipped, because loss or gradient was not finite; spikes of the loss at steps 7, 20']
+    """
+    lines = []
+    for task, steps in (results.get("steps") or {}).items():
+        skipped, rewinds, spikes = ((results.get(name) or {}).get(task) for name in ("skipped", "rewinds", "spikes"))
+        parts = []
+        if skipped:
+            parts.append(f"{skipped:,} of {steps:,} steps skipped, because loss or gradient was not finite")
+        if rewinds:
+            times = "once" if rewinds == 1 else f"{rewinds} times"
+            parts.append(f"went back to a checkpoint {times}, as too many steps in a row were not finite")
+        if spikes:
+            more = f" and {len(spikes) - _SPIKES:,} more" if len(spikes) > _SPIKES else ""
+            named = ", ".join(str(step) for step in spikes[:_SPIKES])
+            parts.append(f"spikes of the loss at step{'s' if len(spikes) > 1 else ''} {named}{more}")
+        if parts:
+            lines.append(f"{task}: {'; '.join(parts)}")
+    return lines
 
 
 def unit(results: dict[str, Any]) -> str:

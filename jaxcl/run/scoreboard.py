@@ -14,6 +14,7 @@ from jaxcl.models.trainable import Params
 from jaxcl.run.components import Components
 from jaxcl.run.evaluator import Evaluation, Evaluator, Score, higher_is_better, scored_tasks
 from jaxcl.run.folder import RunFolder
+from jaxcl.training.watch import Watch
 
 
 class Scoreboard:
@@ -83,12 +84,16 @@ class Scoreboard:
         whole = {} if after < 0 else {name: getattr(self.results, name) for name in ("op", "bwt", "fwt", "forgetting")}
         return {name: value for name, value in {**whole, **scores}.items() if value is not None}
 
-    def note_task(self, index: int, *, steps: int, described: dict[str, Any]) -> None:
-        """Records the optimizer steps of a task and the counts of its data."""
+    def note_task(self, index: int, *, steps: int, described: dict[str, Any], watch: Watch) -> None:
+        """Records the optimizer steps of a task, the counts of its data, and what was watched in its training."""
+        name = self.parts.phase_name(index)
         stored = sum(path.stat().st_size for path in self.folder.teacher.glob("*.array_record"))
         self._update(
-            steps={**self.results.steps, self.parts.phase_name(index): steps},
-            data={**self.results.data, self.parts.phase_name(index): described},
+            steps={**self.results.steps, name: steps},
+            data={**self.results.data, name: described},
+            skipped={**self.results.skipped, name: watch.skipped},
+            spikes={**self.results.spikes, name: list(watch.spikes)},
+            rewinds={**self.results.rewinds, name: len(watch.left)},
             stored_bytes=stored,
         )
 
@@ -177,7 +182,8 @@ class Scoreboard:
                 print(f"{path} {what}; scores up to the checkpoint are taken from there", file=sys.stderr)
             return self._grown(noted)
         # Written before the checkpoint or after it: of what belongs to tasks, the checkpoint knows as much or more.
-        known = {name: getattr(noted, name) for name in ("steps", "data", "extra", "stored_bytes", "seed", "method")}
+        of_tasks = ("steps", "data", "skipped", "spikes", "rewinds", "extra", "stored_bytes")
+        known = {name: getattr(noted, name) for name in (*of_tasks, "seed", "method")}
         return self._grown(found.model_copy(update={**known, "finished": False}))
 
     def _grown(self, stored: Results) -> Results:

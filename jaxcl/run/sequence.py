@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import math
 import os
+import sys
 import time
 from collections.abc import Iterator
 from fractions import Fraction
@@ -38,6 +39,7 @@ from jaxcl.run.remembering import (
     save_kept,
     text_of,
 )
+from jaxcl.run.rewinding import may_go_back, noted_after, order_seed, spent_on, watch_of
 from jaxcl.run.scoreboard import Scoreboard
 from jaxcl.run.synthesis import Writer, write_samples
 from jaxcl.run.tasks import Stage, running_task
@@ -49,12 +51,12 @@ from jaxcl.training.config import task_steps
 from jaxcl.training.kept import START_MARK, mark_after, mark_before_decay
 from jaxcl.training.keys import run_key
 from jaxcl.training.loop import train_task
-from jaxcl.training.privacy import spent
 from jaxcl.training.profile import Profiler
 from jaxcl.training.sinks import Sink, check_sinks, open_sinks
 from jaxcl.training.state import TrainState
 from jaxcl.training.stored import Collate
 from jaxcl.training.task import RunningTask, signal_records
+from jaxcl.training.watch import NotFinite, Watch
 
 # Seconds that a file may take to become visible on another machine.
 _VISIBLE_SECONDS = 30
@@ -204,10 +206,7 @@ class TaskSequence:
                 # Tasks were added since: the initial model is scored on them, too.
                 self._evaluate(self.parts.trainer.init(initial_params(self.parts)), -1)
             state, position = self._restore(saved)
-        if self.main:
-            self.sinks = open_sinks(
-                self.folder.path, self.config.training.sinks, config=self.config.plain(), after=int(state.step)
-            )
+        self._open_sinks(state)
         finished = False
         try:
             results = self._continue(state, position, saved)
@@ -216,6 +215,15 @@ class TaskSequence:
         finally:
             for sink in self.sinks:
                 sink.close(finished=finished)
+
+    def _open_sinks(self, state: TrainState) -> None:
+        """Opens the sinks behind the rows up to a state; later rows are removed."""
+        for sink in self.sinks:
+            sink.close(finished=False)
+        if self.main:
+            self.sinks = open_sinks(
+                self.folder.path, self.config.training.sinks, config=self.config.plain(), after=int(state.step)
+            )
 
     def _restore(self, saved: Saved) -> tuple[TrainState, Any]:
         """A checkpoint's state and position in the data; the state is extended to tasks that were added since."""
@@ -248,29 +256,53 @@ class TaskSequence:
 
     def _learn(self, state: TrainState, index: int, position: Any) -> TrainState:
         """Trains on a task, from `position` in its data if given, and lets the method consolidate it."""
-        parts = self.parts
-        if position is None:
-            state = self._prepare(state, index)
-        with self._timed("data"):
-            stream = self._stream(index)
-        total = self._steps(index, stream)
-        if position is None:
-            state = parts.trainer.start_task(state, total, first=starts_anew(parts, index))
-        rows = stream.train(self.config.seed + index, jax.process_index(), jax.process_count())
-        feed = parts.trainer.feed(rows, prefetch=self.config.training.prefetch)
+        parts, training = self.parts, self.config.training
+        noted = None if position is None or self.saved is None else self.saved.progress.get("watch")
+        while True:
+            if position is None:
+                state = self._prepare(state, index)
+            with self._timed("data"):
+                stream = self._stream(index)
+            total = self._steps(index, stream)
+            if position is None:
+                state = parts.trainer.start_task(state, total, first=starts_anew(parts, index))
+            watch = watch_of(training, total, noted)
+            try:
+                state = self._train(state, index, stream, total, position, watch)
+                break
+            except NotFinite as error:
+                if not may_go_back(training, watch):
+                    raise
+                state, position, noted = self._go_back(watch, error)
+        with self._timed("method"):
+            state = self._conclude(parts.trainer.finish_task(state), index)
+        self.board.note_task(index, steps=total, described=stream.describe(), watch=watch)
+        if training.privacy is not None:
+            self.board.note_privacy(index, spent_on(training.privacy, stream, total, watch))
+        self._save(state, task=index, phase="learned", mark=mark_after(index))
+        return state
+
+    def _train(
+        self, state: TrainState, index: int, stream: Stream, total: int, position: Any, watch: Watch
+    ) -> TrainState:
+        """Trains to the end of a task, from `position` in its data if given."""
+        parts, training = self.parts, self.config.training
+        seed = order_seed(self.config.seed + index, len(watch.left))
+        rows = stream.train(seed, jax.process_index(), jax.process_count())
+        feed = parts.trainer.feed(rows, prefetch=training.prefetch)
         if position is not None:
             feed.set_state(position)
         branch = None if parts.method.individual or parts.method.joint else state.clock.decay_start
         try:
             with self._timed("training"):
-                state = train_task(
+                return train_task(
                     parts.trainer,
                     state,
                     feed,
                     total=total,
                     task=index,
-                    name=self.parts.phase_name(index),
-                    log_every=self.config.training.log_every,
+                    name=parts.phase_name(index),
+                    log_every=training.log_every,
                     sinks=self.sinks,
                     save=lambda state, data: self._save(
                         state,
@@ -278,24 +310,32 @@ class TaskSequence:
                         phase="training",
                         data=data,
                         mark=mark_before_decay(index) if int(state.clock.step) == branch else None,
+                        watch=watch,
                     ),
-                    save_every=self.config.training.checkpoint_every,
+                    save_every=training.checkpoint_every,
                     save_at=branch,
                     progress=self.main,
                     profiler=self.profiler,
+                    watch=watch,
                 )
         finally:
             rows.close()
-        with self._timed("method"):
-            state = self._conclude(parts.trainer.finish_task(state), index)
-        self.board.note_task(index, steps=total, described=stream.describe())
-        if (privacy := self.config.training.privacy) is not None:
-            # General rows are public; the steps on them tell nothing about the task's.
-            steps = stream.own_steps_in(total)
-            epoch = stream.own_steps_per_epoch
-            self.board.note_privacy(index, spent(privacy, steps=steps, steps_per_epoch=epoch))
-        self._save(state, task=index, phase="learned", mark=mark_after(index))
-        return state
+
+    def _go_back(self, watch: Watch, error: NotFinite) -> tuple[TrainState, Any, dict[str, Any]]:
+        """State, position and counts of the last checkpoint, as if the run were resumed there, but for the order.
+
+        All processes have read the same metrics, so all come here, for the same step.
+        """
+        with self._timed("checkpoints"):
+            saved = self.checkpoints.latest_whole()
+            assert saved is not None  # there is one from before the first task
+            state, position = self._restore(saved)
+        step = 0 if position is None else int(state.clock.step)
+        if self.main:
+            where = f"step {step} of it (checkpoint {saved.number})"
+            print(f"{error}; going on from {where} with another order of the data", file=sys.stderr)
+        self._open_sinks(state)
+        return state, position, noted_after(watch, saved, step=step, left=error.step)
 
     def _prepare(self, state: TrainState, index: int) -> TrainState:
         """What a task's training starts from, but for schedule and moments; the method sees the model before it."""
@@ -447,7 +487,16 @@ class TaskSequence:
 
     # Checkpoints and timing
 
-    def _save(self, state: TrainState, *, task: int, phase: str, data: Any = None, mark: str | None = None) -> None:
+    def _save(
+        self,
+        state: TrainState,
+        *,
+        task: int,
+        phase: str,
+        data: Any = None,
+        mark: str | None = None,
+        watch: Watch | None = None,
+    ) -> None:
         with self._timed("checkpoints"):
             progress = {
                 "task": task,
@@ -458,6 +507,8 @@ class TaskSequence:
                 "memory": memory_prints(self.kept.memory),
                 "results": self.board.results.plain(),
             }
+            if watch is not None:
+                progress["watch"] = watch.plain()
             self.checkpoints.save(state, progress=progress, data=data, mark=mark)
 
     @contextlib.contextmanager

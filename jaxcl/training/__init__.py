@@ -16,12 +16,14 @@ with epy.lazy_api_imports(globals()):
     from jaxcl.training.step import make_train_step
     from jaxcl.training.task import RunningTask
     from jaxcl.training.trainer import Trainer
+    from jaxcl.training.watch import NotFinite, Watch
 
 __all__ = [
     "Checkpoints",
     "Compiler",
     "Feed",
     "JsonLines",
+    "NotFinite",
     "OptimizerConfig",
     "PrivacyConfig",
     "RunningTask",
@@ -31,6 +33,7 @@ __all__ = [
     "TrainState",
     "Trainer",
     "TrainingConfig",
+    "Watch",
     "enable_compilation_cache",
     "learning_rate",
     "make_parts",

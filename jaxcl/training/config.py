@@ -45,6 +45,25 @@ class TrainingConfig(Schema):
         description="number of checkpoints after tasks kept in addition to the latest ones, with schedules wsd and "
         "infinite also those before their decays; null: all",
     )
+    max_skipped: int = Field(
+        10,
+        ge=0,
+        description="a step whose loss or gradient is not finite changes nothing; after so many in a row (or all of a "
+        "task's) the run goes back to the last checkpoint, with another order of the data from there on; 0: the first "
+        "one stops the run",
+    )
+    max_rewinds: int = Field(
+        1, ge=0, description="how often each task may go back because of max_skipped; then the run stops"
+    )
+    spike_window: int = Field(
+        100,
+        ge=0,
+        description="losses, of the same kind of batch, that the next one is compared with; a spike is counted in "
+        "metrics.jsonl and named in the report, and nothing else follows from it; 0: none",
+    )
+    spike_deviations: float = Field(
+        6.0, gt=0, description="standard deviations above the mean of spike_window losses that make a loss a spike"
+    )
     prefetch: int = Field(2, ge=0, description="batches prefetched to the devices")
     privacy: PrivacyConfig | None = Field(
         None, description="differentially private training, for methods that keep no examples; none: plain gradients"

@@ -94,13 +94,19 @@ def private_gradient(config: PrivacyConfig, accumulate: int, layout: Layout) -> 
     return gradient
 
 
-def spent(config: PrivacyConfig, *, steps: int, steps_per_epoch: int) -> dict[str, float]:
+def spent(config: PrivacyConfig, *, steps: int, steps_per_epoch: int, rewinds: int = 0) -> dict[str, float]:
     """What training on a task reveals about one of its examples.
+
+    That a step was skipped, because its loss or gradient was not finite, is itself a fact about its examples that no
+    noise hides. It is not accounted for.
 
     Args:
       config: the privacy section.
-      steps: optimizer steps of the task.
+      steps: optimizer steps of the task, with those that were skipped, and those before the task went back to a
+        checkpoint.
       steps_per_epoch: steps in which each example appears once.
+      rewinds: how often it went back. The order changes then, within an epoch: an example may come up to two times
+        more than epochs of these steps begin.
 
     Returns:
       `epsilon`: of one Gaussian mechanism per step with the example, which is one per epoch in an order that depends on
@@ -125,6 +131,6 @@ def spent(config: PrivacyConfig, *, steps: int, steps_per_epoch: int) -> dict[st
 
     sampled = dp_event.PoissonSampledDpEvent(min(1.0, 1 / steps_per_epoch), noise)
     return {
-        "epsilon": epsilon(noise, math.ceil(steps / steps_per_epoch)),
+        "epsilon": epsilon(noise, math.ceil(steps / steps_per_epoch) + 2 * rewinds),
         "epsilon_poisson": epsilon(sampled, steps),
     }

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -94,7 +95,10 @@ class TensorBoard:
         """
         from tensorboardX import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder), purge_step=None if after is None else after + 1)
+        # Files are named by the second; one that was written in the same second must not be written over.
+        self._writer = SummaryWriter(
+            str(folder), purge_step=None if after is None else after + 1, filename_suffix=f".{uuid.uuid4().hex[:8]}"
+        )
 
     def write(self, row: Row) -> None:
         """Adds every number of a row."""

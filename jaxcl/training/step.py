@@ -48,6 +48,10 @@ def make_train_step(
     If the network has adapters, only they have gradients, moments and updates (`trained`); the method's loss still sees
     all params.
 
+    A step whose loss, or whose gradient's norm, is not finite changes nothing but the two counts of steps: params,
+    optimizer state, method state and low bits keep their bits. One bad micro-batch or example is enough. The decision
+    is made before the update, from two numbers that all devices share, so that no second state is ever held.
+
     Args:
       method: the method.
       transform: what `method.transform` returned.
@@ -61,7 +65,7 @@ def make_train_step(
       `step(state, batch, key) -> (state, metrics)`. `key` is the run's; the step's number is folded into it. Metrics
       are float32 scalars: `loss`; `term/<name>`, the mean of each term; `grad_norm` (before clipping), `param_norm` and
       `update_norm`, of the trained params in float32; `learning_rate`; `tokens`, the number of tokens that are not
-      padding.
+      padding; `skipped`, 1 if the step changed nothing, else 0.
     """
     gradient = _whole if accumulate == 1 else _accumulated(accumulate, layout)
     if privacy is not None:
@@ -77,33 +81,38 @@ def make_train_step(
                 return all_terms(method, overlay(state.params, params), _own(state.method_state), batch, key)
 
         (total, means), grads = gradient(loss, params, batch, loss_key)
+        # The optimizer works in float32, whatever the dtype of the params; see `Trainer.init`.
+        grads = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), grads)
+        norm = global_norm(grads)
+        usable = jnp.isfinite(total) & jnp.isfinite(norm)
         rate = learning_rate(optimizer, state.clock)
         with jax.named_scope("optimizer"):
-            # The optimizer works in float32, whatever the dtype of the params; see `Trainer.init`.
-            grads = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), grads)
             extra = method.update_args(state.params, _own(state.method_state), batch, update_key)
             held = state.opt_state, state.low_bits
             opt_state, low_bits = held if opt_shardings is None else jax.device_put(held, opt_shardings)
             before = widen(params, low_bits)
-            updates, opt_state = transform.update(grads, opt_state, before, learning_rate=rate, **extra)
+            updates, new_opt_state = transform.update(grads, opt_state, before, learning_rate=rate, **extra)
             after = optax.apply_updates(before, updates)
             if optimizer.warm_moments:  # adding updates of 0 would change -0.0
                 still = state.clock.step < optimizer.warm_moments
                 after = jax.tree.map(lambda old, new: jnp.where(still, old, new), before, after)
-            params, low_bits = split(after, low_bits)
+            new = (*split(after, low_bits), new_opt_state)
+            params, low_bits, opt_state = _where(usable, new, (params, low_bits, opt_state))
         with jax.named_scope("track"):
             tracked = method.track(after, _own(state.method_state), before, grads, means)
-            method_state = check_replacement("method state", state.method_state, tracked)
+            tracked = check_replacement("method state", state.method_state, tracked)
+            method_state = _where(usable, tracked, state.method_state)
         with jax.named_scope("metrics"):
             both = [batch] if batch.memory is None else [batch, batch.memory]
             metrics = {
                 "loss": total,
                 **{f"term/{name}": mean for name, mean in means.items()},
-                "grad_norm": global_norm(grads),
+                "grad_norm": norm,
                 "param_norm": global_norm(after),
                 "update_norm": global_norm(updates),
                 "learning_rate": rate,
                 "tokens": sum((jnp.sum(one.segments > 0) for one in both), jnp.int32(0)),
+                "skipped": ~usable,
             }
             metrics = {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
         clock = state.clock._replace(step=state.clock.step + 1)
@@ -137,6 +146,11 @@ def _terms(method: Method, params: PyTree, state: PyTree, batch: Batch, key: Arr
 def _own(state: PyTree) -> PyTree:
     """A copy of the containers, so that in-place changes by a method have no effect elsewhere."""
     return jax.tree.map(lambda leaf: leaf, state)
+
+
+def _where(usable: Array, new: PyTree, old: PyTree) -> PyTree:
+    """The new arrays if they are usable, else the old ones; what a step never changes is left out of the program."""
+    return jax.tree.map(lambda one, other: other if one is other else jnp.where(usable, one, other), new, old)
 
 
 def global_norm(tree: PyTree) -> Float[Array, ""]:

@@ -50,6 +50,23 @@ def test_report_of_a_task_sequence(seekr: Path) -> None:
     assert not list(seekr.glob("*.partial"))
 
 
+def test_what_was_not_finite_is_said_by_task(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", "seekr", tasks=2)
+    path = folder / "results.json"
+    results = json.loads(path.read_text(encoding="utf-8"))
+    assert "skipped" not in check_page(report_of(folder)).text
+    first, second = results["tasks"]
+    counts = {"skipped": {first: 2, second: 0}, "rewinds": {first: 1, second: 0}}
+    counts["spikes"] = {first: [], second: list(range(5, 17))}
+    path.write_text(json.dumps({**results, "steps": {first: 40, second: 40}, **counts}), encoding="utf-8")
+    page = check_page(report_of(folder)).text
+    assert (
+        f"{first}: 2 of 40 steps skipped, because loss or gradient was not finite; went back to a checkpoint once"
+        in page
+    )
+    assert f"{second}: spikes of the loss at steps 5, 6, 7, 8, 9, 10, 11, 12, 13, 14 and 2 more" in page
+
+
 def test_report_of_domains_shows_masks_and_capacity(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "das", "das", tasks=2)
     page = check_page(report_of(folder))

@@ -82,6 +82,7 @@ def train(mesh: dict[str, int] | None, network: Network) -> dict[str, Any]:
     if mesh == MESHES["data"]:
         batch = place_batch(make_rows(0), layout.batch)
         program = trainer.jitted_step.lower(trainer.target, batch, trainer.key).compile().as_text()
+    state, kept = with_a_bad_row(trainer, state)
     name = "kernel" if network.config.lora is None else "lora_b"
     query = state.params["blocks"]["attention"]["query"][name]
     moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.shape == query.shape]
@@ -91,6 +92,7 @@ def train(mesh: dict[str, int] | None, network: Network) -> dict[str, Any]:
     fisher = sums.total["blocks"]["attention"]["query"][name]
     low_bits = named(state.low_bits)
     return {
+        "kept": kept,
         "low_bits": {path: str(tuple(leaf.sharding.spec)) for path, leaf in low_bits.items()},
         "like_params": all(named(state.params)[path].sharding == leaf.sharding for path, leaf in low_bits.items()),
         "used": [path for path, leaf in low_bits.items() if np.any(leaf)],
@@ -109,6 +111,21 @@ def train(mesh: dict[str, int] | None, network: Network) -> dict[str, Any]:
             set(re.findall(r" (all-[a-z]+|collective-permute|reduce-scatter)(?:-start)?\(", program))
         ),
     }
+
+
+def with_a_bad_row(trainer: Trainer, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    """A step with a row that is not finite, on one device, and what it changed on any of them."""
+
+    def shards(state: TrainState) -> list[Any]:
+        part = {"params": state.params, "opt_state": state.opt_state, "rest": (state.method_state, state.low_bits)}
+        return [np.array(shard.data) for leaf in jax.tree.leaves(part) for shard in leaf.addressable_shards]
+
+    rows = make_rows(0)
+    rows["weights"][-1, 0] = np.nan
+    before = shards(state)
+    state, metrics = trainer.step(state, place_batch(rows, trainer.layout.batch))
+    same = [np.array_equal(old, new) for old, new in zip(before, shards(state), strict=True)]
+    return state, {"skipped": float(metrics["skipped"]), "same": sum(same), "shards": len(same)}
 
 
 def whole(state: TrainState) -> dict[str, list[float]]:

@@ -45,6 +45,13 @@ def test_copies_of_params_in_the_state_are_split_like_them(results: dict[str, An
     assert results["all, adapters"]["specs"] == ["(None, None, 'tensor', None)"] * 4
 
 
+def test_a_row_that_is_not_finite_on_one_device_changes_nothing_on_any(results: dict[str, Any]) -> None:
+    for result in results.values():
+        kept = result["kept"]
+        assert kept["skipped"] == 1
+        assert kept["same"] == kept["shards"] > 0
+
+
 def test_the_step_is_compiled_once(results: dict[str, Any]) -> None:
     assert {result["compilations"] for result in results.values()} == {1}
 

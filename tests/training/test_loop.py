@@ -141,7 +141,7 @@ def test_metrics_are_read_one_step_late(monkeypatch: pytest.MonkeyPatch) -> None
     def step(state: Any, batch: Any) -> Any:
         number = len([event for event in events if event.startswith("step")]) + 1
         events.append(f"step {number}")
-        return state, {"loss": Lazy(number), "tokens": np.float32(1)}
+        return state, {"loss": Lazy(number), "tokens": np.float32(1), "skipped": np.float32(0)}
 
     monkeypatch.setattr(trainer, "step", step)
     train(trainer, 4)

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 
 from jaxcl.errors import UserError
+from jaxcl.run.rewinding import spent_on
 from jaxcl.training.feed import place_batch
 from jaxcl.training.optimizer import OptimizerConfig
 from jaxcl.training.privacy import PrivacyConfig, check_private, spent
 from jaxcl.training.trainer import Trainer
+from jaxcl.training.watch import Watch
 from tests.tiny.trainer import TinyMethod, host, make_params, make_rows, make_trainer, one_device
 
 RATE = 1e-2
@@ -109,6 +111,23 @@ def test_a_part_of_an_epoch_counts_as_a_whole_one() -> None:
     assert (
         spent(config, steps=11, steps_per_epoch=10)["epsilon"] == spent(config, steps=20, steps_per_epoch=10)["epsilon"]
     )
+
+
+def test_steps_that_were_left_behind_count_and_another_order_brings_an_example_twice_more() -> None:
+    """The worst case: it came last in the first epoch, and with the new order again within that epoch."""
+    config = PrivacyConfig(clip=1.0, noise_multiplier=2.0)
+
+    class Stream:
+        own_steps_per_epoch = 10
+
+        def own_steps_in(self, steps: int) -> int:
+            return steps - steps // 3  # every third step is a general one
+
+    watch = Watch(left=[[6, 12]])
+    found = spent_on(config, Stream(), 30, watch)  # type: ignore[arg-type]
+    assert found == spent(config, steps=20 + 4, steps_per_epoch=10, rewinds=1)
+    assert found["epsilon"] == spent(config, steps=50, steps_per_epoch=10)["epsilon"]
+    assert spent_on(config, Stream(), 30, Watch()) == spent(config, steps=20, steps_per_epoch=10)  # type: ignore[arg-type]
 
 
 def test_what_cannot_be_private_is_refused() -> None:

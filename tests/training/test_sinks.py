@@ -70,6 +70,14 @@ def test_tensorboard_has_a_curve_a_metric_and_kind(tmp_path: Path) -> None:
     assert events(tmp_path) == [("task/loss", 2, 0.5), ("memory/loss", 4, 0.25)]
 
 
+def test_one_opened_in_the_same_second_leaves_the_events_of_the_one_before(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        sink = TensorBoard(tmp_path, after=step - 1)
+        sink.write(row(step))
+        sink.close()
+    assert sorted(step for _, step, _ in events(tmp_path)) == [1, 2, 3]
+
+
 def test_the_sinks_of_a_run_folder(tmp_path: Path) -> None:
     for sink in open_sinks(tmp_path):
         sink.write(row(1))

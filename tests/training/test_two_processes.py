@@ -62,6 +62,15 @@ def test_interrupted_on_one_process_both_stop_go_on_and_end_where_one_process_do
             np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_row_of_one_process_that_is_not_finite_is_the_same_to_both(results: dict[str, Any]) -> None:
+    """All decide alike: one that went back to a checkpoint alone would wait for the others forever."""
+    alone = results["alone"]["not_finite"]
+    assert (alone["step"], alone["skipped"], alone["streak"]) == (5, 3, 2)
+    assert "steps 4 to 5 of 6" in alone["message"]
+    for index in range(2):
+        assert results[f"process{index}"]["not_finite"] == alone
+
+
 def test_each_process_hands_on_its_own_rows(results: dict[str, Any]) -> None:
     parts = [results[f"process{index}"] for index in range(2)]
     assert parts[0]["count"] + parts[1]["count"] == results["alone"]["count"] == 11

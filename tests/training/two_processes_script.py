@@ -22,6 +22,7 @@ from jaxcl.training.loop import train_task
 from jaxcl.training.optimizer import OptimizerConfig
 from jaxcl.training.task import RunningTask, signal_records
 from jaxcl.training.trainer import Trainer
+from jaxcl.training.watch import NotFinite, Watch
 from tests.tiny.trainer import AXES, SHAPES, TinyMethod, make_params, make_rows
 
 STEPS = 6
@@ -35,14 +36,17 @@ def share(rows: dict[str, Any]) -> dict[str, Any]:
 
 
 class Shared:
-    def __init__(self, stop_at: int | None = None) -> None:
-        self.position, self.stop_at = 0, stop_at
+    def __init__(self, stop_at: int | None = None, poisoned: tuple[int, ...] = ()) -> None:
+        self.position, self.stop_at, self.poisoned = 0, stop_at, poisoned
 
     def __next__(self) -> dict[str, Any]:
         self.position += 1
         if self.position == self.stop_at and jax.process_index() == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return share(make_rows(self.position, uneven=True))
+        rows = make_rows(self.position, uneven=True)
+        if self.position in self.poisoned:
+            rows["weights"][-1, 0] = np.nan  # a row of the last process
+        return share(rows)
 
     def get_state(self) -> int:
         return self.position
@@ -62,6 +66,17 @@ class Signalling(TinyMethod):
 
 def total_of(sums: Any, params: Any, batch: Batch) -> Any:
     return sums + batch.weights.sum() + params["head"]["bias"].sum()
+
+
+def not_finite(trainer: Trainer, **options: Any) -> dict[str, Any]:
+    """Trains on rows of which one is bad at some steps, the last time too often in a row."""
+    state = trainer.start_task(trainer.init(make_params()), STEPS)
+    feed, watch = trainer.feed(Shared(poisoned=(2, 4, 5)), prefetch=0), Watch(limit=2)
+    try:
+        train_task(trainer, state, feed, watch=watch, **{**options, "sinks": []})
+    except NotFinite as error:
+        return {"message": str(error), "step": error.step, **watch.plain()}
+    return {}
 
 
 def main(folder: Path) -> dict[str, Any]:
@@ -119,6 +134,7 @@ def main(folder: Path) -> dict[str, Any]:
         "seen": seen,
         "count": len(seen),
         "sum": float(sums),
+        "not_finite": not_finite(trainer, **options),
         "params": [np.asarray(leaf).ravel().tolist() for leaf in jax.tree.leaves(whole)],
     }
 
