@@ -153,7 +153,8 @@ def test_extend_and_importance_hand_their_arguments_on(monkeypatch: pytest.Monke
         lambda *arguments, **flags: seen.append((*arguments, *flags.values())) or outcome,
     )
     monkeypatch.setattr(
-        "jaxcl.commands.importance.measure_importance", lambda *arguments: seen.append(arguments) or "page"
+        "jaxcl.commands.importance.measure_importance",
+        lambda *arguments, **flags: seen.append((*arguments, *flags.values())) or "page",
     )
     assert main(["extend", "run", "name=x", "--length", "100", "source=y"]) == 0
     assert main(["extend", "run", "name=x", "--length", "0.5", "--data-gone", "--data-changed"]) == 0

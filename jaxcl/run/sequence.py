@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from jaxcl.config import ExperimentConfig
+from jaxcl.config.file import read_yaml
 from jaxcl.data.mix import Interleaved, Mixed, WithGeneral, general_share
 from jaxcl.data.pipeline import Pipeline, Stream
 from jaxcl.data.teacher_store import TeacherStore, write_records
@@ -95,7 +96,7 @@ def run(config: ExperimentConfig, *, grown_from: ExperimentConfig | None = None,
         _check_shared(folder)
         names = [task.name for task in config.tasks]
         # Of data at another place the content is compared, even at the end; a process may have a copy of its own.
-        moved = of_all_processes(np.array(folder.content().get("data_root") != config.data_root)).any()
+        moved = of_all_processes(np.array(read_yaml(folder.config_file).get("data_root") != config.data_root)).any()
         if not moved and folder.results.is_file():
             results = Results.read(folder.results)
             if results.finished and results.tasks == names and _at_the_end(folder, config):
