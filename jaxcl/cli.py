@@ -206,6 +206,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         advice = "; run the same command again to resume" if args.command in _RESUMING else ""
         print(f"jaxcl {args.command}: interrupted{advice}", file=sys.stderr)
         code, alone = EXIT_INTERRUPTED, type(error) is KeyboardInterrupt
+    except RuntimeError as error:
+        if not _is_loss(error):
+            raise
+        words = next(iter(str(error).splitlines()), "no reason given")
+        advice = "; run the same command again to resume" if args.command in _RESUMING else ""
+        print(f"jaxcl {args.command}: another process of the run is gone: {words}{advice}", file=sys.stderr)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except MemoryError:
@@ -219,6 +225,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         for number, handler in previous.items():
             signal.signal(number, handler)
     return code
+
+
+def _is_loss(error: RuntimeError) -> bool:
+    """Whether jax has failed in a run of several processes, as it does when another one has ended."""
+    jax = sys.modules.get("jax")
+    return jax is not None and isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1
 
 
 def _leave_others(code: int) -> None:

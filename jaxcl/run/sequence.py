@@ -383,6 +383,12 @@ class TaskSequence:
         if replay is None or not earlier:
             return pipeline
         stores = {task.task: store for task in earlier if (store := self._open_store(task.task)) is not None}
+        lost = [task.name for task in earlier if task.task not in stores]
+        if lost and (stores or self.board.results.stored_bytes):
+            raise UserError(
+                f"{self.folder.teacher}: what is stored with the remembered rows of task {lost[0]} is missing; restore "
+                "it, or start a new run in another output"
+            )
         collate = (
             Collate(parts.method, parts.trainer.target.params, parts.trainer.target.method_state) if stores else None
         )
@@ -427,8 +433,9 @@ class TaskSequence:
         return stream.steps_for(sum(task_steps(training, task, count, steps) for task, steps in enumerate(parts)))
 
     def _remove_stores(self, index: int) -> None:
-        """Removes the files of an interrupted attempt, which may have had more processes."""
-        for path in self.folder.stores(index):
+        """Removes the files of an interrupted attempt, which may have had more processes or not have ended."""
+        unfinished = self.folder.teacher.glob(f".task{index:02d}_process*.tmp")
+        for path in [*self.folder.stores(index), *unfinished]:
             path.unlink()
 
     def _open_store(self, index: int) -> TeacherStore | None:
