@@ -36,20 +36,21 @@ def _run(args: argparse.Namespace) -> None:
 def _extend(args: argparse.Namespace) -> None:
     from jaxcl.commands.extend import extend
 
-    done = extend(Path(args.run), args.overrides, args.length, data_gone=args.data_gone, data_changed=args.data_changed)
-    _say(done.report)
+    flags = {"data_gone": args.data_gone, "data_changed": args.data_changed, "trust": args.trust}
+    _say(extend(Path(args.run), args.overrides, args.length, **flags).report)
 
 
 def _importance(args: argparse.Namespace) -> None:
     from jaxcl.commands.importance import measure_importance
 
-    _say(measure_importance(args.config, args.overrides, None if args.out is None else Path(args.out)))
+    out = None if args.out is None else Path(args.out)
+    _say(measure_importance(args.config, args.overrides, out, trust=args.trust))
 
 
 def _teacher(args: argparse.Namespace) -> None:
     from jaxcl.commands.teacher import describe_teacher
 
-    _say(describe_teacher(Path(args.run)))
+    _say(describe_teacher(Path(args.run), trust=args.trust))
 
 
 def _compare(args: argparse.Namespace) -> None:
@@ -82,7 +83,7 @@ def _plan(args: argparse.Namespace) -> None:
 def _convert(args: argparse.Namespace) -> None:
     from jaxcl.commands.convert import convert
 
-    print(convert(args.source, Path(args.destination), args.format, args.dtype))
+    print(convert(args.source, Path(args.destination), args.format, args.dtype, trust=args.trust))
 
 
 def _generate(args: argparse.Namespace) -> None:
@@ -98,6 +99,7 @@ def _generate(args: argparse.Namespace) -> None:
             seed=args.seed,
             raw=args.raw,
             task=args.task,
+            trust=args.trust,
         )
     )
 
@@ -133,7 +135,7 @@ def _show(args: argparse.Namespace) -> None:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
         from jaxcl.commands.params_table import params_table
 
-        print(f"\n{params_table(Path(args.run))}")
+        print(f"\n{params_table(Path(args.run), trust=args.trust)}")
 
 
 def _configs(args: argparse.Namespace) -> None:
@@ -204,8 +206,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         advice = "; run the same command again to resume" if args.command in _RESUMING else ""
         print(f"jaxcl {args.command}: interrupted{advice}", file=sys.stderr)
         code, alone = EXIT_INTERRUPTED, type(error) is KeyboardInterrupt
+    except RuntimeError as error:
+        if not _is_loss(error):
+            raise
+        words = next(iter(str(error).splitlines()), "no reason given")
+        advice = "; run the same command again to resume" if args.command in _RESUMING else ""
+        print(f"jaxcl {args.command}: another process of the run is gone: {words}{advice}", file=sys.stderr)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except MemoryError:
+        print(f"jaxcl {args.command}: out of memory", file=sys.stderr)
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
         print(f"jaxcl {args.command}: {error.strerror or error}{where}", file=sys.stderr)
@@ -215,6 +225,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         for number, handler in previous.items():
             signal.signal(number, handler)
     return code
+
+
+def _is_loss(error: RuntimeError) -> bool:
+    """Whether jax has failed in a run of several processes, as it does when another one has ended."""
+    jax = sys.modules.get("jax")
+    return jax is not None and isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1
 
 
 def _leave_others(code: int) -> None:

@@ -35,6 +35,11 @@ needs_value() {
   (($2 >= 2)) || usage_error "$1 needs a value"
 }
 
+# A token by which the processes of a run know each other, in the environment: command lines are seen by all users.
+share_token() {
+  export JAXCL_TOKEN=${JAXCL_TOKEN:-$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')}
+}
+
 # --- Several programs as one -------------------------------------------------------------------------------------
 #
 # `members` holds the pid of each; `stop_member I SIGNAL` (the launcher's own) reaches the program behind number I.

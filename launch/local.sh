@@ -65,6 +65,7 @@ if ((dry_run)); then
   done
   exit 0
 fi
+share_token
 pass_on_signals
 for ((index = 0; index < count; index++)); do
   command_of "$index"

@@ -88,4 +88,5 @@ if ((dry_run)); then
   quoted "${step[@]}" && echo
   exit 0
 fi
+share_token # sbatch hands the environment on
 exec "${submit[@]}"

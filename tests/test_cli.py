@@ -153,7 +153,8 @@ def test_extend_and_importance_hand_their_arguments_on(monkeypatch: pytest.Monke
         lambda *arguments, **flags: seen.append((*arguments, *flags.values())) or outcome,
     )
     monkeypatch.setattr(
-        "jaxcl.commands.importance.measure_importance", lambda *arguments: seen.append(arguments) or "page"
+        "jaxcl.commands.importance.measure_importance",
+        lambda *arguments, **flags: seen.append((*arguments, *flags.values())) or "page",
     )
     assert main(["extend", "run", "name=x", "--length", "100", "source=y"]) == 0
     assert main(["extend", "run", "name=x", "--length", "0.5", "--data-gone", "--data-changed"]) == 0
@@ -166,3 +167,31 @@ def test_extend_and_importance_hand_their_arguments_on(monkeypatch: pytest.Monke
         ("run", [], None),
     ]
     assert isinstance(seen[0][2], int)  # type: ignore[index]  # steps are whole numbers
+
+
+def test_out_of_memory_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def full(args: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setitem(_ACTIONS, "show", full)
+    assert main(["show", "run"]) == 1
+    assert capsys.readouterr().err == "jaxcl show: out of memory\n"
+
+
+def test_the_end_of_another_process_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import jax
+
+    def lost(args: object) -> None:
+        raise jax.errors.JaxRuntimeError("UNKNOWN: Gloo: connection closed by peer\nmore\nlines")
+
+    monkeypatch.setitem(_ACTIONS, "run", lost)
+    with pytest.raises(jax.errors.JaxRuntimeError):  # alone, it is jax's own failure
+        main(["run", "c.yaml"])
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert main(["run", "c.yaml"]) == 1
+    assert capsys.readouterr().err == (
+        "jaxcl run: another process of the run is gone: UNKNOWN: Gloo: connection closed by peer; run the same command "
+        "again to resume\n"
+    )

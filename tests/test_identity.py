@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,8 @@ from jaxcl.data.fingerprint import files_print, rows_print
 from jaxcl.errors import UserError
 from jaxcl.evaluation.results import Results
 from jaxcl.run import fingerprints, sequence
+from jaxcl.run.folder import RunFolder
+from jaxcl.run.sequence import TaskSequence
 from jaxcl.training.checkpoint import Checkpoints
 from tests.tiny.faults import killed_at_save
 from tests.tiny.runs import DECODER, TOKENIZER
@@ -371,3 +374,45 @@ def test_fingerprints_of_rows_and_files(tmp_path: Path) -> None:
     assert files_print([one]) == files_print([two])
     two.write_bytes(one.read_bytes()[:-1] + b"x")
     assert files_print([one]) != files_print([two])
+
+
+def test_a_run_is_finished_only_when_its_model_is_on_disk() -> None:
+    done: list[object] = []
+    run_of_no_task = SimpleNamespace(
+        parts=SimpleNamespace(phases=0),
+        config=SimpleNamespace(evaluation=SimpleNamespace(dev=False)),
+        checkpoints=SimpleNamespace(wait=lambda: done.append("on disk")),
+        board=SimpleNamespace(write=lambda timing, finished: done.append(finished), results="results"),
+        timing={},
+        _evaluate=lambda state, after: None,
+        _forget_unneeded=lambda: None,
+    )
+    assert TaskSequence._continue(run_of_no_task, None, None, None) == "results"  # type: ignore[arg-type]
+    assert done == ["on disk", True]
+
+
+@pytest.mark.parametrize(("size", "refused"), [(10, True), (0, False), (None, False)])
+def test_stored_signals_that_are_gone_are_named(size: int | None, refused: bool) -> None:
+    method = SimpleNamespace(joint=False, replay=SimpleNamespace(mode="mix"))
+    kept = SimpleNamespace(memory=SimpleNamespace(tasks=[SimpleNamespace(task=0, kept=(1,), name="one")]))
+    stopped_run: Any = SimpleNamespace(
+        parts=SimpleNamespace(method=method),
+        kept=kept,
+        folder=SimpleNamespace(teacher=Path("run/teacher")),
+        board=SimpleNamespace(results=SimpleNamespace(stored_bytes=size)),
+        _open_store=lambda task: None,
+    )
+    message = "run/teacher: what is stored with the remembered rows of task one is missing"
+    with pytest.raises(UserError if refused else AttributeError, match=message if refused else None):
+        TaskSequence._with_memory(stopped_run, 1, None, 0)  # type: ignore[arg-type]
+
+
+def test_unfinished_stores_of_a_killed_attempt_are_removed(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.teacher.mkdir()
+    gone = [folder.store(2, 0), folder.store(2, 5), folder.teacher / ".task02_process000.array_record.0a.tmp"]
+    kept = [folder.store(1, 0), folder.teacher / ".task01_process000.array_record.0a.tmp"]
+    for path in (*gone, *kept):
+        path.touch()
+    TaskSequence._remove_stores(SimpleNamespace(folder=folder), 2)  # type: ignore[arg-type]
+    assert sorted(folder.teacher.iterdir()) == sorted(kept)

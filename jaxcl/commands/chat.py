@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from jaxcl.data.template_worker import TemplateError, render
 from jaxcl.data.tokenizer_settings import ChatTemplate
 from jaxcl.errors import UserError
 
@@ -25,8 +26,6 @@ def as_chat(template: ChatTemplate, prompt: str, special_tokens: Mapping[str, st
     >>> as_chat("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>", "Hello")
     '<user>Hello<assistant>'
     """
-    from transformers.utils.chat_template_utils import render_jinja_template
-
     if not isinstance(template, str):
         if "default" not in template:
             raise UserError(
@@ -35,10 +34,7 @@ def as_chat(template: ChatTemplate, prompt: str, special_tokens: Mapping[str, st
         template = template["default"]
     conversation = [{"role": "user", "content": prompt}]
     try:
-        rendered, _ = render_jinja_template(
-            [conversation], chat_template=template, add_generation_prompt=True, **(special_tokens or {})
-        )
-    except Exception as error:  # a template runs any expression, which can fail in any way
-        message = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-        raise UserError(f"the model's chat template cannot be used: {message}; use --raw to do without it") from None
-    return rendered[0]
+        ((text, _),) = render(template, [conversation], special_tokens or {}, ask=True)
+    except TemplateError as error:
+        raise UserError(f"the model's chat template cannot be used: {error}; use --raw to do without it") from None
+    return text

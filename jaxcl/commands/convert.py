@@ -19,7 +19,7 @@ from jaxcl.weights import convert as convert_weights
 from jaxcl.weights import locate, save_hf, save_orbax, save_peft
 
 
-def convert(source: str, destination: Path, format: str, dtype: str) -> Path:
+def convert(source: str, destination: Path, format: str, dtype: str, *, trust: bool = False) -> Path:
     """Writes a model as a Hugging Face or Orbax checkpoint, or its adapters alone, with its tokenizer.
 
     Args:
@@ -27,6 +27,7 @@ def convert(source: str, destination: Path, format: str, dtype: str) -> Path:
       destination: a folder that does not exist yet.
       format: `hf` (adapters merged into the weights), `orbax` (adapters kept separate) or `peft` (adapters alone).
       dtype: `float32`, `bfloat16` or, except for `orbax`, `float16`.
+      trust: see `load_model`.
 
     Returns:
       The folder.
@@ -42,7 +43,7 @@ def convert(source: str, destination: Path, format: str, dtype: str) -> Path:
                 Tokenizer.load(place).save(folder)
 
         return convert_weights(source, destination, format=format, dtype=dtype, write_tokenizer=write_tokenizer)  # type: ignore[arg-type]
-    model = load_model(source)
+    model = load_model(source, trust=trust)
     ids: dict[str, Any] = {
         "bos_token_id": model.tokenizer.bos_id,
         "eos_token_id": _one_or_list(model.tokenizer.end_ids),

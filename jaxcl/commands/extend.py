@@ -24,6 +24,7 @@ def extend(
     *,
     data_gone: bool = False,
     data_changed: bool = False,
+    trust: bool = False,
 ) -> Outcome:
     """Lets a finished run learn one more task; it is scored again on the data of the earlier tasks.
 
@@ -38,6 +39,7 @@ def extend(
       data_gone: the earlier tasks' data no longer exists: only the folder is needed, and the earlier tasks are not
         scored again.
       data_changed: go on even if the data is not that which the run began with; what changed is said.
+      trust: whether the run's configuration may name code outside jaxcl; see `jaxcl.config.trust`.
 
     Returns:
       The results over all tasks, and the path of the report.
@@ -46,7 +48,7 @@ def extend(
       UserError: the folder does not contain a finished run, or the task cannot be learned; the folder is unchanged.
     """
     opened = RunFolder.open(folder)
-    stored, content = opened.config_file, with_data_root(opened.content())
+    stored, content = opened.config_file, with_data_root(opened.content(trust=trust))
     before = validate(ExperimentConfig, content, str(stored))
     if find_method(before.method.name).joint:
         raise UserError(f"{folder}: {before.method.name} learns all tasks at once; there is no next one to learn")

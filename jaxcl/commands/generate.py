@@ -25,6 +25,7 @@ def generate_text(
     seed: int,
     raw: bool,
     task: str | None = None,
+    trust: bool = False,
 ) -> str:
     """Generates an answer to a prompt.
 
@@ -38,6 +39,7 @@ def generate_text(
       raw: use the prompt unchanged. Otherwise it is formatted as in training for the model of a run, and with the chat
         template, if there is one, for any other model.
       task: the prompt's task; required by methods that need to know it.
+      trust: see `load_model`.
 
     Returns:
       The answer, without the prompt.
@@ -49,7 +51,7 @@ def generate_text(
         raise UserError(f"--max-new-tokens {max_new_tokens}: must be at least 1", exit_code=2)
     if temperature < 0 or not 0 < top_p <= 1:
         raise UserError(f"--temperature {temperature} must be >= 0 and --top-p {top_p} in (0, 1]", exit_code=2)
-    model = load_model(name)
+    model = load_model(name, trust=trust)
     if not model.network.causal:
         raise UserError(f"{name}: is an encoder; only decoders generate text")
     ids = [*_prompt_prefix(name, model, task), *_prompt_ids(model, prompt, raw)]

@@ -44,7 +44,7 @@ class _Subject(NamedTuple):
     words: str
 
 
-def measure_importance(source: str, overrides: Sequence[str], out: Path | None) -> Path:
+def measure_importance(source: str, overrides: Sequence[str], out: Path | None, *, trust: bool = False) -> Path:
     """Runs the method's passes before and after each task, without the training in between.
 
     For a run folder, the latest checkpoint is measured, and comparisons of a model before and after training use the
@@ -56,6 +56,7 @@ def measure_importance(source: str, overrides: Sequence[str], out: Path | None) 
       overrides: `KEY=VALUE` for the configuration (with a run folder: for that of the run).
       out: gets `importance.npz`, a PNG a picture and `importance.html`; `None`: the configuration's `output` with
         `_importance` behind.
+      trust: whether the configuration of a run may name code outside jaxcl; see `jaxcl.config.trust`.
 
     Returns:
       The page.
@@ -65,7 +66,7 @@ def measure_importance(source: str, overrides: Sequence[str], out: Path | None) 
     """
     initialize()
     with tempfile.TemporaryDirectory() as scratch:
-        config, subject = _subject(source, overrides, Path(scratch))
+        config, subject = _subject(source, overrides, Path(scratch), trust)
         method = find_method(config.method.name)
         if method.tables is Method.tables:
             able = ", ".join(name for name in METHODS if find_method(name).tables is not Method.tables)
@@ -112,14 +113,14 @@ def importance_tables(
     return {name: np.asarray(table) for name, table in task.compile(method.tables)(state).items()}
 
 
-def _subject(source: str, overrides: Sequence[str], scratch: Path) -> tuple[ExperimentConfig, _Subject]:
+def _subject(source: str, overrides: Sequence[str], scratch: Path, trust: bool) -> tuple[ExperimentConfig, _Subject]:
     if not Path(source).is_dir():
         config = load_config(source, overrides)
         words = config.weights or "a model from scratch"
         return config, _Subject(RunFolder(scratch), initial_params, None, words)
     folder = RunFolder.open(Path(source))
-    run = parse_config(folder.content(), str(folder.config_file))
-    config = parse_config(override(folder.content(), overrides), str(folder.config_file))
+    run = parse_config(folder.content(trust=trust), str(folder.config_file))
+    config = parse_config(override(folder.content(trust=trust), overrides), str(folder.config_file))
 
     def latest(parts: Components) -> Params:
         params, saved = latest_params(folder, parts.trainer.target.params)

@@ -21,16 +21,20 @@ from jaxcl.sharding.mesh import AXES, MeshConfig
 from jaxcl.sharding.rules import PARAM_RULES, partition
 
 
-def params_table(folder: Path) -> str:
+def params_table(folder: Path, *, trust: bool = False) -> str:
     """The table for a run folder, with totals of what is trained and what is frozen.
 
     The mesh is that of the configuration; an axis of -1 counts as one way, because the table knows no devices.
+
+    Args:
+      folder: the run folder.
+      trust: whether its configuration may name code outside jaxcl; see `jaxcl.config.trust`.
 
     Raises:
       UserError: it is not a run folder, or the mesh does not fit the params.
     """
     opened = RunFolder.open(folder)
-    config = validate(ExperimentConfig, opened.content(), str(opened.config_file))
+    config = validate(ExperimentConfig, opened.content(trust=trust), str(opened.config_file))
     return "\n".join(_lines(Network.create(config.model), _mesh(config.mesh)))
 
 

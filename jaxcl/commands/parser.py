@@ -15,6 +15,7 @@ _CONFIG_HELP = (
     "every key"
 )
 
+_TRUST_HELP = "the run's configuration may name code outside jaxcl, which is imported; never from the current folder"
 _CHANGED_HELP = "go on although data has changed since the run read it; says what changed"
 
 
@@ -143,6 +144,7 @@ def _extend(commands: _Commands) -> None:
     gone_help = "the earlier tasks' data no longer exists: they are not scored again; not for joint"
     extend.add_argument("--data-gone", action="store_true", help=gone_help)
     extend.add_argument("--data-changed", action="store_true", help=_CHANGED_HELP)
+    extend.add_argument("--trust", action="store_true", help=_TRUST_HELP)
 
 
 def _importance(commands: _Commands) -> None:
@@ -160,6 +162,7 @@ def _importance(commands: _Commands) -> None:
     )
     out_help = "folder for arrays, heat maps and a page; default: the config's output + _importance"
     importance.add_argument("--out", type=_place, default=None, metavar="DIR", help=out_help)
+    importance.add_argument("--trust", action="store_true", help=_TRUST_HELP)
 
 
 def _teacher(commands: _Commands) -> None:
@@ -172,6 +175,7 @@ def _teacher(commands: _Commands) -> None:
     teacher.add_argument(
         "run", type=_place, metavar="RUN", help="a run folder; training.keep_tasks: null is needed to show all tasks"
     )
+    teacher.add_argument("--trust", action="store_true", help=_TRUST_HELP)
 
 
 def _compare(commands: _Commands) -> None:
@@ -264,6 +268,7 @@ def _convert(commands: _Commands) -> None:
         "(peft)",
     )
     convert.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    convert.add_argument("--trust", action="store_true", help=_TRUST_HELP)
 
 
 def _generate(commands: _Commands) -> None:
@@ -283,6 +288,7 @@ def _generate(commands: _Commands) -> None:
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--task", metavar="NAME", help="task of the prompt, for methods that need to know it")
     generate.add_argument("--raw", action="store_true", help="use the prompt unchanged, without template")
+    generate.add_argument("--trust", action="store_true", help=_TRUST_HELP)
 
 
 def _data(commands: _Commands) -> None:
@@ -334,6 +340,7 @@ def _show(commands: _Commands) -> None:
     )
     show.add_argument("run", type=_place, metavar="RUN", help="a run folder")
     show.add_argument("--params", action="store_true", help="and a table of the model's params: shape, axes, sharding")
+    show.add_argument("--trust", action="store_true", help=_TRUST_HELP)
 
 
 def _configs(commands: _Commands) -> None:

@@ -96,7 +96,7 @@ def checkpoints(folder: Path) -> list[Checkpoint]:
             progress = note["progress"]
             learned = progress["phase"] == "learned"
             found.append(Checkpoint(number, note["mark"], int(progress["task"]), learned, _bytes(place)))
-        except (OSError, ValueError, KeyError, TypeError):  # being removed, or of another version
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):  # being removed, or of another version
             continue
     return found
 
@@ -107,8 +107,9 @@ def _config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder}: not a run folder (no config.yaml)")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return {**content, "names": [task["name"] for task in content["tasks"]], "method": content["method"]["name"]}
-    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
+        names, method = [str(task["name"]) for task in content["tasks"]], str(content["method"]["name"])
+        return {**content, "seed": content["seed"], "output": str(content["output"]), "names": names, "method": method}
+    except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{path}: cannot be read as the configuration of a run") from None
 
 
@@ -170,9 +171,9 @@ def _last_row(path: Path) -> dict[str, Any] | None:
     for line in reversed(lines):
         try:
             row = json.loads(line)
-        except ValueError:  # being written, or cut by the seek
+        except (ValueError, RecursionError):  # being written, or cut by the seek
             continue
-        if isinstance(row, dict) and {"task", "task_step", "step"} <= row.keys():
+        if isinstance(row, dict) and all(type(row.get(name)) is int for name in ("task", "task_step", "step")):
             return row
     return None
 
@@ -240,7 +241,7 @@ def _memory(path: Path) -> Iterator[tuple[str, str]]:
             kind = "samples that the model wrote" if task["synthetic"] else f"of {task['count']} examples"
             yield str(latest["size"]), f"{kind}, {task['name']}"
             files |= latest["files"].keys()
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{path}: cannot be read as the memory of a run") from None
     places = [path.with_suffix("") / name for name in files]
     if places := [place for place in places if place.is_file()]:

@@ -71,15 +71,19 @@ class Loss(NamedTuple):
     terms: dict[str, Comparison]
 
 
-def describe_teacher(path: Path) -> str:
+def describe_teacher(path: Path, *, trust: bool = False) -> str:
     """The report of `jaxcl teacher` on a run folder.
+
+    Args:
+      path: the run folder.
+      trust: whether its configuration may name code outside jaxcl; see `jaxcl.config.trust`.
 
     Raises:
       UserError: it is not a run folder, or the run has stored nothing (yet).
     """
     initialize()
     folder = RunFolder.open(path)
-    config = parse_config(folder.content(), str(folder.config_file))
+    config = parse_config(folder.content(trust=trust), str(folder.config_file))
     if not folder.memory.is_file() or not folder.stores():
         raise UserError(f"{path}: nothing is stored with remembered samples; the method is {config.method.name}")
     parts = build(config, folder)

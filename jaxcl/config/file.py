@@ -165,7 +165,7 @@ def takes_text(section: type[BaseModel], path: Sequence[str]) -> bool:
 def _assign(node: Any, path: Sequence[str], value: Any, override: str) -> None:
     head, rest = path[0], path[1:]
     if isinstance(node, list):
-        if head != "*" and not (head.isdecimal() and int(head) < len(node)):
+        if head != "*" and not (head.isdecimal() and len(head) < 10 and int(head) < len(node)):
             raise ConfigError(
                 f"override {override!r}: {head!r} is not an item of a list of {len(node)}; use an index from 0, or *"
             )

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from jaxcl.data.chat_templates import CHAT_TEMPLATES
 from jaxcl.data.messages import Message, Role
+from jaxcl.data.template_worker import TemplateError, render
 from jaxcl.data.tokenizer import Tokenizer
 from jaxcl.errors import UserError
 
@@ -103,6 +104,7 @@ class Renderer:
           tokenizer: its special tokens are what ends an answer and what messages must not forge.
           template: the template (Jinja).
         """
+        self._trusted = any(template in (known, without_marks(known)) for known in CHAT_TEMPLATES.values())
         self._marked = _GENERATION.search(template) is not None
         self._template = _STRFTIME + template if "strftime_now" in template else template
         # Llama's templates write this date, if it is given, instead of today's.
@@ -152,23 +154,13 @@ class Renderer:
         ask: bool = False,
         learned: bool = False,
     ) -> tuple[list[str], list[list[tuple[int, int]]]]:
-        from transformers.utils.chat_template_utils import render_jinja_template
-
         try:
-            texts, spans = render_jinja_template(
-                list(conversations),
-                chat_template=self._template,
-                add_generation_prompt=ask,
-                return_assistant_tokens_mask=learned,
-                **self._variables,
+            found = render(
+                self._template, conversations, self._variables, ask=ask, learned=learned, trusted=self._trusted
             )
-        except Exception as error:  # a template runs any expression, which can fail in any way
-            if len(conversations) > 1:
-                for messages, at in zip(conversations, where, strict=True):
-                    self._render([messages], [at], ask=ask, learned=learned)
-            message = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-            raise UserError(f"{where[0]}: the chat template fails: {message}") from None
-        return texts, spans if learned else [[] for _ in texts]
+        except TemplateError as error:
+            raise UserError(f"{where[error.index]}: the chat template fails: {error}") from None
+        return [text for text, _ in found], [spans for _, spans in found]
 
     def _locate(
         self,

@@ -11,6 +11,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from jaxcl.data.files import reason
 from jaxcl.data.tokenizer_settings import ChatTemplate
 from jaxcl.errors import UserError
+from jaxcl.gguf_header import check_header
 
 # GGUF stores the name of the pre-tokenizer, not its rules; the named models were trained with the rules below. There
 # are three families: GPT-2's pattern, the same after splitting numbers into digits, and a pattern of their own.
@@ -28,6 +29,16 @@ _PATTERNS = {
 }
 # Names by which llama.cpp finds tokens that end a turn, because older files do not give their ids.
 _ENDS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<EOT>", "_<EOT>")
+# Types of metadata, and what they are called.
+_KINDS: dict[str, tuple[Any, str]] = {
+    "tokens": (str, "a list of texts"),
+    "merges": (str, "a list of texts"),
+    "token_type": (int, "a list of numbers"),
+    **{
+        f"{name}_token_id": (int, "the id of a token")
+        for name in ("padding", "bos", "eos", "mask", "cls", "seperator", "eot", "eom")
+    },
+}
 # Values of tokenizer.ggml.token_type.
 _CONTROL, _USER_DEFINED = 3, 4
 
@@ -62,6 +73,23 @@ def read_gguf_tokenizer(path: str | Path) -> GgufTokenizer:
     missing = [name for name in ("tokens", "merges") if f"tokenizer.ggml.{name}" not in fields]
     if missing:
         raise UserError(f"{path}: tokenizer.ggml.{missing[0]} is missing from the GGUF metadata")
+    for name, (types, words) in _KINDS.items():
+        value = fields.get(f"tokenizer.ggml.{name}")
+        if value is not None and not _is(value, types):
+            raise UserError(f"{path}: tokenizer.ggml.{name}: expected {words}")
+    try:
+        return _build(fields, path)
+    except UserError:
+        raise
+    except Exception as error:  # the library raises bare Exception
+        raise UserError(f"{path}: the tokenizer in the GGUF metadata is not usable: {error}") from error
+
+
+def _is(value: Any, kind: Any) -> bool:
+    return all(isinstance(one, kind) for one in value) if isinstance(value, list) else isinstance(value, kind)
+
+
+def _build(fields: dict[str, Any], path: str | Path) -> GgufTokenizer:
     tokens: list[str] = fields["tokenizer.ggml.tokens"]
     pre = str(fields.get("tokenizer.ggml.pre", "default"))
     pre_tokenizer = _pre_tokenizer(pre, path)
@@ -106,12 +134,15 @@ def _metadata(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path} does not exist")
     try:
+        check_header(path)
         reader = gguf.GGUFReader(path)
+        return {name: field.contents() for name, field in reader.fields.items() if name.startswith("tokenizer.")}
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"cannot read {path}: {reason(error)}") from error
     except Exception as error:  # the reader has no error type for damaged files
         raise UserError(f"{path} is not a usable GGUF file: {error}") from error
-    return {name: field.contents() for name, field in reader.fields.items() if name.startswith("tokenizer.")}
 
 
 def _pre_tokenizer(name: str, path: str | Path) -> pre_tokenizers.PreTokenizer:

@@ -6,6 +6,8 @@ import contextlib
 import importlib
 import io
 import json
+import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -42,7 +44,7 @@ def read_tfds(rest: str, data_dir: str | None, label_field: str) -> tuple[Splits
     options: dict[str, Any] = {"data_dir": data_dir, "file_format": "array_record"}
     try:
         if "." in name:
-            module = importlib.import_module(f"{name}.{name.rpartition('.')[2]}_dataset_builder")
+            module = _own_module(f"{name}.{name.rpartition('.')[2]}_dataset_builder")
             builder = module.Builder(config=config or None, **options)
         else:
             importlib.import_module("jaxcl.data.builders")  # registers them by name
@@ -63,6 +65,14 @@ def read_tfds(rest: str, data_dir: str | None, label_field: str) -> tuple[Splits
     feature = features[label_field] if label_field in getattr(features, "keys", list)() else None
     labels = tuple(getattr(feature, "names", None) or ())
     return {split: HubRows(rows, keys[split], label_field, labels) for split, rows in splits.items()}, labels
+
+
+def _own_module(name: str) -> Any:
+    """The module of a user's own builder; it may be in the current folder."""
+    here = os.getcwd()
+    if name not in sys.modules and here not in sys.path:
+        sys.path.append(here)
+    return importlib.import_module(name)
 
 
 def read_hf(rest: str, data_dir: str | None, label_field: str) -> tuple[Splits, tuple[str, ...]]:

@@ -42,7 +42,8 @@ class RowReader:
         self.key: dict[str, Any] = {"kind": kind, "names": dict(names), "template": template}
         self._names = dict(names)
         self._template = template
-        self._wanted = [f for _, f, _, _ in string.Formatter().parse(template) if f] if template else []
+        self._parts = list(string.Formatter().parse(template)) if template else []
+        self._wanted = [field for _, field, _, _ in self._parts if field]
 
     def __call__(self, place: object, record: Record) -> Row | None:
         """The row of a record; `None` for a passage without text.
@@ -60,7 +61,7 @@ class RowReader:
         row = {name: as_text(record[field], field, place) for name, field in self._names.items()}
         if self._template:
             values = {field: as_text(record[field], field, place) for field in self._wanted}
-            row["prompt"] = string.Formatter().vformat(self._template, (), values)
+            row["prompt"] = "".join(text + (values[field] if field else "") for text, field, _, _ in self._parts)
         return None if self.kind == "text" and not row["text"].strip() else row
 
 

@@ -34,12 +34,17 @@ _SOURCE = (
 
 
 def template_names_fields(value: str | None) -> str | None:
-    """Checks that a prompt template names at least one field."""
+    """Checks that a prompt template names at least one field, and does nothing else with fields."""
     if value is not None:
         try:
-            named = [field for _, field, _, _ in string.Formatter().parse(value) if field]
+            parts = [part for part in string.Formatter().parse(value) if part[1] is not None]
         except ValueError as error:
             raise ValueError(f"is not a template: {error}") from error
+        for _, field, form, conversion in parts:
+            if not field or field.isdecimal() or form or conversion:
+                written = f"{field}{'!' + conversion if conversion else ''}{':' + form if form else ''}"
+                raise ValueError(f"{{{written}}} does not just name a field; a brace of the text is written twice")
+        named = [field for _, field, _, _ in parts]
         if not named:
             raise ValueError("must name at least one field of the row, for example {text}")
     return value

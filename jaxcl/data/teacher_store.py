@@ -8,6 +8,7 @@ is never stored. Each process writes a file for its own rows, and `TeacherStore.
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,8 @@ _MAGIC = b"jaxcl-teacher\x00"
 VERSION = 3  # 2: adds what a store belongs to; 3: coded attention rows hold their largest weight
 # ArrayRecord compresses whole groups: groups of one record let a read fetch only that record.
 _OPTIONS = "group_size:1"
+
+_MOST_AXES = 8
 
 Record = Mapping[str, np.ndarray]
 About = Mapping[str, str | int]
@@ -159,12 +162,20 @@ class _File:
             raise UserError(f"{path} is truncated, damaged or not a teacher store: {_first_line(error)}") from error
         if not last.startswith(_MAGIC):
             raise UserError(f"{path} is not a teacher store, or is incomplete")
-        description = json.loads(last[len(_MAGIC) :])
+        try:
+            description = json.loads(last[len(_MAGIC) :])
+        except (ValueError, RecursionError):
+            description = None
+        if not isinstance(description, dict):
+            raise UserError(f"{path}: its description is damaged")
         if description.get("version") != VERSION:
             raise UserError(f"{path} has version {description.get('version')}; this program reads version {VERSION}")
-        self.about: About = description["about"]
-        self.fields: dict[str, dict[str, Any]] = description["fields"]
-        self.keys: list[int] = description["keys"]
+        about, fields, keys = (description.get(name) for name in ("about", "fields", "keys"))
+        if not (isinstance(about, dict) and _are_fields(fields) and _are_keys(keys)):
+            raise UserError(f"{path}: its description is damaged")
+        self.about: About = about
+        self.fields: dict[str, dict[str, Any]] = fields
+        self.keys: list[int] = keys
         if count != len(self.keys) + 1:
             raise UserError(f"{path} holds {count - 1} records; its description says {len(self.keys)}")
 
@@ -173,7 +184,10 @@ class _File:
             content = self._reader.read([position])[0]
         except (RuntimeError, ValueError, IndexError) as error:
             raise UserError(f"{self.path} record {position} cannot be read: {_first_line(error)}") from error
-        return _unpack(content, self.fields)
+        try:
+            return _unpack(content, self.fields)
+        except (struct.error, ValueError) as error:
+            raise UserError(f"{self.path} record {position} does not hold what the store describes: {error}") from None
 
 
 def _pack(record: Record, fields: Mapping[str, Mapping[str, Any]]) -> bytes:
@@ -193,7 +207,9 @@ def _unpack(content: bytes, fields: Mapping[str, Mapping[str, Any]]) -> dict[str
         shape = struct.unpack_from(f"<{field['rank']}q", content, start)
         start += 8 * len(shape)
         dtype = _dtype(field["dtype"])
-        count = int(np.prod(shape, dtype=np.int64))
+        if min(shape, default=0) < 0:
+            raise ValueError(f"{name} has the shape {shape}")
+        count = math.prod(shape)
         record[name] = np.frombuffer(content, dtype, count, start).reshape(shape)
         start += count * dtype.itemsize
     return record
@@ -201,6 +217,28 @@ def _unpack(content: bytes, fields: Mapping[str, Mapping[str, Any]]) -> dict[str
 
 def _dtype(name: str) -> np.dtype:
     return np.dtype(getattr(ml_dtypes, name, name))
+
+
+def _are_keys(value: Any) -> bool:
+    return isinstance(value, list) and all(type(key) is int for key in value)
+
+
+def _are_fields(value: Any) -> bool:
+    """Whether a description's fields are what `write_records` writes."""
+    if not isinstance(value, dict):
+        return False
+    for field in value.values():
+        if not (isinstance(field, dict) and isinstance(field.get("dtype"), str) and type(field.get("rank")) is int):
+            return False
+        if not 0 <= field["rank"] <= _MOST_AXES:
+            return False
+        try:
+            dtype = _dtype(field["dtype"])
+        except (TypeError, ValueError):
+            return False
+        if dtype.name != field["dtype"] or dtype.hasobject:
+            return False
+    return True
 
 
 def _first_line(error: Exception) -> str:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from jaxcl.data.files import read_text, replacing, write_json
+from jaxcl.data.files import parse_json, read_text, replacing, write_json
 from jaxcl.data.gguf_tokenizer import read_gguf_tokenizer
 from jaxcl.data.spec import TokenizerConfig
 from jaxcl.data.tokenizer_settings import ChatTemplate, read_settings, write_end_ids
@@ -105,13 +106,13 @@ class Tokenizer:
         if path.is_dir() and not file.exists():
             raise UserError(f"{path} has no tokenizer.json; give a folder with one, a tokenizer.json or a .gguf file")
         text = read_text(file)
-        try:
+        _check_templates(parse_json(text, file), file)
+        with _no_panic(file):
             backend = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # the library raises bare Exception
-            raise UserError(f"{file} is not a usable tokenizer: {error}") from error
         settings = read_settings(folder)
         ids = {role: _special_id(backend, settings.content, role) for role in ROLES}
-        opening = backend.encode("a", add_special_tokens=True).ids[:1]
+        with _no_panic(file):
+            opening = backend.encode("a", add_special_tokens=True).ids[:1]
         add_bos = bool(settings.content.get("add_bos_token")) or (ids["bos"] is not None and opening == [ids["bos"]])
         return cls(
             backend,
@@ -342,6 +343,32 @@ def prepare_tokenizer(
     if config.path is None and not trained:
         tokenizer.save(folder)
     return tokenizer
+
+
+@contextlib.contextmanager
+def _no_panic(file: Path) -> Iterator[None]:
+    """Turns what the library raises into an error that names the file; a Rust panic is no `Exception`."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise UserError(f"{file} is not a usable tokenizer: {error}") from error
+        raise
+
+
+def _check_templates(content: Any, file: Path) -> None:
+    """Checks that templates of the post-processor name tokens that they have, without which the library panics."""
+    processor = content.get("post_processor") if isinstance(content, dict) else None
+    members = processor.get("processors") if isinstance(processor, dict) else None
+    for one in [processor, *(members if isinstance(members, list) else [])]:
+        if not (isinstance(one, dict) and one.get("type") == "TemplateProcessing"):
+            continue
+        pieces = [piece for name in ("single", "pair") for piece in one.get(name) or () if isinstance(piece, dict)]
+        named = [piece["SpecialToken"] for piece in pieces if isinstance(piece.get("SpecialToken"), dict)]
+        known = one.get("special_tokens")
+        for token in named:
+            if not (isinstance(known, dict) and str(token.get("id")) in known):
+                raise UserError(f"{file}: post_processor: a template names the token {token.get('id')}, which it lacks")
 
 
 _COMMON = {

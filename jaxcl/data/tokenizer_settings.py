@@ -45,6 +45,9 @@ def read_settings(folder: Path) -> TokenizerSettings:
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         content |= _object(folder / name)
     texts = {key: _text_of(value) for key, value in content.items() if key.endswith("_token")}
+    for key, text in texts.items():
+        if text is not None and any("\ud800" <= character <= "\udfff" for character in text):
+            raise UserError(f"{folder}: {key} holds half of a surrogate pair; expected text")
     special_tokens = {key: text for key, text in texts.items() if text is not None}
     ends = (_end_ids(folder / name) for name in (GENERATION_FILE, "config.json"))
     return TokenizerSettings(
@@ -98,6 +101,8 @@ def _chat_template(folder: Path, content: dict[str, Any]) -> ChatTemplate | None
             raise UserError(
                 f"{folder / 'tokenizer_config.json'}: chat_template: each entry needs a name and a template"
             ) from None
+    if isinstance(found, dict) and not all(isinstance(template, str) for template in found.values()):
+        raise UserError(f"{folder / 'tokenizer_config.json'}: chat_template: expected templates, which are texts")
     if isinstance(found, dict) and list(found) == ["default"]:
         return found["default"]
     return found if isinstance(found, str | dict) else None

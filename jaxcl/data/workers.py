@@ -83,8 +83,12 @@ def _is_picklable(value: object) -> bool:
 def _started(work: Callable[[Any], object], threads: int) -> Iterator[subprocess.Popen[bytes]]:
     paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
     environment = {**os.environ, "RAYON_NUM_THREADS": str(threads), "PYTHONPATH": paths}
+    # -P: the current folder is searched only if it is here.
     worker = subprocess.Popen(
-        [sys.executable, "-m", "jaxcl.data.workers"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+        [sys.executable, "-P", "-m", "jaxcl.data.workers"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=environment,
     )
     try:
         _send(worker, work)

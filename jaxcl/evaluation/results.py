@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 from pydantic import ConfigDict, Field, ValidationError
 
+from jaxcl.data.files import replacing
 from jaxcl.errors import UserError
 from jaxcl.functional.matrix import ContinualMatrix
 from jaxcl.schema import Schema
@@ -93,7 +93,11 @@ class Results(Measure):
           UserError: the file is missing, not JSON, or not a jaxcl result; names file and field.
         """
         try:
-            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+            found = cls.model_validate_json(path.read_text(encoding="utf-8"))
+            for part in (found, *found.further.values()):
+                for rows, initial in ((part.matrix, part.initial), (part.deviation or [], part.initial_deviation)):
+                    ContinualMatrix.from_lists(rows, initial, part.higher_is_better, joint=found.joint)
+            return found
         except OSError as error:
             raise UserError(f"{path}: {error.strerror or error}") from None
         except UnicodeDecodeError:
@@ -102,6 +106,8 @@ class Results(Measure):
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
             raise UserError(f"{path}: not a jaxcl result: {where + ': ' if where else ''}{first['msg']}") from None
+        except ValueError as error:
+            raise UserError(f"{path}: not a jaxcl result: matrix: {error}") from None
 
 
 def measure(
@@ -189,11 +195,8 @@ def write_tables(folder: Path, after: int, tables: Mapping[str, Any]) -> Path:
 
 def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
     """Writes arrays by name as `.npz`, atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
+    with replacing(path) as temporary, open(temporary, "wb") as file:
         np.savez_compressed(file, allow_pickle=False, **{name: np.asarray(array) for name, array in arrays.items()})
-    os.replace(partial, path)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -218,11 +221,9 @@ def _plain(value: Any) -> Any:
 
 
 def _replace(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    # A lone surrogate (from a pair that a byte-level tokenizer split) cannot be encoded in UTF-8.
-    partial.write_text(text, encoding="utf-8", errors="replace")
-    os.replace(partial, path)
+    with replacing(path) as temporary:
+        # A lone surrogate (from a pair that a byte-level tokenizer split) cannot be encoded in UTF-8.
+        temporary.write_text(text, encoding="utf-8", errors="replace")
 
 
 def _stage(after: int) -> str:

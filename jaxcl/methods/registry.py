@@ -40,17 +40,26 @@ def find_method(name: str) -> type[Method]:
         raise ValueError(f"no method {name!r}{nearest(name, METHODS)} allowed: {', '.join(METHODS)}, or module:Class")
     module, _, attribute = METHODS.get(name, name).partition(":")
     try:
-        found = getattr(_import(module), attribute)
-    except (ImportError, AttributeError) as error:
+        found = getattr(_import(module, outside=is_outside(name)), attribute)
+    except (ImportError, AttributeError, TypeError) as error:  # TypeError: a relative name
         raise ValueError(f"cannot load {name!r}: {error}") from None
     if not (isinstance(found, type) and issubclass(found, Method)):
         raise ValueError(f"{name!r} is not a jaxcl.methods.Method")
     return found
 
 
-def _import(module: str) -> Any:
-    """A module that is installed, on `PYTHONPATH`, or a file in the current folder."""
+def is_outside(name: str) -> bool:
+    """Whether a method's name leads to code that is not jaxcl's.
+
+    >>> is_outside("das"), is_outside("jaxcl.methods.das:Das"), is_outside("mine:Method")
+    (False, False, True)
+    """
+    return ":" in name and not name.startswith("jaxcl.")
+
+
+def _import(module: str, outside: bool) -> Any:
+    """A module; one outside jaxcl is installed, on `PYTHONPATH`, or a file in the current folder."""
     here = os.getcwd()
-    if here not in sys.path:
+    if outside and module not in sys.modules and here not in sys.path:
         sys.path.append(here)
     return importlib.import_module(module)

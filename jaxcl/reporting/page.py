@@ -47,7 +47,9 @@ def page(title: str, body: Iterable[str]) -> str:
 def write_page(path: Path, content: str) -> Path:
     """Writes a page, atomically."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(content, encoding="utf-8")
+    partial.unlink(missing_ok=True)  # may be a link to another file
+    with open(partial, "x", encoding="utf-8", errors="replace") as file:
+        file.write(content)
     os.replace(partial, path)
     return path
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxcl.errors import UserError
 from jaxcl.reporting import plots
 from jaxcl.reporting.matrix_table import matrix_table
 from jaxcl.reporting.page import card, details, duration, figure, number, page, section, size, table, text, write_page
@@ -44,7 +45,12 @@ def write_report(run_folder: Path) -> Path:
       UserError: the folder does not exist or has no usable `results.json`.
     """
     run = read_run(Path(run_folder))
-    return write_page(run.folder / "report.html", render(run))
+    try:
+        content = render(run)
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{run.folder}: its files do not hold what a run writes: {reason}") from error
+    return write_page(run.folder / "report.html", content)
 
 
 def render(run: RunData) -> str:

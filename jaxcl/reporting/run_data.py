@@ -17,6 +17,7 @@ from jaxcl.errors import UserError
 # Spikes of a task that are named; the others are counted.
 _SPIKES = 10
 _NEEDED = ("method", "seed", "tasks", "metric", "matrix")
+_OBJECTS = ("timing", "data", "versions", "further", "extra", "steps")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,11 +81,16 @@ def read_results(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder}: not a run folder, or a run that has not evaluated anything yet (no results.json)")
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     missing = [name for name in _NEEDED if not isinstance(results, dict) or name not in results]
     if missing:
         raise UserError(f"{path}: not a jaxcl result: {missing[0]!r} is missing")
+    for name in _OBJECTS:
+        if not isinstance(results.get(name), dict | None):
+            raise UserError(f"{path}: not a jaxcl result: {name} is not an object")
+    if not all(isinstance(seconds, int | float) for seconds in (results.get("timing") or {}).values()):
+        raise UserError(f"{path}: not a jaxcl result: timing holds something else than seconds")
     try:
         scores(results)
     except (TypeError, ValueError):
@@ -156,7 +162,7 @@ def _json_lines(path: Path, problems: list[str]) -> list[dict[str, Any]]:
     for line in _text(path, problems).split("\n"):
         try:
             row = json.loads(line) if line.strip() else None
-        except ValueError:
+        except (ValueError, RecursionError):
             bad += 1
             continue
         if isinstance(row, dict):

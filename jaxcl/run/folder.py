@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-import yaml
-
 from jaxcl.config import ExperimentConfig
 from jaxcl.config.file import ConfigError, dump_yaml, read_yaml, validate
+from jaxcl.config.trust import check_trust, named_code
+from jaxcl.data.files import reason, replacing
 from jaxcl.errors import UserError
 
 # Keys that may change when a run is resumed: they do not affect results.
@@ -57,9 +57,18 @@ class RunFolder:
         """Whether the folder contains a run."""
         return self.config_file.is_file()
 
-    def content(self) -> dict[str, Any]:
-        """The run's configuration as plain values, with the current path of the folder as its output."""
-        return {**read_yaml(self.config_file), "output": str(self.path)}
+    def content(self, *, trust: bool = False) -> dict[str, Any]:
+        """The run's configuration as plain values, with the current path of the folder as its output.
+
+        Args:
+          trust: whether it may name code outside jaxcl; see `jaxcl.config.trust`.
+
+        Raises:
+          UserError: it cannot be read, or names such code and is not trusted.
+        """
+        content = read_yaml(self.config_file)
+        check_trust(content, str(self.config_file), trust=trust)
+        return {**content, "output": str(self.path)}
 
     config_file = property(lambda self: self.path / "config.yaml")
     report = property(lambda self: self.path / "report.html")
@@ -99,7 +108,7 @@ class RunFolder:
         """
         if self.path.is_file():
             raise UserError(f"output {self.path}: is a file; name a folder")
-        if self.path.is_dir() and not self.is_run and {p.name for p in self.path.iterdir()} - {".lock"}:
+        if self.path.is_dir() and not self.is_run and not all(_is_ours(path.name) for path in self.path.iterdir()):
             raise UserError(
                 f"output {self.path}: contains files but no run (no config.yaml); name an empty or new folder"
             )
@@ -108,15 +117,14 @@ class RunFolder:
         if self.is_run:
             self._check_same(resolved)
             return
+        self.describe(resolved)
         for folder in (self.predictions, self.importance):
             folder.mkdir(exist_ok=True)
-        self.describe(resolved)
 
     def describe(self, resolved: Mapping[str, Any]) -> None:
         """Writes `config.yaml`, atomically."""
-        partial = self.config_file.with_suffix(".partial")
-        partial.write_text(dump_yaml(resolved), encoding="utf-8")
-        os.replace(partial, self.config_file)
+        with replacing(self.config_file) as temporary:
+            temporary.write_text(dump_yaml(resolved), encoding="utf-8")
 
     def release(self) -> None:
         """Releases the lock."""
@@ -125,7 +133,12 @@ class RunFolder:
             self._lock = None
 
     def _take_lock(self) -> None:
-        self._lock = open(self.path / ".lock", "w", encoding="utf-8")  # held for the life of the run  # noqa: SIM115
+        place = self.path / ".lock"
+        try:
+            # Not through a link, whose target would be opened; held for the life of the run.
+            self._lock = os.fdopen(os.open(place, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+")
+        except OSError as error:
+            raise UserError(f"{place}: cannot be opened: {reason(error)}") from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -133,7 +146,12 @@ class RunFolder:
             raise UserError(f"output {self.path}: another process is running here; name another folder") from None
 
     def _check_same(self, resolved: Mapping[str, Any]) -> None:
-        stored = dict(_flatten(_completed(yaml.safe_load(self.config_file.read_text(encoding="utf-8")))))
+        content = read_yaml(self.config_file)
+        # Completing it would import what it names.
+        known = {module for _, _, module in named_code(resolved)}
+        if {module for _, _, module in named_code(content)} <= known:
+            content = _completed(content)
+        stored = dict(_flatten(content))
         wanted = dict(_flatten(resolved))
         for key in sorted(stored.keys() | wanted.keys()):
             before, now = stored.get(key), wanted.get(key)
@@ -143,6 +161,11 @@ class RunFolder:
                     "name another output, or remove the folder to start again",
                     exit_code=2,
                 )
+
+
+def _is_ours(name: str) -> bool:
+    """Whether a start that ended before there was a `config.yaml` leaves such a file."""
+    return name == ".lock" or (name.startswith(".config.yaml.") and name.endswith(".tmp"))
 
 
 def _completed(content: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 
 from jaxcl.config import ExperimentConfig
-from jaxcl.config.file import read_yaml, validate
+from jaxcl.config.file import validate
 from jaxcl.data.tokenizer import Tokenizer
 from jaxcl.errors import UserError
 from jaxcl.models.network import Network, Params
@@ -37,12 +37,13 @@ class Model(NamedTuple):
     chat: bool = False
 
 
-def load_model(name: str) -> Model:
+def load_model(name: str, *, trust: bool = False) -> Model:
     """Loads a model.
 
     Args:
       name: a run folder, for its latest checkpoint, or what `jaxcl.weights.locate` accepts: a Hugging Face, GGUF or
         Orbax checkpoint, or `package:NAME`.
+      trust: whether the configuration of a run may name code outside jaxcl; see `jaxcl.config.trust`.
 
     Raises:
       UserError: there is no model, or it cannot be read; a run's tokenizer is not the one that it was trained with.
@@ -52,7 +53,7 @@ def load_model(name: str) -> Model:
         _, place = locate(name)
         network = Network.create(read_config(name))
         return Model(network, load_params(name, network), Tokenizer.load(place), None)
-    config = validate(ExperimentConfig, read_yaml(folder.config_file), str(folder.config_file))
+    config = validate(ExperimentConfig, folder.content(trust=trust), str(folder.config_file))
     network = Network.create(config.model)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), network.shapes())

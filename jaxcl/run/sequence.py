@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from jaxcl.config import ExperimentConfig
+from jaxcl.config.file import read_yaml
 from jaxcl.data.mix import Interleaved, Mixed, WithGeneral, general_share
 from jaxcl.data.pipeline import Pipeline, Stream
 from jaxcl.data.teacher_store import TeacherStore, write_records
@@ -97,7 +98,7 @@ def run(config: ExperimentConfig, *, grown_from: ExperimentConfig | None = None,
         _check_shared(folder)
         names = [task.name for task in config.tasks]
         # Of data at another place the content is compared, even at the end; a process may have a copy of its own.
-        moved = of_all_processes(np.array(folder.content().get("data_root") != config.data_root)).any()
+        moved = of_all_processes(np.array(read_yaml(folder.config_file).get("data_root") != config.data_root)).any()
         if not moved and folder.results.is_file():
             results = Results.read(folder.results)
             if results.finished and results.tasks == names and _at_the_end(folder, config):
@@ -422,6 +423,12 @@ class TaskSequence:
         if replay is None or not earlier:
             return pipeline
         stores = {task.task: store for task in earlier if (store := self._open_store(task.task)) is not None}
+        lost = [task.name for task in earlier if task.task not in stores]
+        if lost and (stores or self.board.results.stored_bytes):
+            raise UserError(
+                f"{self.folder.teacher}: what is stored with the remembered rows of task {lost[0]} is missing; restore "
+                "it, or start a new run in another output"
+            )
         collate = (
             Collate(parts.method, parts.trainer.target.params, parts.trainer.target.method_state) if stores else None
         )
@@ -466,8 +473,9 @@ class TaskSequence:
         return stream.steps_for(sum(task_steps(training, task, count, steps) for task, steps in enumerate(parts)))
 
     def _remove_stores(self, index: int) -> None:
-        """Removes the files of an interrupted attempt, which may have had more processes."""
-        for path in self.folder.stores(index):
+        """Removes the files of an interrupted attempt, which may have had more processes or not have ended."""
+        unfinished = self.folder.teacher.glob(f".task{index:02d}_process*.tmp")
+        for path in [*self.folder.stores(index), *unfinished]:
             path.unlink()
 
     def _open_store(self, index: int) -> TeacherStore | None:

@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 import jaxcl
 from jaxcl.errors import UserError
 from jaxcl.sharding.clusters import ProcessId, find_process_id, tpu_metadata
-from jaxcl.sharding.roll_call import roll_call
+from jaxcl.sharding.roll_call import TOKEN_KEY, roll_call
 
 _TIMEOUT_KEY = "JAXCL_START_TIMEOUT"
 # If all processes fail, process 0 exits last: the runtime of the others aborts when it is gone.
@@ -68,7 +68,8 @@ def initialize(
     if process is None or process.count == 1:
         return False
     timeout = _timeout(os.environ) if timeout is None else timeout
-    roll_call(process, {"jax": jax.__version__, "jaxcl": jaxcl.__version__}, timeout=timeout)
+    versions = {"jax": jax.__version__, "jaxcl": jaxcl.__version__}
+    roll_call(process, versions, timeout=timeout, token=os.environ.get(TOKEN_KEY, ""))
     _start_runtime(process)
     _joined = True
     _check_devices(process)

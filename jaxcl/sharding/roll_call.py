@@ -8,26 +8,32 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hmac
 import json
+import selectors
 import socket
 import time
-from collections.abc import Mapping, Set
+from collections.abc import Container, Iterator, Mapping
 
 from jaxcl.errors import UserError
 from jaxcl.sharding.clusters import ProcessId
 
 # Seconds that the others wait longer than process 0, whose verdict names the missing processes.
 _GRACE = 5.0
-_LONGEST = 65536
+# Bytes that a report or verdict may have, and guests at process 0's door beside the processes of the run.
+_LONGEST, _STRANGERS = 65536, 64
+#: The environment variable of the token that all processes of a run share.
+TOKEN_KEY = "JAXCL_TOKEN"
 
 
-def roll_call(process: ProcessId, versions: Mapping[str, str], *, timeout: float) -> None:
+def roll_call(process: ProcessId, versions: Mapping[str, str], *, timeout: float, token: str = "") -> None:
     """Waits until every process has reported to process 0.
 
     Args:
       process: this process.
       versions: versions by name; must be equal in all processes.
       timeout: seconds.
+      token: a secret that all processes share; reports that do not know it are ignored, as other strangers are.
 
     Raises:
       UserError: a process did not report in time, the port is in use, or the processes contradict each other. Every
@@ -35,52 +41,151 @@ def roll_call(process: ProcessId, versions: Mapping[str, str], *, timeout: float
     """
     deadline = time.monotonic() + timeout
     if process.index == 0:
-        _hold(process, versions, deadline, timeout)
+        _hold(process, versions, deadline, timeout, token)
     else:
-        _report(process, versions, deadline, timeout)
+        _report(process, versions, deadline, timeout, token)
 
 
-def _hold(process: ProcessId, versions: Mapping[str, str], deadline: float, timeout: float) -> None:
+def _hold(process: ProcessId, versions: Mapping[str, str], deadline: float, timeout: float, token: str) -> None:
     """Process 0: collects the reports and sends the verdict."""
     came: set[int] = set()
-    peers: list[socket.socket] = []
-    with contextlib.ExitStack() as open_sockets:
-        server = open_sockets.enter_context(_listen(process))
-        problem = None
+    problem = None
+    with _Door(process, token) as door:
         while problem is None and len(came) < process.count - 1:
-            server.settimeout(max(deadline - time.monotonic(), 0.001))
-            try:
-                peer = open_sockets.enter_context(server.accept()[0])
-            except TimeoutError:
+            if time.monotonic() >= deadline:
                 missing = [str(index) for index in range(1, process.count) if index not in came]
                 problem = (
                     f"process {', '.join(missing)} of {process.count} did not report to {process.coordinator} "
                     f"within {timeout:g} s; see its own output"
                 )
+                if door.refused:
+                    problem += f" ({door.refused} with another {TOKEN_KEY} did)"
                 break
-            report = _receive(peer, min(deadline, time.monotonic() + _GRACE))
-            if report is None or not isinstance(report.get("index"), int):  # not a process of a run
-                continue
-            problem = _contradiction(process, versions, report, came)
-            came.add(int(str(report["index"])))
-            peers.append(peer)
-        for peer in peers:
-            with contextlib.suppress(OSError):
-                peer.sendall(json.dumps({"problem": problem}).encode() + b"\n")
+            for report in door.reports(deadline):
+                problem = problem or _contradiction(process, versions, report, came)
+                came.add(int(str(report["index"])))
+        door.answer({"problem": problem})
     if problem is not None:
         raise UserError(problem)
 
 
-def _report(process: ProcessId, versions: Mapping[str, str], deadline: float, timeout: float) -> None:
+class _Door:
+    """Process 0's port: anybody may come, and is let go who says nothing, too much or what no process of the run says.
+
+    Attributes:
+      refused: number of reports with another token.
+    """
+
+    def __init__(self, process: ProcessId, token: str) -> None:
+        self.refused = 0
+        self._token, self._most = token, process.count + _STRANGERS
+        self._open = contextlib.ExitStack()
+        self._selector = self._open.enter_context(selectors.DefaultSelector())
+        self._server = self._open.enter_context(_listen(process))
+        self._server.setblocking(False)
+        self._selector.register(self._server, selectors.EVENT_READ)
+        # What each guest has said, and until when it has to finish; the oldest first.
+        self._guests: dict[socket.socket, tuple[bytes, float]] = {}
+        self._reported: list[socket.socket] = []
+
+    def __enter__(self) -> _Door:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for guest in (*self._guests, *self._reported):
+            guest.close()
+        self._open.close()
+
+    def reports(self, deadline: float) -> Iterator[dict[str, object]]:
+        """Waits until something happens; then the reports that are complete."""
+        now = time.monotonic()
+        for guest in [guest for guest, (_, until) in self._guests.items() if until <= now]:
+            self._leave(guest).close()
+        wait = min([deadline, *(until for _, until in self._guests.values())]) - now
+        for key, _ in self._selector.select(max(wait, 0)):
+            if key.fileobj is self._server:
+                self._let_in()
+            elif isinstance(key.fileobj, socket.socket) and key.fileobj in self._guests:
+                content = self._listen_to(key.fileobj)
+                if content is None:
+                    continue
+                guest, report = self._leave(key.fileobj), self._checked(_parse(content))
+                if report is None:
+                    guest.close()
+                else:
+                    self._reported.append(guest)
+                    yield report
+
+    def answer(self, verdict: Mapping[str, object]) -> None:
+        """Tells all processes that reported."""
+        for peer in self._reported:
+            with contextlib.suppress(OSError):
+                peer.settimeout(_GRACE)
+                peer.sendall(json.dumps(verdict).encode() + b"\n")
+
+    def _let_in(self) -> None:
+        try:
+            guest, _ = self._server.accept()
+        except OSError:  # gone already
+            return
+        guest.setblocking(False)
+        if len(self._guests) >= self._most:
+            self._leave(next(iter(self._guests))).close()
+        self._guests[guest] = b"", time.monotonic() + _GRACE
+        self._selector.register(guest, selectors.EVENT_READ)
+
+    def _listen_to(self, guest: socket.socket) -> bytes | None:
+        """What a guest said, once it is complete."""
+        try:
+            part = guest.recv(4096)
+        except BlockingIOError:
+            return None
+        except OSError:
+            part = b""
+        said, until = self._guests[guest]
+        self._guests[guest] = said + part, until
+        if not part or len(said) > _LONGEST:
+            self._leave(guest).close()
+            return None
+        return said + part if part.endswith(b"\n") else None
+
+    def _leave(self, guest: socket.socket) -> socket.socket:
+        self._selector.unregister(guest)
+        del self._guests[guest]
+        return guest
+
+    def _checked(self, report: dict[str, object] | None) -> dict[str, object] | None:
+        """A report, if a process of this run wrote it."""
+        if report is None:
+            return None
+        index, count, versions, proof = (report.get(name) for name in ("index", "count", "versions", "proof"))
+        if type(index) is not int or type(count) is not int or not isinstance(versions, dict):
+            return None
+        if not 0 <= index < count or not (isinstance(proof, str) and proof.isascii()):
+            return None
+        if not hmac.compare_digest(proof, _proof(self._token, index, count)):
+            self.refused += 1
+            return None
+        return report
+
+
+def _proof(token: str, index: int, count: int) -> str:
+    """What shows that a process knows the token, without telling it."""
+    return hmac.new(token.encode("utf-8", "surrogateescape"), f"{index} of {count}".encode(), "sha256").hexdigest()
+
+
+def _report(process: ProcessId, versions: Mapping[str, str], deadline: float, timeout: float, token: str) -> None:
     """The other processes: report and wait for the verdict."""
     with _connect(process, deadline, timeout) as peer:
-        report = {"index": process.index, "count": process.count, "versions": dict(versions)}
+        proof = _proof(token, process.index, process.count)
+        report = {"index": process.index, "count": process.count, "versions": dict(versions), "proof": proof}
         with contextlib.suppress(OSError):
             peer.sendall(json.dumps(report).encode() + b"\n")
         verdict = _receive(peer, deadline + _GRACE)
     if verdict is None or "problem" not in verdict:
         raise UserError(
-            f"process 0 at {process.coordinator} ended or gave no answer within {timeout:g} s; see its own output"
+            f"process 0 at {process.coordinator} ended, gave no answer within {timeout:g} s or has another "
+            f"{TOKEN_KEY}; see its own output"
         )
     if verdict["problem"] is not None:
         raise UserError(str(verdict["problem"]))
@@ -119,14 +224,22 @@ def _receive(peer: socket.socket, deadline: float) -> dict[str, object] | None:
             if not part:
                 return None
             content += part
+    except OSError:
+        return None
+    return _parse(content)
+
+
+def _parse(content: bytes) -> dict[str, object] | None:
+    """The object in a line of JSON, if there is one."""
+    try:
         message = json.loads(content)
-    except (OSError, ValueError):
+    except (ValueError, RecursionError):
         return None
     return message if isinstance(message, dict) else None
 
 
 def _contradiction(
-    process: ProcessId, versions: Mapping[str, str], report: Mapping[str, object], came: Set[int]
+    process: ProcessId, versions: Mapping[str, str], report: Mapping[str, object], came: Container[int]
 ) -> str | None:
     index = report["index"]
     if report.get("count") != process.count:

@@ -377,6 +377,8 @@ class Checkpoints:
     def _read(self, number: int) -> Saved:
         with self._reading():
             note = self._manager.restore(number, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))["progress"]
+            if not (isinstance(note, dict) and isinstance(note.get("progress"), dict) and "mark" in note):
+                raise UserError(f"checkpoint {number} of {self.folder} has no usable note of the run's progress")
         return Saved(number, note["progress"], note["mark"])
 
     @contextlib.contextmanager

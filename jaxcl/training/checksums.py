@@ -37,7 +37,7 @@ def check_checksums(folder: Path) -> None:
         expected = {str(name): tuple(pair) for name, pair in sums.items()}
     except OSError as error:
         raise UserError(f"{folder / FILE}: {error.strerror or error}") from None
-    except (ValueError, AttributeError, TypeError):
+    except (ValueError, AttributeError, TypeError, RecursionError):
         raise UserError(f"{folder / FILE} is damaged") from None
     found = dict(_files(folder))
     for name in sorted(expected.keys() | found.keys()):

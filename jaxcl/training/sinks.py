@@ -13,6 +13,7 @@ from typing import IO, Any, Protocol
 
 import jax
 
+from jaxcl.data.files import replacing
 from jaxcl.errors import UserError
 from jaxcl.training.trackers import TRACKERS, Tracked, check_tracker
 
@@ -71,16 +72,16 @@ class JsonLines:
 
     def _truncate(self, after: int) -> None:
         kept = []
-        for line in self.path.read_text(encoding="utf-8").split("\n"):
+        for line in self.path.read_bytes().split(b"\n"):
             try:
                 row = json.loads(line)
-            except ValueError:  # the last line, if the run was killed while writing it
+            except (ValueError, RecursionError):  # the last line, if the run was killed while writing it
                 continue
-            if row.get("step", 0) <= after:
-                kept.append(line + "\n")
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        os.replace(partial, self.path)
+            step = row.get("step", 0) if isinstance(row, dict) else None
+            if isinstance(step, int | float) and step <= after:
+                kept.append(line + b"\n")
+        with replacing(self.path) as temporary:
+            temporary.write_bytes(b"".join(kept))
 
 
 class TensorBoard:

@@ -30,9 +30,16 @@ def from_gguf(file: Gguf) -> dict[str, Any]:
     """Fields of the model configuration that a GGUF file describes.
 
     Raises:
-      UserError: an architecture or setting that jaxcl does not support, or missing metadata.
+      UserError: an architecture or setting that jaxcl does not support, or missing or unusable metadata.
     """
+    try:
+        return _fields(file)
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:  # a value of another type
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{file.where}: a value of the metadata cannot be used: {reason}") from error
 
+
+def _fields(file: Gguf) -> dict[str, Any]:
     def need(key: str) -> Any:
         if (value := file.get(key)) is None:
             raise UserError(f"{file.where}: the metadata key {key} is missing")
@@ -82,15 +89,20 @@ def from_gguf(file: Gguf) -> dict[str, Any]:
 def token_ids(file: Gguf) -> dict[str, int]:
     """Special token ids, by their names in `config.json`."""
     found = {ours: file.get(theirs) for ours, theirs in _TOKEN_IDS.items()}
-    return {name: int(value) for name, value in found.items() if value is not None}
+    for ours, value in found.items():
+        if not isinstance(value, int | None):
+            raise UserError(f"{file.where}: {_TOKEN_IDS[ours]} is {value!r}; expected a token id")
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _rope_scaling(file: Gguf, architecture: str, head_dim: int, theta: float) -> dict[str, Any] | None:
     """The scaling of the rotary frequencies; GGUF stores the llama3 rule only as the resulting factors."""
     if _FREQUENCIES in file.shapes:
         factors = file.read(_FREQUENCIES, whole(file.shapes[_FREQUENCIES]))
-        scaling = RopeScaling(type="llama3", factor=float(factors.max()))
         plain = frequencies(head_dim, theta, None)
+        if factors.shape == plain.shape and np.all(factors == 1):
+            return None
+        scaling = RopeScaling(type="llama3", factor=float(factors.max()))
         if factors.shape != plain.shape or not np.allclose(
             plain / factors, frequencies(head_dim, theta, scaling), rtol=1e-4
         ):

@@ -11,6 +11,7 @@ import gguf
 import numpy as np
 
 from jaxcl.errors import UserError
+from jaxcl.gguf_header import check_header
 from jaxcl.weights.axes import Index
 
 # Longer lists in the metadata belong to the tokenizer.
@@ -39,8 +40,9 @@ class Gguf:
             self._contents = _contents(path, stat.st_mtime_ns, stat.st_size)
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-        # For a truncated file the reader fails with one of these.
-        except (ValueError, IndexError, KeyError, OverflowError) as error:
+        except UserError:
+            raise
+        except Exception as error:  # the reader has no error type for damaged files
             raise UserError(f"{path} is not a complete GGUF file: {error}") from None
         tensors = self._contents.tensors
         self.shapes = {name: tuple(int(n) for n in reversed(t.shape)) for name, t in tensors.items()}
@@ -78,6 +80,7 @@ class Gguf:
 @functools.lru_cache(maxsize=2)
 def _contents(path: Path, modified: int, size: int) -> _Contents:
     """Cached for the configuration and the tensors: parsing a vocabulary in the metadata takes seconds."""
+    check_header(path)
     reader = gguf.GGUFReader(path)
     metadata = {key: _value(field) for key, field in reader.fields.items() if len(field.data) <= _LONGEST}
     return _Contents(metadata, {tensor.name: tensor for tensor in reader.tensors})

@@ -32,14 +32,21 @@ def from_hf(content: Mapping[str, Any], where: str) -> dict[str, Any]:
         # The text part of a model that also sees; its own type may be left out.
         content = {**content["text_config"], "model_type": "gemma3_text", "architectures": []}
     kind = HfConfig(content, where).need("model_type")
+    if not isinstance(kind, str):
+        raise UserError(f"{where}: model_type={kind} is not supported; expected a name")
     family = find_family(kind, where)
     config = HfConfig(content, where, family.defaults)
     if config.get("quantization_config") is not None:
         raise UserError(f"{where}: quantised checkpoints are read from GGUF only; this one has a quantization_config")
-    fields = family.read(config)
-    if any(str(name).endswith(CLASSIFIER) for name in config.get("architectures", ())):
-        # transformers does not write its default of two labels.
-        fields["num_labels"] = len(config.get("id2label", {0: "", 1: ""}))
+    try:
+        fields = family.read(config)
+        if any(str(name).endswith(CLASSIFIER) for name in config.get("architectures", ())):
+            # transformers does not write its default of two labels.
+            fields["num_labels"] = len(config.get("id2label", {0: "", 1: ""}))
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:  # a value of another type
+        raise UserError(
+            f"{where}: a value cannot be used, probably {config.last}={config.get(config.last)!r}: {error}"
+        ) from error
     return fields
 
 

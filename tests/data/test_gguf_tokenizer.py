@@ -118,5 +118,5 @@ def test_unusable_files_are_named(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         Tokenizer.load(tmp_path / "absent.gguf")
     (tmp_path / "foreign.gguf").write_bytes(b"not a model at all" * 10)
-    with pytest.raises(UserError, match=r"foreign\.gguf is not a usable GGUF file"):
+    with pytest.raises(UserError, match=r"foreign\.gguf is not a complete GGUF file"):
         Tokenizer.load(tmp_path / "foreign.gguf")

@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from jaxcl.data.teacher_store import TeacherStore, write_records
+from jaxcl.data.teacher_store import VERSION, TeacherStore, write_records
 from jaxcl.errors import UserError
 
 
@@ -167,3 +168,45 @@ def test_an_unwritable_folder_is_one_clear_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
         write_records(tmp_path / "file" / "store", [])
+
+
+KNOWN = {"version": VERSION, "about": {}, "fields": {}, "keys": []}
+ONE = {"x": {"dtype": "float32", "rank": 1}}
+
+
+def described(path, description, *records):
+    """A store with a description of one's own."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    writer = ArrayRecordWriter(str(path), "group_size:1")
+    content = description if isinstance(description, bytes) else json.dumps(description).encode()
+    for record in (*records, b"jaxcl-teacher\x00" + content):
+        writer.write(record)
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize(
+    "description",
+    [
+        b"5", b"{x", b"\xff", b"1" * 5000, b"[" * 100_000,
+        *({key: value for key, value in KNOWN.items() if key != out} for out in ("about", "fields", "keys")),
+        KNOWN | {"about": 1}, KNOWN | {"fields": []}, KNOWN | {"keys": 5}, KNOWN | {"keys": [[1]]},
+        KNOWN | {"keys": ["x"]},
+        *(KNOWN | {"fields": {"x": field}} for field in (
+            5, {"dtype": "float99", "rank": 1}, {"dtype": "object", "rank": 1}, {"dtype": "finfo", "rank": 1},
+            {"dtype": [], "rank": 1}, {"dtype": "float32", "rank": "1"}, {"dtype": "float32", "rank": -1},
+            {"dtype": "float32", "rank": 99999},
+        )),
+    ],
+)  # fmt: skip
+def test_an_odd_description_is_one_line(tmp_path, description):
+    with pytest.raises(UserError, match="store: its description is damaged"):
+        TeacherStore.open(described(tmp_path / "store", description))
+
+
+@pytest.mark.parametrize("record", [b"", b"\x04" + b"\0" * 7, b"\xff" * 8, b"\0\0\0\0\1\0\0\0", b"\xff" * 7 + b"\x7f"])
+def test_a_record_that_is_not_as_described_is_one_line(tmp_path, record):
+    store = TeacherStore.open(described(tmp_path / "store", KNOWN | {"fields": ONE, "keys": [3]}, record))
+    with pytest.raises(UserError, match="record 0 does not hold what the store describes"):
+        store.get(3)

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from jaxcl.data.spec import DataConfig, TokenizerConfig
 from jaxcl.data.text import TextRows
-from jaxcl.data.tokenizer import Tokenizer, prepare_tokenizer
+from jaxcl.data.tokenizer import Tokenizer, _no_panic, prepare_tokenizer
 from jaxcl.errors import UserError
 from tests.tiny.texts import TEXTS, marked_tokenizer, small_tokenizer, spaced_tokenizer
 
@@ -278,3 +278,51 @@ def test_the_copy_in_a_run_folder_has_the_fingerprint_of_the_tokenizer(tmp_path,
     tokenizer = prepare_tokenizer(TokenizerConfig(path=str(tmp_path / "own")), lambda: (), tmp_path, masked=masked)
     tokenizer.save(tmp_path / "copy")
     assert Tokenizer.load(tmp_path / "copy").fingerprint == tokenizer.fingerprint
+
+
+def edited(folder, change, **settings):
+    """The small tokenizer with another `tokenizer.json` and other settings."""
+    small_tokenizer().save(folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    change(content)
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    known = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(known | settings))
+    return folder
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+@pytest.mark.parametrize("known", [{}, None, []])
+def test_a_template_that_names_a_token_it_lacks_is_one_line(tmp_path, known, sequence, capfd):
+    pieces = [{"SpecialToken": {"id": "[NO]", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    template = {"type": "TemplateProcessing", "single": pieces, "pair": pieces, "special_tokens": known}
+
+    def change(content):
+        content["post_processor"] = {"type": "Sequence", "processors": [template]} if sequence else template
+
+    with pytest.raises(UserError, match=r"tokenizer\.json: post_processor: a template names the token \[NO\]"):
+        Tokenizer.load(edited(tmp_path, change))
+    assert capfd.readouterr().err == "", "the library's panic writes a stack trace"
+
+
+def test_a_panic_of_the_library_is_one_line(tmp_path):
+    class PanicException(BaseException): ...
+
+    with pytest.raises(UserError, match="x is not a usable tokenizer: no entry"), _no_panic(tmp_path / "x"):
+        raise PanicException("no entry")
+    with pytest.raises(KeyboardInterrupt), _no_panic(tmp_path / "x"):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"bos_token": "\ud800"}, "bos_token holds half of a surrogate pair"),
+        ({"eos_token": {"content": "a\udfff"}}, "eos_token holds half of a surrogate pair"),
+        ({"chat_template": {"default": 5}}, "chat_template: expected templates"),
+        ({"chat_template": [{"name": "default", "template": 3}]}, "chat_template: expected templates"),
+    ],
+)
+def test_settings_of_another_kind_are_one_line(tmp_path, settings, message):
+    with pytest.raises(UserError, match=message):
+        Tokenizer.load(edited(tmp_path, lambda content: None, **settings))

@@ -59,7 +59,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_text", write_half)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(UserError, match=r"cannot write .*no space left.*the previous file is intact"):
         results().model_copy(update={"seconds": 99.0}).write(path)
     assert Results.read(path) == results()
 
@@ -113,3 +113,33 @@ def test_tables_are_written_whole(tmp_path: Path) -> None:
     with np.load(path) as stored:
         np.testing.assert_array_equal(stored["heads"], np.eye(2))
     assert [file.name for file in path.parent.iterdir()] == ["after03.npz"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"matrix": [[1.0, 2.0, 3.0]]}, "matrix: rows: expected at most 2 of at most 2 scores, got more"),
+        ({"matrix": [[1.0]] * 3}, "matrix: rows"),
+        ({"initial": [1.0] * 3}, "matrix: rows"),
+        ({"deviation": [[1.0] * 3]}, "matrix: rows"),
+        ({"versions": [1]}, "versions: "),
+    ],
+)
+def test_odd_content_is_one_line(changes: dict[str, object], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    results().write(path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(UserError, match=message):
+        Results.read(path)
+    path.write_bytes(b"[" * 100_000)
+    with pytest.raises(UserError, match="not a jaxcl result"):
+        Results.read(path)
+
+
+def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "other").write_text("mine")
+    for name in ("results.json.partial", "after00.npz.partial"):
+        (tmp_path / name).symlink_to(tmp_path / "other")
+    results().write(tmp_path / "results.json")
+    write_tables(tmp_path, 0, {"a": np.zeros(1)})
+    assert (tmp_path / "other").read_text() == "mine"

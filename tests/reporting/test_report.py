@@ -169,3 +169,43 @@ def test_headline_colours_follow_meaning_not_sign() -> None:
     assert f'class="value good">{MINUS}1.0<' in cards
     assert "points" not in cards
     assert "%" not in cards
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": [1]}, "data is not an object"),
+        ({"versions": [1]}, "versions is not an object"),
+        ({"further": 5}, "further is not an object"),
+        ({"timing": {"a": "x"}}, "timing holds something else than seconds"),
+        ({"matrix": [[1.0] * 99]}, "matrix is not a list of rows of numbers"),
+        ({"tasks": 5}, "its files do not hold what a run writes"),
+        ({"data": {"a": {"task": 5}}}, "its files do not hold what a run writes"),
+        ({"further": {"a": 5}}, "its files do not hold what a run writes"),
+    ],
+)
+def test_odd_results_are_one_line(changes: dict[str, object], message: str, tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", "seekr", tasks=2)
+    file = folder / "results.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(UserError, match=message) as caught:
+        write_report(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_deeply_nested_lines_are_left_out(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", "seekr", tasks=2)
+    for file in (folder / "metrics.jsonl", *folder.glob("predictions/*.jsonl")):
+        file.write_bytes(b"[" * 100_000 + b"\n" + file.read_bytes())
+    assert "metrics.jsonl: 1 unreadable line left out" in check_page(report_of(folder)).text
+    (folder / "results.json").write_bytes(b"[" * 100_000)
+    with pytest.raises(UserError, match=r"results\.json: cannot be read"):
+        write_report(folder)
+
+
+def test_a_page_is_not_written_through_a_link(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", "seekr", tasks=2)
+    (tmp_path / "other").write_text("mine")
+    (folder / "report.html.partial").symlink_to(tmp_path / "other")
+    report_of(folder)
+    assert (tmp_path / "other").read_text() == "mine"

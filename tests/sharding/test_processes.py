@@ -28,7 +28,7 @@ def joined(monkeypatch: pytest.MonkeyPatch) -> list[tuple[ProcessId, float]]:
     monkeypatch.setattr(processes, "_joined", False)
     monkeypatch.setattr(processes, "_start_runtime", lambda place: None)
     monkeypatch.setattr(processes, "_check_devices", lambda place: None)
-    monkeypatch.setattr(processes, "roll_call", lambda place, versions, timeout: made.append((place, timeout)))
+    monkeypatch.setattr(processes, "roll_call", lambda place, versions, timeout, token: made.append((place, timeout)))
     return made
 
 
@@ -121,3 +121,11 @@ def test_the_first_writes_for_all_and_failures_end_at_once(tmp_path: Path) -> No
     assert (first, second) == (8, 9)
     assert (said.splitlines()[-1], "alone" in nothing) == ("alone", False)  # jax itself prints a line
     assert time.monotonic() - started < 100  # jax's own end waits 300 s for a process that is gone
+
+
+def test_the_token_comes_from_the_environment(joined: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens: list[str] = []
+    monkeypatch.setattr(processes, "roll_call", lambda place, versions, timeout, token: tokens.append(token))
+    monkeypatch.setenv("JAXCL_TOKEN", "secret")
+    assert initialize("host:1", 2, 0)
+    assert tokens == ["secret"]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 
 from jaxcl.errors import UserError
 from jaxcl.training.checkpoint import Checkpoints
+from jaxcl.training.checksums import write_checksums
 from jaxcl.training.feed import place_batch
 from jaxcl.training.trainer import Trainer
 from tests.tiny.trainer import Rows, assert_same, host, make_params, make_rows, make_trainer
@@ -214,6 +216,12 @@ def largest(folder: Path) -> Path:
     return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
 
 
+def rewrite_note(folder: Path, note: Any) -> None:
+    """Another note, with checksums that fit."""
+    (folder / "progress" / "metadata").write_text(json.dumps(note))
+    write_checksums(folder)
+
+
 DAMAGES: dict[str, Any] = {
     "a flipped bit of params": lambda folder: flip(largest(folder / "params")),
     "a flipped bit of state": lambda folder: flip(largest(folder / "state")),
@@ -223,6 +231,8 @@ DAMAGES: dict[str, Any] = {
     "no note": lambda folder: (folder / "progress" / "metadata").unlink(),
     "a changed note": lambda folder: flip(folder / "progress" / "metadata"),
     "no checksums": lambda folder: (folder / "checksums.json").unlink(),
+    "nothing in it": lambda folder: [path.unlink() for path in folder.rglob("*") if path.is_file()],
+    "a note of another kind": lambda folder: rewrite_note(folder, {}),
     "half the checksums": lambda folder: (folder / "checksums.json").write_text('{"params'),
 }
 

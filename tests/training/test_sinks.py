@@ -106,3 +106,13 @@ def test_progress_can_be_silent(capsys: pytest.CaptureFixture[str]) -> None:
     progress.advance(1.0, 1.0)
     progress.close()
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("line", [b"5", b"[1]", b'{"step": "x"}', b"\xff\xfe", b"[" * 100_000, b"1" * 5000, b"null"])
+def test_what_is_no_row_is_dropped(line: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    rows = [json.dumps(row(step)).encode() for step in (1, 2)]
+    path.write_bytes(b"\n".join([rows[0], line, rows[1], b""]))
+    JsonLines(path, after=2).close()
+    assert path.read_bytes() == b"\n".join([*rows, b""])
+    assert list(tmp_path.iterdir()) == [path]

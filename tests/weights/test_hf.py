@@ -431,3 +431,41 @@ def test_params_of_another_network_are_a_programming_error(tmp_path: Path) -> No
         save_hf(tmp_path / "model", network, params)
     with pytest.raises(ValueError, match=r"dtype: expected one of float32, bfloat16, float16, got int8"):
         save_hf(tmp_path / "model", network, random_params(network), dtype="int8")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_type": []},
+        {"architectures": 5},
+        {"architectures": ["LlamaForSequenceClassification"], "id2label": 3},
+        {"rope_scaling": "x"},
+        {"rope_parameters": 0},
+        {"num_attention_heads": "x", "head_dim": None},
+        {"model_type": "qwen3", "layer_types": 3},
+        {"model_type": "roberta", "pad_token_id": "1"},
+        {"model_type": "bert", "max_position_embeddings": "512", "position_embedding_type": []},
+        {"model_type": "mistral", "sliding_window": "x"},
+        {"vocab_size": 1e30},
+    ],
+)
+def test_values_of_another_type_are_one_line(changes: dict[str, object], tmp_path: Path) -> None:
+    saved(tmp_path)
+    edit_config(tmp_path, **changes)
+    with pytest.raises(UserError, match=r"config\.json: "):
+        read_config(tmp_path)
+
+
+def test_a_value_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+    saved(tmp_path)
+    edit_config(tmp_path, rope_scaling="x")
+    with pytest.raises(UserError, match="a value cannot be used, probably rope_scaling='x'"):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xff\xff\xff\xff\xff\xff\x7f{}", b"\x10" + b"\0" * 7 + b"{}", b"", b"{"])
+def test_a_header_larger_than_its_file_is_refused(content: bytes, tmp_path: Path) -> None:
+    network = saved(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match="not a complete safetensors file"):
+        load_params(tmp_path, network)

@@ -34,7 +34,12 @@ class HfConfig:
       content: the parsed file.
       where: its path, for messages.
       defaults: what keys mean that the file leaves out.
+
+    Attributes:
+      last: the key that was asked for last.
     """
+
+    last = ""
 
     def __init__(self, content: Mapping[str, Any], where: str, defaults: Mapping[str, Any] | None = None) -> None:
         self.content = {**(defaults or {}), **content}
@@ -46,13 +51,14 @@ class HfConfig:
         Raises:
           UserError: the key is missing.
         """
-        value = self.content.get(key)
+        value = self.get(key)
         if value is None:
             raise UserError(f"{self.where}: the key {key} is missing")
         return value
 
     def get(self, key: str, default: Any = None) -> Any:
         """A value, or `default` if it is missing or null."""
+        self.last = key
         value = self.content.get(key)
         return default if value is None else value
 
