@@ -12,7 +12,7 @@ import math
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import ml_dtypes
 import numpy as np
@@ -219,11 +219,11 @@ def _dtype(name: str) -> np.dtype:
     return np.dtype(getattr(ml_dtypes, name, name))
 
 
-def _are_keys(value: Any) -> bool:
+def _are_keys(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(key) is int for key in value)
 
 
-def _are_fields(value: Any) -> bool:
+def _are_fields(value: Any) -> TypeGuard[dict[str, dict[str, Any]]]:
     """Whether a description's fields are what `write_records` writes."""
     if not isinstance(value, dict):
         return False
