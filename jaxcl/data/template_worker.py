@@ -26,7 +26,7 @@ from typing import IO, Any
 
 from jaxcl.errors import UserError
 
-Conversation = Sequence[Mapping[str, str]]
+Conversation = Sequence[Mapping[str, Any]]
 #: A text, and starts and stops of what a template marks in it.
 Rendered = tuple[str, list[tuple[int, int]]]
 
@@ -136,7 +136,7 @@ class _Worker:
 
     def ask(self, request: Mapping[str, Any], part: Sequence[Conversation], start: int) -> Iterator[Rendered]:
         """Renders conversations; a failure is that of number `start` plus its place."""
-        done = False
+        left = len(part)
         try:
             with contextlib.suppress(BrokenPipeError):
                 _write(self._input, {**request, "conversations": [list(map(dict, messages)) for messages in part]})
@@ -145,13 +145,13 @@ class _Worker:
                 answer = _read(self._output, 32 * _allowed(messages))
                 if answer is None:
                     raise TemplateError(start + index, self._why(messages))
+                left -= 1
                 if isinstance(answer, str):
                     raise TemplateError(start + index, answer)
                 text, spans = answer
                 yield text, [(first, last) for first, last in spans]
-            done = True
         finally:
-            if not done:  # answers to this request may still come
+            if left:  # answers to this request may still come
                 self.close()
 
     def _why(self, messages: Conversation) -> str:
