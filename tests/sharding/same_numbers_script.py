@@ -59,8 +59,10 @@ EXPERTS = LlamaConfig(
     router_loss_weight=0.1,
 )
 UNEVEN = LlamaConfig(**SIZES, hidden_size=18, num_heads=9, num_kv_heads=3)
-# Codes of 8 bits would turn a last bit into a whole step.
-SEEKR = SeekrOptions(layer_budget=2, head_budget=3, query_budget=5, store_logits=8, store_attention="float32")
+# Codes of 8 bits would turn a last bit into a whole step, and the paper's weight makes it a thousand times larger.
+SEEKR = SeekrOptions(
+    layer_budget=2, head_budget=3, query_budget=5, store_logits=8, store_attention="float32", attention_weight=10.0
+)
 
 
 @dataclasses.dataclass(frozen=True)
