@@ -19,6 +19,12 @@ class NotFinite(UserError):
     """
 
     def __init__(self, message: str, step: int) -> None:
+        """Names what was found.
+
+        Args:
+          message: one line for the user.
+          step: the task's step at which it was found.
+        """
         super().__init__(message)
         self.step = step
 
