@@ -19,6 +19,12 @@ class NotFinite(UserError):
     """
 
     def __init__(self, message: str, step: int) -> None:
+        """An error at a step.
+
+        Args:
+          message: one line.
+          step: the step of the task.
+        """
         super().__init__(message)
         self.step = step
 
