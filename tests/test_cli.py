@@ -159,12 +159,12 @@ def test_extend_and_importance_hand_their_arguments_on(monkeypatch: pytest.Monke
     assert main(["extend", "run", "name=x", "--length", "100", "source=y"]) == 0
     assert main(["extend", "run", "name=x", "--length", "0.5", "--data-gone", "--data-changed"]) == 0
     assert main(["importance", "c.yaml", "seed=1", "--out", "o"]) == 0
-    assert main(["importance", "run"]) == 0
+    assert main(["importance", "run", "--trust"]) == 0
     assert seen == [
-        (Path("run"), ["name=x", "source=y"], 100, False, False),
-        (Path("run"), ["name=x"], 0.5, True, True),
-        ("c.yaml", ["seed=1"], Path("o")),
-        ("run", [], None),
+        (Path("run"), ["name=x", "source=y"], 100, False, False, False),
+        (Path("run"), ["name=x"], 0.5, True, True, False),
+        ("c.yaml", ["seed=1"], Path("o"), False),
+        ("run", [], None, True),
     ]
     assert isinstance(seen[0][2], int)  # type: ignore[index]  # steps are whole numbers
 
