@@ -171,7 +171,11 @@ def test_special_tokens_are_found_as_the_settings_say(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "has no tokenizer.json"), ("{}", "not a usable tokenizer"), ("nonsense", "line 1 column 1 is not valid JSON")],
+    [
+        (None, "has no tokenizer.json"),
+        ("{}", "not a usable tokenizer"),
+        ("nonsense", "line 1 column 1 is not valid JSON"),
+    ],
 )
 def test_unusable_tokenizer_files_are_named(tmp_path, content, message):
     if content is not None:
