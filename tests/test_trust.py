@@ -98,6 +98,9 @@ def test_a_run_of_ones_own_goes_on_without(here: Path) -> None:
     for _ in range(2):
         folder.claim(resolved)
         folder.release()
+    assert "dl.evil:Mine" in folder.config_file.read_text()
+    with pytest.raises(ConfigError, match=r"dl\.evil:Mine is code outside jaxcl"):
+        folder.content()
 
 
 def test_another_run_in_the_output_is_refused_without_its_code(here: Path) -> None:

@@ -119,8 +119,9 @@ def _subject(source: str, overrides: Sequence[str], scratch: Path, trust: bool) 
         words = config.weights or "a model from scratch"
         return config, _Subject(RunFolder(scratch), initial_params, None, words)
     folder = RunFolder.open(Path(source))
-    run = parse_config(folder.content(trust=trust), str(folder.config_file))
-    config = parse_config(override(folder.content(trust=trust), overrides), str(folder.config_file))
+    content = folder.content(trust=trust)
+    run = parse_config(content, str(folder.config_file))
+    config = parse_config(override(content, overrides), str(folder.config_file))
 
     def latest(parts: Components) -> Params:
         params, saved = latest_params(folder, parts.trainer.target.params)

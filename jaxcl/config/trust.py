@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxcl.config.file import ConfigError
+from jaxcl.data.hubs import builder_module
 from jaxcl.methods.registry import is_outside
 
 
@@ -59,7 +60,7 @@ def _builders(node: Any, key: str) -> Iterator[tuple[str, str, str]]:
     elif isinstance(node, str) and node.startswith("tfds:"):
         name = node.removeprefix("tfds:").partition("/")[0]
         if "." in name:
-            yield key, node, f"{name}.{name.rpartition('.')[2]}_dataset_builder"
+            yield key, node, builder_module(name)
         elif ":" in name:
             yield key, node, "tensorflow_datasets"
 

@@ -44,7 +44,7 @@ def read_tfds(rest: str, data_dir: str | None, label_field: str) -> tuple[Splits
     options: dict[str, Any] = {"data_dir": data_dir, "file_format": "array_record"}
     try:
         if "." in name:
-            module = _own_module(f"{name}.{name.rpartition('.')[2]}_dataset_builder")
+            module = _own_module(builder_module(name))
             builder = module.Builder(config=config or None, **options)
         else:
             importlib.import_module("jaxcl.data.builders")  # registers them by name
@@ -65,6 +65,15 @@ def read_tfds(rest: str, data_dir: str | None, label_field: str) -> tuple[Splits
     feature = features[label_field] if label_field in getattr(features, "keys", list)() else None
     labels = tuple(getattr(feature, "names", None) or ())
     return {split: HubRows(rows, keys[split], label_field, labels) for split, rows in splits.items()}, labels
+
+
+def builder_module(name: str) -> str:
+    """The module of a builder that is not registered, by its name with dots.
+
+    >>> builder_module("mine.reviews")
+    'mine.reviews.reviews_dataset_builder'
+    """
+    return f"{name}.{name.rpartition('.')[2]}_dataset_builder"
 
 
 def _own_module(name: str) -> Any:

@@ -24,6 +24,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from jaxcl.data.workers import program
 from jaxcl.errors import UserError
 
 Conversation = Sequence[Mapping[str, Any]]
@@ -113,14 +114,14 @@ class _Worker:
 
     def __init__(self) -> None:
         self.owner = os.getpid()
-        paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
+        # It needs no framework, which transformers would look for.
+        command, environment = program("jaxcl.data.template_worker", USE_TORCH="0")
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "jaxcl.data.template_worker"],
+            command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            # It needs no framework, which transformers would look for.
-            env={**os.environ, "PYTHONPATH": paths, "USE_TORCH": "0"},
+            env=environment,
             start_new_session=True,  # an interruption is for this process, which then closes the worker's input
         )
         assert self._process.stdin is not None

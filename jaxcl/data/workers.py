@@ -79,17 +79,22 @@ def _is_picklable(value: object) -> bool:
     return True
 
 
+def program(module: str, **variables: str) -> tuple[list[str], dict[str, str]]:
+    """Command and environment that run a module of jaxcl as a program which finds what this one does.
+
+    Args:
+      module: its dotted name.
+      **variables: further variables of the environment.
+    """
+    paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
+    # -P: the current folder is searched only if it is here.
+    return [sys.executable, "-P", "-m", module], {**os.environ, "PYTHONPATH": paths, **variables}
+
+
 @contextlib.contextmanager
 def _started(work: Callable[[Any], object], threads: int) -> Iterator[subprocess.Popen[bytes]]:
-    paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
-    environment = {**os.environ, "RAYON_NUM_THREADS": str(threads), "PYTHONPATH": paths}
-    # -P: the current folder is searched only if it is here.
-    worker = subprocess.Popen(
-        [sys.executable, "-P", "-m", "jaxcl.data.workers"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env=environment,
-    )
+    command, environment = program("jaxcl.data.workers", RAYON_NUM_THREADS=str(threads))
+    worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
     try:
         _send(worker, work)
         yield worker

@@ -46,7 +46,7 @@ def noted_after(watch: Watch, saved: Saved, *, step: int, left: int) -> dict[str
 
 
 def order_seed(seed: int, rewinds: int) -> int:
-    """The seed of the order of a task's data, and of its masking, after going back so many times.
+    """The seed of the order of a task's data, and of its masking, after `rewinds` returns to a checkpoint.
 
     >>> order_seed(7, 0), order_seed(7, 1) != order_seed(7, 2)
     (7, True)

@@ -48,9 +48,9 @@ class TrainingConfig(Schema):
     max_skipped: int = Field(
         10,
         ge=0,
-        description="a step whose loss or gradient is not finite changes nothing; after so many in a row (or all of a "
-        "task's) the run goes back to the last checkpoint, with another order of the data from there on; 0: the first "
-        "one stops the run",
+        description="a step whose loss or gradient is not finite changes nothing; after this many in a row (or all of "
+        "a task's) the run goes back to the last checkpoint, with another order of the data from there on; 0: the "
+        "first one stops the run",
     )
     max_rewinds: int = Field(
         1, ge=0, description="how often each task may go back because of max_skipped; then the run stops"

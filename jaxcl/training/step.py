@@ -50,7 +50,7 @@ def make_train_step(
 
     A step whose loss, or whose gradient's norm, is not finite changes nothing but the two counts of steps: params,
     optimizer state, method state and low bits keep their bits. One bad micro-batch or example is enough. The decision
-    is made before the update, from two numbers that all devices share, so that no second state is ever held.
+    follows from two numbers that all devices share.
 
     Args:
       method: the method.

@@ -7,5 +7,5 @@ FAST = "--xla_cpu_use_fusion_emitters=false" if jax.__version_info__[:2] == (0, 
 
 
 def flags(devices: int) -> str:
-    """`XLA_FLAGS` of a program with so many devices, which compiles quickly."""
+    """`XLA_FLAGS` of a program with this number of devices, which compiles quickly."""
     return f"{FAST} --xla_force_host_platform_device_count={devices}".strip()
