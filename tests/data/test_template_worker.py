@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from typing import Any
 
 import pytest
@@ -53,9 +54,13 @@ def test_what_a_template_may_not_do_is_one_short_line(template: str, message: st
 
 def test_a_template_without_end_is_ended_and_its_conversation_named() -> None:
     said = [[{"role": "user", "content": word}] for word in ("fine", "good", "hang", "well")]
+    template_worker.close()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     with pytest.raises(TemplateError, match="it takes more than 2 seconds") as caught:
         render(HANGS, said, {})
     assert caught.value.index == 2
+    # Processor time of the worker, start included: far below what it has between requests.
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 30
     assert len(render(HANGS, said[:2], {})) == 2
 
 
