@@ -23,6 +23,7 @@ REPLAY = {"fraction": 0.25, "every": 2}
 OPTIONS: dict[str, dict[str, Any]] = {
     "replay": {"replay": REPLAY},
     "derpp": {"replay": REPLAY, "match": "logits"},
+    "agem": {"replay": {"fraction": 0.25, "mode": "mix"}},
     "das": {"importance_examples": 8},
     "das_paper": {"importance_examples": 8},
     "ewc": {"fisher_examples": 8},
@@ -46,7 +47,9 @@ def test_a_whole_run(name: str, tmp_path: Path) -> None:
     rows = numbers(tmp_path / "run")
     assert all(np.isfinite(row["loss"]) for row in rows)
     remembers = "replay" in find_method(name).Options.model_fields
-    assert ("memory" in {row["kind"] for row in rows}) == remembers
+    assert (tmp_path / "run" / "memory.json").exists() == remembers
+    # With mode mix, every step of the second task is on remembered rows as well.
+    assert ("memory" in {row["kind"] for row in rows}) == (remembers and name != "agem")
 
 
 @pytest.mark.slow

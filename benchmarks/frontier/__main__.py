@@ -4,16 +4,17 @@
     JAXCL_DATA=data python -m benchmarks.frontier report --testbed text --seeds 0,1,2,3,4
     python -m benchmarks.frontier summary --testbed text --order B --picture frontier.png
 
-`tune` runs a grid of learning rates and of each method's own knob on order A, scored on dev rows; `report` runs the
-best setting of each method on order B, scored on test rows, under several seeds; `summary` prints tables and draws the
-frontier. Whatever has a record in `benchmarks/records/frontier` is not run again, so that both can be stopped at any
-time and go on later. Other methods or options: `--method module:Class --options '{"strength": 100}' --name mine`, with
-`--knob strength --values 10,100`.
+`tune` runs a grid of learning rates and of each method's own knob on order A, scored on dev rows, and goes beyond the
+grid where the best setting lies at its edge; `report` runs the best setting of each method on order B, scored on test
+rows, under several seeds; `summary` prints tables and draws the frontier. Whatever has a record in
+`benchmarks/records/frontier` is not run again, so that both can be stopped at any time and go on later. Other methods
+or options: `--method module:Class --options '{"strength": 100}' --name mine`, with `--knob strength --values 10,100`.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import subprocess
@@ -24,7 +25,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from benchmarks.frontier.methods import LEARNING_RATES, RIVALS, Rival, tuning_points
+from benchmarks.frontier.methods import LEARNING_RATES, RIVALS, Rival, beyond, tuning_points
 from benchmarks.frontier.records import RECORDS, Point, Record, read
 from benchmarks.frontier.summary import best_settings, draw, tables
 from benchmarks.frontier.testbeds import TESTBEDS
@@ -88,22 +89,31 @@ def _rivals(options: argparse.Namespace) -> dict[str, Rival]:
 
 
 def tune(options: argparse.Namespace) -> None:
-    """The grid of each method."""
+    """The grid of each method, and the next points where its best one lies at an edge."""
     rates, seeds = _floats(options.learning_rates), _seeds(options.seeds or "0")
+    order, rivals = options.order or "A", _rivals(options)
     points = [
         point
-        for name, rival in _rivals(options).items()
-        for point in tuning_points(
-            options.testbed, name, rival, order=options.order or "A", learning_rates=rates, seeds=seeds
-        )
+        for name, rival in rivals.items()
+        for point in tuning_points(options.testbed, name, rival, order=order, learning_rates=rates, seeds=seeds)
     ]
     run_points(points, options)
+    for _ in range(options.extensions):
+        tuned = _records(options, order)
+        more = [
+            dataclasses.replace(point, seed=seed)
+            for name, best in best_settings(tuned).items()
+            if name in rivals
+            for point in beyond(best, rivals[name], [one.point for one in tuned if one.point.name == name])
+            for seed in seeds
+        ]
+        run_points(more, options)
     summary(options)
 
 
 def report(options: argparse.Namespace) -> None:
     """The chosen setting of each method, on the order that nothing was chosen on."""
-    tuned = [one for one in read(options.records) if (one.point.testbed, one.point.order) == (options.testbed, "A")]
+    tuned = _records(options, "A")
     names = set(options.methods.split(",")) if options.methods else None
     chosen = [point for name, point in best_settings(tuned).items() if names is None or name in names]
     seeds = _seeds(options.seeds or "0,1,2,3,4")
@@ -114,7 +124,7 @@ def report(options: argparse.Namespace) -> None:
 def summary(options: argparse.Namespace) -> None:
     """Tables and the picture of an order."""
     order = options.order or {"report": "B", "tune": "A"}.get(options.command, "B")
-    records = [one for one in read(options.records) if (one.point.testbed, one.point.order) == (options.testbed, order)]
+    records = _records(options, order)
     if not records:
         raise SystemExit(f"no records of testbed {options.testbed}, order {order}")
     print(tables(records, reference=options.reference))
@@ -122,8 +132,12 @@ def summary(options: argparse.Namespace) -> None:
         print(draw(records, options.picture))
 
 
+def _records(options: argparse.Namespace, order: str) -> list[Record]:
+    return [one for one in read(options.records) if (one.point.testbed, one.point.order) == (options.testbed, order)]
+
+
 def _at(point: Point, order: str, seed: int) -> Point:
-    return Point(**{**point.plain(), "order": order, "seed": seed})
+    return dataclasses.replace(point, order=order, seed=seed)
 
 
 def _floats(text: str) -> list[float]:
@@ -146,6 +160,7 @@ def main() -> None:
     parser.add_argument("--knob", default="", help="its own knob")
     parser.add_argument("--values", default="", help="values of the knob, JSON separated by commas")
     parser.add_argument("--learning-rates", default=",".join(map(str, LEARNING_RATES)))
+    parser.add_argument("--extensions", type=int, default=2, help="how often to go beyond an edge that the best is on")
     parser.add_argument("--seeds", default="", help="default: 0 for tune, 0,1,2,3,4 for report")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no point after this time")

@@ -23,12 +23,14 @@ class Rival:
       options: fixed options.
       knob: dotted name of its own knob; empty if it has none.
       values: of the knob, log-spaced.
+      most: largest value that the knob may have.
     """
 
     method: str
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     knob: str = ""
     values: Sequence[Any] = ()
+    most: float = float("inf")
 
     def grid(self) -> list[dict[str, Any]]:
         """Options of every value of the knob."""
@@ -47,15 +49,31 @@ def with_option(options: Mapping[str, Any], name: str, value: Any) -> dict[str, 
     return {**options, first: with_option(options.get(first, {}), rest, value) if rest else value}
 
 
-_DAS = {"importance_examples": EXAMPLES}
+def option_of(options: Mapping[str, Any], name: str) -> Any:
+    """The option with a dotted name.
+
+    >>> option_of({"replay": {"every": 5}}, "replay.every")
+    5
+    """
+    for part in name.split("."):
+        options = options[part]
+    return options
+
+
+_DAS = {"importance_examples": EXAMPLES, "evenness": 0.1}
+_PAPER = {"importance_examples": EXAMPLES}
 _SEEKR = {"layer_budget": 0.75, "head_budget": 0.5, "query_budget": 24, "store_logits": 64, "replay": REPLAY}
-_PULLS, _SHARES = (5.0, 20.0, 80.0), (0.1, 0.3, 1.0)
+_PULLS, _SHARES = (10.0, 40.0, 160.0), (0.1, 0.3, 1.0)
+_MIX = {"fraction": 0.05, "mode": "mix"}
 RIVALS: dict[str, Rival] = {
     "sequential": Rival("sequential"),
-    "replay": Rival("replay", {"replay": REPLAY}, "replay.fraction", (0.02, 0.05, 0.15)),
+    "replay": Rival("replay", {"replay": REPLAY}, "replay.fraction", (0.02, 0.05, 0.15), most=1.0),
     "ewc": Rival("ewc", {"fisher_examples": EXAMPLES}, "strength", (100.0, 500.0, 2000.0)),
     "lwf": Rival("lwf", {}, "weight", (0.3, 1.0, 3.0)),
     "lwf (start)": Rival("lwf", {"teacher": "start", "temperature": 1.0}, "weight", (0.3, 1.0, 3.0)),
+    "osft": Rival("osft", {}, "share", (0.25, 0.5, 0.75)),
+    "mofo": Rival("mofo", {}, "share", (0.05, 0.15, 0.5), most=1.0),
+    "agem": Rival("agem", {"replay": _MIX}, "replay.fraction", (0.02, 0.05, 0.15), most=1.0),
     "derpp": Rival("derpp", {"replay": REPLAY}, "alpha", (0.1, 0.5, 2.0)),
     "seekr": Rival("seekr", _SEEKR, "attention_weight", (1.0, 10.0, 100.0)),
     "seekr (auto)": Rival("seekr", _SEEKR | {"attention_weight": "auto"}, "attention_share", _SHARES),
@@ -69,8 +87,8 @@ RIVALS: dict[str, Rival] = {
     "das (permuted)": Rival("das", _DAS | {"selection": "permuted"}, "strength", _PULLS),
     "das (layers)": Rival("das", _DAS | {"selection": "layer"}, "strength", _PULLS),
     "das (uniform)": Rival("das", _DAS | {"evenness": 1.0}, "strength", _PULLS),
-    "das_paper": Rival("das_paper", _DAS | {"contrast_weight": 0.0}, "shared", ("free", "mean", "frozen")),
-    "das_paper (contrast)": Rival("das_paper", _DAS, "contrast_weight", (0.1, 0.3, 1.0)),
+    "das_paper": Rival("das_paper", _PAPER | {"contrast_weight": 0.0}, "shared", ("free", "mean", "frozen")),
+    "das_paper (contrast)": Rival("das_paper", _PAPER, "contrast_weight", (0.1, 0.3, 1.0)),
     "joint": Rival("joint"),
 }
 
@@ -89,3 +107,30 @@ def tuning_points(
         Point(testbed, order, name, rival.method, options, rate, seed)
         for options, seed, rate in itertools.product(rival.grid(), seeds, learning_rates)
     ]
+
+
+def beyond(best: Point, rival: Rival, tried: Sequence[Point]) -> list[Point]:
+    """The next points where the best one of a method lies at an edge of what was tried: of learning rates, of its knob.
+
+    Args:
+      best: the best point.
+      rival: its method.
+      tried: all points of the method, the best one among them.
+    """
+    rate = _next([one.learning_rate for one in tried], best.learning_rate, float("inf"))
+    found = [] if rate is None else [dataclasses.replace(best, learning_rate=rate)]
+    if rival.knob and not isinstance(rival.values[0], str):
+        values = [float(option_of(one.options, rival.knob)) for one in tried]
+        value = _next(values, float(option_of(best.options, rival.knob)), rival.most)
+        if value is not None:
+            found.append(dataclasses.replace(best, options=with_option(best.options, rival.knob, value)))
+    return found
+
+
+def _next(values: Sequence[float], best: float, most: float) -> float | None:
+    """A value as far beyond the edge that `best` lies on as its neighbour lies within; `None` within the range."""
+    ordered = sorted(set(values))
+    if len(ordered) < 2 or best not in (ordered[0], ordered[-1]):
+        return None
+    value = float(f"{best * best / ordered[1 if best == ordered[0] else -2]:.3g}")
+    return value if value <= most else None

@@ -9,6 +9,7 @@ Importing it loads jax, optax and jaxtyping, and nothing else of jaxcl.
   `attention_divergence`
 - Distillation of outputs: `top_scores`, `top_divergence`, `full_divergence`
 - Elastic weight consolidation: `FisherSums`, `summed_squares`, `quadratic_penalty`
+- What a step leaves out: `without_conflict`, `leading_directions`, `outside`, `orthogonal_optimizer`, `largest_moments`
 - Averages of params: `averaged`, `restart_average`, `finish_average`
 - Losses: `Term`, `Balance`, `cross_entropy`, `token_losses`, `over_positions`
 - What was kept and what was forgotten: `ContinualMatrix`
@@ -35,7 +36,7 @@ from jaxcl.functional.averaging import averaged, finish_average, restart_average
 from jaxcl.functional.balance import Balance
 from jaxcl.functional.contrastive import contrast, pool
 from jaxcl.functional.distillation import TopScores, divergence, full_divergence, top_divergence, top_scores
-from jaxcl.functional.elastic_pull import elastic_optimizer, pulled
+from jaxcl.functional.elastic_pull import elastic_optimizer, preconditioner_scale, pulled
 from jaxcl.functional.fisher import FisherSums, drawn_tokens, quadratic_penalty, summed_squares
 from jaxcl.functional.heads import HeadSums, combine, normalise_sensitivity, resolve_budget, select_heads, watch
 from jaxcl.functional.importance import (
@@ -46,6 +47,7 @@ from jaxcl.functional.importance import (
     normalise_quantile,
     normalise_tanh,
 )
+from jaxcl.functional.largest_moments import largest_entries, largest_moments
 from jaxcl.functional.losses import (
     cross_entropy,
     example_means,
@@ -56,6 +58,13 @@ from jaxcl.functional.losses import (
     token_losses,
 )
 from jaxcl.functional.matrix import ContinualMatrix
+from jaxcl.functional.projection import (
+    Directions,
+    leading_directions,
+    orthogonal_optimizer,
+    outside,
+    without_conflict,
+)
 from jaxcl.functional.row_column import RowColumn, Sides, importance_masks, select, unit_means
 from jaxcl.functional.soft_masks import LAYER, Unit, masked_decay, masked_optimizer, soft_mask, soft_masks
 from jaxcl.functional.terms import Term, Terms
@@ -67,6 +76,7 @@ __all__ = [
     "Balance",
     "CodedRows",
     "ContinualMatrix",
+    "Directions",
     "FisherSums",
     "HeadSums",
     "ImportanceSums",
@@ -95,14 +105,20 @@ __all__ = [
     "gate_gradients",
     "heads_of_layers",
     "importance_masks",
+    "largest_entries",
+    "largest_moments",
+    "leading_directions",
     "masked_decay",
     "masked_optimizer",
     "normalise",
     "normalise_quantile",
     "normalise_sensitivity",
     "normalise_tanh",
+    "orthogonal_optimizer",
+    "outside",
     "over_positions",
     "pool",
+    "preconditioner_scale",
     "pulled",
     "quadratic_penalty",
     "real_length",
@@ -123,5 +139,6 @@ __all__ = [
     "unit_means",
     "visible_keys",
     "watch",
+    "without_conflict",
     "write_rows",
 ]

@@ -7,10 +7,17 @@ exactly after the optimizer's step, in the optimizer's own measure of length (a 
 
 $$\theta \leftarrow \theta' + \frac{s F}{1 + s F} (a - \theta'), \qquad s = \lambda \cdot \eta \cdot p,$$
 
-with the params $\theta'$ after the step, the learning rate $\eta$ and the preconditioner's scale $p$: the step that the
-optimizer makes of a gradient of 1. The result lies between $\theta'$ and the anchor at any strength. Where the
-gradient $g$ of the new domain does not change, params come to rest at the distance $g / (\lambda F)$, whatever
-optimizer, learning rate and number of steps are: that of the penalised loss.
+with the params $\theta'$ after the step, the learning rate $\eta$ and the preconditioner's scale $p$ of each param: the
+step that the optimizer makes of a gradient of 1. The result lies between $\theta'$ and the anchor at any strength.
+Where the gradient $g$ of the new domain does not change, params come to rest at the distance $g / (\lambda F)$,
+whatever optimizer, learning rate and number of steps are: that of the penalised loss.
+
+Adam moves params of small gradients as far as others, so their scale is large, and with it the pull. With one scale for
+a whole matrix, what the new domain hardly needs would drift: its importance is small, too. The scale is estimated like
+the importance, by rows and columns (`RowColumn`) of the mean squares $G$ of gradients and $D$ of what the optimizer
+makes of them,
+
+$$p = \sqrt{\hat D / \hat G}.$$
 """
 
 from __future__ import annotations
@@ -20,9 +27,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, PyTree
 
-from jaxcl.functional.row_column import Sides
+from jaxcl.functional.row_column import RowColumn, Sides
 from jaxcl.functional.soft_masks import soft_mask
 
 _MEMORY = 0.99  # of the mean squares that a preconditioner's scale is estimated from
@@ -34,14 +41,14 @@ class PullState(NamedTuple):
     Attributes:
       direction: state of the parts that make a direction of the gradient.
       step: state of the parts that make a step of it.
-      gradient: running mean squares of the gradient, before clipping, of each param or each layer of it.
-      update: running mean squares of the direction, likewise.
+      gradient: running mean squares of the gradient, before clipping.
+      update: running mean squares of the direction.
     """
 
     direction: PyTree
     step: PyTree
-    gradient: PyTree
-    update: PyTree
+    gradient: RowColumn
+    update: RowColumn
 
 
 def elastic_optimizer(
@@ -60,9 +67,8 @@ def elastic_optimizer(
     `anchor` and `stiffness`: strength times importance. All are trees like the params; masks and stiffness may have
     any shape that broadcasts.
 
-    The preconditioner's scale is estimated for each layer of each param: the root of the mean square of what the
-    optimizer makes of gradients, divided by that of the gradients, both with a memory of about 100 steps. It is
-    1 for plain gradient descent.
+    The preconditioner's scale is estimated from mean squares with a memory of about 100 steps. It is 1 for plain
+    gradient descent, and 0 for params that had no gradient yet.
 
     Args:
       clip: clips the gradient.
@@ -78,8 +84,8 @@ def elastic_optimizer(
     second = optax.with_extra_args_support(optax.chain(weight_decay, *masks, learning_rate))
 
     def init(params: PyTree) -> PullState:
-        zeros = jax.tree.map(lambda leaf, side: jnp.sum(jnp.zeros_like(leaf), _own(side), keepdims=True), params, sides)
-        return PullState(first.init(params), second.init(params), zeros, zeros)
+        zero = RowColumn.zero(params, sides)
+        return PullState(first.init(params), second.init(params), zero, zero)
 
     def update(gradient: PyTree, state: PullState, params: PyTree, *, learning_rate: Any, **extra: Any) -> Any:
         extra = {**extra, "learning_rate": learning_rate}
@@ -88,20 +94,9 @@ def elastic_optimizer(
         if not pull:
             return updates, PullState(first_state, second_state, state.gradient, state.update)
         with jax.named_scope("pull"):
-            squares = [
-                jax.tree.map(
-                    lambda mean, leaf, side: (
-                        _MEMORY * mean + (1 - _MEMORY) * jnp.mean(jnp.square(leaf), _own(side), keepdims=True)
-                    ),
-                    means,
-                    leaves,
-                    sides,
-                )
-                for means, leaves in ((state.gradient, gradient), (state.update, direction))
-            ]
-            rates = jax.tree.map(
-                lambda stiff, of, made: stiff * learning_rate * _scale(of, made), extra["stiffness"], *squares
-            )
+            squares = _running(state.gradient, gradient, sides), _running(state.update, direction, sides)
+            scale = preconditioner_scale(*squares, sides)
+            rates = jax.tree.map(lambda stiff, one: stiff * learning_rate * one, extra["stiffness"], scale)
             updates = pulled(updates, params, extra["anchor"], rates)
         return updates, PullState(first_state, second_state, *squares)
 
@@ -132,11 +127,40 @@ def pulled(updates: PyTree, params: PyTree, anchor: PyTree, rates: PyTree) -> Py
     return jax.tree.map(pull, updates, params, anchor, rates)
 
 
-def _own(side: Sides) -> tuple[int, ...]:
-    """The axes of one layer's param."""
-    return (*side.inputs, *side.outputs)
+def preconditioner_scale(gradient: RowColumn, update: RowColumn, sides: PyTree) -> PyTree:
+    """The step made of a gradient of 1, for every param.
+
+    A row or column that had no gradient yet counts like the mean of its matrix; 0 where the whole matrix had none.
+
+    Args:
+      gradient: mean squares of gradients.
+      update: mean squares of what was made of them.
+      sides: a tree like the params with `Sides` as leaves.
+
+    Examples:
+      >>> ones = RowColumn(jnp.ones((2, 1)), jnp.ones((1, 2)))
+      >>> preconditioner_scale(ones.scaled(4.0), ones, Sides((0,), (1,))).tolist()
+      [[0.5, 0.5], [0.5, 0.5]]
+    """
+
+    def scale(rows: Array, columns: Array, made_rows: Array, made_columns: Array, side: Sides) -> Array:
+        # Sums of rows and of columns are equal, and are what a product of the two is divided by.
+        totals = (jnp.sum(one, axis=side.inputs, keepdims=True) for one in (made_rows, rows))
+        mean = _root(*totals, otherwise=0.0)
+        by_row = _root(made_rows, rows, otherwise=mean)
+        if not side.outputs:
+            return by_row
+        by_column = _root(made_columns, columns, otherwise=mean)
+        return by_row * (by_column / jnp.where(mean > 0, mean, 1.0))
+
+    return jax.tree.map(scale, gradient.inputs, gradient.outputs, update.inputs, update.outputs, sides)
 
 
-def _scale(gradient: Float[Array, "..."], update: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The step made of a gradient of 1; 0 where there was no gradient yet."""
-    return jnp.sqrt(update / jnp.where(gradient == 0, 1.0, gradient)) * (gradient > 0)
+def _root(made: Array, of: Array, *, otherwise: Array | float) -> Array:
+    return jnp.where(of > 0, jnp.sqrt(made / jnp.where(of > 0, of, 1.0)), otherwise)
+
+
+def _running(mean: RowColumn, values: PyTree, sides: PyTree) -> RowColumn:
+    """Running mean squares of values, with some more."""
+    new = RowColumn.of(jax.tree.map(jnp.square, values), sides)
+    return jax.tree.map(lambda before, now: _MEMORY * before + (1 - _MEMORY) * now, mean, new)

@@ -75,11 +75,11 @@ class DasOptions(MethodOptions):
         "as the trained params",
     )
     evenness: float = Field(
-        0.5,
+        0.1,
         ge=0,
         le=1,
-        description="e: importance is used as (1 - e) F + e mean F; 0: as measured, where a few params hold most of it "
-        "and those that no example used drift; 1: all params alike",
+        description="e: importance is used as (1 - e) F + e mean F; 0: as measured; 1: all params "
+        "alike. A few params hold most of F, and its estimate for the others is rough",
     )
     accumulate: Accumulation = Field(
         "sum", description="importance for all domains so far: the sum over domains, or the maximum"
@@ -144,7 +144,9 @@ class Das(Method[DasOptions]):
 
     def transform(self, parts: OptimizerParts) -> optax.GradientTransformationExtraArgs:
         """See `Method.transform`."""
-        return elastic_optimizer(**parts._asdict(), sides=self.sides(), mask=self.masks, pull=self.pulls)
+        # The scale of the pull is taken by rows and columns, whatever the resolution of the importance is.
+        sides = trained(self.network.sides())
+        return elastic_optimizer(**parts._asdict(), sides=sides, mask=self.masks, pull=self.pulls)
 
     def update_args(self, params: Params, state: State, batch: Batch, key: Array) -> dict[str, Any]:
         """Stiffness and anchor of the pull, and the masks."""

@@ -21,6 +21,9 @@ METHODS: dict[str, str] = {
     "das": "jaxcl.methods.das:Das",
     "das_paper": "jaxcl.methods.das_paper:DasPaper",
     "seekr": "jaxcl.methods.seekr:Seekr",
+    "agem": "jaxcl.methods.agem:Agem",
+    "mofo": "jaxcl.methods.mofo:Mofo",
+    "osft": "jaxcl.methods.osft:Osft",
     "olora": "jaxcl.methods.olora:Olora",
     "progressive_prompts": "jaxcl.methods.progressive_prompts:ProgressivePrompts",
 }
