@@ -17,9 +17,10 @@ from benchmarks.frontier import __main__ as driver
 from benchmarks.frontier import point as points
 from benchmarks.frontier import records as records_module
 from benchmarks.frontier.data import write_domain, write_task
-from benchmarks.frontier.methods import RIVALS, tuning_points
+from benchmarks.frontier.figures import around, draw_frontier, draw_sensitivity
+from benchmarks.frontier.methods import RIVALS, Rival, beyond, tuning_points
 from benchmarks.frontier.records import Point, Record, append, file_of, read
-from benchmarks.frontier.summary import best_settings, draw, tables
+from benchmarks.frontier.summary import best_settings, tables
 from benchmarks.frontier.testbeds import TESTBEDS
 from jaxcl.config import parse_config
 from jaxcl.models.batch import Batch
@@ -201,10 +202,63 @@ def test_differences_are_paired_and_positive_where_a_method_is_better(tmp_path: 
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[:3] == ["`ewc`", "+0.500 ± 0.000 *", "0.000 ± 0.000"]
     assert cells[5].startswith("−0.050 ± ")  # noqa: RUF001  # general text drifted further
-    assert draw([*plain, *other], tmp_path / "frontier.png").read_bytes()[:4] == b"\x89PNG"
+    assert draw_frontier([*plain, *other], tmp_path / "frontier.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def with_strength(strength: float, rate: float, final: float, seed: int = 0, **options: Any) -> Record:
+    point = dataclasses.replace(EWC, learning_rate=rate, seed=seed, options={"strength": strength, **options})
+    return Record(point, results(final=final))
+
+
+def test_sensitivity_is_of_one_setting_at_a_time(tmp_path: Path) -> None:
+    records = [
+        with_strength(10.0, 1e-3, 4.0),
+        with_strength(10.0, 1e-3, 4.2, seed=1),
+        with_strength(10.0, 3e-3, 4.5),
+        with_strength(40.0, 1e-3, 4.4),
+        with_strength(40.0, 3e-3, 9.0),
+        with_strength(10.0, 1e-3, 9.0, decay=0.5),
+    ]
+    rates, values = around(records[0].point, "strength", records)
+    assert rates == {1e-3: [4.0, 4.2], 3e-3: [4.5]}
+    assert values == {10.0: [4.0, 4.2], 40.0: [4.4]}
+    assert around(records[0].point, "", records)[1] == {}
+    drawn = draw_sensitivity(records, RIVALS, tmp_path / "sensitivity.png")
+    assert drawn.read_bytes()[:4] == b"\x89PNG"
 
 
 # Running
+
+
+@pytest.mark.parametrize(
+    ("strength", "rate", "expected"),
+    [
+        (40.0, 1e-3, []),  # within
+        (160.0, 1e-3, [(640.0, 1e-3)]),
+        (10.0, 3e-4, [(2.5, 3e-4), (10.0, 9e-5)]),
+        (40.0, 3e-3, [(40.0, 9e-3)]),
+    ],
+)
+def test_tuning_goes_on_where_the_best_is_at_an_edge(
+    strength: float, rate: float, expected: list[tuple[float, float]]
+) -> None:
+    rival = Rival("ewc", {}, "strength", (10.0, 40.0, 160.0))
+    tried = tuning_points("text", "ewc", rival)
+    best = next(one for one in tried if one.options["strength"] == strength and one.learning_rate == rate)
+    found = [(one.options["strength"], one.learning_rate) for one in beyond(best, rival, tried)]
+    assert sorted(found) == sorted(expected)
+
+
+def test_a_knob_does_not_go_beyond_its_limit_and_names_have_none() -> None:
+    rival = Rival("mofo", {}, "share", (0.1, 0.3, 0.9), most=1.0)
+    tried = tuning_points("text", "mofo", rival, learning_rates=(1e-3,))
+    assert beyond(tried[-1], rival, tried) == []
+    words = Rival("das_paper", {}, "shared", ("free", "mean"))
+    tried = tuning_points("text", "das_paper", words, learning_rates=(1e-3, 2e-3))
+    assert [one.learning_rate for one in beyond(tried[0], words, tried)] == [5e-4]
+    nested = Rival("replay", {"replay": {"every": 5}}, "replay.fraction", (0.1, 0.2), most=1.0)
+    tried = tuning_points("text", "replay", nested, learning_rates=(1e-3,))
+    assert [one.options["replay"] for one in beyond(tried[-1], nested, tried)] == [{"every": 5, "fraction": 0.4}]
 
 
 def test_every_rival_has_a_grid_of_its_own_knob() -> None:

@@ -3,6 +3,7 @@
     JAXCL_DATA=data python -m benchmarks.frontier tune --testbed text --methods sequential,replay,ewc,das
     JAXCL_DATA=data python -m benchmarks.frontier report --testbed text --seeds 0,1,2,3,4
     python -m benchmarks.frontier summary --testbed text --order B --picture frontier.png
+    python -m benchmarks.frontier summary --testbed text --order A --methods ewc,das --sensitivity sensitivity.png
 
 `tune` runs a grid of learning rates and of each method's own knob on order A, scored on dev rows, and goes beyond the
 grid where the best setting lies at its edge; `report` runs the best setting of each method on order B, scored on test
@@ -25,9 +26,10 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from benchmarks.frontier.figures import draw_frontier, draw_sensitivity
 from benchmarks.frontier.methods import LEARNING_RATES, RIVALS, Rival, beyond, tuning_points
 from benchmarks.frontier.records import RECORDS, Point, Record, read
-from benchmarks.frontier.summary import best_settings, draw, tables
+from benchmarks.frontier.summary import best_settings, tables
 from benchmarks.frontier.testbeds import TESTBEDS
 
 
@@ -127,9 +129,14 @@ def summary(options: argparse.Namespace) -> None:
     records = _records(options, order)
     if not records:
         raise SystemExit(f"no records of testbed {options.testbed}, order {order}")
+    if options.methods:
+        shown = {*options.methods.split(","), options.reference}
+        records = [one for one in records if one.point.name in shown]
     print(tables(records, reference=options.reference))
     if options.picture:
-        print(draw(records, options.picture))
+        print(draw_frontier(records, options.picture))
+    if options.sensitivity:
+        print(draw_sensitivity(records, RIVALS, options.sensitivity))
 
 
 def _records(options: argparse.Namespace, order: str) -> list[Record]:
@@ -168,6 +175,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/frontier"), help="folder for rows and tokenizers")
     parser.add_argument("--reference", default="sequential", help="method that others are compared with")
     parser.add_argument("--picture", type=Path, help="PNG of the frontier")
+    parser.add_argument("--sensitivity", type=Path, help="PNG of the final mean by learning rate and knob")
     options = parser.parse_args()
     if options.command == "tune" and not (options.methods or options.method):
         options.methods = ",".join(RIVALS)

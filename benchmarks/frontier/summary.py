@@ -1,20 +1,15 @@
-"""What records say: the chosen setting of each method, tables with paired differences, and the frontier's picture."""
+"""What records say: the chosen setting of each method, and tables with paired differences."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
-
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from benchmarks.frontier.records import Point, Record
 from benchmarks.frontier.testbeds import TESTBEDS
 from benchmarks.records import table
 from jaxcl.reporting import frontier
-from jaxcl.reporting.frontier_page import draw_method
 from jaxcl.reporting.intervals import Interval, mean_interval, paired_interval
 
 #: Field, heading, whether more is better (`None`: as the score), factor, digits of the table.
@@ -102,31 +97,6 @@ def tables(records: Sequence[Record], *, reference: str) -> str:
     failed = [record for record in records if "failed" in record.results]
     parts += [f"failed: `{one.point.name}` {_words(one.point)}: {one.results['failed']}" for one in failed]
     return "\n\n".join(parts)
-
-
-def draw(records: Sequence[Record], path: Path) -> Path:
-    """Retention against learning as PNG, a line per name; the best setting ringed."""
-    best = best_settings(records)
-    better = TESTBEDS[records[0].point.testbed].higher_is_better
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axis = figure.subplots()
-    for place, (name, settings) in enumerate(by_setting(records).items()):
-        points = [
-            frontier.Point(name, setting, [{"seed": one.point.seed, **one.results} for one in own],
-                           chosen=setting == best[name].setting)
-            for setting, own in settings.items()
-        ]  # fmt: skip
-        draw_method(axis, points, place, better)
-    axis.set_xlabel("score right after each task, mean")
-    axis.set_ylabel("change of earlier tasks since each was learned (BWT)")
-    if not better:
-        axis.invert_xaxis()
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=140)
-    return path
 
 
 def _interval(records: Sequence[Record], name: str, factor: float = 1.0) -> Interval:
