@@ -196,7 +196,8 @@ class Setting:
         rows = load_task(TaskSpec(name="general", source=f"text:{path}")).test
         data = DataConfig(length=96)
         parts = self.parts
-        text = TextRows(rows, parts.tokenizer, data, objective="causal", task=0, name="general", cache=parts.cache)
+        objective = "causal" if parts.network.causal else "masked"
+        text = TextRows(rows, parts.tokenizer, data, objective=objective, task=0, name="general", cache=parts.cache)
         return Pipeline([text], 32, data)
 
     def _batches(self, pipeline: Pipeline, limit: int | None = None) -> list[Batch]:

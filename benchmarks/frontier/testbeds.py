@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.frontier.data import data_root, write_domain, write_task
+from benchmarks.frontier.encoder import encoder
 
 Split = Literal["dev", "test"]
 SPLIT_OF: dict[str, Split] = {"A": "dev", "B": "test"}
@@ -29,6 +30,7 @@ class Testbed:
       rows: scored rows per task, at most.
       data: the configuration's section `data`.
       characters: of the training passages of a text domain, at most: about what its steps go through once.
+      model: `decoder`, that of the benchmark files, or `encoder`, see `benchmarks.frontier.encoder`.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Testbed:
     rows: int
     data: dict[str, Any]
     characters: int = 0
+    model: Literal["decoder", "encoder"] = "decoder"
 
     @property
     def higher_is_better(self) -> bool:
@@ -60,9 +63,10 @@ class Testbed:
             sources = {name: f"text:{write_domain(name, root, rows, self.characters).resolve()}" for name in tasks}
         else:
             sources = {name: f"json:{write_task(name, root, folder / 'tasks').resolve()}" for name in tasks}
+        weights = root / "frontier" / "model" if self.model == "decoder" else encoder(folder)
         return {
             "output": str(folder / "run"),
-            "weights": str(root / "frontier" / "model"),
+            "weights": str(weights),
             "model": {},
             "data": self.data,
             "tasks": [{"name": name, "source": source} for name, source in sources.items()],
@@ -97,6 +101,18 @@ TESTBEDS = {
         Testbed("text_quick", "text", _DOMAINS, steps=25, batch_size=8, rows=32, data=_TEXT, characters=60_000),
         # The same at the size of the first measurements: three and a half times the work.
         Testbed("text_long", "text", _DOMAINS, steps=100, batch_size=16, rows=96, data=_TEXT, characters=500_000),
+        # Of a masked model, a step sees a seventh of the targets.
+        Testbed(
+            "encoder",
+            "text",
+            _DOMAINS,
+            steps=60,
+            batch_size=24,
+            rows=96,
+            data=_TEXT,
+            characters=500_000,
+            model="encoder",
+        ),
         # Right after each task, plain fine-tuning at 1e-3 (percent right; the most frequent answer's share): relation
         # 100 (26), category 62 (about 12), number 98 (about 10), direction 62 (about 13). Tasks of whole sentences are
         # beyond this model: aspect, alone, 58 (61).
