@@ -47,7 +47,12 @@ from jaxcl.training.trainer import Trainer
 
 VOCAB, LENGTH, TASKS, STEPS = 8192, 512, 4, 10
 SHAPE = {"hidden_size": 256, "intermediate_size": 688, "num_layers": 8, "num_heads": 8}
-BUDGET: dict[str, Any] = {"layer_budget": 0.75, "head_budget": 0.125, "query_budget": 100}
+BUDGET: dict[str, Any] = {
+    "layer_budget": 0.75,
+    "head_budget": 0.125,
+    "query_budget": 100,
+    "attention_weight": 1000.0,
+}
 EXACT: dict[str, Any] = {"store_logits": 0, "store_attention": "float32"}
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, weight_decay=0.01, schedule="constant")
 
@@ -143,7 +148,8 @@ class Bench:
         trainer = self.trainer(method)
         state = trainer.start_task(trainer.init(jax.tree.map(jnp.copy, self.params)), 1000)
         if isinstance(method, Seekr):
-            state = trainer.with_method_state(state, jax.tree.map(jnp.copy, self.state))
+            # The running means of `attention_weight: auto` are the only state that not all of them have.
+            state = trainer.with_method_state(state, {**state.method_state, **jax.tree.map(jnp.copy, self.state)})
         return Program(trainer.jitted_step, state, batch, trainer.key, carried=True)
 
     def programs(self) -> dict[str, Program]:
@@ -159,7 +165,8 @@ class Bench:
                 self.methods["compact_all_queries"], self.remembered("compact_all_queries")
             ),
             "seekr_exact_store": self.step_program(self.methods["exact"], self.remembered("exact")),
-            "seekr_outputs_only": self.step_program(self.method(**BUDGET, attention_weight=0.0), batch),
+            "seekr_auto": self.step_program(self.method(**{**BUDGET, "attention_weight": "auto"}), batch),
+            "seekr_outputs_only": self.step_program(self.method(**{**BUDGET, "attention_weight": 0.0}), batch),
             "seekr_attention_only": self.step_program(self.method(**BUDGET, logit_weight=0.0), batch),
             "sensitivity": Program(jax.jit(seekr.add_sensitivity), zero, self.params, batch),
             "forgettability": Program(jax.jit(seekr.add_forgettability), zero, before, self.params, batch),

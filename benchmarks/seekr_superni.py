@@ -35,6 +35,7 @@ SEEKR = {
     "layer_budget": 0.75,
     "head_budget": 0.125,
     "query_budget": 100,
+    "attention_weight": 1000.0,
     "store_drawn": 0.0,  # not the default: as the kept records were made
     "replay": REPLAY,
 }

@@ -14,9 +14,10 @@ import pytest
 from jaxcl.config import parse_config
 from jaxcl.errors import UserError
 from jaxcl.methods import METHODS, find_method
-from jaxcl.run import sequence
 from jaxcl.run.components import build
 from jaxcl.run.folder import RunFolder
+from jaxcl.run.remembering import load_kept
+from jaxcl.run.streams import task_stream
 from tests.tiny.faults import killed_at_save
 from tests.tiny.runs import PAIRS, TEXT, numbers, run
 
@@ -169,8 +170,8 @@ def test_accumulation_and_several_devices_change_no_number(tmp_path: Path) -> No
 def test_by_tokens_the_share_is_that_of_tokens(tmp_path: Path) -> None:
     content = with_general(SHORT, by="tokens", share=0.5)
     parts = build(parse_config({**content, "output": str(tmp_path), "method": "sequential"}), RunFolder(tmp_path))
-    with sequence.Checkpoints(tmp_path / "checkpoints", keep=1, keep_marked=1) as checkpoints:
-        stream = sequence.TaskSequence(parts, RunFolder(tmp_path), checkpoints)._stream(0)
+    kept = load_kept(RunFolder(tmp_path), 0, None)
+    stream: Any = task_stream(parts, RunFolder(tmp_path), kept, 0, stored=False)
     tokens = {"task": 0, "general": 0}
     steps = {"task": 0, "general": 0}
     while steps["task"] % stream.own.steps_per_epoch or steps["task"] < 40 * stream.own.steps_per_epoch:

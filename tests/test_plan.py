@@ -30,10 +30,13 @@ from tests.tiny.runs import DECODER
 ROOT = Path(__file__).parents[1]
 GOLDEN = sorted((ROOT / "tests" / "golden" / "plans").glob("*.json"))
 SEVENTY = ("seekr_llama2_70b_v5p_4x4x4", "seekr_llama2_70b_v5e_16x16")
-OTHER_FAMILIES = (  # with a kept plan of `train` and `replay`; another is one more line
-    "qwen3_8b_v5e_4x4",
-    "gemma3_4b_v5e_4x4",
-)
+OTHER_FAMILIES = {  # with a kept plan of `train` and `replay`, and the least utilisation
+    "qwen3_8b_v5e_4x4": 0.9,
+    "qwen3_8b_v5p_2x2x4": 0.9,
+    "gemma3_4b_v5e_4x4": 0.9,
+    "gemma3_4b_v5p_2x2x4": 0.8,  # a small model on large chips: bound by memory
+    "qwen3_30b_a3b_v5e_8x8": 0.25,  # bound by memory: a token uses 3 of 30 billion params, and all are read
+}
 LLAMA = {**DECODER, "vocab_size": 64, "num_layers": 3, "num_heads": 4, "num_kv_heads": 4, "max_length": 64}
 PAIRS_DATA = {"prompt_length": 24, "answer_length": 8}
 
@@ -295,13 +298,13 @@ def test_estimates_know_what_is_frozen() -> None:
     assert needs(lora=lora) - needs(lora=lora, quantise="int8") == 3 * kernels - 4 * scales
 
 
-@pytest.mark.parametrize("model", OTHER_FAMILIES)
-def test_other_families_have_plans_whose_replay_costs_hardly_more(model: str) -> None:
+@pytest.mark.parametrize(("model", "utilisation"), OTHER_FAMILIES.items())
+def test_other_families_have_plans_whose_replay_costs_hardly_more(model: str, utilisation: float) -> None:
     kept = _kept(f"seekr_{model}")
     assert kept.fits
     plain, replay = kept.steps["train"], kept.steps["replay"]
     assert plain.flops < replay.flops <= 1.03 * plain.flops  # type: ignore[operator]
-    assert replay.utilisation >= 0.9  # type: ignore[operator]
+    assert replay.utilisation >= utilisation  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("how", ["int8", "nf4"])

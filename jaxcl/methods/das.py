@@ -43,7 +43,7 @@ class DasOptions(MethodOptions):
         "mask: smaller steps; both: both",
     )
     strength: float = Field(
-        4.0,
+        40.0,
         ge=0,
         description="lambda of the pull; the weight of what is known, compared with the domain at hand: under AdamW's "
         "usual moments, at about 4 an earlier token counts as much as a new one; 0: no pull",

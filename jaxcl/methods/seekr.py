@@ -59,7 +59,7 @@ from jaxcl.models.trainable import overlay, trained
 
 
 class SeekrOptions(ReplayOptions):
-    """Options of `seekr`; the defaults are the paper's for LLaMA-2-7B."""
+    """Options of `seekr`; the defaults are the paper's for LLaMA-2-7B, but for the weight of the attention term."""
 
     distil_on: Literal["memory", "task"] = Field(
         "memory",
@@ -90,9 +90,10 @@ class SeekrOptions(ReplayOptions):
         0.5, ge=0, le=1, description="a: weight of output distillation; cross-entropy of remembered rows gets 1 - a"
     )
     attention_weight: NonNegativeFloat | Literal["auto"] = Field(
-        1000.0,
-        description="b: weight of attention distillation; auto: what keeps the attention term at `attention_share` of "
-        "the other terms of remembered rows, from running means, whatever the learning rate",
+        "auto",
+        description="b: weight of attention distillation, 1000 in the paper, for a learning rate of 1e-5; auto: what "
+        "keeps the attention term at `attention_share` of the other terms of remembered rows, from running means, "
+        "whatever the learning rate",
     )
     attention_share: float = Field(
         1.0, gt=0, description="with attention_weight auto: the weighted attention term over the other terms"

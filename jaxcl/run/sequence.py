@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import math
 import os
 import sys
 import time
 from collections.abc import Iterator
-from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,9 +17,8 @@ import numpy as np
 
 from jaxcl.config import ExperimentConfig
 from jaxcl.config.file import read_yaml
-from jaxcl.data.mix import Interleaved, Mixed, WithGeneral, general_share
-from jaxcl.data.pipeline import Pipeline, Stream
-from jaxcl.data.teacher_store import TeacherStore, write_records
+from jaxcl.data.pipeline import Stream
+from jaxcl.data.teacher_store import write_records
 from jaxcl.errors import UserError
 from jaxcl.evaluation.results import Results, write_tables
 from jaxcl.methods.registry import find_method
@@ -33,7 +30,6 @@ from jaxcl.run.folder import RunFolder
 from jaxcl.run.remembering import (
     Kept,
     load_kept,
-    memory_pipeline,
     remember,
     remember_written,
     remove_unneeded,
@@ -42,20 +38,19 @@ from jaxcl.run.remembering import (
 )
 from jaxcl.run.rewinding import may_go_back, noted_after, order_seed, spent_on, watch_of
 from jaxcl.run.scoreboard import Scoreboard
+from jaxcl.run.streams import task_stream, total_steps
 from jaxcl.run.synthesis import Writer, write_samples
 from jaxcl.run.tasks import Stage, running_task
 from jaxcl.run.trunk import back_to_trunk, check_phases, starts_anew
 from jaxcl.sharding.processes import initialize, of_all_processes, on_first, wait_for_all
 from jaxcl.training.checkpoint import Checkpoints, Saved
 from jaxcl.training.compile import enable_compilation_cache
-from jaxcl.training.config import task_steps
 from jaxcl.training.kept import START_MARK, mark_after, mark_before_decay
 from jaxcl.training.keys import run_key
 from jaxcl.training.loop import train_task
 from jaxcl.training.profile import Profiler
 from jaxcl.training.sinks import Sink, check_sinks, open_sinks
 from jaxcl.training.state import TrainState
-from jaxcl.training.stored import Collate
 from jaxcl.training.task import RunningTask, signal_records
 from jaxcl.training.watch import NotFinite, Watch
 
@@ -189,7 +184,7 @@ class TaskSequence:
     def check_schedule(self) -> None:
         """Checks before training that the phases of the schedule fit into every task that is still to be learned."""
         note = {"task": 0} if self.saved is None else self.saved.progress
-        check_phases(self.parts, note["task"] + (note.get("phase") == "learned"), self._steps)
+        check_phases(self.parts, note["task"] + (note.get("phase") == "learned"), partial(total_steps, self.parts))
 
     def run(self) -> Results:
         """Trains and evaluates from the last checkpoint to the end."""
@@ -263,8 +258,9 @@ class TaskSequence:
             if position is None:
                 state = self._prepare(state, index)
             with self._timed("data"):
-                stream = self._stream(index)
-            total = self._steps(index, stream)
+                stored = bool(self.board.results.stored_bytes)
+                stream = task_stream(parts, self.folder, self.kept, index, stored=stored)
+            total = total_steps(parts, index, stream)
             if position is None:
                 state = parts.trainer.start_task(state, total, first=starts_anew(parts, index))
             watch = watch_of(training, total, noted)
@@ -404,43 +400,6 @@ class TaskSequence:
             learned = [map(int, saved.progress["memory"]) for saved in self.checkpoints.notes()]
             on_first(lambda: remove_unneeded(self.folder, self.kept.memory, learned))
 
-    def _stream(self, index: int) -> Stream:
-        """The batches of a task, mixed with those of the memory and with general ones if there are any."""
-        parts, settings = self.parts, self.config.data.general
-        own = parts.training_pipeline(index)
-        if settings is None:
-            return self._with_memory(index, own, 0)
-        general = parts.pipeline([parts.general_rows(index)], origin="general")
-        share = general_share(settings.share, settings.by, own, general)
-        return WithGeneral(self._with_memory(index, own, share), general, share)
-
-    def _with_memory(self, index: int, pipeline: Pipeline, general: Fraction | int) -> Stream:
-        """A task's batches, mixed with those of the memory if there is one; a share of all will be general ones."""
-        parts, replay = self.parts, self.parts.method.replay
-        if parts.method.joint:
-            return pipeline
-        earlier = [task for task in self.kept.memory.tasks if task.task < index and task.kept]
-        if replay is None or not earlier:
-            return pipeline
-        stores = {task.task: store for task in earlier if (store := self._open_store(task.task)) is not None}
-        lost = [task.name for task in earlier if task.task not in stores]
-        if lost and (stores or self.board.results.stored_bytes):
-            raise UserError(
-                f"{self.folder.teacher}: what is stored with the remembered rows of task {lost[0]} is missing; restore "
-                "it, or start a new run in another output"
-            )
-        collate = (
-            Collate(parts.method, parts.trainer.target.params, parts.trainer.target.method_state) if stores else None
-        )
-        tasks = [task.task for task in earlier]
-        memory = memory_pipeline(parts, self.kept, tasks, stores=stores or None, collate=collate)
-        if replay.mode == "mix":
-            return Mixed(pipeline, memory)
-        # With a fixed number of steps, the first memory step comes no later than the last one.
-        batches = task_steps(self.config.training, index, len(parts.tasks), pipeline.steps_per_epoch)
-        latest = batches if self.config.training.steps is None else math.floor(batches * (1 - general)) - 1
-        return Interleaved(pipeline, memory, every=replay.every, latest=latest)
-
     def _task(self, index: int, stage: Stage) -> RunningTask:
         """The task as the method sees it before or after training on it."""
         params_before = partial(self._params_before, index)
@@ -457,30 +416,11 @@ class TaskSequence:
             )
         return self.checkpoints.params(self.parts.trainer.target.params, saved)
 
-    def _steps(self, index: int, stream: Stream | None = None) -> int:
-        """Optimizer steps of a task; for joint training, those of all tasks together.
-
-        Without a stream, those without what a memory or general rows add.
-        """
-        training, count, joint = self.config.training, len(self.parts.tasks), self.parts.method.joint
-        if training.steps is not None:
-            steps = [task_steps(training, task, count, 1) for task in range(count)]
-            return sum(steps) if joint else steps[index]
-        stream = stream or self.parts.training_pipeline(index)
-        if not joint:
-            return stream.steps_for(task_steps(training, index, count, stream.own_steps_per_epoch))
-        parts = [self.parts.pipeline([rows]).steps_per_epoch for rows in self.parts.learned_rows.values()]
-        return stream.steps_for(sum(task_steps(training, task, count, steps) for task, steps in enumerate(parts)))
-
     def _remove_stores(self, index: int) -> None:
         """Removes the files of an interrupted attempt, which may have had more processes or not have ended."""
         unfinished = self.folder.teacher.glob(f".task{index:02d}_process*.tmp")
         for path in [*self.folder.stores(index), *unfinished]:
             path.unlink()
-
-    def _open_store(self, index: int) -> TeacherStore | None:
-        paths = self.folder.stores(index)
-        return TeacherStore.open(paths, self.parts.about(self.kept.task(index))) if paths else None
 
     # Evaluation and results
 
