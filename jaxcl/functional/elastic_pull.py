@@ -67,8 +67,8 @@ def elastic_optimizer(
     `anchor` and `stiffness`: strength times importance. All are trees like the params; masks and stiffness may have
     any shape that broadcasts.
 
-    The preconditioner's scale is estimated from mean squares with a memory of about 100 steps. It is 1 for plain
-    gradient descent, and 0 for params that had no gradient yet.
+    The preconditioner's scale is estimated from mean squares with a memory of about 100 steps, see
+    `preconditioner_scale`. It is 1 for plain gradient descent.
 
     Args:
       clip: clips the gradient.

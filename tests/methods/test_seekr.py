@@ -20,7 +20,14 @@ from tests.tiny.networks import init, log_softmax, perturbed, tiny_llama, tiny_r
 from tests.tiny.stored import collated, stored_records
 
 NETWORK = tiny_llama()
-EXACT = {"layer_budget": 2, "head_budget": 3, "query_budget": 3, "store_logits": 0, "store_attention": "float32"}
+EXACT = {
+    "attention_weight": 1000.0,
+    "layer_budget": 2,
+    "head_budget": 3,
+    "query_budget": 3,
+    "store_logits": 0,
+    "store_attention": "float32",
+}
 BATCH = make_batch((6, 4, 5))
 # Task 0 has its three heads in both layers, task 1 in the second only.
 HEADS = jnp.array([[[0, 1], [1, 0], [1, 3]], [[1, 0], [1, 1], [1, 2]]])
