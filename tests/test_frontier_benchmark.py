@@ -18,7 +18,7 @@ from benchmarks.frontier import point as points
 from benchmarks.frontier import records as records_module
 from benchmarks.frontier.data import write_domain, write_task
 from benchmarks.frontier.figures import around, draw_frontier, draw_sensitivity
-from benchmarks.frontier.methods import RIVALS, Rival, beyond, tuning_points
+from benchmarks.frontier.methods import RIVALS, Rival, beyond, cross, tuning_points
 from benchmarks.frontier.records import Point, Record, append, file_of, read
 from benchmarks.frontier.summary import best_settings, tables
 from benchmarks.frontier.testbeds import TESTBEDS
@@ -247,6 +247,16 @@ def test_tuning_goes_on_where_the_best_is_at_an_edge(
     best = next(one for one in tried if one.options["strength"] == strength and one.learning_rate == rate)
     found = [(one.options["strength"], one.learning_rate) for one in beyond(best, rival, tried)]
     assert sorted(found) == sorted(expected)
+
+
+def test_the_cross_around_the_best_is_completed() -> None:
+    rival = Rival("ewc", {}, "strength", (10.0, 40.0))
+    grid = tuning_points("text", "ewc", rival, learning_rates=(1e-3, 3e-3))
+    best = dataclasses.replace(grid[0], learning_rate=9e-3)
+    found = {(one.options["strength"], one.learning_rate) for one in cross(best, rival, [*grid, best])}
+    assert found == {(10.0, 1e-3), (10.0, 3e-3), (10.0, 9e-3), (40.0, 9e-3)}
+    plain = tuning_points("text", "sequential", Rival("sequential"))
+    assert cross(plain[0], Rival("sequential"), plain) == plain
 
 
 def test_a_knob_does_not_go_beyond_its_limit_and_names_have_none() -> None:

@@ -5,11 +5,12 @@
     python -m benchmarks.frontier summary --testbed text --order B --picture frontier.png
     python -m benchmarks.frontier summary --testbed text --order A --methods ewc,das --sensitivity sensitivity.png
 
-`tune` runs a grid of learning rates and of each method's own knob on order A, scored on dev rows, and goes beyond the
-grid where the best setting lies at its edge; `report` runs the best setting of each method on order B, scored on test
-rows, under several seeds; `summary` prints tables and draws the frontier. Whatever has a record in
-`benchmarks/records/frontier` is not run again, so that both can be stopped at any time and go on later. Other methods
-or options: `--method module:Class --options '{"strength": 100}' --name mine`, with `--knob strength --values 10,100`.
+`tune` runs a grid of learning rates and of each method's own knob on order A, scored on dev rows, goes beyond the
+grid where the best setting lies at its edge, and completes the cross of learning rates and values around it; `report`
+runs the best setting of each method on order B, scored on test rows, under several seeds; `summary` prints tables and
+draws the frontier. Whatever has a record in `benchmarks/records/frontier` is not run again, so that both can be stopped
+at any time and go on later. Other methods or options: `--method module:Class --options '{"strength": 100}' --name
+mine`, with `--knob strength --values 10,100`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from benchmarks.frontier.figures import draw_frontier, draw_sensitivity
-from benchmarks.frontier.methods import LEARNING_RATES, RIVALS, Rival, beyond, tuning_points
+from benchmarks.frontier.methods import LEARNING_RATES, RIVALS, Rival, beyond, cross, tuning_points
 from benchmarks.frontier.records import RECORDS, Point, Record, read
 from benchmarks.frontier.summary import best_settings, tables
 from benchmarks.frontier.testbeds import TESTBEDS
@@ -91,7 +92,7 @@ def _rivals(options: argparse.Namespace) -> dict[str, Rival]:
 
 
 def tune(options: argparse.Namespace) -> None:
-    """The grid of each method, and the next points where its best one lies at an edge."""
+    """The grid of each method, the next points where its best one lies at an edge, and the cross around the best."""
     rates, seeds = _floats(options.learning_rates), _seeds(options.seeds or "0")
     order, rivals = options.order or "A", _rivals(options)
     points = [
@@ -100,13 +101,13 @@ def tune(options: argparse.Namespace) -> None:
         for point in tuning_points(options.testbed, name, rival, order=order, learning_rates=rates, seeds=seeds)
     ]
     run_points(points, options)
-    for _ in range(options.extensions):
+    for further in [beyond] * options.extensions + [cross]:
         tuned = _records(options, order)
         more = [
             dataclasses.replace(point, seed=seed)
             for name, best in best_settings(tuned).items()
             if name in rivals
-            for point in beyond(best, rivals[name], [one.point for one in tuned if one.point.name == name])
+            for point in further(best, rivals[name], [one.point for one in tuned if one.point.name == name])
             for seed in seeds
         ]
         run_points(more, options)

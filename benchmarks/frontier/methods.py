@@ -127,6 +127,21 @@ def beyond(best: Point, rival: Rival, tried: Sequence[Point]) -> list[Point]:
     return found
 
 
+def cross(best: Point, rival: Rival, tried: Sequence[Point]) -> list[Point]:
+    """The best point with every learning rate that was tried, and with every value of the knob.
+
+    Args:
+      best: the best point.
+      rival: its method.
+      tried: all points of the method.
+    """
+    points = [dataclasses.replace(best, learning_rate=rate) for rate in sorted({one.learning_rate for one in tried})]
+    if rival.knob:
+        values = dict.fromkeys(option_of(one.options, rival.knob) for one in tried)
+        points += [dataclasses.replace(best, options=with_option(best.options, rival.knob, one)) for one in values]
+    return list({one.key: one for one in points}.values())
+
+
 def _next(values: Sequence[float], best: float, most: float) -> float | None:
     """A value as far beyond the edge that `best` lies on as its neighbour lies within; `None` within the range."""
     ordered = sorted(set(values))
