@@ -169,7 +169,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "another model": ({"a": np.ones((3, 2), np.float32)}, "expected the arrays of another model: b differs"),
     "another shape": (
         {"a": np.ones((3, 3), np.float32), "b": np.float32(0)},
-        r"a: expected shape \(3, 2\), got \(3, 3\)",
+        "a: expected shape (3, 2), got (3, 3)",
     ),
     "integers": ({"a": np.ones((3, 2), np.int32), "b": np.float32(0)}, "a: expected floats, got int32"),
     "nan": ({"a": np.ones((3, 2), np.float32), "b": np.float32(np.nan)}, "b: not finite"),
