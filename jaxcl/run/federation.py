@@ -250,7 +250,7 @@ class Server(TaskSequence):
         self._save(state, task=after, phase="learned", mark=mark)
 
     def _state(self, after: int) -> TrainState:
-        """What an ordinary run would save of its model after a task; moments and the method's state are the clients'."""
+        """The model as an ordinary run saves it after a task; moments and the method's state are the clients'."""
         low_bits = no_low_bits(trained(self.base))
         part, low_bits = split(self.params, low_bits)
         trainer = self.parts.trainer

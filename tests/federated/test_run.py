@@ -47,7 +47,7 @@ def test_one_client_is_the_ordinary_run_to_the_bit(method: Any, tmp_path: Path) 
     together = federated(SHORT, tmp_path / "together", method, clients=1, rounds=2, steps=2)
     own = tmp_path / "together" / "clients" / "0"
     assert numbers(own) == numbers(tmp_path / "alone")
-    assert_equal_bits(load_model(tmp_path / "together").params, load_model(tmp_path / "alone").params)
+    assert_equal_bits(load_model(str(tmp_path / "together")).params, load_model(str(tmp_path / "alone")).params)
     assert together.matrix == alone.matrix
     assert together.finished
     # What is remembered stays with the client.
@@ -87,7 +87,7 @@ def test_a_hostile_update_is_refused_by_name_and_the_run_goes_on(three: Path) ->
         assert list(row["refused"]) == (["2"] if hostile else [])
         assert row["update_norm"] > 0
     assert any(row["refused"] for row in found)
-    params = load_model(three).params
+    params = load_model(str(three)).params
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
     assert Results.read(three / "results.json").finished
 
@@ -102,7 +102,7 @@ def test_clients_have_their_own_rows_noise_and_clock(three: Path) -> None:
     assert len(set(losses)) == len(losses)
     sizes = json.loads((three / "results.json").read_text())["data"]["direction"]["clients"]
     assert sum(one["examples"] for one in sizes.values()) == 32
-    floats = sum(leaf.size for leaf in jax.tree.leaves(load_model(three).params))
+    floats = sum(leaf.size for leaf in jax.tree.leaves(load_model(str(three)).params))
     assert {row["bytes_up"] for row in found} == {2 * 4 * floats}
 
 
