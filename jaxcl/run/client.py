@@ -21,6 +21,7 @@ from jaxcl.training.checkpoint import Checkpoints
 from jaxcl.training.loop import train_task
 from jaxcl.training.low_bits import split, widen
 from jaxcl.training.state import TrainState
+from jaxcl.training.watch import NotFinite, Watch
 
 
 class Trained(NamedTuple):
@@ -60,6 +61,7 @@ class Client(TaskSequence):
         self._base = base
         self._before: Params = trained(base)
         self._position: Any = None
+        self._watch = Watch()
         state = parts.trainer.init(jax.tree.map(np.array, base))
         self._asleep: TrainState = _on_host(state)
         self._low_bits = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), state.low_bits)
@@ -79,6 +81,7 @@ class Client(TaskSequence):
         trainer = self.parts.trainer
         state = self._prepare(self._awake(params), index)
         total = self._steps(index)
+        self._watch = watch_of(self.config.training, total, None)
         state = trainer.start_task(state, total, first=starts_anew(self.parts, index))
         self._asleep = _on_host(state)
         return self._shared(state)
@@ -118,9 +121,12 @@ class Client(TaskSequence):
                 log_every=training.log_every,
                 sinks=self.sinks,
                 progress=self.main,
-                watch=watch_of(training, steps, None),
+                watch=self._watch,
             )
             self._position = feed.get_state()
+        except NotFinite:
+            self._watch.streak = 0  # the next round begins with other params
+            raise
         finally:
             rows.close()
         self._asleep = _on_host(state)

@@ -41,7 +41,10 @@ from jaxcl.training.state import TrainState
 from jaxcl.training.watch import NotFinite, Watch
 
 ROUNDS = "rounds.jsonl"
-"""A row per round: clients, those refused and why, bytes to and from the server, norm of the server's step."""
+"""A row per round: clients, those refused and why, bytes to and from the server, norm of the server's step.
+
+Rows of the kind `shared` count the bytes of what methods share.
+"""
 
 
 def federate(config: ExperimentConfig) -> Results:
@@ -206,7 +209,7 @@ class Server(TaskSequence):
         settings, mean = self.settings, ClientMean.zero(self.params)
         refused: dict[str, str] = {}
         chosen = settings.chosen(self.config.seed, index, round_number).tolist()
-        size = sum(leaf.nbytes for leaf in jax.tree.leaves(self.params))
+        size = _bytes(self.params)
         for number in chosen:
             client = self.clients[number]
             try:
@@ -224,6 +227,7 @@ class Server(TaskSequence):
             params, self._opt_state = self._step(self._opt_state, self.params, mean.mean)
             self.params = jax.tree.map(np.array, params)
         self._note(
+            "round",
             task=index,
             round=round_number,
             clients=[self.clients[number].name for number in chosen],
@@ -239,6 +243,7 @@ class Server(TaskSequence):
             return
         weights = [float(len(client.parts.train_rows(index))) for client in self.clients]
         known = combine_shared(shared, weights, self.parts.method.shared_by)
+        self._note("shared", task=index, bytes_up=_bytes(shared), bytes_down=_bytes(known) * len(self.clients))
         for client in self.clients:
             client.merge(known)
 
@@ -260,9 +265,13 @@ class Server(TaskSequence):
         own = put((step, jax.tree.map(np.array, low_bits)), (self.parts.layout.replicated, trainer.shardings.low_bits))
         return state.replace(step=own[0], low_bits=own[1])
 
-    def _note(self, **row: Any) -> None:
+    def _note(self, kind: str, **row: Any) -> None:
         with (self.folder.path / ROUNDS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps({"kind": kind, **row}) + "\n")
+
+
+def _bytes(tree: PyTree) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
 def _distance(one: Params, other: Params) -> float:
