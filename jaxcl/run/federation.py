@@ -137,7 +137,9 @@ def _parts_of(parts: Components, settings: FederatedConfig, number: int, folder:
         )
         for index, task in enumerate(parts.tasks)
     )
-    return dataclasses.replace(parts, config=config, tasks=tasks, trainer=parts.trainer.with_seed(seed))
+    own = dataclasses.replace(parts, config=config, tasks=tasks, trainer=parts.trainer.with_seed(seed))
+    vars(own)["shapes"] = parts.shapes  # of batches, for which a step is compiled: the same for all clients
+    return own
 
 
 class Server(TaskSequence):
