@@ -15,14 +15,21 @@ from jaxcl.run import federation
 from jaxcl.run.client import Client, Trained
 from jaxcl.run.model import load_model
 from tests.tiny.networks import assert_equal_bits
-from tests.tiny.runs import PAIRS, SEEKR, numbers, run
+from tests.tiny.runs import DECODER, PAIRS, SEEKR, TEXT, numbers, run
 
 pytestmark = pytest.mark.optimised  # bits are compared
 
 SHORT: dict[str, Any] = {
     **PAIRS,
     "training": {"batch_size": 8, "log_every": 1},
-    "evaluation": {"batch_size": 4, "limit": 2, "max_new_tokens": 4},
+    "evaluation": {"batch_size": 4, "limit": 2, "max_new_tokens": 24},
+}
+DOMAINS: dict[str, Any] = {
+    **TEXT,
+    "model": {**DECODER, "max_length": 64},
+    "tasks": [{**task, "end_task": None} for task in TEXT["tasks"]],
+    "training": {"batch_size": 8, "log_every": 1},
+    "evaluation": {"batch_size": 8},
 }
 DAS = {"name": "das", "importance_examples": 8}
 
@@ -43,8 +50,8 @@ def files(folder: Path) -> list[Path]:
     "method", ["sequential", *(pytest.param(one, marks=pytest.mark.slow, id=one["name"]) for one in (DAS, SEEKR))]
 )
 def test_one_client_is_the_ordinary_run_to_the_bit(method: Any, tmp_path: Path) -> None:
-    alone = run({**SHORT, "training": {**SHORT["training"], "steps": 4}}, tmp_path / "alone", method)
-    together = federated(SHORT, tmp_path / "together", method, clients=1, rounds=2, steps=2)
+    alone = run({**DOMAINS, "training": {**DOMAINS["training"], "steps": 4}}, tmp_path / "alone", method)
+    together = federated(DOMAINS, tmp_path / "together", method, clients=1, rounds=2, steps=2)
     own = tmp_path / "together" / "clients" / "0"
     assert numbers(own) == numbers(tmp_path / "alone")
     assert_equal_bits(load_model(str(tmp_path / "together")).params, load_model(str(tmp_path / "alone")).params)
