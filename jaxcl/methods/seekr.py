@@ -446,8 +446,10 @@ class Seekr(Method[SeekrOptions]):
 
         def heads_after(index: Array) -> Array:
             known = (tasks <= index)[:, None, None]
-            sums = (jnp.where(known, state[name], 0.0) for name in ("sensitivity", "forgettability"))
-            importance = combine(*sums, self.options.importance)
+            sensitivity, forgettability = (
+                jnp.where(known, state[name], 0.0) for name in ("sensitivity", "forgettability")
+            )
+            importance = combine(sensitivity, forgettability, self.options.importance)
             return select_heads(importance, self.layers, self.heads, self.per_layer)
 
         learned = state["heads"] >= 0
