@@ -434,7 +434,7 @@ class Seekr(Method[SeekrOptions]):
         return {name: state[name] for name in ("sensitivity", "forgettability")}
 
     def merge(self, state: State, shared: State) -> State:
-        """Selects the heads of every task learned so far by what all clients measured.
+        """See `Method.merge`; the heads of every task learned so far are selected by what all clients measured.
 
         A mean over clients ranks heads as their sum does: importance is scaled alike for all heads. Records that the
         client has already stored keep the heads that they were stored with. Heads drawn at `random` stay as they are.
