@@ -202,9 +202,10 @@ class Server(TaskSequence):
             self._agree([client.conclude(index, self.params) for client in self.clients], index)
             for client in self.clients:
                 client.store(index, self.params)
-        described = {client.name: client.parts.training_pipeline(index).describe() for client in self.clients}
+        of_clients = {client.name: client.parts.training_pipeline(index).describe() for client in self.clients}
+        described = {**self.parts.training_pipeline(index).describe(), "clients": of_clients}
         total = settings.rounds * settings.steps
-        self.board.note_task(index, steps=total, described={"clients": described}, watch=Watch())
+        self.board.note_task(index, steps=total, described=described, watch=Watch())
 
     def _round(self, index: int, round_number: int) -> None:
         """Trains the clients of a round one after another, and takes the server's step."""
