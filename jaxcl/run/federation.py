@@ -203,7 +203,7 @@ class Server(TaskSequence):
             for client in self.clients:
                 client.store(index, self.params)
         of_clients = {client.name: client.parts.training_pipeline(index).describe() for client in self.clients}
-        described = {**self.parts.training_pipeline(index).describe(), "clients": of_clients}
+        described = {"task": self.parts.training_pipeline(index).describe(), "clients": of_clients}
         total = settings.rounds * settings.steps
         self.board.note_task(index, steps=total, described=described, watch=Watch())
 
