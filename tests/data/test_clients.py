@@ -85,6 +85,7 @@ def test_another_seed_deals_otherwise() -> None:
     for deal in (
         lambda seed: even_clients(100, 3, seed=seed),
         lambda seed: dirichlet_clients(LABELS, 3, alpha=1.0, seed=seed),
+        lambda seed: dirichlet_clients(LABELS, 3, alpha=math.inf, seed=seed),  # other rows of each label
     ):
         assert (deal(0) == deal(0)).all()
         assert (deal(0) != deal(1)).any()
