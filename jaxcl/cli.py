@@ -33,6 +33,15 @@ def _run(args: argparse.Namespace) -> None:
     _say(run(load_config(args.config, args.overrides), data_changed=args.data_changed).report)
 
 
+def _federate(args: argparse.Namespace) -> None:
+    from jaxcl.config import load_config
+    from jaxcl.run.federation import federate
+
+    config = load_config(args.config, args.overrides)
+    federate(config)
+    _say(Path(config.output) / "results.json")
+
+
 def _extend(args: argparse.Namespace) -> None:
     from jaxcl.commands.extend import extend
 
@@ -151,6 +160,7 @@ def _configs(args: argparse.Namespace) -> None:
 
 _ACTIONS: dict[str, Callable[[argparse.Namespace], None]] = {
     "run": _run,
+    "federate": _federate,
     "extend": _extend,
     "compare": _compare,
     "show": _show,

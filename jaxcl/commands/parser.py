@@ -122,6 +122,19 @@ def _run(commands: _Commands) -> None:
     run.add_argument("--data-changed", action="store_true", help=_CHANGED_HELP)
 
 
+def _federate(commands: _Commands) -> None:
+    federate = _command(
+        commands,
+        "federate",
+        "train one model with several clients, each on its own rows, in one process without a network",
+        "jaxcl federate config.yaml federated.clients=4 federated.rounds=10 federated.steps=20",
+    )
+    federate.add_argument("config", type=_place, metavar="CONFIG", help=_CONFIG_HELP)
+    federate.add_argument(
+        "overrides", type=_text, nargs="*", metavar="KEY=VALUE", help="values that replace those in the file"
+    )
+
+
 def _extend(commands: _Commands) -> None:
     extend = _command(
         commands,
@@ -357,6 +370,7 @@ def _configs(commands: _Commands) -> None:
 
 _VERBS = (
     _run,
+    _federate,
     _extend,
     _compare,
     _show,

@@ -20,6 +20,7 @@ from jaxcl.models.network import ModelConfig, Network
 from jaxcl.schema import Schema
 from jaxcl.sharding.mesh import MeshConfig
 from jaxcl.training.config import TrainingConfig
+from jaxcl.training.federated import FederatedConfig
 from jaxcl.training.optimizer import OptimizerConfig
 
 
@@ -73,6 +74,9 @@ class ExperimentConfig(Schema):
     )
     training: TrainingConfig = Field(default_factory=TrainingConfig, description="steps, batches, checkpoints")
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="optimizer and schedule")
+    federated: FederatedConfig | None = Field(
+        None, description="several clients that learn one model, for `jaxcl federate`; none: one learns alone"
+    )
     mesh: MeshConfig = Field(default_factory=MeshConfig, description="how the devices are split")
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="what is measured, and how")
 

@@ -10,6 +10,8 @@ Importing it loads jax, optax and jaxtyping, and nothing else of jaxcl.
 - Distillation of outputs: `top_scores`, `top_divergence`, `full_divergence`
 - Elastic weight consolidation: `FisherSums`, `summed_squares`, `quadratic_penalty`
 - What a step leaves out: `without_conflict`, `leading_directions`, `outside`, `orthogonal_optimizer`, `largest_moments`
+- Several clients, one model: `server_step`, `adaptive_server`, `proximal`, `scaffold`, `clip_update`, `noised_mean`,
+  `add_pair_masks`, `unmasked_sum`
 - Averages of params: `averaged`, `restart_average`, `finish_average`
 - Losses: `Term`, `Balance`, `cross_entropy`, `token_losses`, `over_positions`
 - What was kept and what was forgotten: `ContinualMatrix`
@@ -34,9 +36,30 @@ from jaxcl.functional.attention_rows import (
 )
 from jaxcl.functional.averaging import averaged, finish_average, restart_average
 from jaxcl.functional.balance import Balance
+from jaxcl.functional.client_drift import (
+    Proximal,
+    Scaffold,
+    common_variate,
+    finish_scaffold,
+    proximal,
+    scaffold,
+    start_proximal,
+    start_scaffold,
+)
 from jaxcl.functional.contrastive import contrast, pool
 from jaxcl.functional.distillation import TopScores, divergence, full_divergence, top_divergence, top_scores
 from jaxcl.functional.elastic_pull import elastic_optimizer, preconditioner_scale, pulled
+from jaxcl.functional.federated import (
+    AdaptiveServer,
+    ClientMean,
+    adaptive_server,
+    clip_update,
+    combine_shared,
+    noised_mean,
+    pseudo_gradient,
+    server_step,
+    why_refused,
+)
 from jaxcl.functional.fisher import FisherSums, drawn_tokens, quadratic_penalty, summed_squares
 from jaxcl.functional.heads import HeadSums, combine, normalise_sensitivity, resolve_budget, select_heads, watch
 from jaxcl.functional.importance import (
@@ -66,31 +89,41 @@ from jaxcl.functional.projection import (
     without_conflict,
 )
 from jaxcl.functional.row_column import RowColumn, Sides, importance_masks, select, unit_means
+from jaxcl.functional.secure_sum import add_pair_masks, from_fixed_point, to_fixed_point, unmasked_sum
 from jaxcl.functional.soft_masks import LAYER, Unit, masked_decay, masked_optimizer, soft_mask, soft_masks
 from jaxcl.functional.terms import Term, Terms
 
 __all__ = [
     "LAYER",
+    "AdaptiveServer",
     "AttentionTeacher",
     "AttentionView",
     "Balance",
+    "ClientMean",
     "CodedRows",
     "ContinualMatrix",
     "Directions",
     "FisherSums",
     "HeadSums",
     "ImportanceSums",
+    "Proximal",
     "RowColumn",
+    "Scaffold",
     "Sides",
     "Term",
     "Terms",
     "TopScores",
     "Unit",
     "accumulate",
+    "adaptive_server",
+    "add_pair_masks",
     "attention_divergence",
     "attention_maps",
     "averaged",
+    "clip_update",
     "combine",
+    "combine_shared",
+    "common_variate",
     "contrast",
     "cross_entropy",
     "decode_rows",
@@ -101,6 +134,8 @@ __all__ = [
     "example_divergence",
     "example_means",
     "finish_average",
+    "finish_scaffold",
+    "from_fixed_point",
     "full_divergence",
     "gate_gradients",
     "heads_of_layers",
@@ -110,6 +145,7 @@ __all__ = [
     "leading_directions",
     "masked_decay",
     "masked_optimizer",
+    "noised_mean",
     "normalise",
     "normalise_quantile",
     "normalise_sensitivity",
@@ -119,26 +155,35 @@ __all__ = [
     "over_positions",
     "pool",
     "preconditioner_scale",
+    "proximal",
+    "pseudo_gradient",
     "pulled",
     "quadratic_penalty",
     "real_length",
     "resolve_budget",
     "restart_average",
     "sample_queries",
+    "scaffold",
     "scored_states",
     "select",
     "select_heads",
     "selected_rows",
+    "server_step",
     "soft_mask",
     "soft_masks",
+    "start_proximal",
+    "start_scaffold",
     "summed_squares",
+    "to_fixed_point",
     "token_gates",
     "token_losses",
     "top_divergence",
     "top_scores",
     "unit_means",
+    "unmasked_sum",
     "visible_keys",
     "watch",
+    "why_refused",
     "without_conflict",
     "write_rows",
 ]

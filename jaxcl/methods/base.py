@@ -10,6 +10,7 @@ import jax
 import optax
 from jaxtyping import Array, PyTree
 
+from jaxcl.functional.federated import Combine
 from jaxcl.functional.terms import Terms
 from jaxcl.methods.options import MethodOptions, ReplayConfig, ReplayOptions
 from jaxcl.methods.passes.losses import language_model_terms
@@ -233,6 +234,31 @@ class Method(ToolHooks, Generic[OptionsT]):
         `params`.
         """
         return params
+
+    # Several clients, one model
+
+    @property
+    def shared_by(self) -> Combine:
+        """What the server makes of what several clients share: the weighted mean, or the maximum of each entry."""
+        return "mean"
+
+    def share(self, state: State) -> State:
+        """What leaves a client of federated training after a task, besides params; pure. By default nothing.
+
+        Everything else of the state, the memory and what is stored with it stay with the client.
+
+        Args:
+          state: the client's state after `prepare` or `consolidate`.
+        """
+        return {}
+
+    def merge(self, state: State, shared: State) -> State:
+        """A client's `state` with what all clients know in place of its own; pure.
+
+        `shared` is what the server made of the clients' `share`. Merging what a state itself shares changes nothing, so
+        that it may be repeated, and one client alone learns as it would without a server.
+        """
+        return state
 
     # Memory and prompts
 

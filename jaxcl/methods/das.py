@@ -26,6 +26,7 @@ from jaxtyping import Array, Float
 from pydantic import Field
 
 from jaxcl.functional.elastic_pull import elastic_optimizer
+from jaxcl.functional.federated import Combine
 from jaxcl.functional.row_column import Accumulation, RowColumn, Selection, Sides, importance_masks, select, unit_means
 from jaxcl.methods.base import Method, OptimizerParts, Params, State, Task
 from jaxcl.methods.options import MethodOptions
@@ -158,6 +159,19 @@ class Das(Method[DasOptions]):
         if self.masks:
             found["masks"] = self.masks_of(state["importance"])
         return found
+
+    @property
+    def shared_by(self) -> Combine:
+        """As over domains: the mean over clients where importance adds up, else the maximum."""
+        return "mean" if self.options.accumulate == "sum" else "maximum"
+
+    def share(self, state: State) -> State:
+        """The importance for all so far; the anchor is the server's params, which all clients have."""
+        return {"importance": state["importance"]}
+
+    def merge(self, state: State, shared: State) -> State:
+        """See `Method.merge`; `history` remains the client's own."""
+        return {**state, **shared}
 
     def tables(self, state: State) -> dict[str, Array]:
         """How far each unit is needed by all so far, and by each domain (place 0: general knowledge)."""

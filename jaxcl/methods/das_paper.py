@@ -31,6 +31,7 @@ from jaxtyping import Array
 from pydantic import Field
 
 from jaxcl.functional.contrastive import contrast, pool
+from jaxcl.functional.federated import Combine
 from jaxcl.functional.importance import ImportanceSums, Normalisation, accumulate, normalise
 from jaxcl.functional.soft_masks import MaskOn, Shared, masked_optimizer, soft_masks
 from jaxcl.functional.terms import Term, Terms
@@ -160,6 +161,19 @@ class DasPaper(Method[DasPaperOptions]):
         network = self.network
         masks = soft_masks(network.units(), network.shapes(), vars(state["importance"]), self.options.shared)
         return {"masks": trained(masks)}
+
+    @property
+    def shared_by(self) -> Combine:
+        """The maximum, as over domains."""
+        return "maximum"
+
+    def share(self, state: State) -> State:
+        """The accumulated importance: a number per unit."""
+        return {"importance": state["importance"]}
+
+    def merge(self, state: State, shared: State) -> State:
+        """See `Method.merge`; `history` remains the client's own."""
+        return {**state, **shared}
 
     def tables(self, state: State) -> dict[str, Array]:
         """Accumulated importance, and that of each domain (place 0: general knowledge)."""

@@ -67,6 +67,17 @@ class Ewc(Method[EwcOptions]):
             sums = add(sums, params, batch)
         return task.compile(self.update_state)(state, params, sums)
 
+    def share(self, state: State) -> State:
+        """The Fisher; the anchor is the server's params, which all clients have.
+
+        A Fisher is a mean over examples. Weighted by their number, the clients' mean is that of all examples together.
+        """
+        return {"fisher": state["fisher"]}
+
+    def merge(self, state: State, shared: State) -> State:
+        """See `Method.merge`."""
+        return {**state, **shared}
+
     def no_fisher(self, params: Params) -> FisherSums:
         """No example yet; pure."""
         return FisherSums.zero(trained(params))

@@ -430,6 +430,32 @@ class Seekr(Method[SeekrOptions]):
         heads = select_heads(importance, self.layers, self.heads, self.per_layer)
         return state | {"heads": state["heads"].at[index].set(heads)}
 
+    def share(self, state: State) -> State:
+        """Sensitivity and forgettability of heads by task; what is stored of examples stays with the client."""
+        return {name: state[name] for name in ("sensitivity", "forgettability")}
+
+    def merge(self, state: State, shared: State) -> State:
+        """See `Method.merge`; the heads of every task learned so far are selected by what all clients measured.
+
+        A mean over clients ranks heads as their sum does: importance is scaled alike for all heads. Records that the
+        client has already stored keep the heads that they were stored with. Heads drawn at `random` stay as they are.
+        """
+        state = {**state, **shared}
+        if self.options.importance == "random":
+            return state
+        tasks = jnp.arange(self.num_tasks)
+
+        def heads_after(index: Array) -> Array:
+            known = (tasks <= index)[:, None, None]
+            sensitivity, forgettability = (
+                jnp.where(known, state[name], 0.0) for name in ("sensitivity", "forgettability")
+            )
+            importance = combine(sensitivity, forgettability, self.options.importance)
+            return select_heads(importance, self.layers, self.heads, self.per_layer)
+
+        learned = state["heads"] >= 0
+        return {**state, "heads": jnp.where(learned, jax.lax.map(heads_after, tasks), state["heads"])}
+
     @property
     def _coded(self) -> bool:
         return self.options.store_attention == "uint8"

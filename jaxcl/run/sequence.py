@@ -84,6 +84,8 @@ def run(config: ExperimentConfig, *, grown_from: ExperimentConfig | None = None,
       UserError: the configuration or something it refers to cannot be used; what was saved before is intact.
       KeyboardInterrupt: interrupted; a checkpoint was saved.
     """
+    if config.federated is not None:
+        raise UserError("federated: this configuration is for several clients; train it by jaxcl federate", exit_code=2)
     initialize()
     _keep_compiled_programs()
     folder = RunFolder(Path(config.output))
@@ -360,6 +362,12 @@ class TaskSequence:
 
     def _conclude(self, state: TrainState, index: int) -> TrainState:
         """Chooses what is remembered, lets the method consolidate, and stores its signals for the memory."""
+        state = self._consolidate(state, index)
+        self._store(state, index)
+        return state
+
+    def _consolidate(self, state: TrainState, index: int) -> TrainState:
+        """Chooses what is remembered, and lets the method consolidate."""
         parts, method = self.parts, self.parts.method
         self._forget_unneeded()
         if method.replay is not None and not method.joint:
@@ -367,7 +375,12 @@ class TaskSequence:
         task = self._task(index, stage="after")
         new = method.consolidate(state.params, state.method_state, task)
         state = parts.trainer.with_method_state(state, new)
-        state = parts.trainer.with_params(state, method.final_params(state.params, state.method_state, task))
+        return parts.trainer.with_params(state, method.final_params(state.params, state.method_state, task))
+
+    def _store(self, state: TrainState, index: int) -> None:
+        """Stores the method's signals for what is remembered of a task, and its tables."""
+        parts, method = self.parts, self.parts.method
+        task = self._task(index, stage="after")
         on_first(lambda: self._remove_stores(index))
         records = signal_records(parts.trainer, state, task)
         if (first := next(records, None)) is not None:
@@ -379,7 +392,6 @@ class TaskSequence:
         tables = task.compile(method.tables)(state.method_state)
         if self.main and tables:
             write_tables(self.folder.importance, index, {name: np.asarray(value) for name, value in tables.items()})
-        return state
 
     def _remember(self, state: TrainState, index: int) -> Kept:
         """What is remembered once a task is learned, written to the run folder."""

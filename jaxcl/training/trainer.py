@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -103,6 +104,13 @@ class Trainer:
     def key(self) -> Array:
         """The key of everything random within steps, replicated; made when first needed."""
         return put(run_key(self._seed, "steps"), self.layout.replicated)
+
+    def with_seed(self, seed: int) -> Trainer:
+        """A trainer with this one's compiled step and another `seed` of everything random within steps."""
+        other = copy.copy(self)
+        other._seed = seed
+        vars(other).pop("key", None)
+        return other
 
     def init(self, params: PyTree) -> TrainState:
         """The state before the first task.
