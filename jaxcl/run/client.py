@@ -15,6 +15,7 @@ from jaxcl.run.components import Components
 from jaxcl.run.folder import RunFolder
 from jaxcl.run.rewinding import watch_of
 from jaxcl.run.sequence import TaskSequence
+from jaxcl.run.streams import task_stream, total_steps
 from jaxcl.run.trunk import starts_anew
 from jaxcl.sharding.layout import put
 from jaxcl.training.checkpoint import Checkpoints
@@ -80,7 +81,7 @@ class Client(TaskSequence):
         self._before, self._position = params, None
         trainer = self.parts.trainer
         state = self._prepare(self._awake(params), index)
-        total = self._steps(index)
+        total = total_steps(self.parts, index)
         self._watch = watch_of(self.config.training, total, None)
         state = trainer.start_task(state, total, first=starts_anew(self.parts, index))
         self._asleep = _on_host(state)
@@ -99,14 +100,16 @@ class Client(TaskSequence):
           NotFinite: see `train_task`; the client is as it was before the round.
         """
         parts, training = self.parts, self.config.training
-        state, total = self._awake(params), self._steps(index)
+        state, total = self._awake(params), total_steps(self.parts, index)
         done = round_number * steps
         # A client that was not in every round goes by the server's clock.
         state = state.replace(
             step=put(jnp.int32(index * total + done), parts.layout.replicated),
             clock=state.clock._replace(step=put(jnp.int32(done), parts.layout.replicated)),
         )
-        rows = self._stream(index).train(self.config.seed + index, jax.process_index(), jax.process_count())
+        stored = bool(self.board.results.stored_bytes)
+        stream = task_stream(self.parts, self.folder, self.kept, index, stored=stored)
+        rows = stream.train(self.config.seed + index, jax.process_index(), jax.process_count())
         try:
             feed = parts.trainer.feed(rows, prefetch=training.prefetch)
             if self._position is not None:
