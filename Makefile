@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 # A CPU build is enough: torch only checks jaxcl's numbers, the package never imports it.
 TORCH ?= torch==2.13.0
 JOBS ?= 2
+# For `make fuzz`: minutes for all readers together.
+MINUTES ?= 30
 # For `make test-newest`: the newest interpreter on PATH or in pyenv that jaxcl is tested with (a pyenv shim may be there
 # and not run), an environment of its own, and the tests to run. Empty: all of them, as in `make test`; CI, whose time is
 # short, names the folders that touch jax and flax most.
@@ -15,7 +17,7 @@ NEWEST_VENV ?= .venv-newest
 NEWEST_TESTS ?=
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
 
-.PHONY: help install quickstart test lint format test-newest test-slow test-parity test-system docs site clean
+.PHONY: help install quickstart test lint format test-newest test-slow test-parity test-system fuzz docs site clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -78,6 +80,14 @@ test-parity: $(VENV)/.installed-parity  ## against torch and transformers, SmolL
 
 test-system: $(VENV)/.installed  ## a real run under SLURM on this machine, as root; installs Debian's slurm-wlm
 	PYTHON=$(abspath $(BIN))/python tests/system/slurm_run.sh
+
+# Where there is no wheel of atheris, inputs are mutations of the seeds.
+$(VENV)/.installed-fuzz: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --only-binary atheris -e '.[fuzz]' || echo 'fuzz: atheris has no wheel for this Python'
+	touch $@
+
+fuzz: $(VENV)/.installed-fuzz  ## every reader of files with odd bytes, for MINUTES; crashes are kept in build/fuzz
+	JAX_PLATFORMS=cpu $(BIN)/python -m tests.fuzz --minutes $(MINUTES)
 
 docs: $(VENV)/.installed  ## regenerate the configuration reference from the types
 	$(BIN)/python -m jaxcl.config > docs/configuration.md
