@@ -5,8 +5,10 @@ BIN := $(VENV)/bin
 # A CPU build is enough: torch only checks jaxcl's numbers, the package never imports it.
 TORCH ?= torch==2.13.0
 JOBS ?= 2
-# For `make fuzz`: minutes for all readers together.
+# For `make fuzz` (minutes for all readers together) and `make chaos` (kills of all runs together).
 MINUTES ?= 30
+KILLS ?= 60
+SEED ?= 1
 # For `make test-newest`: the newest interpreter on PATH or in pyenv that jaxcl is tested with (a pyenv shim may be there
 # and not run), an environment of its own, and the tests to run. Empty: all of them, as in `make test`; CI, whose time is
 # short, names the folders that touch jax and flax most.
@@ -17,7 +19,7 @@ NEWEST_VENV ?= .venv-newest
 NEWEST_TESTS ?=
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
 
-.PHONY: help install quickstart test lint format test-newest test-slow test-parity test-system fuzz docs site clean
+.PHONY: help install quickstart test lint format test-newest test-slow test-parity test-system fuzz chaos docs site clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -88,6 +90,9 @@ $(VENV)/.installed-fuzz: $(VENV)/.installed
 
 fuzz: $(VENV)/.installed-fuzz  ## every reader of files with odd bytes, for MINUTES; crashes are kept in build/fuzz
 	JAX_PLATFORMS=cpu $(BIN)/python -m tests.fuzz --minutes $(MINUTES)
+
+chaos: $(VENV)/.installed  ## runs killed at KILLS random points, and compared with undisturbed ones
+	JAX_PLATFORMS=cpu $(BIN)/python -m tests.chaos --kills $(KILLS) --seed $(SEED)
 
 docs: $(VENV)/.installed  ## regenerate the configuration reference from the types
 	$(BIN)/python -m jaxcl.config > docs/configuration.md
