@@ -5,6 +5,12 @@ BIN := $(VENV)/bin
 # A CPU build is enough: torch only checks jaxcl's numbers, the package never imports it.
 TORCH ?= torch==2.13.0
 JOBS ?= 2
+# For `make fuzz` (minutes for all readers together) and `make chaos` (kills of all runs together).
+MINUTES ?= 30
+KILLS ?= 60
+SEED ?= 1
+# For `make sbom` and `make audit`: tools that look at the environment from outside, so that they are not in it.
+TOOLS_VENV ?= .venv-tools
 # For `make test-newest`: the newest interpreter on PATH or in pyenv that jaxcl is tested with (a pyenv shim may be there
 # and not run), an environment of its own, and the tests to run. Empty: all of them, as in `make test`; CI, whose time is
 # short, names the folders that touch jax and flax most.
@@ -15,7 +21,7 @@ NEWEST_VENV ?= .venv-newest
 NEWEST_TESTS ?=
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
 
-.PHONY: help install quickstart test lint format test-newest test-slow test-parity test-system docs site clean
+.PHONY: help install quickstart test lint format test-newest test-slow test-parity test-system fuzz chaos sbom audit docs site clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -79,6 +85,38 @@ test-parity: $(VENV)/.installed-parity  ## against torch and transformers, SmolL
 test-system: $(VENV)/.installed  ## a real run under SLURM on this machine, as root; installs Debian's slurm-wlm
 	PYTHON=$(abspath $(BIN))/python tests/system/slurm_run.sh
 
+# Where there is no wheel of atheris, inputs are mutations of the seeds.
+$(VENV)/.installed-fuzz: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --only-binary atheris -e '.[fuzz]' || echo 'fuzz: atheris has no wheel for this Python'
+	touch $@
+
+fuzz: $(VENV)/.installed-fuzz  ## every reader of files with odd bytes, for MINUTES; crashes are kept in build/fuzz
+	JAX_PLATFORMS=cpu $(BIN)/python -m tests.fuzz --minutes $(MINUTES)
+
+chaos: $(VENV)/.installed  ## runs killed at KILLS random points, and compared with undisturbed ones
+	JAX_PLATFORMS=cpu $(BIN)/python -m tests.chaos --kills $(KILLS) --seed $(SEED)
+
+$(TOOLS_VENV)/.installed:
+	$(PYTHON) -m venv $(TOOLS_VENV)
+	$(TOOLS_VENV)/bin/python -m pip install --quiet 'cyclonedx-bom>=7,<8' 'pip-audit>=2.9,<3'
+	touch $@
+
+sbom: $(VENV)/.installed $(TOOLS_VENV)/.installed  ## what is installed in the environment, as CycloneDX, in build/sbom.json
+	@mkdir -p build
+	$(TOOLS_VENV)/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible -o build/sbom.json $(BIN)/python
+	@echo build/sbom.json
+
+# pip-audit writes its report only if the registry has answered; it also ends with 1 if there are vulnerabilities.
+audit: $(VENV)/.installed $(TOOLS_VENV)/.installed  ## known vulnerabilities of what is installed in the environment
+	@mkdir -p build && rm -f build/audit.json
+	@$(BIN)/python -m pip freeze --exclude-editable > build/installed.txt
+	@code=0; \
+	$(TOOLS_VENV)/bin/pip-audit -r build/installed.txt --no-deps --disable-pip -f json -o build/audit.json \
+		2> build/audit.log || code=$$?; \
+	tail -n 1 build/audit.log; \
+	if [ ! -s build/audit.json ]; then echo 'audit: skipped, the registry does not answer; see build/audit.log'; \
+	else exit $$code; fi
+
 docs: $(VENV)/.installed  ## regenerate the configuration reference from the types
 	$(BIN)/python -m jaxcl.config > docs/configuration.md
 
@@ -86,4 +124,4 @@ site: $(VENV)/.installed-docs  ## the documentation as a web site in build/site;
 	JAX_PLATFORMS=cpu $(BIN)/sphinx-build -W --keep-going -n -q -d build/doctrees docs build/site
 
 clean:  ## remove the environment, caches and runs
-	rm -rf $(VENV) $(NEWEST_VENV) .jax_cache .pytest_cache .mypy_cache .ruff_cache runs build dist *.egg-info
+	rm -rf $(VENV) $(NEWEST_VENV) $(TOOLS_VENV) .jax_cache .pytest_cache .mypy_cache .ruff_cache runs build dist *.egg-info

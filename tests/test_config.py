@@ -145,12 +145,21 @@ def test_a_name_used_twice_is_refused() -> None:
         parse_config({**MINIMAL, "tasks": tasks})
 
 
+# Nine levels of nine aliases each: 400 million values in half a kilobyte.
+BOMB = "a0: &a0 [1]\n" + "".join(
+    f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 9)}]\n" for level in range(1, 10)
+)
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
         ("seed: 1\nseed: 2\n", ["line 2", "'seed' appears twice"]),
         ("seed: [1\n", ["line", "not valid YAML"]),
         ("- a\n", ["expected a mapping", "list"]),
+        ("seed: " + "[" * 50_000, ["line 1", "brackets are nested too deeply"]),
+        ("a: &a [1, 2, *a]\n", ["more than 100,000 values"]),
+        (BOMB, ["more than 100,000 values"]),
     ],
 )
 def test_unreadable_files_name_the_line(tmp_path: Path, text: str, expected: list[str]) -> None:

@@ -36,6 +36,9 @@ _PLAIN = {
         "-+0123456789.",
     ),
 }
+# Far more than configurations have. PyYAML takes time by the square of the depth, and a few aliases of aliases stand
+# for millions of values, which any message that quotes them would write out.
+_DEEPEST, _MOST_VALUES = 100, 100_000
 _REPLACED = {*_PLAIN, "tag:yaml.org,2002:timestamp"}
 # What PyYAML raises for a value that does not fit its tag, such as `!!int x`, or for thousands of digits or brackets.
 _UNREADABLE = (yaml.YAMLError, ValueError, KeyError, IndexError, AttributeError, TypeError, RecursionError)
@@ -52,6 +55,23 @@ class _Loader(yaml.SafeLoader):
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         text = self.construct_scalar(node)
         return int(text, 0) if text.startswith(("0o", "0x")) else int(text)
+
+    def fetch_flow_collection_start(self, token: Any) -> None:
+        if self.flow_level >= _DEEPEST:
+            raise yaml.MarkedYAMLError(problem="brackets are nested too deeply", problem_mark=self.get_mark())
+        super().fetch_flow_collection_start(token)
+
+    def get_single_data(self) -> Any:
+        content = super().get_single_data()
+        waiting, count = [content], 0
+        while waiting:
+            node = waiting.pop()
+            below = list(node.values()) if isinstance(node, dict) else node if isinstance(node, list) else []
+            count += len(below)
+            if count > _MOST_VALUES:
+                raise yaml.YAMLError(f"more than {_MOST_VALUES:,} values, counting those that aliases repeat")
+            waiting += below
+        return content
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()

@@ -148,13 +148,18 @@ def read_shards(path: Path) -> list[Shard]:
 
     try:
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
-        batches = [reader.get_batch_with_custom_metadata(index) for index in range(reader.num_record_batches)]
-    except (OSError, pa.ArrowInvalid) as error:
-        raise UserError(f"{path} is damaged: {str(error).splitlines()[0]}; remove it, it is written again") from error
-    return [
-        Shard(_ragged(batch.column(0)), _ragged(batch.column(1)), json.loads(metadata[b"counts"]))
-        for batch, metadata in batches
-    ]
+        return [_shard(*reader.get_batch_with_custom_metadata(index)) for index in range(reader.num_record_batches)]
+    except (OSError, pa.ArrowException, AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)  # columns of other types have no offsets
+        raise UserError(f"{path} is damaged: {reason}; remove it, it is written again") from error
+
+
+def _shard(batch: Any, metadata: Any) -> Shard:
+    batch.validate()  # a list that ends beyond its buffer would be read from memory that is not its own
+    counts = json.loads(metadata[b"counts"])
+    if not (isinstance(counts, dict) and all(type(count) is int for count in counts.values())):
+        raise ValueError("its counts are not numbers by name")
+    return Shard(_ragged(batch.column(0)), _ragged(batch.column(1)), counts)
 
 
 def _ragged(column: Any) -> Ragged:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -189,6 +188,6 @@ def _tables(folder: Path, problems: list[str]) -> dict[str, Shaped[np.ndarray, "
             # Opened here, because numpy does not close a file that is not an archive.
             with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
                 return {name: stored[name] for name in stored.files}
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            problems.append(f"importance/{path.name}: cannot be read: {error}")
+        except Exception as error:  # zipfile, zlib and numpy have no error type for damaged files
+            problems.append(f"importance/{path.name}: cannot be read: {str(error) or type(error).__name__}")
     return {}

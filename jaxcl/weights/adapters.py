@@ -25,6 +25,7 @@ from jaxcl.weights.tree import flatten, unflatten
 
 # Kinds of adapters that are more than a product of two factors, and the value that means: not that kind.
 _PLAIN = {"use_dora": False, "bias": "none", "modules_to_save": None, "lora_bias": False}
+_LARGEST = 1e9  # of ranks and factors
 
 
 def read_lora(folder: str | os.PathLike[str], network: Network) -> LoraConfig:
@@ -46,7 +47,14 @@ def read_lora(folder: str | os.PathLike[str], network: Network) -> LoraConfig:
     with Safetensors(place / ADAPTER_FILE) as source:
         modules = {name for name in map(_module, source.shapes) if name}
         targets = sorted({path.rpartition("/")[2] for path in _paths(table, modules, str(place), network.num_layers)})
-        rank = max(shape[0] for name, shape in source.shapes.items() if name.endswith("lora_A.weight"))
+        ranks = [
+            shape[0] for name, shape in source.shapes.items() if name.endswith("lora_A.weight") and len(shape) == 2
+        ]
+    if not ranks or not min(ranks):
+        raise UserError(
+            f"{place / ADAPTER_FILE} holds no usable adapters: expected tensors .lora_A.weight [rank, inputs]"
+        )
+    rank = max(ranks)
     return LoraConfig(rank=rank, alpha=rank * _scale(content, ""), targets=tuple(targets))
 
 
@@ -101,6 +109,8 @@ def _layer(
     """One layer of one part of an adapter."""
     projection, _, part = path.rpartition("/")
     kernel, layout, inner = table.row(f"{projection}/kernel"), table.row(path).layout, shapes[path].shape[1:]
+    if len(source.shapes[name]) != 2:
+        raise UserError(f"{source.where}: {name} has shape {list(source.shapes[name])}; expected two axes")
     value = source.read(name, whole(source.shapes[name])).astype(np.float32)
     if not np.isfinite(value).all():
         raise not_finite(source.where, name, "float32")
@@ -129,6 +139,14 @@ def _config(place: Path) -> dict[str, Any]:
     for key, allowed in _PLAIN.items():
         if content.get(key, allowed) not in (allowed, []):
             raise UserError(f"{where}: {key}={content[key]} is not supported; allowed is {allowed}")
+    numbers = {key: content.get(key) for key in ("r", "lora_alpha")}
+    for pattern in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(found := content.get(pattern) or {}, dict):
+            raise UserError(f"{where}: {pattern} is not an object; expected numbers by the names of modules")
+        numbers |= {f"{pattern}: {name}": value for name, value in found.items()}
+    for key, value in numbers.items():
+        if type(value) not in (int, float) or not 0 < value < _LARGEST:
+            raise UserError(f"{where}: {key} is {value!r}; expected a number above 0")
     return content
 
 

@@ -1,10 +1,12 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
-from jaxcl.data.examples import ExampleTable, Shard
+from jaxcl.data.examples import ExampleTable, Shard, read_shards
 from jaxcl.data.memory import Memory
 from jaxcl.data.memory_files import file_names, hash_of, read_examples, read_texts, write_examples
 from jaxcl.data.plan import count_sizes, spread_sizes
@@ -79,3 +81,26 @@ def test_counted_sizes_say_all_that_shapes_follow_from() -> None:
     for length in range(5, 10):
         assert again[again[:, 0] <= length, 1].max() == sizes[sizes[:, 0] <= length, 1].max()
     assert spread_sizes([]).shape == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("columns", "counts"),
+    [
+        ([[[1]], [[1]]], None),
+        ([[[1]], [[1]]], "{"),
+        ([[[1]], [[1]]], '{"cut": "1"}'),
+        ([[[1]], [[1]]], "[" * 100_000),
+        ([[1], [1]], "{}"),
+        ([[[1]]], "{}"),
+        ([[["a"]], [["b"]]], "{}"),
+    ],
+)
+def test_an_arrow_file_of_something_else_is_one_line(
+    tmp_path: Path, columns: list[list[Any]], counts: str | None
+) -> None:
+    batch = pa.record_batch([pa.array(column) for column in columns], names=["tokens", "spans"][: len(columns)])
+    path = tmp_path / "task00.arrow"
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
+        writer.write_batch(batch, custom_metadata=None if counts is None else {"counts": counts})
+    with pytest.raises(UserError, match=r"task00.arrow is damaged: .+; remove it"):
+        read_shards(path)

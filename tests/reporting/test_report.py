@@ -6,6 +6,7 @@ import pytest
 
 from jaxcl.errors import UserError
 from jaxcl.reporting.report import headline, write_report
+from jaxcl.reporting.run_data import _tables
 from jaxcl.reporting.style import MINUS
 from tests.tiny.invented_runs import make_run
 from tests.tiny.pages import check_page
@@ -124,6 +125,26 @@ def test_broken_files_are_named_and_left_out(seekr: Path, tmp_path: Path) -> Non
     assert "metrics.jsonl: 1 unreadable line left out" in page.text
     assert "after02_task00.jsonl: 1 unreadable line left out" in page.text
     assert "What the model answers" not in page.text
+
+
+@pytest.mark.parametrize("damage", ["nothing in it", "no archive", "a later version of zip"])
+def test_a_damaged_archive_is_a_problem_and_no_error(damage: str, tmp_path: Path) -> None:
+    path, problems = tmp_path / "after02.npz", list[str]()
+    np.savez(path, mlp=np.ones(3))
+    content = path.read_bytes()
+    assert _tables(tmp_path, problems)
+    np.save(tmp_path / "array.npy", np.ones(3))
+    place = content.index(b"PK\x01\x02") + 6  # in the directory: the version that is needed to read it
+    path.write_bytes(
+        {
+            "nothing in it": b"",
+            "no archive": (tmp_path / "array.npy").read_bytes(),
+            "a later version of zip": content[:place] + b"\xff" + content[place + 1 :],
+        }[damage]
+    )
+    assert not _tables(tmp_path, problems)
+    assert len(problems) == 1
+    assert problems[0].startswith("importance/after02.npz: cannot be read: ")
 
 
 def test_an_unfinished_run_says_so(seekr: Path, tmp_path: Path) -> None:

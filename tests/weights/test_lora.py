@@ -209,3 +209,41 @@ def test_adapters_that_do_not_fit_the_network_are_named(tmp_path: Path) -> None:
     small = network.config.model_copy(update={"lora": network.config.lora.model_copy(update={"rank": 2})})
     with pytest.raises(UserError, match=r"q_proj.lora_A.weight has shape \[3, 24\]; .* needs \[2, 24\]"):
         load_peft(tmp_path / "adapter", Network.create(small))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"r": None}, "r is None; expected a number above 0"),
+        ({"r": 0}, "r is 0"),
+        ({"lora_alpha": "8"}, "lora_alpha is '8'"),
+        ({"lora_alpha": 10**400}, "lora_alpha is 1000"),
+        ({"rank_pattern": [1]}, "rank_pattern is not an object"),
+        ({"alpha_pattern": {"q_proj": True}}, "alpha_pattern: q_proj is True"),
+    ],
+)
+def test_odd_settings_of_adapters_are_one_line(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    network = adapted("llama", ("query",))
+    save_peft(tmp_path / "adapter", network, random_params(network))
+    file = tmp_path / "adapter/adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    for use in (read_lora, load_peft):
+        with pytest.raises(UserError, match=f"adapter_config.json: {message}"):
+            use(tmp_path / "adapter", network)
+
+
+def test_a_file_without_adapters_is_named(tmp_path: Path) -> None:
+    network = adapted("llama", ("query",))
+    save_peft(tmp_path / "adapter", network, random_params(network))
+    for tensors in ({}, {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": np.ones(3, np.float32)}):
+        save_file(tensors, tmp_path / "adapter/adapter_model.safetensors")
+        with pytest.raises(UserError, match=r"adapter_model.safetensors holds no usable adapters"):
+            read_lora(tmp_path / "adapter", network)
+    parts = {
+        f"base_model.model.model.layers.{n}.self_attn.q_proj.lora_{part}.weight": np.ones(3, np.float32)
+        for n in range(network.num_layers)
+        for part in "AB"
+    }
+    save_file(parts, tmp_path / "adapter/adapter_model.safetensors")
+    with pytest.raises(UserError, match=r"q_proj.lora_[AB].weight has shape \[3\]; expected two axes"):
+        load_peft(tmp_path / "adapter", network)

@@ -1,0 +1,189 @@
+"""Kills runs at random points until they end, and compares them with one that nothing disturbed."""
+
+from __future__ import annotations
+
+import collections
+import multiprocessing
+import os
+import random
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from benchmarks.same_runs import differences
+from jaxcl.config.file import dump_yaml
+from tests.chaos.member import Doom, member, run
+from tests.tiny.devices import flags
+from tests.tiny.runs import PAIRS, SEEKR
+
+METHODS: dict[str, Any] = {
+    "das": {"name": "das", "importance_examples": 8},
+    "seekr": SEEKR,
+    "replay": {"name": "replay", "replay": {"fraction": 0.25}},
+}
+# Checkpoints also between the rows of the log and in the middle of a task.
+CONTENT: dict[str, Any] = {
+    **PAIRS,
+    "training": {"batch_size": 8, "steps": [5, 4], "log_every": 2, "checkpoint_every": 3},
+    "evaluation": {"batch_size": 4, "limit": 4, "max_new_tokens": 24},
+}
+# As launch/local.sh: seconds that the others have after the first process is gone.
+_GRACE = 10.0
+_LONGEST = 1800.0
+_FILES = ("memory.json", "memory/*", "teacher/*", "predictions/*", "importance/*", "tokenizer/*")
+_UNFINISHED = (".tmp", "partial", "orbax-checkpoint-tmp")
+
+
+@dataclass
+class Tally:
+    """What came of some kills.
+
+    Attributes:
+      kills: how many there were.
+      runs: runs that were killed and ended in the end.
+      phases: where the kills fell.
+      alone: processes that ended by themselves after the other one was killed.
+      wrong: what differs, or how a run ended that did not.
+    """
+
+    kills: int = 0
+    runs: int = 0
+    phases: collections.Counter[str] = field(default_factory=collections.Counter)
+    alone: int = 0
+    wrong: list[str] = field(default_factory=list)
+
+
+class Campaign:
+    """Runs of one method in one or two processes.
+
+    Args:
+      method: a name of `METHODS`.
+      processes: how many processes a run has.
+      folder: where the runs go.
+      reports: whether they write reports.
+    """
+
+    def __init__(self, method: str, processes: int, folder: Path, *, reports: bool = False) -> None:
+        self._method, self._processes, self._reports = method, processes, reports
+        self._folder = folder.resolve()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._phase = ""
+        self._context = multiprocessing.get_context("forkserver")
+        # Imports take longer than such a run; they are done once, in the process that all others are forks of.
+        self._context.set_forkserver_preload(["tests.chaos.member", "jaxcl.run.sequence"])
+
+    def run(self, kills: int, seed: int) -> Tally:
+        """Kills that many times; the same seed draws the same points, which times on a machine blur."""
+        chance, tally = random.Random(seed), Tally()
+        whole = self._folder / "whole"
+        started = time.monotonic()
+        if any(codes := self._start(whole, None)):
+            tally.wrong.append(f"the undisturbed run ended with {codes}: {self._said()}")
+            return tally
+        seconds = time.monotonic() - started
+        operations = int((self._folder / "note0").read_text())
+        while tally.kills < kills and not tally.wrong:
+            tally.runs += 1
+            folder = self._folder / f"run{tally.runs}"
+            while True:
+                doom = _draw(chance, operations, seconds) if tally.kills < kills else None
+                victim = chance.randrange(self._processes)
+                codes = self._start(folder, doom, victim, tally)
+                if codes[victim] != -9:
+                    break
+                tally.kills += 1
+                tally.phases[self._phase] += 1
+            if any(codes):
+                tally.wrong.append(f"{folder.name} ended with {codes}: {self._said()}")
+            else:
+                tally.wrong += [f"{folder.name}: {line}" for line in compare(whole, folder)]
+            if not tally.wrong:
+                shutil.rmtree(folder)
+        return tally
+
+    def _start(self, folder: Path, doom: Doom | None, victim: int = 0, tally: Tally | None = None) -> list[int]:
+        """Starts all processes once; their exit codes."""
+        config = self._folder / f"{folder.name}.yaml"
+        config.write_text(dump_yaml({**CONTENT, "method": METHODS[self._method], "output": str(folder)}))
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        members: list[BaseProcess] = []
+        for index in range(self._processes):
+            environment = {"XLA_FLAGS": flags(1), "TQDM_DISABLE": "1"}
+            if self._processes > 1:
+                environment |= {
+                    "JAX_COORDINATOR_ADDRESS": address,
+                    "JAX_PROCESS_ID": str(index),
+                    "JAXCL_TOKEN": "chaos",
+                }
+                environment["JAX_NUM_PROCESSES"] = str(self._processes)
+            note = self._folder / f"note{index}"
+            note.unlink(missing_ok=True)
+            fate = doom if index == victim else None
+            options = {"command": partial(run, str(config), self._reports), "environment": environment}
+            members.append(self._context.Process(target=member, args=(str(folder), fate, str(note)), kwargs=options))
+        for one in members:
+            one.start()
+        members[victim].join(_LONGEST)
+        until = time.monotonic() + _GRACE
+        for index, one in enumerate(members):
+            one.join(max(0.0, until - time.monotonic()) if members[victim].exitcode else _LONGEST)
+            if one.exitcode is None:
+                one.kill()
+                one.join()
+            elif tally is not None and index != victim and members[victim].exitcode == -9:
+                tally.alone += 1
+        note = self._folder / f"note{victim}"
+        self._phase = note.read_text() if note.exists() else "before the run"
+        return [-9 if one.exitcode is None else one.exitcode for one in members]
+
+    def _said(self) -> str:
+        return " | ".join(path.read_text()[-800:] for path in sorted(self._folder.glob("note*.log")))
+
+
+def _draw(chance: random.Random, operations: int, seconds: float) -> Doom:
+    """Half of the kills are at file operations, where most can go wrong, the others at any time."""
+    if chance.random() < 0.5:
+        return Doom("file", chance.randint(1, operations))
+    return Doom("time", chance.uniform(0, seconds))
+
+
+def compare(whole: Path, other: Path) -> Iterator[str]:
+    """A line for each thing in which a run that was killed differs from one that was not."""
+    yield from differences(whole, other)
+    for pattern in _FILES:
+        names = [{str(path.relative_to(folder)) for path in folder.glob(pattern)} for folder in (whole, other)]
+        yield from (f"{name}: only in one of them" for name in sorted(names[0] ^ names[1]))
+        for name in sorted(names[0] & names[1]):
+            if (whole / name).read_bytes() != (other / name).read_bytes():
+                yield f"{name}: other bytes"
+    left = [str(path.relative_to(other)) for path in other.rglob("*") if path.name.endswith(_UNFINISHED)]
+    yield from (f"{name} is left over" for name in left)
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """What the processes read when they start: programs are compiled once for all runs, with few optimisations."""
+    return {
+        "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", str(folder / "programs")),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAXCL_DATA_CACHE": str(folder / "data"),
+    }
+
+
+def table(tallies: dict[str, Tally], say: Callable[[str], object] = print) -> None:
+    """Prints where kills fell, and what came of them."""
+    phases = sorted({phase for tally in tallies.values() for phase in tally.phases})
+    say("| run | kills | runs ended | ended alone | " + " | ".join(phases) + " | differences |")
+    say("|" + "---|" * (len(phases) + 5))
+    for name, tally in tallies.items():
+        fell = " | ".join(str(tally.phases[phase]) for phase in phases)
+        say(f"| {name} | {tally.kills} | {tally.runs} | {tally.alone} | {fell} | {len(tally.wrong)} |")
