@@ -145,7 +145,7 @@ def _config(place: Path) -> dict[str, Any]:
             raise UserError(f"{where}: {pattern} is not an object; expected numbers by the names of modules")
         numbers |= {f"{pattern}: {name}": value for name, value in found.items()}
     for key, value in numbers.items():
-        if type(value) not in (int, float) or not 0 < value < _LARGEST:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < _LARGEST:
             raise UserError(f"{where}: {key} is {value!r}; expected a number above 0")
     return content
 
