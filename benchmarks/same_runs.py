@@ -52,10 +52,17 @@ def last_arrays(checkpoints: Path) -> dict[str, Any]:
     )
     found = {}
     for item in sorted(folder for folder in last.iterdir() if (folder / "_METADATA").exists()):
-        for path, leaf in jax.tree_util.tree_leaves_with_path(ocp.StandardCheckpointer().restore(item.resolve())):
-            key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-            found[item.name + jax.tree_util.keystr(path)] = np.asarray(jax.random.key_data(leaf) if key else leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(_restored(item.resolve())):
+            found[item.name + jax.tree_util.keystr(path)] = np.asarray(leaf)
     return found
+
+
+def _restored(item: Path) -> Any:
+    """The arrays of a checkpoint on the host, whatever devices they were on."""
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        shapes = checkpointer.metadata(item).item_metadata.tree
+        on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
+        return checkpointer.restore(item, args=ocp.args.PyTreeRestore(restore_args=on_host))
 
 
 def _timeless(line: str) -> dict[str, Any]:
