@@ -33,7 +33,9 @@ def differences(one: Path, other: Path) -> Iterator[str]:
     for name in sorted((results[0].keys() | results[1].keys()) - _FREE):
         if results[0].get(name) != results[1].get(name):
             yield f"results.json: {name}: {results[0].get(name)} and {results[1].get(name)}"
-    metrics = [[_timeless(line) for line in (folder / "metrics.jsonl").open()] for folder in (one, other)]
+    metrics = [
+        [_timeless(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (one, other)
+    ]
     if metrics[0] != metrics[1]:
         yield "metrics.jsonl"
     arrays = [last_arrays(folder / "checkpoints") for folder in (one, other)]

@@ -21,8 +21,8 @@ class Directions(NamedTuple):
       outputs: of its output side.
     """
 
-    inputs: Float[Array, "*batch inputs directions"]
-    outputs: Float[Array, "*batch outputs directions"]
+    inputs: Float[Array, "... inputs directions"]
+    outputs: Float[Array, "... outputs directions"]
 
 
 def without_conflict(gradient: PyTree, reference: PyTree) -> PyTree:
@@ -128,7 +128,7 @@ def _order(leaf: Any, side: Sides) -> tuple[int, ...]:
     return (*batch, *side.inputs, *side.outputs)
 
 
-def _matrices(leaf: Float[Array, "..."], side: Sides) -> Float[Array, "*batch inputs outputs"]:
+def _matrices(leaf: Float[Array, "..."], side: Sides) -> Float[Array, "... inputs outputs"]:
     order = _order(leaf, side)
     moved = jnp.transpose(leaf, order)
     batch = moved.shape[: len(order) - len(side.inputs) - len(side.outputs)]
