@@ -20,7 +20,7 @@ from jaxcl.evaluation.results import Results
 from jaxcl.run import fingerprints, sequence
 from jaxcl.run.folder import RunFolder
 from jaxcl.run.sequence import TaskSequence
-from jaxcl.run.streams import with_memory
+from jaxcl.run.streams import task_stream
 from jaxcl.training.checkpoint import Checkpoints
 from tests.tiny.faults import killed_at_save
 from tests.tiny.runs import DECODER, TOKENIZER
@@ -394,14 +394,18 @@ def test_a_run_is_finished_only_when_its_model_is_on_disk() -> None:
 
 @pytest.mark.parametrize(("size", "refused"), [(10, True), (0, False), (None, False)])
 def test_stored_signals_that_are_gone_are_named(size: int | None, refused: bool) -> None:
-    parts: Any = SimpleNamespace(method=SimpleNamespace(joint=False, replay=SimpleNamespace(mode="mix")))
+    parts: Any = SimpleNamespace(
+        method=SimpleNamespace(joint=False, replay=SimpleNamespace(mode="mix")),
+        config=SimpleNamespace(data=SimpleNamespace(general=None)),
+        training_pipeline=lambda index: None,
+    )
     kept: Any = SimpleNamespace(
         memory=SimpleNamespace(tasks=[SimpleNamespace(task=0, kept=(1,), name="one")]), task=lambda index: None
     )
     folder = RunFolder(Path("run"))
     message = "run/teacher: what is stored with the remembered rows of task one is missing"
     with pytest.raises(UserError if refused else AttributeError, match=message if refused else None):
-        with_memory(parts, folder, kept, 1, None, 0, stored=bool(size))  # type: ignore[arg-type]
+        task_stream(parts, folder, kept, 1, stored=bool(size))
 
 
 def test_unfinished_stores_of_a_killed_attempt_are_removed(tmp_path: Path) -> None:

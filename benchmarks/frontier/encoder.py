@@ -3,7 +3,7 @@
     JAXCL_DATA=data python -m benchmarks.frontier.encoder
 
 A masked language model of 1.1M params, of the decoder's size and vocabulary, trained for 2,500 steps of 16 rows of 96
-tokens. That takes about 15 minutes on one core.
+tokens.
 """
 
 from __future__ import annotations

@@ -108,17 +108,22 @@ def _command(commands: _Commands, name: str, text: str, example: str) -> _Parser
     )
 
 
+def _configured(
+    command: _Parser, config: str = _CONFIG_HELP, overrides: str = "values that replace those in the file"
+) -> None:
+    """Adds the configuration and the values that replace its own; the texts are their help."""
+    command.add_argument("config", type=_place, metavar="CONFIG", help=config)
+    command.add_argument("overrides", type=_text, nargs="*", metavar="KEY=VALUE", help=overrides)
+
+
 def _run(commands: _Commands) -> None:
     run = _command(
         commands,
         "run",
         "train on a sequence of tasks and evaluate after each; an interrupted run is resumed",
-        "jaxcl run quickstart_das seed=1 method.mask_on=gradient output=runs/das_gradient",
+        "jaxcl run quickstart_das seed=1 method.hold=mask output=runs/das_mask",
     )
-    run.add_argument("config", type=_place, metavar="CONFIG", help=_CONFIG_HELP)
-    run.add_argument(
-        "overrides", type=_text, nargs="*", metavar="KEY=VALUE", help="values that replace those in the file"
-    )
+    _configured(run)
     run.add_argument("--data-changed", action="store_true", help=_CHANGED_HELP)
 
 
@@ -129,10 +134,7 @@ def _federate(commands: _Commands) -> None:
         "train one model with several clients, each on its own rows, in one process without a network",
         "jaxcl federate config.yaml federated.clients=4 federated.rounds=10 federated.steps=20",
     )
-    federate.add_argument("config", type=_place, metavar="CONFIG", help=_CONFIG_HELP)
-    federate.add_argument(
-        "overrides", type=_text, nargs="*", metavar="KEY=VALUE", help="values that replace those in the file"
-    )
+    _configured(federate)
 
 
 def _extend(commands: _Commands) -> None:
@@ -167,12 +169,7 @@ def _importance(commands: _Commands) -> None:
         "measure which units or heads of a model matter for given tasks, without training",
         "jaxcl importance seekr_smollm2_superni tasks.*.train=200 --out importance/smollm2",
     )
-    importance.add_argument(
-        "config", type=_place, metavar="CONFIG", help="as for `run`, or the run folder of a trained model"
-    )
-    importance.add_argument(
-        "overrides", type=_text, nargs="*", metavar="KEY=VALUE", help="values that replace those in the file"
-    )
+    _configured(importance, "as for `run`, or the run folder of a trained model")
     out_help = "folder for arrays, heat maps and a page; default: the config's output + _importance"
     importance.add_argument("--out", type=_place, default=None, metavar="DIR", help=out_help)
     importance.add_argument("--trust", action="store_true", help=_TRUST_HELP)
@@ -200,8 +197,7 @@ def _compare(commands: _Commands) -> None:
         "  jaxcl compare quickstart_das --methods sequential,ewc --sweep optimizer.learning_rate=3e-4,1e-3,3e-3 "
         "--sweep method.strength=100,1000 --jobs 2 --out runs/sweep",
     )
-    compare.add_argument("config", type=_place, metavar="CONFIG", help="as for `run`")
-    compare.add_argument("overrides", type=_text, nargs="*", metavar="KEY=VALUE", help="for all runs")
+    _configured(compare, "as for `run`", overrides="for all runs")
     compare.add_argument(
         "--methods",
         type=_names,
@@ -238,8 +234,7 @@ def _plan(commands: _Commands) -> None:
         "compile a configuration's steps for TPUs, without a TPU: memory, time and traffic per chip; whether it fits",
         "jaxcl plan seekr_llama2_7b_trace --topology v5p:4x4x4 --mesh fsdp=16,tensor=4",
     )
-    planned.add_argument("config", type=_place, metavar="CONFIG", help="as for `run`")
-    planned.add_argument("overrides", type=_text, nargs="*", metavar="KEY=VALUE", help="as for `run`")
+    _configured(planned, "as for `run`", overrides="as for `run`")
     planned.add_argument(
         "--topology",
         required=True,
@@ -311,8 +306,7 @@ def _data(commands: _Commands) -> None:
         "encode a configuration's rows ahead of a run; show counts, repeated rows, and examples as the model sees them",
         "jaxcl data quickstart_seekr --samples 1",
     )
-    data.add_argument("config", type=_place, metavar="CONFIG", help="as for `run`")
-    data.add_argument("overrides", type=_text, nargs="*", metavar="KEY=VALUE", help="as for `run`")
+    _configured(data, "as for `run`", overrides="as for `run`")
     data.add_argument("--samples", type=_whole, default=2, metavar="N", help="examples shown per task (default 2)")
 
 

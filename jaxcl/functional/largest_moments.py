@@ -2,6 +2,7 @@ r"""Steps of those params only whose gradients have pointed one way for longest:
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -35,10 +36,7 @@ def largest_entries(values: Float[Array, "..."], axes: tuple[int, ...], share: f
     """
     # Floats that are not negative are in the order of their bits.
     bits = jax.lax.bitcast_convert_type(jnp.abs(values.astype(jnp.float32)), jnp.int32)
-    size = 1
-    for axis in axes:
-        size *= values.shape[axis]
-    count = max(1, round(share * size))
+    count = max(1, round(share * math.prod(values.shape[axis] for axis in axes)))
 
     def narrow(place: Array, threshold: Array) -> Array:
         higher = threshold | (1 << (30 - place))

@@ -77,39 +77,22 @@ def outside(update: Float[Array, "..."], directions: Directions, side: Sides) ->
     return _unfolded(matrices, update, side)
 
 
-def directions_shape(weights: Any, side: Sides, count: int) -> Directions:
-    """The shapes of `leading_directions`, as directions of zeros."""
-    return jax.tree.map(
-        lambda one: jnp.zeros(one.shape), jax.eval_shape(lambda leaf: leading_directions(leaf, side, count), weights)
-    )
-
-
 def smaller_side(weights: Any, side: Sides) -> int:
     """The number of inputs or outputs of a matrix, whichever is smaller."""
     return min(math.prod(weights.shape[axis] for axis in axes) for axes in side)
 
 
-def orthogonal_optimizer(
-    *,
-    clip: optax.GradientTransformation,
-    precondition: optax.GradientTransformation,
-    weight_decay: optax.GradientTransformation,
-    learning_rate: optax.GradientTransformation,
-    sides: PyTree,
-) -> optax.GradientTransformationExtraArgs:
+def orthogonal_optimizer(inner: optax.GradientTransformation, sides: PyTree) -> optax.GradientTransformationExtraArgs:
     """An optimizer whose steps, weight decay included, are projected by `outside`.
 
     Its `update` needs the keyword argument `directions`: a tree like the params, with `Directions`, or `None` for a
     param that moves freely.
 
     Args:
-      clip: clips the gradient.
-      precondition: Adam's, for example.
-      weight_decay: adds the decay.
-      learning_rate: scales and negates.
+      inner: makes the steps.
       sides: a tree like the params with `Sides` as leaves.
     """
-    inner = optax.with_extra_args_support(optax.chain(clip, precondition, weight_decay, learning_rate))
+    inner = optax.with_extra_args_support(inner)
 
     def update(gradient: PyTree, state: PyTree, params: PyTree, *, directions: PyTree, **extra: Any) -> Any:
         updates, state = inner.update(gradient, state, params, **extra)

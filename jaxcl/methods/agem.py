@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 from pydantic import Field
@@ -65,6 +66,6 @@ class Agem(Method[AgemOptions]):
 
         def loss(part: Params) -> Array:
             term = Method.loss(self, overlay(params, part), state, memory, key)["loss"]
-            return term.sum / jax.numpy.maximum(term.count, 1.0)
+            return term.sum / jnp.maximum(term.count, 1.0)
 
         return {"reference": jax.grad(loss)(trained(params))}

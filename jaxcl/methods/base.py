@@ -255,10 +255,11 @@ class Method(ToolHooks, Generic[OptionsT]):
     def merge(self, state: State, shared: State) -> State:
         """A client's `state` with what all clients know in place of its own; pure.
 
-        `shared` is what the server made of the clients' `share`. Merging what a state itself shares changes nothing, so
-        that it may be repeated, and one client alone learns as it would without a server.
+        `shared` is what the server made of the clients' `share`. By default its entries replace those of the state that
+        have the same names. Merging what a state itself shares changes nothing, so that it may be repeated, and one
+        client alone learns as it would without a server.
         """
-        return state
+        return {**state, **shared} if shared else state
 
     # Memory and prompts
 

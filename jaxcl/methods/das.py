@@ -79,8 +79,8 @@ class DasOptions(MethodOptions):
         0.1,
         ge=0,
         le=1,
-        description="e: importance is used as (1 - e) F + e mean F; 0: as measured; 1: all params "
-        "alike. A few params hold most of F, and its estimate for the others is rough",
+        description="e: importance is used as (1 - e) F + e mean F; 0: as measured, where a few "
+        "params hold most of it; 1: all params alike",
     )
     accumulate: Accumulation = Field(
         "sum", description="importance for all domains so far: the sum over domains, or the maximum"
@@ -166,12 +166,8 @@ class Das(Method[DasOptions]):
         return "mean" if self.options.accumulate == "sum" else "maximum"
 
     def share(self, state: State) -> State:
-        """The importance for all so far; the anchor is the server's params, which all clients have."""
+        """The importance for all so far; `history` stays, and the anchor is the server's params, which all have."""
         return {"importance": state["importance"]}
-
-    def merge(self, state: State, shared: State) -> State:
-        """See `Method.merge`; `history` remains the client's own."""
-        return {**state, **shared}
 
     def tables(self, state: State) -> dict[str, Array]:
         """How far each unit is needed by all so far, and by each domain (place 0: general knowledge)."""

@@ -168,12 +168,8 @@ class DasPaper(Method[DasPaperOptions]):
         return "maximum"
 
     def share(self, state: State) -> State:
-        """The accumulated importance: a number per unit."""
+        """The accumulated importance: a number per unit; `history` stays."""
         return {"importance": state["importance"]}
-
-    def merge(self, state: State, shared: State) -> State:
-        """See `Method.merge`; `history` remains the client's own."""
-        return {**state, **shared}
 
     def tables(self, state: State) -> dict[str, Array]:
         """Accumulated importance, and that of each domain (place 0: general knowledge)."""

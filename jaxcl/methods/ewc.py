@@ -74,10 +74,6 @@ class Ewc(Method[EwcOptions]):
         """
         return {"fisher": state["fisher"]}
 
-    def merge(self, state: State, shared: State) -> State:
-        """See `Method.merge`."""
-        return {**state, **shared}
-
     def no_fisher(self, params: Params) -> FisherSums:
         """No example yet; pure."""
         return FisherSums.zero(trained(params))

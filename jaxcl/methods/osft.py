@@ -16,11 +16,12 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 from pydantic import Field
 
-from jaxcl.functional.projection import directions_shape, leading_directions, orthogonal_optimizer, smaller_side
+from jaxcl.functional.projection import leading_directions, orthogonal_optimizer, smaller_side
 from jaxcl.functional.row_column import Sides
 from jaxcl.methods.base import Method, OptimizerParts, Params, State, Task
 from jaxcl.methods.options import MethodOptions
@@ -54,7 +55,8 @@ class Osft(Method[OsftOptions]):
 
     def init(self, params: Params) -> State:
         """See `Method.init`."""
-        return {"directions": self._of_matrices(params, directions_shape)}
+        shapes = jax.eval_shape(self.directions, params)
+        return {"directions": jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), shapes)}
 
     def prepare(self, params: Params, state: State, task: Task) -> State:
         """Takes the weights apart."""
@@ -64,20 +66,18 @@ class Osft(Method[OsftOptions]):
 
     def directions(self, params: Params) -> PyTree:
         """The leading directions of every matrix of a layer, `None` for other params; pure."""
-        return self._of_matrices(params, leading_directions)
+
+        def leading(leaf: Any, side: Sides, unit: Any) -> Any:
+            if unit is None or not side.outputs:
+                return None
+            return leading_directions(leaf, side, max(1, round(self.options.share * smaller_side(leaf, side))))
+
+        return jax.tree.map(leading, params, self.network.sides(), self.network.units())
 
     def transform(self, parts: OptimizerParts) -> optax.GradientTransformationExtraArgs:
         """See `Method.transform`."""
-        return orthogonal_optimizer(**parts._asdict(), sides=self.network.sides())
+        return orthogonal_optimizer(parts.chain(), self.network.sides())
 
     def update_args(self, params: Params, state: State, batch: Batch, key: Array) -> dict[str, Any]:
         """The directions that stay."""
         return {"directions": state["directions"]}
-
-    def _of_matrices(self, params: Params, function: Any) -> PyTree:
-        def apply(leaf: Any, side: Sides, unit: Any) -> Any:
-            if unit is None or not side.outputs:
-                return None
-            return function(leaf, side, max(1, round(self.options.share * smaller_side(leaf, side))))
-
-        return jax.tree.map(apply, params, self.network.sides(), self.network.units())

@@ -440,7 +440,7 @@ class Seekr(Method[SeekrOptions]):
         A mean over clients ranks heads as their sum does: importance is scaled alike for all heads. Records that the
         client has already stored keep the heads that they were stored with. Heads drawn at `random` stay as they are.
         """
-        state = {**state, **shared}
+        state = super().merge(state, shared)
         if self.options.importance == "random":
             return state
         tasks = jnp.arange(self.num_tasks)

@@ -45,6 +45,7 @@ class Client(TaskSequence):
 
     Attributes:
       name: its name.
+      watch: what was watched in the training of the task.
     """
 
     def __init__(self, name: str, parts: Components, folder: RunFolder, checkpoints: Checkpoints, base: Params) -> None:
@@ -62,7 +63,7 @@ class Client(TaskSequence):
         self._base = base
         self._before: Params = trained(base)
         self._position: Any = None
-        self._watch = Watch()
+        self.watch = Watch()
         state = parts.trainer.init(jax.tree.map(np.array, base))
         self._asleep: TrainState = _on_host(state)
         self._low_bits = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), state.low_bits)
@@ -82,7 +83,7 @@ class Client(TaskSequence):
         trainer = self.parts.trainer
         state = self._prepare(self._awake(params), index)
         total = total_steps(self.parts, index)
-        self._watch = watch_of(self.config.training, total, None)
+        self.watch = watch_of(self.config.training, total, None)
         state = trainer.start_task(state, total, first=starts_anew(self.parts, index))
         self._asleep = _on_host(state)
         return self._shared(state)
@@ -124,11 +125,11 @@ class Client(TaskSequence):
                 log_every=training.log_every,
                 sinks=self.sinks,
                 progress=self.main,
-                watch=self._watch,
+                watch=self.watch,
             )
             self._position = feed.get_state()
         except NotFinite:
-            self._watch.streak = 0  # the next round begins with other params
+            self.watch.streak = 0  # the next round begins with other params
             raise
         finally:
             rows.close()

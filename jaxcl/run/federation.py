@@ -205,7 +205,8 @@ class Server(TaskSequence):
         of_clients = {client.name: client.parts.training_pipeline(index).describe() for client in self.clients}
         described = {"task": self.parts.training_pipeline(index).describe(), "clients": of_clients}
         total = settings.rounds * settings.steps
-        self.board.note_task(index, steps=total, described=described, watch=Watch())
+        watch = Watch(skipped=sum(client.watch.skipped for client in self.clients))
+        self.board.note_task(index, steps=total, described=described, watch=watch)
 
     def _round(self, index: int, round_number: int) -> None:
         """Trains the clients of a round one after another, and takes the server's step."""

@@ -32,13 +32,32 @@ def task_stream(parts: Components, folder: RunFolder, kept: Kept, index: int, *,
     settings = parts.config.data.general
     own = parts.training_pipeline(index)
     if settings is None:
-        return with_memory(parts, folder, kept, index, own, 0, stored)
+        return _with_memory(parts, folder, kept, index, own, 0, stored)
     general = parts.pipeline([parts.general_rows(index)], origin="general")
     share = general_share(settings.share, settings.by, own, general)
-    return WithGeneral(with_memory(parts, folder, kept, index, own, share, stored), general, share)
+    return WithGeneral(_with_memory(parts, folder, kept, index, own, share, stored), general, share)
 
 
-def with_memory(
+def total_steps(parts: Components, index: int, stream: Stream | None = None) -> int:
+    """Optimizer steps of a task; for joint training, those of all tasks together.
+
+    Args:
+      parts: the run's parts.
+      index: the task.
+      stream: its batches; without, what a memory or general rows add is not counted.
+    """
+    training, count, joint = parts.config.training, len(parts.tasks), parts.method.joint
+    if training.steps is not None:
+        steps = [task_steps(training, task, count, 1) for task in range(count)]
+        return sum(steps) if joint else steps[index]
+    stream = stream or parts.training_pipeline(index)
+    if not joint:
+        return stream.steps_for(task_steps(training, index, count, stream.own_steps_per_epoch))
+    epochs = [parts.pipeline([rows]).steps_per_epoch for rows in parts.learned_rows.values()]
+    return stream.steps_for(sum(task_steps(training, task, count, steps) for task, steps in enumerate(epochs)))
+
+
+def _with_memory(
     parts: Components,
     folder: RunFolder,
     kept: Kept,
@@ -72,25 +91,6 @@ def with_memory(
     batches = task_steps(training, index, len(parts.tasks), pipeline.steps_per_epoch)
     latest = batches if training.steps is None else math.floor(batches * (1 - general)) - 1
     return Interleaved(pipeline, memory, every=replay.every, latest=latest)
-
-
-def total_steps(parts: Components, index: int, stream: Stream | None = None) -> int:
-    """Optimizer steps of a task; for joint training, those of all tasks together.
-
-    Args:
-      parts: the run's parts.
-      index: the task.
-      stream: its batches; without, what a memory or general rows add is not counted.
-    """
-    training, count, joint = parts.config.training, len(parts.tasks), parts.method.joint
-    if training.steps is not None:
-        steps = [task_steps(training, task, count, 1) for task in range(count)]
-        return sum(steps) if joint else steps[index]
-    stream = stream or parts.training_pipeline(index)
-    if not joint:
-        return stream.steps_for(task_steps(training, index, count, stream.own_steps_per_epoch))
-    epochs = [parts.pipeline([rows]).steps_per_epoch for rows in parts.learned_rows.values()]
-    return stream.steps_for(sum(task_steps(training, task, count, steps) for task, steps in enumerate(epochs)))
 
 
 def _open_store(parts: Components, folder: RunFolder, kept: Kept, index: int) -> TeacherStore | None:

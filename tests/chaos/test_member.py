@@ -1,4 +1,4 @@
-"""A process of a campaign dies where it is told to, and says where that was."""
+"""A process of a campaign kills itself at the given point and notes the phase of the run."""
 
 from __future__ import annotations
 

@@ -74,6 +74,8 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     def train(self: Client, index: int, round_number: int, *rest: Any) -> Trained:
         sent = original(self, index, round_number, *rest)
+        if self.name == "1":
+            self.watch.skipped += 1
         if self.name == "2" and index == 1:
             return sent._replace(params=jax.tree.map(lambda leaf: leaf * np.float32(np.nan), sent.params))
         return sent
@@ -96,7 +98,11 @@ def test_a_hostile_update_is_refused_by_name_and_the_run_goes_on(three: Path) ->
     assert any(row["refused"] for row in found)
     params = load_model(str(three)).params
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
-    assert Results.read(three / "results.json").finished
+    results = Results.read(three / "results.json")
+    assert results.finished
+    # Skipped steps are those of all clients.
+    for task, name in enumerate(results.tasks):
+        assert results.skipped[name] == sum(row["task"] == task and "1" in row["clients"] for row in found)
 
 
 def test_clients_have_their_own_rows_noise_and_clock(three: Path) -> None:
