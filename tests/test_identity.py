@@ -408,6 +408,23 @@ def test_stored_signals_that_are_gone_are_named(size: int | None, refused: bool)
         task_stream(parts, folder, kept, 1, stored=bool(size))
 
 
+def test_what_a_killed_process_was_writing_is_removed_when_the_run_goes_on(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.claim({"seed": 0})
+    folder.release()
+    folder.examples.mkdir()
+    places = (folder.examples / "task00.arrow", folder.predictions / "a.jsonl", folder.results, folder.memory)
+    gone = [place.with_name(f".{place.name}.{'0a' * 16}.tmp") for place in places]
+    # Another program may be writing a report at this moment.
+    kept = [folder.examples / "task00.arrow", tmp_path / f".report.html.{'0a' * 16}.tmp"]
+    for path in (*gone, *kept):
+        path.touch()
+    folder.claim({"seed": 0})
+    folder.release()
+    assert not [path for path in gone if path.exists()]
+    assert all(path.exists() for path in kept)
+
+
 def test_unfinished_stores_of_a_killed_attempt_are_removed(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.teacher.mkdir()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -116,10 +117,18 @@ class RunFolder:
         self._take_lock()
         if self.is_run:
             self._check_same(resolved)
+            self._remove_temporaries()
             return
         self.describe(resolved)
         for folder in (self.predictions, self.importance):
             folder.mkdir(exist_ok=True)
+
+    def _remove_temporaries(self) -> None:
+        """Removes what a killed process of this run was writing (`replacing`); nobody else writes these files."""
+        own = [folder.glob(".*.tmp") for folder in (self.examples, self.predictions, self.importance)]
+        named = [self.path.glob(f".{file.name}.*.tmp") for file in (self.results, self.memory)]
+        for path in itertools.chain(*own, *named):
+            path.unlink(missing_ok=True)
 
     def describe(self, resolved: Mapping[str, Any]) -> None:
         """Writes `config.yaml`, atomically."""
