@@ -81,6 +81,9 @@ RIVALS: dict[str, Rival] = {
         "seekr", _SEEKR | {"attention_weight": "auto", "importance": "random"}, "attention_share", _SHARES
     ),
     "seekr (outputs)": Rival("seekr", _SEEKR | {"attention_weight": 0.0}, "logit_weight", (0.25, 0.5, 0.75)),
+    "seekr (values)": Rival(
+        "seekr", _SEEKR | {"attention_weight": "auto", "distil_heads": "values"}, "attention_share", _SHARES
+    ),
     "das": Rival("das", _DAS, "strength", _PULLS),
     "das (mask)": Rival("das", _DAS | {"hold": "mask"}, "mask_strength", (0.3, 1.0, 3.0)),
     # Controls: the same, knowing less of what matters.

@@ -61,6 +61,7 @@ from jaxcl.functional.federated import (
     why_refused,
 )
 from jaxcl.functional.fisher import FisherSums, drawn_tokens, quadratic_penalty, summed_squares
+from jaxcl.functional.head_values import ValueTeacher, head_values, value_divergence, write_values
 from jaxcl.functional.heads import HeadSums, combine, normalise_sensitivity, resolve_budget, select_heads, watch
 from jaxcl.functional.importance import (
     ImportanceSums,
@@ -114,6 +115,7 @@ __all__ = [
     "Terms",
     "TopScores",
     "Unit",
+    "ValueTeacher",
     "accumulate",
     "adaptive_server",
     "add_pair_masks",
@@ -138,6 +140,7 @@ __all__ = [
     "from_fixed_point",
     "full_divergence",
     "gate_gradients",
+    "head_values",
     "heads_of_layers",
     "importance_masks",
     "largest_entries",
@@ -181,9 +184,11 @@ __all__ = [
     "top_scores",
     "unit_means",
     "unmasked_sum",
+    "value_divergence",
     "visible_keys",
     "watch",
     "why_refused",
     "without_conflict",
     "write_rows",
+    "write_values",
 ]

@@ -25,6 +25,7 @@ class AttentionView(NamedTuple):
       scale: factor on the products of queries and keys.
       window: a query sees only keys that are less than this many tokens away; `None`: no limit.
       cap: soft cap of the scaled products, `cap * tanh(scores / cap)`; `None`: none.
+      attended: what attention gave, before the output projection.
     """
 
     query: Float[Array, "batch length heads head_dim"]
@@ -34,6 +35,7 @@ class AttentionView(NamedTuple):
     scale: float
     window: int | Int[Array, ""] | None = None
     cap: float | None = None
+    attended: Float[Array, "batch length heads head_dim"] | None = None
 
     def scores(self, products: Float[Array, "..."]) -> Float[Array, "..."]:
         """What the softmax is taken of, from products of queries and keys."""

@@ -22,21 +22,13 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, PyTree
 from pydantic import Field, NonNegativeFloat
 
 from jaxcl.errors import UserError
-from jaxcl.functional.attention_distillation import (
-    AttentionRows,
-    AttentionTeacher,
-    attention_divergence,
-    example_divergence,
-    heads_of_layers,
-    write_rows,
-)
-from jaxcl.functional.attention_rows import CodedRows, encode_rows, sample_queries
+from jaxcl.functional.attention_distillation import example_divergence, heads_of_layers
+from jaxcl.functional.attention_rows import sample_queries
 from jaxcl.functional.balance import Balance
-from jaxcl.functional.distillation import TopScores, full_divergence, top_divergence, top_scores
 from jaxcl.functional.heads import (
     HeadImportance,
     HeadSums,
@@ -51,6 +43,8 @@ from jaxcl.methods.base import Method, Params, State, Stored, Task
 from jaxcl.methods.options import ReplayConfig, ReplayOptions
 from jaxcl.methods.passes.heads import add_forgettability, add_sensitivity
 from jaxcl.methods.passes.losses import router_terms
+from jaxcl.methods.passes.stored_attention import AttentionStore, RowStore, ValueStore
+from jaxcl.methods.passes.stored_outputs import OutputStore
 from jaxcl.methods.tool_hooks import Exact
 from jaxcl.models.batch import Batch
 from jaxcl.models.network import ModelConfig, Network
@@ -108,7 +102,14 @@ class SeekrOptions(ReplayOptions):
         "divergence is then that of all tokens; 0: none are drawn, and tokens that are not stored count as one",
     )
     store_attention: Literal["uint8", "float32"] = Field(
-        "uint8", description="stored attention rows: roots of the weights in 8 bits, or exact"
+        "uint8",
+        description="stored attention rows: roots of the weights in 8 bits, or exact; with distil_heads values: in the "
+        "compute dtype, or exact",
+    )
+    distil_heads: Literal["rows", "values"] = Field(
+        "rows",
+        description="what of a selected head is distilled; rows: its attention weights, a number per token and query "
+        "(the paper); values: what they make of the values, `head_dim` numbers per query, by squared distance",
     )
 
 
@@ -126,7 +127,8 @@ class Seekr(Method[SeekrOptions]):
     - `queries [batch, queries]`, int32: the positions of the stored rows, strictly rising, -1 behind the last;
     - `rows [batch, selected, queries, length]`: attention weights of these heads at these positions, float32; with
       `store_attention: uint8` their codes, and `largest [batch, selected, queries]`, float32: the arrays of
-      `jaxcl.functional.CodedRows`;
+      `jaxcl.functional.CodedRows`. With `distil_heads: values` instead `values [batch, selected, queries, head_dim]`,
+      what these heads give there (`jaxcl.functional.head_values`);
     - outputs at the scored positions (`predict`; all of them where `batch.predict` is None): `top_ids` (int32) and
       `top_values` (log probabilities, float32) `[batch, predict, top]`, the likeliest tokens; with `store_drawn` also
       `drawn_ids` and `drawn_values` `[batch, predict, drawn]` (`jaxcl.functional.TopScores`). With `store_logits: 0`
@@ -139,6 +141,9 @@ class Seekr(Method[SeekrOptions]):
         self.layers = resolve_budget(options.layer_budget, network.num_layers)
         self.heads = resolve_budget(options.head_budget, network.num_layers * network.num_heads)
         self.per_layer = min(options.heads_per_layer or network.num_heads, self.heads)
+        exact = options.store_attention == "float32"
+        self.attention: AttentionStore = RowStore(not exact) if options.distil_heads == "rows" else ValueStore(exact)
+        self.outputs = OutputStore(options.store_logits, options.store_drawn, options.loss_chunk)
         # If all rows select the same heads, the loop runs heads / num_layers times per layer on average.
         self.loop_trips = max(1, round(self.heads / network.num_layers))
 
@@ -256,6 +261,7 @@ class Seekr(Method[SeekrOptions]):
 
         Returns:
           Mean KL (nats) of each row's stored attention rows in a layer, 0 where it has none there; whether it has any.
+          With `distil_heads: values` the mean of what `jaxcl.functional.value_divergence` gives.
         """
         if batch.teacher is None:
             raise ValueError("batch.teacher: expected what `signals` gives, got None")
@@ -299,9 +305,9 @@ class Seekr(Method[SeekrOptions]):
 
         def scores(part: tuple[Array, Array, dict[str, Array]]) -> tuple[Array, Array]:
             logits = self.network.logits(params, part[0])
-            return gated_losses(logits, part[1], gate), self._divergence(part[2], logits)
+            return gated_losses(logits, part[1], gate), self.outputs.divergence(part[2], logits)
 
-        outputs = {name: teacher[name] for name in self._outputs}
+        outputs = {name: teacher[name] for name in self.outputs.names(self.network.vocab_size)}
         inputs = (scored_states(hidden.states, batch.predict), batch.targets, outputs)
         sums = [jnp.sum(one * batch.weights) for one in over_positions(scores, inputs, self.options.loss_chunk)]
         count = jnp.sum(batch.weights)
@@ -317,24 +323,17 @@ class Seekr(Method[SeekrOptions]):
         return weight
 
     def _probe(self, teacher: Mapping[str, Array]) -> Probe:
-        """Compares a teacher's attention rows with each layer's own."""
-        rows = CodedRows(teacher["rows"], teacher["largest"]) if "largest" in teacher else teacher["rows"]
+        """Compares what is stored of heads with each layer's own."""
         return Probe(
-            lambda view, heads: attention_divergence(view, AttentionTeacher(rows, heads, teacher["queries"])),
+            lambda view, heads: self.attention.divergence(view, teacher, heads),
             heads_of_layers(teacher["heads"], self.network.num_layers),
         )
 
     @property
     def stored(self) -> Mapping[str, Stored]:
         """See `Method.stored`."""
-        attention = {
-            "heads": Stored(fill=-1),
-            "queries": Stored(("queries",), fill=-1),
-            "rows": Stored((None, "queries", "length")),
-        }
-        if self._coded:
-            attention["largest"] = Stored((None, "queries"))
-        return attention | {name: Stored(("predict",)) for name in self._outputs}
+        places = {"heads": Stored(fill=-1), "queries": Stored(("queries",), fill=-1)}
+        return {**places, **self.attention.stored, **self.outputs.stored(self.network.vocab_size)}
 
     @jax.named_scope("teacher")
     def signals(self, params: Params, state: State, batch: Batch, key: Array) -> dict[str, Array]:
@@ -362,27 +361,18 @@ class Seekr(Method[SeekrOptions]):
           See `signals`.
         """
         network, context = self.network, self.network.context(batch)
-        zeros = jnp.zeros((*heads.shape[:2], queries.shape[1], batch.tokens.shape[1]))
-        rows: AttentionRows = encode_rows(zeros) if self._coded else zeros
+        (rows, selected), (_, length) = heads.shape[:2], batch.tokens.shape
+        arrays = self.attention.empty(network, rows, selected, queries.shape[1], length)
 
-        def body(
-            carry: tuple[Array, AttentionRows], layer: tuple[Params, Array]
-        ) -> tuple[tuple[Array, AttentionRows], None]:
-            x, rows = carry
-            probe = Probe(write_rows, AttentionTeacher(rows, layer[1], queries))
+        def body(carry: tuple[Array, PyTree], layer: tuple[Params, Array]) -> tuple[tuple[Array, PyTree], None]:
+            x, arrays = carry
+            probe = Probe(lambda view, heads: self.attention.write(view, arrays, heads, queries), layer[1])
             return network.block(layer[0], x, batch, context=context, probe=probe), None
 
         layers = network.blocks(params), heads_of_layers(heads, network.num_layers)
-        (x, rows), _ = jax.lax.scan(body, (network.embed(params, batch), rows), layers)
-        states = scored_states(network.finish(params, x), batch.predict)
-        offsets = jax.vmap(lambda key: jax.random.uniform(key, states.shape[1:2]))(batch.keys(key))
-        outputs = over_positions(
-            lambda part: self._teacher_outputs(network.logits(params, part[0]), part[1]),
-            (states, offsets),
-            self.options.loss_chunk,
-        )
-        stored = {"rows": rows.codes, "largest": rows.largest} if isinstance(rows, CodedRows) else {"rows": rows}
-        return {"heads": heads.astype(jnp.int16), "queries": queries, **stored, **outputs}
+        (x, arrays), _ = jax.lax.scan(body, (network.embed(params, batch), arrays), layers)
+        outputs = self.outputs.write(network, params, network.finish(params, x), batch, key)
+        return {"heads": heads.astype(jnp.int16), "queries": queries, **self.attention.named(arrays), **outputs}
 
     def tables(self, state: State) -> dict[str, Array]:
         """Both measures by task, importance over the tasks so far, and the heads selected by task."""
@@ -455,33 +445,3 @@ class Seekr(Method[SeekrOptions]):
 
         learned = state["heads"] >= 0
         return {**state, "heads": jnp.where(learned, jax.lax.map(heads_after, tasks), state["heads"])}
-
-    @property
-    def _coded(self) -> bool:
-        return self.options.store_attention == "uint8"
-
-    @property
-    def _outputs(self) -> tuple[str, ...]:
-        """Names of the stored outputs; compact ones in the order of `TopScores`."""
-        if not self.options.store_logits:
-            return ("scores",)
-        return ("top_ids", "top_values") + (("drawn_ids", "drawn_values") if self._drawn else ())
-
-    @property
-    def _drawn(self) -> int:
-        """How many of the stored tokens of a position are drawn; none where all are stored."""
-        if self.options.store_logits >= self.network.vocab_size:
-            return 0
-        return int(self.options.store_drawn * self.options.store_logits)
-
-    def _teacher_outputs(self, logits: Array, offsets: Array) -> dict[str, Array]:
-        if not self.options.store_logits:
-            return {"scores": jax.nn.log_softmax(logits, axis=-1)}
-        top = min(self.options.store_logits, logits.shape[-1]) - self._drawn
-        stored = top_scores(logits, top, self._drawn, offsets)
-        return {name: value for name, value in zip(self._outputs, stored, strict=False) if value is not None}
-
-    def _divergence(self, outputs: dict[str, Array], logits: Array) -> Array:
-        if not self.options.store_logits:
-            return full_divergence(outputs["scores"], logits)
-        return top_divergence(TopScores(*(outputs[name] for name in self._outputs)), logits)

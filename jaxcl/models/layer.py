@@ -164,15 +164,16 @@ def apply_block(
         relative = block.relative(query, key, context) if isinstance(block, RelativeBlock) else None
         attended = _attend(query, key, value, context, tap, noise, relative)
     attended = constrain(attended, "batch", "length", "heads", "head_dim")
-    if gates is not None:
-        attended = gate(attended, gates.heads, axis=2)
+    gated = attended if gates is None else gate(attended, gates.heads, axis=2)
     with jax.named_scope("complete"):
-        x = constrain(block.complete(x, attended, gates, noise), "batch", "length", "embed")
+        x = constrain(block.complete(x, gated, gates, noise), "batch", "length", "embed")
     if probe is None:
         return x, None
     if relative is not None:
         query, key = _with_relative(query, key, relative)
-    view = AttentionView(query, key, context.segments, context.causal, context.scale, context.reach, context.cap)
+    view = AttentionView(
+        query, key, context.segments, context.causal, context.scale, context.reach, context.cap, attended
+    )
     with jax.named_scope("probe"):
         return x, probe.function(view, probe.inputs)
 
