@@ -72,6 +72,7 @@ RIVALS: dict[str, Rival] = {
     "lwf": Rival("lwf", {}, "weight", (0.3, 1.0, 3.0)),
     "lwf (start)": Rival("lwf", {"teacher": "start", "temperature": 1.0}, "weight", (0.3, 1.0, 3.0)),
     "osft": Rival("osft", {}, "share", (0.25, 0.5, 0.75)),
+    "ssu": Rival("ssu", {"importance_examples": EXAMPLES}, "share", (0.25, 0.5, 0.75)),
     "mofo": Rival("mofo", {}, "share", (0.05, 0.15, 0.5), most=1.0),
     "agem": Rival("agem", {"replay": _MIX}, "replay.fraction", (0.02, 0.05, 0.15), most=1.0),
     "derpp": Rival("derpp", {"replay": REPLAY}, "alpha", (0.1, 0.5, 2.0)),

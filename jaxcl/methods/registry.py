@@ -24,6 +24,7 @@ METHODS: dict[str, str] = {
     "agem": "jaxcl.methods.agem:Agem",
     "mofo": "jaxcl.methods.mofo:Mofo",
     "osft": "jaxcl.methods.osft:Osft",
+    "ssu": "jaxcl.methods.ssu:Ssu",
     "olora": "jaxcl.methods.olora:Olora",
     "progressive_prompts": "jaxcl.methods.progressive_prompts:ProgressivePrompts",
 }

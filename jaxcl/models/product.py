@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 PRODUCT = "product"
 """Name under which a rematerialisation policy can keep the results."""
+
+_COUNTED: contextvars.ContextVar[Array | None] = contextvars.ContextVar("counted", default=None)
+
+
+@contextlib.contextmanager
+def input_squares(counted: Bool[Array, "..."]) -> Iterator[None]:
+    r"""In place of its gradient, the kernel of a product in the body gets the sum of its squared inputs.
+
+    That is $\sum_t x_{ti}^2$ for input $i$, the same for all outputs, over the rows $t$ that count. Other gradients are
+    as always. The forward pass is what has to be in the body. It has to be traced there, so a function that was
+    compiled before does not see it.
+
+    Args:
+      counted: which rows count, `[*rows]`; products with other axes of rows count all of them.
+    """
+    token = _COUNTED.set(counted)
+    try:
+        yield
+    finally:
+        _COUNTED.reset(token)
 
 
 def product(x: Float[Array, "..."], kernel: Float[Array, "..."], contracted: int, dtype: Any = None) -> Array:
@@ -37,29 +60,44 @@ def product(x: Float[Array, "..."], kernel: Float[Array, "..."], contracted: int
       >>> product(jnp.ones((2, 3)), jnp.ones((3, 4)), 1).shape
       (2, 4)
     """
-    return checkpoint_name(_product(x, kernel, contracted, dtype), PRODUCT)
+    return checkpoint_name(_product(x, kernel, _COUNTED.get(), contracted, dtype), PRODUCT)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _product(x: Array, kernel: Array, contracted: int, dtype: Any) -> Array:
+_Kept = tuple[Array, Array, Array | None]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _product(x: Array, kernel: Array, counted: Array | None, contracted: int, dtype: Any) -> Array:
     return jnp.tensordot(x, kernel, axes=contracted, preferred_element_type=dtype)
 
 
-def _forward(x: Array, kernel: Array, contracted: int, dtype: Any) -> tuple[Array, tuple[Array, Array]]:
-    return _product(x, kernel, contracted, dtype), (x, kernel)
+def _forward(x: Array, kernel: Array, counted: Array | None, contracted: int, dtype: Any) -> tuple[Array, _Kept]:
+    return _product(x, kernel, counted, contracted, dtype), (x, kernel, counted)
 
 
-def _backward(contracted: int, dtype: Any, kept: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
-    (x, kernel), dy = kept, cotangent.astype(kept[0].dtype)
+def _backward(contracted: int, dtype: Any, kept: _Kept, cotangent: Array) -> tuple[Array, Array, None]:
+    (x, kernel, counted), dy = kept, cotangent.astype(kept[0].dtype)
     x, dy = _finished(x, dy)
     rows, outputs = x.ndim - contracted, kernel.ndim - contracted
     dx = jax.lax.dot_general(dy, kernel, ((range(rows, dy.ndim), range(contracted, kernel.ndim)), ((), ())))
+    if counted is not None:
+        return dx, _summed_squares(x, kernel, counted, contracted), None
     over = ((range(rows), range(rows)), ((), ()))
     if math.prod(x.shape[rows:]) <= math.prod(dy.shape[rows:]):
-        return dx, jax.lax.dot_general(x, dy, over)
+        return dx, jax.lax.dot_general(x, dy, over), None
     # Finished, or the compiler would turn this into the product above.
     (transposed,) = _finished(jax.lax.dot_general(dy, x, over))
-    return dx, jnp.moveaxis(transposed, range(outputs), range(contracted, kernel.ndim))
+    return dx, jnp.moveaxis(transposed, range(outputs), range(contracted, kernel.ndim)), None
+
+
+def _summed_squares(x: Array, kernel: Array, counted: Array, contracted: int) -> Array:
+    """See `input_squares`; in the shape and dtype of `kernel`, as a gradient has to be."""
+    rows, outputs = x.ndim - contracted, kernel.ndim - contracted
+    squares = jnp.square(x.astype(jnp.float32))
+    if counted.shape == x.shape[:rows]:
+        squares = jnp.where(counted.reshape(*counted.shape, *[1] * contracted), squares, 0.0)
+    sums = jnp.sum(squares, axis=tuple(range(rows)))
+    return jnp.broadcast_to(sums.reshape(*sums.shape, *[1] * outputs), kernel.shape).astype(kernel.dtype)
 
 
 def _finished(*arrays: Array) -> tuple[Array, ...]:

@@ -54,6 +54,13 @@ def test_the_divergence_equals_loops() -> None:
     assert values[2] == 0
 
 
+def test_no_head_no_query_and_padding_give_zeros() -> None:
+    found = head_values(make_view(), HEADS, QUERIES)
+    real = np.zeros((3, 2, 3), bool)
+    real[0], real[1, 0, :2] = True, True
+    assert np.array_equal(np.any(np.asarray(found) != 0, axis=-1), real)
+
+
 def test_only_heads_of_the_layer_are_written() -> None:
     view = make_view()
     old = jnp.full((3, 2, 3, 2), 7.0, jnp.bfloat16)
