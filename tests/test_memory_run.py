@@ -243,9 +243,34 @@ def test_a_memory_that_is_cut_is_exact_after_interruptions(tmp_path: Path, choos
     assert rows[0] == rows[1]
 
 
+def test_spaced_by_distance_equal_sums_of_the_learning_rate_lie_between_memory_batches(tmp_path: Path) -> None:
+    write_data(tmp_path)
+    training = {**TINY["training"], "steps": [2, 2, 20], "checkpoint_every": 0}
+    optimizer = {"learning_rate": 1e-2, "schedule": "linear", "warmup": 0.2}
+    run(
+        tmp_path,
+        tmp_path / "run",
+        {"fraction": 0.5, "every": 3, "spacing": "distance"},
+        training=training,
+        optimizer=optimizer,
+    )
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["task"] == 2]
+    rates = np.array([row["learning_rate"] for row in rows])
+    assert len(rates) == 20
+    places = [place for place, row in enumerate(rows) if row["kind"] == "memory"]
+    assert len(places) == 5
+    sums = np.diff(np.cumsum(rates)[places], prepend=0.0)
+    np.testing.assert_allclose(sums, rates.sum() / 5, atol=rates.max())
+    # By steps they would lie after 3, 7, 11 and so on: most of the way is in the first half of a falling rate.
+    assert sum(place < 10 for place in places) == 3
+    assert max(np.diff(places)) > 4
+
+
 @pytest.mark.parametrize(
     ("replay", "message"),
     [
+        ({"mode": "mix", "spacing": "distance"}, "replay.spacing: distance with replay.mode mix"),
         ({"budget": 0}, "at least one row"),
         ({"budget": "10 apples"}, "must be a number of rows, or bytes such as 500 kB"),
         ({"choose": "reservoir"}, r"replay.choose: reservoir needs replay.budget"),

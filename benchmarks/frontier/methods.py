@@ -68,6 +68,9 @@ _MIX = {"fraction": 0.05, "mode": "mix"}
 RIVALS: dict[str, Rival] = {
     "sequential": Rival("sequential"),
     "replay": Rival("replay", {"replay": REPLAY}, "replay.fraction", (0.02, 0.05, 0.15), most=1.0),
+    "replay (distance)": Rival(
+        "replay", {"replay": REPLAY | {"spacing": "distance"}}, "replay.fraction", (0.02, 0.05, 0.15), most=1.0
+    ),
     "ewc": Rival("ewc", {"fisher_examples": EXAMPLES}, "strength", (100.0, 500.0, 2000.0)),
     "lwf": Rival("lwf", {}, "weight", (0.3, 1.0, 3.0)),
     "lwf (start)": Rival("lwf", {"teacher": "start", "temperature": 1.0}, "weight", (0.3, 1.0, 3.0)),

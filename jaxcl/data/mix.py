@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any, Literal
 
@@ -46,6 +48,29 @@ class Interleaved:
         self.order = np.zeros(steps + memories, bool)
         self.order[after + np.arange(memories)] = True
         self._before = np.cumsum(self.order) - self.order
+
+    def spaced(self, rates: Sequence[float]) -> Interleaved:
+        """As many memory batches, spaced by the sum of learning rates between them instead of by steps.
+
+        Args:
+          rates: learning rate of each step of the task, memory batches included.
+
+        Returns:
+          The mixture for one task of `len(rates)` steps; this one if the model does not move.
+        """
+        moved = np.cumsum(np.asarray(rates, np.float64))
+        count = len(moved) - self.own_steps_in(len(moved))
+        if not count or moved[-1] <= 0:
+            return self
+        places = np.searchsorted(moved, moved[-1] * np.arange(1, count + 1) / count * (1 - 1e-12))
+        # One batch per step: those that would coincide come one after the other, and all before the end.
+        number = np.arange(count)
+        places = np.minimum(np.maximum.accumulate(places - number) + number, len(moved) - count + number)
+        found = copy.copy(self)
+        found.order = np.zeros(len(moved), bool)
+        found.order[places] = True
+        found._before = np.cumsum(found.order) - found.order
+        return found
 
     @property
     def steps_per_epoch(self) -> int:

@@ -111,6 +111,11 @@ class ReplayConfig(Schema):
         description="interleave: steps between memory batches, at most as many as the task has; 0: so that each epoch "
         "of the task sees the memory once",
     )
+    spacing: Literal["steps", "distance"] = Field(
+        "steps",
+        description="interleave: what lies between memory batches; steps: equally many steps; distance: equal sums of "
+        "the learning rate, so that more of them come where the model moves faster",
+    )
 
     @field_validator("budget")
     @classmethod
@@ -134,6 +139,8 @@ class ReplayConfig(Schema):
             raise ValueError("replay.fraction: 0 with replay.minimum 0 keeps nothing; allowed: either above 0")
         if self.choose == "reservoir" and self.budget is None:
             raise ValueError("replay.choose: reservoir needs replay.budget, the size of the memory of all tasks")
+        if self.spacing == "distance" and self.mode == "mix":
+            raise ValueError("replay.spacing: distance with replay.mode mix, where every step is on memory, too")
         if self.source == "synthetic" and (self.budget is not None or self.choose != "random"):
             key = "choose" if self.budget is None else "budget"
             raise ValueError(f"replay.{key}: written samples are chosen by likelihood; allowed with source kept only")

@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 
+import jax
+import numpy as np
+
 from jaxcl.data.mix import Interleaved, Mixed, WithGeneral, general_share
 from jaxcl.data.pipeline import Pipeline, Stream
 from jaxcl.data.teacher_store import TeacherStore
@@ -12,7 +15,9 @@ from jaxcl.errors import UserError
 from jaxcl.run.components import Components
 from jaxcl.run.folder import RunFolder
 from jaxcl.run.remembering import Kept, memory_pipeline
+from jaxcl.run.trunk import starts_anew
 from jaxcl.training.config import task_steps
+from jaxcl.training.schedule import Clock, learning_rate
 from jaxcl.training.stored import Collate
 
 
@@ -90,7 +95,16 @@ def _with_memory(
     training = parts.config.training
     batches = task_steps(training, index, len(parts.tasks), pipeline.steps_per_epoch)
     latest = batches if training.steps is None else math.floor(batches * (1 - general)) - 1
-    return Interleaved(pipeline, memory, every=replay.every, latest=latest)
+    mixture = Interleaved(pipeline, memory, every=replay.every, latest=latest)
+    if replay.spacing == "steps":
+        return mixture
+    total = total_steps(parts, index, mixture)
+    own = total if training.steps is None else math.ceil(total * (1 - general))
+    clock = Clock.start(parts.config.optimizer, total, first=starts_anew(parts, index))
+    # General batches lie evenly between the others.
+    steps = np.arange(own) * total // own
+    rates = jax.vmap(lambda step: learning_rate(parts.config.optimizer, clock._replace(step=step)))(steps)
+    return mixture.spaced(np.asarray(rates).tolist())
 
 
 def _open_store(parts: Components, folder: RunFolder, kept: Kept, index: int) -> TeacherStore | None:

@@ -46,6 +46,43 @@ def test_the_order_is_as_asked():
     assert kinds(mixture(), 26) == "ttttmtttmtttm" * 2
 
 
+def test_spaced_by_distance_memory_batches_come_where_the_model_moves():
+    # Nothing moves in the first four steps; then the rate falls from 4 to 1, twice each: 20 in all.
+    mixed = mixture(every=2).spaced([0, 0, 0, 0, 4, 4, 3, 3, 2, 2, 1, 1])
+    # Four memory batches in 12 steps, after a sum of 5, 10, 15 and 20.
+    assert kinds(mixed, 12) == "tttttmtmmttm".replace("tmmt", "tmtm")[:0] or True
+    assert kinds(mixed, 12) == "tttttmmtmttm"
+    assert mixed.own_steps_in(12) == 8
+    assert mixed.steps_for(8) == 12
+
+
+@given(every=st.integers(1, 9), total=st.integers(2, 60), seed=st.integers(0, 99))
+@settings(deadline=None, max_examples=60)
+def test_spacing_changes_no_number_of_batches(every, total, seed):
+    plain = mixture(every=every)
+    rates = np.random.default_rng(seed).exponential(size=total) * (np.arange(total) > seed % 7)
+    mixed = plain.spaced(rates.tolist())
+    own = plain.own_steps_in(total)
+    assert mixed.own_steps_in(total) == own
+    batches = [mixed.batch_at(step, seed=0) for step in range(total)]
+    assert sum(int(batch["origin"][0] == "m") for batch in batches) == total - own
+    if total - own:
+        assert mixed.steps_for(own) == total
+        moved = np.cumsum(rates)
+        places = np.flatnonzero(mixed.order[:total])
+        wanted = moved[-1] * np.arange(1, total - own + 1) / (total - own)
+        # A memory batch comes when the sum is reached, and not before, but for those that make room for others.
+        gaps, latest = np.diff(places, prepend=-1), total - len(places) + np.arange(len(places))
+        reached, before = moved[places] >= wanted * (1 - 1e-9), (moved - rates)[places] < wanted
+        assert np.all(reached | (places == latest) | (moved[-1] <= 0))
+        assert np.all(before | (gaps == 1) | (moved[-1] <= 0))
+
+
+def test_a_model_that_does_not_move_is_spaced_by_steps():
+    plain = mixture(every=3)
+    assert plain.spaced([0.0] * 12) is plain
+
+
 @given(tasks=st.integers(1, 30), memories=st.integers(1, 30), every=st.integers(0, 40), steps=st.integers(1, 20))
 @settings(deadline=None, max_examples=80)
 def test_replay_is_never_off(tasks, memories, every, steps):
