@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from jaxcl.errors import UserError
+from jaxcl.evaluation.goodput import goodput
 from jaxcl.reporting.run_data import directions, read_results, scores, watched
 
 _TAIL_BYTES = 1 << 16
@@ -252,7 +253,7 @@ def _seconds(timing: Mapping[str, float]) -> Iterator[str]:
     if not timing:
         return
     whole = sum(timing.values())
-    yield f"time {whole:,.1f} s"
+    yield f"time {whole:,.1f} s, goodput {goodput(timing) or 0.0:.0%}"
     parts = sorted(timing.items(), key=lambda part: -part[1])
     rows = [[f"  {name}", f"{seconds:,.1f} s", f"{seconds / whole:.0%}" if whole else ""] for name, seconds in parts]
     yield from table(rows)

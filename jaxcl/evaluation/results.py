@@ -58,7 +58,11 @@ class Results(Measure):
     dev: Row | None = Field(None, description="scores on dev rows at the end; none: not measured")
     further: dict[str, Measure] = Field({}, description="other measures of the same tasks, by name")
     seconds: float = Field(description="wall-clock seconds of the whole run, without pauses between restarts")
-    timing: dict[str, float] = Field({}, description="seconds by part: training, evaluation, method, ...")
+    timing: dict[str, float] = Field(
+        {},
+        description="seconds by part, over all attempts: training (steps that count), compiling, lost (steps made "
+        "again), recovery, startup, data, setup, method, evaluation, checkpoints",
+    )
     task_seconds: list[float] = Field([], description="wall-clock seconds of each task")
     steps: dict[str, int] = Field({}, description="optimizer steps by task")
     skipped: dict[str, int] = Field({}, description="by task: steps that changed nothing: loss or gradient not finite")

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from jaxcl.errors import UserError
+from jaxcl.evaluation.goodput import goodput
 from jaxcl.reporting import plots
 from jaxcl.reporting.matrix_table import matrix_table
 from jaxcl.reporting.page import card, details, duration, figure, number, page, section, size, table, text, write_page
@@ -229,7 +230,9 @@ def _how(run: RunData) -> str:
     timing = {name: float(value) for name, value in (run.results.get("timing") or {}).items() if value}
     parts = []
     if timing:
-        parts.append(f"<h3>Time</h3>{_time_bar(timing)}")
+        share = 100 * (goodput(timing) or 0.0)
+        note = f"<p>Goodput {share:.0f}%: the share of the time that went into training steps that count.</p>"
+        parts.append(f"<h3>Time</h3>{note}{_time_bar(timing)}")
     listing = _data_table(run)
     if listing:
         raw = f"<pre>{text(json.dumps(run.results['data'], indent=2, ensure_ascii=False))}</pre>"

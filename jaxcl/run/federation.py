@@ -187,7 +187,7 @@ class Server(TaskSequence):
             for client in self.clients:
                 client.close(finished=finished)
         self.checkpoints.wait()
-        self.board.write(self.timing, finished=True)
+        self.board.write(self.stopwatch.seconds, finished=True)
         return self.board.results
 
     def _federate(self, index: int) -> None:

@@ -7,7 +7,6 @@ import itertools
 import os
 import sys
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ from jaxcl.config.file import read_yaml
 from jaxcl.data.pipeline import Stream
 from jaxcl.data.teacher_store import write_records
 from jaxcl.errors import UserError
+from jaxcl.evaluation.goodput import goodput
 from jaxcl.evaluation.results import Results, write_tables
 from jaxcl.methods.registry import find_method
 from jaxcl.reporting.report import write_report
@@ -38,6 +38,7 @@ from jaxcl.run.remembering import (
 )
 from jaxcl.run.rewinding import may_go_back, noted_after, order_seed, spent_on, watch_of
 from jaxcl.run.scoreboard import Scoreboard
+from jaxcl.run.stopwatch import Stopwatch
 from jaxcl.run.streams import task_stream, total_steps
 from jaxcl.run.synthesis import Writer, write_samples
 from jaxcl.run.tasks import Stage, running_task
@@ -49,7 +50,7 @@ from jaxcl.training.kept import START_MARK, mark_after, mark_before_decay
 from jaxcl.training.keys import run_key
 from jaxcl.training.loop import train_task
 from jaxcl.training.profile import Profiler
-from jaxcl.training.sinks import Sink, check_sinks, open_sinks
+from jaxcl.training.sinks import METRICS, Sink, check_sinks, open_sinks
 from jaxcl.training.state import TrainState
 from jaxcl.training.task import RunningTask, signal_records
 from jaxcl.training.watch import NotFinite, Watch
@@ -87,6 +88,7 @@ def run(config: ExperimentConfig, *, grown_from: ExperimentConfig | None = None,
     if config.federated is not None:
         raise UserError("federated: this configuration is for several clients; train it by jaxcl federate", exit_code=2)
     initialize()
+    started = time.monotonic()
     _keep_compiled_programs()
     folder = RunFolder(Path(config.output))
     on_first(lambda: check_sinks(config.training.sinks))
@@ -111,6 +113,7 @@ def run(config: ExperimentConfig, *, grown_from: ExperimentConfig | None = None,
             if grown_from is not None:
                 # Only after the new task has been checked.
                 on_first(lambda: folder.describe(config.plain()))
+            sequence.stopwatch.add("startup", time.monotonic() - started)
             results = sequence.run()
         return Outcome(results, _report(folder))
     finally:
@@ -169,7 +172,7 @@ class TaskSequence:
         self.main = jax.process_index() == 0
         self.sinks: list[Sink] = []
         self.profiler = Profiler(folder.tensorboard, self.config.training.profile if self.main else None)
-        self.timing: dict[str, float] = dict(self.board.results.timing)
+        self.stopwatch = Stopwatch()
 
     def check_finished(self, config: ExperimentConfig) -> None:
         """Checks that the checkpoint is that after the last task of a configuration.
@@ -199,11 +202,13 @@ class TaskSequence:
             self._save(state, task=-1, phase="learned", mark=START_MARK)
             position = None
         else:
-            self.timing = dict(saved.progress["timing"])
+            signs = [self.folder.path / METRICS]
+            self.stopwatch.resume(saved.progress["timing"], saved_at=saved.progress.get("saved_at"), signs=signs)
             if self.board.results.initial is not None and self.board.missing(-1):
                 # Tasks were added since: the initial model is scored on them, too.
                 self._evaluate(self.parts.trainer.init(initial_params(self.parts)), -1)
-            state, position = self._restore(saved)
+            with self._timed("recovery"):
+                state, position = self._restore(saved)
         self._open_sinks(state)
         finished = False
         try:
@@ -247,7 +252,7 @@ class TaskSequence:
                 self.board.evaluate_dev(lambda index: answering_params(self.parts, state, index))
         self.checkpoints.wait()  # finished only when the model is on disk
         self._forget_unneeded()
-        self.board.write(self.timing, finished=True)
+        self.board.write(self.stopwatch.seconds, finished=True)
         return self.board.results
 
     # Learning one task
@@ -325,9 +330,10 @@ class TaskSequence:
 
         All processes have read the same metrics, so all come here, for the same step.
         """
-        with self._timed("checkpoints"):
-            saved = self.checkpoints.latest_whole()
-            assert saved is not None  # there is one from before the first task
+        saved = self.checkpoints.latest_whole()
+        assert saved is not None  # there is one from before the first task
+        self.stopwatch.lose(saved.progress["saved_at"])
+        with self._timed("recovery"):
             state, position = self._restore(saved)
         step = 0 if position is None else int(state.clock.step)
         if self.main:
@@ -440,10 +446,13 @@ class TaskSequence:
         """Scores the tasks due after `after` and writes the results."""
         with self._timed("evaluation"):
             self.board.evaluate(lambda index: answering_params(self.parts, state, index), after)
-        self.board.write(self.timing)
-        if row := self.board.row(after):
-            for sink in self.sinks[1:]:  # not metrics.jsonl: results.json holds the scores
-                sink.write({"step": int(state.step), "task": after, "kind": "score", **row})
+        self.board.write(self.stopwatch.seconds)
+        share = goodput(self.stopwatch.seconds)
+        times = {"goodput": share or 0.0, **{f"seconds_{name}": one for name, one in self.stopwatch.seconds.items()}}
+        for kind, row in (("score", self.board.row(after)), ("time", times)):
+            for sink in self.sinks[1:]:  # not metrics.jsonl: results.json holds both
+                if row:
+                    sink.write({"step": int(state.step), "task": after, "kind": kind, **row})
 
     # Checkpoints and timing
 
@@ -462,7 +471,8 @@ class TaskSequence:
                 "task": task,
                 "phase": phase,
                 "tasks": len(self.parts.tasks),
-                "timing": self.timing,
+                "timing": self.stopwatch.seconds,
+                "saved_at": time.time(),
                 "fingerprints": self.fingerprints,
                 "memory": memory_prints(self.kept.memory),
                 "results": self.board.results.plain(),
@@ -471,12 +481,6 @@ class TaskSequence:
                 progress["watch"] = watch.plain()
             self.checkpoints.save(state, progress=progress, data=data, mark=mark)
 
-    @contextlib.contextmanager
-    def _timed(self, part: str) -> Iterator[None]:
-        """Adds the seconds of a block to the timing of its part; nested blocks count only for their own parts."""
-        started, inner = time.monotonic(), sum(self.timing.values())
-        try:
-            yield
-        finally:
-            inner = sum(self.timing.values()) - inner
-            self.timing[part] = self.timing.get(part, 0.0) + time.monotonic() - started - inner
+    def _timed(self, part: str) -> contextlib.AbstractContextManager[None]:
+        """Adds the seconds of a block to a part of the run's time; see `Stopwatch.part`."""
+        return self.stopwatch.part(part)

@@ -19,6 +19,9 @@ from jaxcl.training.trackers import TRACKERS, Tracked, check_tracker
 
 Row = Mapping[str, Any]
 
+METRICS = "metrics.jsonl"
+"""The file of rows in a run folder that is always written."""
+
 
 class Sink(Protocol):
     """Receives the rows of metrics."""
@@ -144,7 +147,7 @@ def open_sinks(
     if jax.process_index() != 0:
         return []
     root = Path(folder)
-    sinks: list[Sink] = [JsonLines(root / "metrics.jsonl", after=after)]
+    sinks: list[Sink] = [JsonLines(root / METRICS, after=after)]
     if "tensorboard" in names:
         sinks.append(TensorBoard(root / "tensorboard", after=after))
     return [*sinks, *(Tracked(name, root, config or {}) for name in TRACKERS if name in names)]

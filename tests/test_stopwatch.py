@@ -1,0 +1,110 @@
+"""Where the time of a run goes, with a clock that is moved by hand, and in a run that was killed."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxcl.evaluation.goodput import goodput
+from jaxcl.evaluation.results import Results
+from jaxcl.run import stopwatch as module
+from jaxcl.run.stopwatch import Stopwatch
+from jaxcl.training.checkpoint import Checkpoints
+from tests.tiny.faults import killed_at_save
+from tests.tiny.runs import PAIRS, run
+
+SHORT: dict[str, Any] = {
+    **PAIRS,
+    "training": {"batch_size": 8, "steps": 6, "log_every": 1, "checkpoint_every": 2},
+    "evaluation": {"batch_size": 4, "limit": 2, "max_new_tokens": 24},
+}
+
+
+class Hand:
+    """A clock and a compiler that take what they are told to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 100.0
+        monkeypatch.setattr(module.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(module, "_compiled", 7.0)
+
+    def compile(self, seconds: float) -> None:
+        self.now += seconds
+        module._listen("/jax/core/compile/backend_compile_duration", seconds)
+        module._listen("/jax/another", 99.0)
+
+
+def test_nested_parts_and_compiling_count_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    hand = Hand(monkeypatch)
+    watch = Stopwatch()
+    with watch.part("training"):
+        hand.now += 5.0
+        hand.compile(2.0)
+        with watch.part("checkpoints"):
+            hand.now += 1.0
+            # A checkpoint says what was measured so far, of open parts as well.
+            assert watch.seconds == {"training": 5.0, "compiling": 2.0, "checkpoints": 1.0}
+            hand.compile(0.5)
+        hand.now += 4.0
+    assert watch.seconds == {"training": 9.0, "checkpoints": 1.0, "compiling": 2.5}
+    assert goodput(watch.seconds) == 9.0 / 12.5
+
+
+def test_what_was_compiled_before_belongs_to_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    hand = Hand(monkeypatch)
+    hand.compile(3.0)
+    watch = Stopwatch()
+    with watch.part("data"):
+        hand.now += 1.0
+    assert watch.seconds == {"data": 1.0}
+
+
+def test_what_came_after_the_checkpoint_is_lost(tmp_path: Path) -> None:
+    sign = tmp_path / "metrics.jsonl"
+    sign.touch()
+    os.utime(sign, (1000.0, 1000.0))
+    for saved_at, lost in ((990.0, 10.0), (1003.0, 0.0), (None, 0.0)):
+        watch = Stopwatch({"data": 1.0})
+        watch.resume({"data": 2.0, "training": 8.0, "lost": 4.0}, saved_at=saved_at, signs=[sign, tmp_path / "none"])
+        assert watch.seconds == {"data": 3.0, "training": 8.0, "lost": 4.0 + lost}
+
+
+def test_steps_that_are_made_again_move_from_training_to_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.time, "time", lambda: 1000.0)
+    watch = Stopwatch({"training": 8.0, "data": 1.0})
+    watch.lose(995.0)
+    assert watch.seconds == {"training": 3.0, "data": 1.0, "lost": 5.0}
+    watch.lose(990.0)
+    assert watch.seconds == {"training": 0.0, "data": 1.0, "lost": 8.0}
+
+
+def test_jax_reports_what_it_compiles() -> None:
+    before = module._compiled
+    jax.jit(lambda x: jnp.sin(x) + time.monotonic_ns() % 97)(jnp.ones(3)).block_until_ready()
+    assert module._compiled > before
+
+
+def test_a_run_that_was_killed_says_what_was_lost(tmp_path: Path) -> None:
+    began = time.time()
+    folder = tmp_path / "run"
+    with killed_at_save(3, before=True):
+        run(SHORT, folder, "sequential")
+    with Checkpoints.reading(folder / "checkpoints") as checkpoints:
+        progress = checkpoints.notes()[-1].progress
+    alive = (folder / "metrics.jsonl").stat().st_mtime
+    results = run(SHORT, folder, "sequential")
+    timing = results.timing
+    assert alive > progress["saved_at"]  # two steps were logged after the checkpoint
+    assert timing["lost"] == pytest.approx(alive - progress["saved_at"], abs=2e-3)
+    assert timing["recovery"] > 0
+    assert timing["startup"] >= progress["timing"]["startup"]
+    # Both attempts, and nothing twice.
+    assert progress["timing"]["training"] < timing["training"] < time.time() - began
+    assert sum(timing.values()) < time.time() - began
+    assert Results.read(folder / "results.json").timing == timing
