@@ -1,4 +1,4 @@
-"""Prints what is installed of the named requirements and all that they need, as constraints: `lock.py 'jaxcl[dev]' torch`."""
+"""Prints as constraints what is installed of requirements and all they need: `lock.py 'jaxcl[dev]' torch`."""
 
 import importlib.metadata
 import platform
