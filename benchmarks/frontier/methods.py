@@ -63,6 +63,8 @@ def option_of(options: Mapping[str, Any], name: str) -> Any:
 _DAS = {"importance_examples": EXAMPLES, "evenness": 0.1}
 _PAPER = {"importance_examples": EXAMPLES}
 _SEEKR = {"layer_budget": 0.75, "head_budget": 0.5, "query_budget": 24, "store_logits": 64, "replay": REPLAY}
+_ROWS = _SEEKR | {"attention_weight": "auto"}
+_VALUES = _ROWS | {"distil_heads": "values", "logit_weight": 0.75}
 _PULLS, _SHARES = (10.0, 40.0, 160.0), (0.1, 0.3, 1.0)
 _MIX = {"fraction": 0.05, "mode": "mix"}
 RIVALS: dict[str, Rival] = {
@@ -79,15 +81,13 @@ RIVALS: dict[str, Rival] = {
     "mofo": Rival("mofo", {}, "share", (0.05, 0.15, 0.5), most=1.0),
     "agem": Rival("agem", {"replay": _MIX}, "replay.fraction", (0.02, 0.05, 0.15), most=1.0),
     "derpp": Rival("derpp", {"replay": REPLAY}, "alpha", (0.1, 0.5, 2.0)),
-    "seekr": Rival("seekr", _SEEKR, "attention_weight", (1.0, 10.0, 100.0)),
-    "seekr (auto)": Rival("seekr", _SEEKR | {"attention_weight": "auto"}, "attention_share", _SHARES),
-    "seekr (random heads)": Rival(
-        "seekr", _SEEKR | {"attention_weight": "auto", "importance": "random"}, "attention_share", _SHARES
-    ),
+    "seekr": Rival("seekr", _VALUES, "attention_share", _SHARES),
+    # Controls and parts: heads drawn at random, outputs alone; the paper's rows, and a weight that stays as it is.
+    "seekr (random heads)": Rival("seekr", _VALUES | {"importance": "random"}, "attention_share", _SHARES),
     "seekr (outputs)": Rival("seekr", _SEEKR | {"attention_weight": 0.0}, "logit_weight", (0.25, 0.5, 0.75)),
-    "seekr (values)": Rival(
-        "seekr", _SEEKR | {"attention_weight": "auto", "distil_heads": "values"}, "attention_share", _SHARES
-    ),
+    "seekr (rows)": Rival("seekr", _ROWS, "attention_share", _SHARES),
+    "seekr (rows, random heads)": Rival("seekr", _ROWS | {"importance": "random"}, "attention_share", _SHARES),
+    "seekr (fixed weight)": Rival("seekr", _SEEKR, "attention_weight", (1.0, 10.0, 100.0)),
     "das": Rival("das", _DAS, "strength", _PULLS),
     "das (mask)": Rival("das", _DAS | {"hold": "mask"}, "mask_strength", (0.3, 1.0, 3.0)),
     # Controls: the same, knowing less of what matters.

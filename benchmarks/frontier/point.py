@@ -291,7 +291,7 @@ def measure(setting: Setting, point: Point) -> dict[str, Any]:
         run.run()
     matrix = run.matrix
     rows = [[score for score in row if score is not None] for row in matrix.rows()]
-    seconds = {**run.timing, "all": time.monotonic() - started, "cpu": time.process_time() - used}
+    seconds = {**run.stopwatch.seconds, "all": time.monotonic() - started, "cpu": time.process_time() - used}
     found = {
         "final": matrix.overall_performance(),
         "bwt": matrix.backward_transfer(),
