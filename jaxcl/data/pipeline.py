@@ -317,7 +317,7 @@ class Pipeline:
             "examples": self.examples,
             "batch_size": self.batch_size,
             "steps_per_epoch": self.steps_per_epoch,
-            "shapes": [list(shape) for shape in self.shapes],
+            "shapes": [list(shape if shape.images else shape[:2]) for shape in self.shapes],
             "real_token_share": round(tokens / padded, 4),
             "sources": {rows.name: rows.describe() for rows in self.sources},
         }

@@ -21,9 +21,9 @@ class Images:
     only what `index` points at is read.
 
     Attributes:
-      pixels: normalised pixels, float32; or raw ones, uint8, which the model normalises (`VisionConfig.image_mean`).
-      index: for each position of the row, the number of its image token among those of all images of the row, image after
-        image; `NO_IMAGE` where the position is not an image token. int32.
+      pixels: normalised pixels, float32; or raw ones, uint8, which the model normalises.
+      index: for each position of the row, the number of its image token among those of all images of the row, image
+        after image; `NO_IMAGE` where the position is not an image token. int32.
       seen: which patches hold a part of an image; `None`: all of them.
     """
 

@@ -1,9 +1,14 @@
-"""Tiny models that see, as the `config.json` of transformers."""
+"""Tiny models that see, as the `config.json` of transformers, and images for them."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from jaxcl.data.images.decode import encode_png
 from tests.tiny.families import SIZES
 
 IMAGE_TOKEN = 5
@@ -49,3 +54,34 @@ SEEING: dict[str, dict[str, Any]] = {
 def content(name: str) -> dict[str, Any]:
     """The `config.json` of a tiny model."""
     return SEEING[name]
+
+
+VISION: dict[str, Any] = {
+    "hidden_size": 8,
+    "intermediate_size": 12,
+    "num_layers": 1,
+    "num_heads": 2,
+    "image_size": 8,
+    "patch_size": 4,
+    "image_token_id": 6,  # the first one after those of a trained tokenizer
+}
+"""A tower with 4 image tokens for an image."""
+
+COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}
+
+
+def png(colour: tuple[int, int, int], height: int = 8, width: int = 8) -> bytes:
+    """A file of one colour."""
+    return encode_png(np.full((height, width, 3), colour, np.uint8), "a test")
+
+
+def write_colours(folder: Path, name: str, count: int, question: str = "Which colour?") -> str:
+    """Rows about images of one colour, in files beside them; returns the source."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for number in range(count):
+        colour = list(COLOURS)[number % len(COLOURS)]
+        (folder / f"{name}{number}.png").write_bytes(png(COLOURS[colour]))
+        rows.append({"prompt": f"{question} {number}", "answer": colour, "image": f"{name}{number}.png"})
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return f"jsonl:{folder / name}.jsonl"
