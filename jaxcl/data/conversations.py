@@ -104,8 +104,8 @@ def encode_conversations(
     for index in long:
         if stand_ins[index]:
             raise UserError(
-                f"{where(index)}: the conversation has {len(rows[index].ids)} tokens with those of its images, and one "
-                f"with images is not cut; a conversation may have {length} (data.prompt_length + data.answer_length); "
+                f"{where(index)}: the conversation has {len(rows[index].ids)} tokens with its images, and one with "
+                f"images is not cut; a conversation may have {length} (data.prompt_length + data.answer_length); "
                 "raise them"
             )
     while long:

@@ -14,8 +14,11 @@ from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3I
 from transformers.models.idefics3.processing_idefics3 import Idefics3Processor
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
-from jaxcl.data.images.decode import decode
+from jaxcl.data.conversations import encode_conversations
+from jaxcl.data.images.decode import decode, encode_png
 from jaxcl.data.images.processor import ImageProcessor
+from jaxcl.data.images.reference import Reference
+from tests.tiny.chats import SMOLVLM, seeing_tokenizer
 
 SIZES = [(40, 30), (30, 40), (16, 16), (17, 64), (7, 90), (1, 40), (128, 128), (129, 65), (200, 31), (33, 33)]
 SETTINGS: list[dict[str, Any]] = [
@@ -71,3 +74,31 @@ def test_colours_are_those_of_transformers(mode: str) -> None:
     opened = Image.open(io.BytesIO(file.getvalue()))
     expected = Idefics3ImageProcessorPil().process_image(opened, do_convert_rgb=True)
     np.testing.assert_array_equal(np.moveaxis(decode(file.getvalue(), "x"), -1, 0), expected)
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_a_conversation_has_the_tokens_and_pixels_of_transformers(split: bool) -> None:
+    ours = ImageProcessor(tile=16, longest_edge=32, split=split, image_tokens=4)
+    tokenizer = seeing_tokenizer(ours)
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend, pad_token="<pad>", eos_token="<end_of_utterance>", chat_template=SMOLVLM
+    )
+    settings = {"size": {"longest_edge": 32}, "max_image_size": {"longest_edge": 16}, "do_image_splitting": split}
+    theirs = Idefics3Processor(Idefics3ImageProcessorPil(**settings), wrapped, image_seq_len=4, chat_template=SMOLVLM)
+    images = [picture(20, 30), picture(40, 9)]
+    references = [Reference("", encode_png(image, "x")).write() for image in images]
+    parts = [
+        [{"type": "image"}, {"type": "text", "text": "And"}, {"type": "image"}],
+        [{"type": "text", "text": "Yes."}],
+    ]
+    messages = [{"role": role, "content": part} for role, part in zip(("user", "assistant"), parts, strict=True)]
+    text = theirs.apply_chat_template(messages)
+    found = theirs(text=text, images=[[Image.fromarray(image) for image in images]])
+    given: list[Any] = [
+        {"role": "user", "content": f"{references[0]}And{references[1]}"},
+        {"role": "assistant", "content": "Yes."},
+    ]
+    encoded = encode_conversations([given], tokenizer, length=500, learn="all", where=lambda _: "x")
+    assert encoded.ids[0] == list(found["input_ids"][0])
+    pixels = (encoded.pixels[0] / 255 - 0.5) / 0.5
+    np.testing.assert_allclose(np.moveaxis(pixels, -1, 1), found["pixel_values"][0], atol=1e-6)

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from jaxcl.models.batch import Batch
+from jaxcl.models.generation import Generator
 from jaxcl.models.images import Images
 from jaxcl.models.network import Network
 from jaxcl.weights import load_weights, save_hf
@@ -162,3 +163,32 @@ def test_an_export_gives_transformers_the_same_logits(both: Any, tmp_path: Path)
     same, leaves = load_weights(tmp_path / "model")
     assert same == network
     jax.tree.map(np.testing.assert_array_equal, leaves, params)
+
+
+def test_generation_with_images_is_that_of_transformers(both: Any) -> None:
+    model, network, params = both
+    vision = network.config.vision
+    tokens, real = rows([2, 0, 1], vision.image_tokens)
+    raw = np.random.default_rng(2).integers(0, 256, (3, 2, vision.image_size, vision.image_size, 3)).astype(np.uint8)
+    images = [raw[0], None, raw[2, :1]]
+    prompts = [row[own].tolist() for row, own in zip(tokens, real, strict=True)]
+    sizes = {"batch_size": 2, "prompt_length": LENGTH, "max_new_tokens": 6}
+    found = Generator(network, **sizes, eos_id=None, pad_id=PAD)(params, prompts, images=images)
+    for prompt, pixels, new in zip(prompts, images, found, strict=True):
+        normal = None if pixels is None else channels_first((pixels[None] / 255 - 0.5).astype(np.float32) / 0.5)
+        given = {} if normal is None else {"pixel_values": normal}
+        with torch.no_grad():
+            out = model.generate(
+                input_ids=torch.tensor([prompt]), **given, max_new_tokens=6, do_sample=False, eos_token_id=None
+            )
+        assert new == out[0, len(prompt) :].tolist()
+    assert Generator(network, **sizes, eos_id=None, pad_id=PAD)(params, prompts) != found
+
+
+def test_a_model_without_a_tower_is_asked_about_no_images(both: Any) -> None:
+    _, network, params = both
+    text = Network.create(network.config.model_copy(update={"vision": None}))
+    with pytest.raises(ValueError, match="images: expected a network with vision"):
+        Generator(text, batch_size=1, prompt_length=8, max_new_tokens=1, eos_id=None, pad_id=PAD)(
+            params, [[7]], images=[np.zeros((1, 8, 8, 3), np.uint8)]
+        )
