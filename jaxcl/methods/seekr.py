@@ -34,7 +34,7 @@ from jaxcl.functional.attention_distillation import (
     heads_of_layers,
     write_rows,
 )
-from jaxcl.functional.attention_rows import CodedRows, encode_rows, sample_queries
+from jaxcl.functional.attention_rows import AttentionView, CodedRows, encode_rows, sample_queries
 from jaxcl.functional.balance import Balance
 from jaxcl.functional.distillation import TopScores, full_divergence, top_divergence, top_scores
 from jaxcl.functional.heads import (
@@ -46,6 +46,7 @@ from jaxcl.functional.heads import (
     select_heads,
 )
 from jaxcl.functional.losses import gated_losses, over_positions, scored_states
+from jaxcl.functional.modalities import PartWeights
 from jaxcl.functional.terms import Term, Terms
 from jaxcl.methods.base import Method, Params, State, Stored, Task
 from jaxcl.methods.options import ReplayConfig, ReplayOptions
@@ -99,6 +100,11 @@ class SeekrOptions(ReplayOptions):
         1.0, gt=0, description="with attention_weight auto: the weighted attention term over the other terms"
     )
     attention_limit: float = Field(1000.0, gt=0, description="with attention_weight auto: largest weight")
+    modality_weights: tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat] = Field(
+        (1.0, 1.0, 1.0),
+        description="where the model sees: weights of the parts of an attention row's divergence: of what goes to "
+        "words and to images, of how it is spread within words, and within images; 1, 1, 1 is the divergence itself",
+    )
     store_logits: int = Field(512, ge=0, description="number of tokens whose scores are stored per position; 0: all")
     store_drawn: float = Field(
         0.125,
@@ -259,7 +265,7 @@ class Seekr(Method[SeekrOptions]):
         """
         if batch.teacher is None:
             raise ValueError("batch.teacher: expected what `signals` gives, got None")
-        return self.network.hidden(params, batch, probe=self._probe(batch.teacher), dropout_key=key).probed
+        return self.network.hidden(params, batch, probe=self._probe(batch.teacher, batch), dropout_key=key).probed
 
     def _taught(self, params: Params, state: State, batch: Batch, key: Array) -> Terms:
         """Rows of the task at hand, taught by the model before it; during the first task, divergences count nothing.
@@ -288,7 +294,7 @@ class Seekr(Method[SeekrOptions]):
     ) -> dict[str, Term]:
         """Cross-entropy and both divergences from a teacher (SEEKR, equation 9)."""
         terms = {}
-        probe = self._probe(teacher) if self.options.attention_weight != 0 else None
+        probe = self._probe(teacher, batch) if self.options.attention_weight != 0 else None
         hidden = self.network.hidden(params, batch, probe=probe, dropout_key=key)
         if probe is not None:
             divergence, present = example_divergence(*hidden.probed)
@@ -316,13 +322,16 @@ class Seekr(Method[SeekrOptions]):
         weight: Array = state["balance"].weight(options.attention_share, options.attention_limit)
         return weight
 
-    def _probe(self, teacher: Mapping[str, Array]) -> Probe:
+    def _probe(self, teacher: Mapping[str, Array], batch: Batch) -> Probe:
         """Compares a teacher's attention rows with each layer's own."""
         rows = CodedRows(teacher["rows"], teacher["largest"]) if "largest" in teacher else teacher["rows"]
-        return Probe(
-            lambda view, heads: attention_divergence(view, AttentionTeacher(rows, heads, teacher["queries"])),
-            heads_of_layers(teacher["heads"], self.network.num_layers),
-        )
+        weights = PartWeights(*self.options.modality_weights)
+        parts = None if weights == PartWeights() else weights
+
+        def compare(view: AttentionView, heads: Array) -> tuple[Array, Array]:
+            return attention_divergence(view, AttentionTeacher(rows, heads, teacher["queries"]), batch.modality, parts)
+
+        return Probe(compare, heads_of_layers(teacher["heads"], self.network.num_layers))
 
     @property
     def stored(self) -> Mapping[str, Stored]:

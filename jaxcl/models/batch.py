@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key
 
-from jaxcl.models.images import Images
+from jaxcl.models.images import NO_IMAGE, Images
 
 IGNORED = -100
 """Label of a token that is not predicted, as transformers has it."""
@@ -168,6 +168,11 @@ class Batch:
     def size(self) -> int:
         """Number of rows, fillers included."""
         return self.tokens.shape[0]
+
+    @property
+    def modality(self) -> Int[Array, "batch length"] | None:
+        """Number of each position's modality, 0 for words and 1 for images; `None` for text alone."""
+        return None if self.images is None else (self.images.index != NO_IMAGE).astype(jnp.int32)
 
     def keys(self, key: Array) -> Key[Array, " batch"]:
         """One random key per row, from `key` and the row's task and example alone."""
