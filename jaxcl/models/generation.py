@@ -238,7 +238,7 @@ def _generate(
         cache, logits = _decode(network, params, last, place, prompt - lengths, loop.cache)
         return write(loop._replace(cache=cache), logits)
 
-    cache, logits = _prefill(network, params, tokens, lengths, images, max_new_tokens - 1)
+    cache, logits = _prefill(network, params, tokens, lengths, max_new_tokens - 1, images)
     nothing = jnp.full((batch, max_new_tokens), pad_id, jnp.int32)
     loop = _Loop(jnp.int32(0), nothing, jnp.zeros_like(lengths), lengths == 0, cache)
     loop = jax.lax.while_loop(
@@ -253,8 +253,8 @@ def _prefill(
     params: Params,
     tokens: Int[Array, "batch prompt"],
     lengths: Int[Array, " batch"],
-    images: Images | None,
     room: int,
+    images: Images | None = None,
 ) -> tuple[Cache, Float[Array, "batch vocab"]]:
     """Runs the prompts. Returns a cache with `room` more places, and the scores of each row's next token."""
     prompt = tokens.shape[1]

@@ -27,8 +27,12 @@ from jaxcl.functional import (
     split_slopes,
     watch_blocks,
 )
+from jaxcl.methods.passes.blocks import whole
+from jaxcl.methods.passes.losses import example_losses
 from jaxcl.methods.seekr import Seekr, SeekrOptions
 from jaxcl.models.images import Images
+from jaxcl.models.mask import visible
+from jaxcl.models.probe import Probe, Tap
 from tests.tiny.batches import make_batch
 from tests.tiny.networks import init, perturbed, tiny_llama
 
@@ -255,3 +259,89 @@ def test_the_parts_of_the_attention_term_sum_to_it() -> None:
 def test_weights_of_modalities_change_nothing_for_text() -> None:
     plain, weighted = taught(False), taught(False, modality_weights=(5, 6, 7))
     jax.tree.map(np.testing.assert_array_equal, plain, weighted)
+
+
+def shown_batch(seed: int = 0) -> Any:
+    index = jnp.full((2, 7), -1).at[:, 1:5].set(jnp.arange(4))
+    pixels = jnp.asarray(np.random.default_rng(seed).normal(size=(2, 1, 4, 4, 3)), jnp.float32)
+    return dataclasses.replace(make_batch((7, 6)), images=Images(pixels, index))
+
+
+BUDGETS = {"modality_budgets": (2, 1, 1, 1), "layer_budget": 2}
+
+
+def test_heads_are_rated_by_block() -> None:
+    method, plain = (Seekr(SeekrOptions(**OPTIONS | one), SEEING, 2) for one in (BUDGETS, {}))
+    batch, params = shown_batch(), init(SEEING)
+    after = perturbed(params, 0.3)
+    modality = np.asarray(batch.modality)
+
+    def maps(params: Any, change: Any = None) -> Any:
+        tap = None if change is None else Tap(lambda probs, seen, one: probs + one, change)
+        return SEEING.hidden(params, batch, tap=tap, probe=Probe(lambda view, _: attention_maps(view)))
+
+    # Sensitivity: the gradient in the attention weights themselves, added to by zeros.
+    zeros = jnp.zeros((2, 2, 4, 7, 7))
+
+    def loss(change: jax.Array) -> jax.Array:
+        return jnp.sum(example_losses(SEEING, params, maps(params, change).states, batch, 0))
+
+    squares = jnp.square(jax.jit(jax.grad(loss))(zeros))
+    moved = jnp.square(jax.jit(lambda p: maps(p).probed)(after) - jax.jit(lambda p: maps(p).probed)(params))
+    seen = np.asarray(visible(batch.segments, True, None))[:, 0]
+    found = jax.jit(method.add_sensitivity)(method.no_sums(), params, batch)
+    changed = jax.jit(method.add_forgettability)(method.no_sums(), params, after, batch)
+    for block, (query, key) in enumerate(itertools.product((0, 1), repeat=2)):
+        pairs = (modality == query)[:, :, None] & (modality == key)[:, None, :] & seen
+        for sums, values in ((found, squares), (changed, moved)):
+            expected = np.sum(np.asarray(values) * pairs[None, :, None], axis=(1, 3, 4))
+            np.testing.assert_allclose(sums.total[block], expected, rtol=1e-3, atol=1e-8)
+            assert float(np.ravel(sums.triples[block])[0]) == pairs.sum()
+    np.testing.assert_allclose(
+        whole(found).mean(), plain.add_sensitivity(plain.no_sums(), params, batch).mean(), rtol=1e-4
+    )
+    state = jax.jit(method.select)(method.init(params), found, changed, jnp.int32(0))
+    normal = found.mean() / jnp.sum(found.mean(), axis=-1, keepdims=True)
+    expected = select_by_block(normal * changed.mean(), 2, (2, 1, 1, 1), 4)
+    np.testing.assert_array_equal(state["heads"][0], expected)
+    np.testing.assert_allclose(state["sensitivity"][0].sum(axis=-1), 1.0, rtol=1e-5)
+
+
+def test_blocks_that_no_example_has_get_heads_of_all_blocks() -> None:
+    method = Seekr(SeekrOptions(**OPTIONS | {"modality_budgets": (0, 0, 0, 3)}), SEEING, 2)
+    plain = Seekr(SeekrOptions(**OPTIONS | {"head_budget": 3}), SEEING, 2)
+    params = init(SEEING)
+    batch = make_batch((7, 6))
+    chosen = []
+    for one in (method, plain):
+        sums = (
+            one.add_sensitivity(one.no_sums(), params, batch),
+            one.add_forgettability(one.no_sums(), params, perturbed(params, 0.3), batch),
+        )
+        chosen.append(one.select(one.init(params), *sums, jnp.int32(0))["heads"][0])
+    np.testing.assert_array_equal(*chosen)
+
+
+def test_clients_that_measure_alike_choose_the_same_heads() -> None:
+    method = Seekr(SeekrOptions(**OPTIONS | BUDGETS), SEEING, 2)
+    params, batch = init(SEEING), shown_batch()
+    sums = [method.add_sensitivity(method.no_sums(), params, batch)]
+    sums.append(method.add_forgettability(method.no_sums(), params, perturbed(params, 0.3), batch))
+    state = method.select(method.init(params), *sums, jnp.int32(0))
+    assert set(method.share(state)) == {
+        f"{block}{name}" for block in ("", "block_") for name in ("sensitivity", "forgettability")
+    }
+    np.testing.assert_array_equal(method.merge(state, method.share(state))["heads"], state["heads"])
+
+
+@pytest.mark.parametrize(
+    ("network", "budgets", "message"),
+    [
+        (tiny_llama(), (1, 0, 0, 0), "the model does not see"),
+        (SEEING, (4, 4, 1, 0), "together 9; allowed are 1 to 8, the heads of 2 layers"),
+        (SEEING, (0, 0, 0, 0), "together 0; allowed are 1 to 8"),
+    ],
+)
+def test_budgets_that_do_not_fit_are_refused(network: Any, budgets: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^modality_budgets: {message}"):
+        Seekr(SeekrOptions(**OPTIONS | {"modality_budgets": budgets}), network, 2)
