@@ -131,7 +131,8 @@ class Seekr(Method[SeekrOptions]):
     State: `sensitivity` (normalised) and `forgettability` `[tasks, layers, heads]`, zeros for tasks to come; `heads`
     `[tasks, selected, 2]`, the (layer, head) pairs selected when each task was learned, -1 for tasks to come. With
     `distil_on: task` also `teacher`, the trained params before the task at hand, and `learned`, the tasks before it;
-    with `attention_weight: auto` also `balance`, the running means of the terms (`jaxcl.functional.Balance`).
+    with `attention_weight: auto` also `balance`, the running means of the terms (`jaxcl.functional.Balance`); with
+    `modality_budgets` also `block_sensitivity` and `block_forgettability` `[tasks, blocks, layers, heads]`.
 
     What is stored with remembered rows and comes back as `batch.teacher` (a teacher made by hand must hold the same):
 
