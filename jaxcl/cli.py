@@ -108,6 +108,7 @@ def _generate(args: argparse.Namespace) -> None:
             seed=args.seed,
             raw=args.raw,
             task=args.task,
+            images=args.image,
             trust=args.trust,
         )
     )

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 import jax
 
 from jaxcl.commands.chat import as_chat
-from jaxcl.data.pairs import encode_prompts
+from jaxcl.data.chat_rows import encode_openings
+from jaxcl.data.images.reference import read_image
+from jaxcl.data.images.seen import look
+from jaxcl.data.images.tokens import encode_seen
+from jaxcl.data.pairs import EncodedPrompts, encode_prompts
+from jaxcl.data.spec import DataConfig
 from jaxcl.errors import UserError
 from jaxcl.models.generation import Generator
 from jaxcl.run.model import Model, load_model
@@ -25,6 +31,7 @@ def generate_text(
     seed: int,
     raw: bool,
     task: str | None = None,
+    images: Sequence[str] = (),
     trust: bool = False,
 ) -> str:
     """Generates an answer to a prompt.
@@ -39,13 +46,14 @@ def generate_text(
       raw: use the prompt unchanged. Otherwise it is formatted as in training for the model of a run, and with the chat
         template, if there is one, for any other model.
       task: the prompt's task; required by methods that need to know it.
+      images: paths of images that the prompt is about; they come before it.
       trust: see `load_model`.
 
     Returns:
       The answer, without the prompt.
 
     Raises:
-      UserError: no such model, an encoder, or numbers out of range.
+      UserError: no such model, an encoder, or numbers out of range; an image cannot be read, or the model does not see.
     """
     if max_new_tokens < 1:
         raise UserError(f"--max-new-tokens {max_new_tokens}: must be at least 1", exit_code=2)
@@ -54,7 +62,8 @@ def generate_text(
     model = load_model(name, trust=trust)
     if not model.network.causal:
         raise UserError(f"{name}: is an encoder; only decoders generate text")
-    ids = [*_prompt_prefix(name, model, task), *_prompt_ids(model, prompt, raw)]
+    found = _encoded(model, "".join(read_image(path, "--image", None) for path in images) + prompt, raw)
+    ids = [*_prompt_prefix(name, model, task), *found.ids[0]]
     room = model.network.config.max_length - max_new_tokens
     if len(ids) > room:
         raise UserError(
@@ -69,7 +78,14 @@ def generate_text(
         eos_id=model.tokenizer.end_ids,
         pad_id=model.tokenizer.pad_id,
     )
-    (answer,) = generator(model.params, [ids], key=jax.random.key(seed), temperature=temperature, top_p=top_p)
+    (answer,) = generator(
+        model.params,
+        [ids],
+        key=jax.random.key(seed),
+        temperature=temperature,
+        top_p=top_p,
+        images=found.pixels,
+    )
     return model.tokenizer.decode(answer).strip()
 
 
@@ -92,15 +108,21 @@ def _prompt_prefix(name: str, model: Model, task: str | None) -> Sequence[int]:
     return () if task is None else method.prompt_prefix(tasks.index(task))
 
 
-def _prompt_ids(model: Model, prompt: str, raw: bool) -> list[int]:
+def _encoded(model: Model, prompt: str, raw: bool) -> EncodedPrompts:
+    """One prompt, with images or without."""
     tokenizer = model.tokenizer
     if model.config is not None and not raw and not model.chat:
-        return encode_prompts([prompt], tokenizer, model.config.data).ids[0]
+        return encode_prompts([prompt], tokenizer, model.config.data)
     if tokenizer.chat_template is not None and not raw:
+        if tokenizer.images is not None:  # its template may want messages in parts
+            data = DataConfig(prompt_length=model.network.config.max_length)
+            return encode_openings([json.dumps([{"role": "user", "content": prompt}])], tokenizer, data, "prompt")
+        look([prompt], None, "prompt")  # refuses images
         text = as_chat(tokenizer.chat_template, prompt, tokenizer.special_tokens)
-        return tokenizer.encode(text, specials=True)
+        return EncodedPrompts([tokenizer.encode(text, specials=True)], 0, [None])
     opening = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
-    ids = opening + tokenizer.encode(prompt)
+    seen = look([prompt], tokenizer.images, "prompt")
+    ids = opening + encode_seen(seen, tokenizer, continued=False)
     if not ids:
         raise UserError("the prompt is empty", exit_code=2)
-    return ids
+    return EncodedPrompts([ids], 0, [seen.pixels])

@@ -295,6 +295,9 @@ def _generate(commands: _Commands) -> None:
     generate.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus sampling; 1 is off")
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--task", metavar="NAME", help="task of the prompt, for methods that need to know it")
+    generate.add_argument(
+        "--image", action="append", default=[], metavar="FILE", help="image that the prompt is about; may be repeated"
+    )
     generate.add_argument("--raw", action="store_true", help="use the prompt unchanged, without template")
     generate.add_argument("--trust", action="store_true", help=_TRUST_HELP)
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import date
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from jaxcl.data.chat_parts import as_parts, marked_images, without_lead
 from jaxcl.data.chat_templates import CHAT_TEMPLATES
 from jaxcl.data.messages import Message, Role
 from jaxcl.data.template_worker import TemplateError, render
@@ -26,6 +27,7 @@ TODAY = date(2024, 7, 26)
 # Noncharacters of Unicode, which no text should hold: marks are made of those that a conversation does not hold.
 _NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 _MARKS = re.compile(r"(\{%-?)\s*(?:end)?generation\s*(-?%\})")
+_MENTIONS_PARTS = re.compile(r"['\"]type['\"]|\.type\b")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # Shadows the function of transformers, which gives the time of the call.
 _STRFTIME = "{{%- macro strftime_now(format) -%}}{{{{- format{} -}}}}{{%- endmacro -%}}".format(
@@ -113,7 +115,9 @@ class Renderer:
         self._special = _any_of(token.content for token in added if token.special)
         self._ends = _any_of(token.content for token in added if token.content.strip())
         self._end_texts = {tokenizer.backend.id_to_token(index) for index in tokenizer.end_ids}
-        self._layouts: dict[tuple[tuple[str, str | None], ...], _Layout] = {}
+        self._layouts: dict[tuple[tuple[str, bool, str | None], ...], _Layout] = {}
+        self._in_parts = False
+        self._in_parts = _MENTIONS_PARTS.search(template) is not None and self._wants_parts()
 
     def render(self, conversations: Sequence[Sequence[Message]], where: Sequence[str]) -> list[Rendering]:
         """Renders conversations.
@@ -125,6 +129,8 @@ class Renderer:
         Raises:
           UserError: the template fails, or it hides what the model has to write.
         """
+        if self._in_parts:
+            conversations = [[without_lead(message) for message in messages] for messages in conversations]
         clean = [self._hide(messages, at) for messages, at in zip(conversations, where, strict=True)]
         texts, marks = self._render([messages for messages, _ in clean], where, learned=self._marked)
         return [
@@ -154,13 +160,29 @@ class Renderer:
         ask: bool = False,
         learned: bool = False,
     ) -> tuple[list[str], list[list[tuple[int, int]]]]:
+        given: Sequence[Sequence[Mapping[str, Any]]] = conversations
+        if self._in_parts:
+            given = [[as_parts(message) for message in messages] for messages in conversations]
         try:
-            found = render(
-                self._template, conversations, self._variables, ask=ask, learned=learned, trusted=self._trusted
-            )
+            found = render(self._template, given, self._variables, ask=ask, learned=learned, trusted=self._trusted)
         except TemplateError as error:
             raise UserError(f"{where[error.index]}: the chat template fails: {error}") from None
+        if self._in_parts:
+            found = [marked_images(text, spans) for text, spans in found]
         return [text for text, _ in found], [spans for _, spans in found]
+
+    def _wants_parts(self) -> bool:
+        """Whether the template writes a text that is given as a list of parts only."""
+        mark = _NONCHARACTERS[0]
+        plain: Message = {"role": "user", "content": mark}
+        written = []
+        for message in (plain, as_parts(plain)):
+            try:
+                ((text, _),) = render(self._template, [[message]], self._variables, trusted=self._trusted)
+            except TemplateError:
+                text = ""
+            written.append(text.count(mark))
+        return written == [0, 1]
 
     def _locate(
         self,
@@ -233,7 +255,7 @@ class Renderer:
                 raise UserError(f"{where}: the chat template marks the {role}'s message {piece.message + 1} as learned")
 
     def _layout(self, messages: Sequence[Message], where: str) -> _Layout:
-        key = tuple((m["role"], None if m["content"].strip() else m["content"]) for m in messages)
+        key = tuple((m["role"], "lead" in m, None if m["content"].strip() else m["content"]) for m in messages)
         if key not in self._layouts:
             self._layouts[key] = self._find_layout(messages, where)
         return self._layouts[key]
@@ -318,7 +340,9 @@ def _free_mark(texts: Sequence[str], where: str) -> str:
 
 
 def _with(message: Message, content: str) -> Message:
-    return {"role": message["role"], "content": content}
+    changed = message.copy()
+    changed["content"] = content
+    return changed
 
 
 def _replaced(message: Message, mark: str, index: int) -> Message:

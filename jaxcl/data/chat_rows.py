@@ -11,8 +11,10 @@ from jaxcl.data.chat_templates import find_template
 from jaxcl.data.conversations import encode_conversations
 from jaxcl.data.encode import Encoder, NumberedRows, batched
 from jaxcl.data.examples import Shard, token_type
+from jaxcl.data.images.seen import flat
+from jaxcl.data.images.tokens import images_key
 from jaxcl.data.messages import Message
-from jaxcl.data.pairs import PairRows
+from jaxcl.data.pairs import EncodedPrompts, PairRows
 from jaxcl.data.ragged import Ragged
 from jaxcl.data.spec import DataConfig
 from jaxcl.data.tokenizer import Tokenizer
@@ -28,7 +30,7 @@ def messages_of(row: Mapping[str, str]) -> list[Message]:
 
 def encode_openings(
     prompts: Sequence[str], tokenizer: Tokenizer, config: DataConfig, where: str = "conversation"
-) -> list[list[int]]:
+) -> EncodedPrompts:
     """Token ids of conversations up to the answer that a model is to give.
 
     Args:
@@ -50,7 +52,8 @@ def encode_openings(
         on_long_answer="cut",
         marks=False,  # they may enclose the generation prompt
     )
-    return [ids[: spans[0]] for ids, spans in zip(found.ids, found.spans, strict=True)]
+    ids = [ids[: spans[0]] for ids, spans in zip(found.ids, found.spans, strict=True)]
+    return EncodedPrompts(ids, found.cut, found.pixels)
 
 
 class ChatEncoder:
@@ -69,6 +72,7 @@ class ChatEncoder:
             "length": config.prompt_length + config.answer_length,
             "learn": config.learn,
             "on_long_answer": config.on_long_answer,
+            **images_key(tokenizer),
         }
 
     def shards(self, rows: NumberedRows) -> Iterator[Shard]:
@@ -84,7 +88,8 @@ class ChatEncoder:
                 on_long_answer=self._config.on_long_answer,
             )
             counts = {"dropped_turns": found.dropped_turns, "cut_prompts": found.cut}
-            yield Shard(Ragged.of(found.ids, self.dtype), Ragged.of(found.spans), counts)
+            pixels = None if self._tokenizer.images is None else flat(found.pixels)
+            yield Shard(Ragged.of(found.ids, self.dtype), Ragged.of(found.spans), counts, pixels)
 
     def _place(self, batch: Sequence[tuple[int, Mapping[str, str]]], index: int) -> str:
         return f"{self._name} row {batch[index][0] + 1}"

@@ -7,9 +7,11 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
+from jaxcl.data.chat_images import with_images
 from jaxcl.data.chat_rendering import Piece, Renderer, Rendering, renderer, without_marks
 from jaxcl.data.chat_templates import find_template
 from jaxcl.data.chat_tokens import Tokens, tokenize
+from jaxcl.data.images.seen import Pixels, Seen, look
 from jaxcl.data.messages import Message, up_to_last_answer
 from jaxcl.data.tokenizer import Tokenizer
 from jaxcl.errors import UserError
@@ -27,12 +29,14 @@ class EncodedConversations(NamedTuple):
         sum to the number of its ids.
       dropped_turns: old exchanges (a user's message and what follows it, up to the next) left out for length.
       cut: conversations of which a message was cut for length.
+      pixels: tiles of the images of each conversation, `None` without images.
     """
 
     ids: list[list[int]]
     spans: list[list[int]]
     dropped_turns: int
     cut: int
+    pixels: list[Pixels | None]
 
 
 class _Row(NamedTuple):
@@ -90,10 +94,20 @@ def encode_conversations(
     found = find_template(template, tokenizer)
     render = renderer(tokenizer, found if marks else without_marks(found))
     kept = [up_to_last_answer(messages, where(index)) for index, messages in enumerate(conversations)]
-    rows = _encode(kept, tokenizer, render, learn, [where(index) for index in range(len(kept))])
+    seen = [_look(messages, tokenizer, where(index)) for index, messages in enumerate(kept)]
+    kept = [messages for messages, _ in seen]
+    stand_ins = [one.stand_ins for _, one in seen]
+    rows = _encode(kept, tokenizer, render, learn, [where(index) for index in range(len(kept))], stand_ins)
     dropped = 0
     cut = 0
     long = [index for index, row in enumerate(rows) if len(row.ids) > length]
+    for index in long:
+        if stand_ins[index]:
+            raise UserError(
+                f"{where(index)}: the conversation has {len(rows[index].ids)} tokens with its images, and one with "
+                f"images is not cut; a conversation may have {length} (data.prompt_length + data.answer_length); "
+                "raise them"
+            )
     while long:
         again = []
         for index in long:
@@ -111,7 +125,7 @@ def encode_conversations(
             rows[index] = row
         long = [index for index in again if len(rows[index].ids) > length]
     spans = [_runs(row.learned, len(row.ids)) for row in rows]
-    return EncodedConversations([row.ids for row in rows], spans, dropped, cut)
+    return EncodedConversations([row.ids for row in rows], spans, dropped, cut, [one.pixels for _, one in seen])
 
 
 def end_of_turn(tokenizer: Tokenizer, template: str = "model") -> int:
@@ -137,15 +151,29 @@ def end_of_turn(tokenizer: Tokenizer, template: str = "model") -> int:
     return found.ids[0][sum(found.spans[0][:2]) - 1]
 
 
+def _look(messages: Sequence[Message], tokenizer: Tokenizer, where: str) -> tuple[Sequence[Message], Seen]:
+    """Messages with one mark in the place of each image, and what is in the images."""
+    seen = look([message["content"] for message in messages], tokenizer.images, where)
+    if seen.pixels is None:
+        return messages, seen
+    return [
+        {"role": message["role"], "content": text} for message, text in zip(messages, seen.texts, strict=True)
+    ], seen
+
+
 def _encode(
     conversations: Sequence[Sequence[Message]],
     tokenizer: Tokenizer,
     render: Renderer,
     learn: Learn,
     where: Sequence[str],
+    stand_ins: Sequence[Sequence[str]] = (),
 ) -> list[_Row]:
     rows = []
     renderings = render.render(conversations, where)
+    for index, own in enumerate(stand_ins):
+        if own:
+            renderings[index] = with_images(renderings[index], own, where[index])
     for rendering, tokens in zip(renderings, tokenize(renderings, tokenizer), strict=True):
         # The template's `bos` token is the only one, if it writes one.
         missing = tokenizer.add_bos and tokenizer.bos_id is not None and tokens.ids[:1] != [tokenizer.bos_id]

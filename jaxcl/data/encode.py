@@ -60,7 +60,7 @@ def encode_rows(rows: Texts, encoder: Encoder, cache: Cache | None = None) -> Ex
 
 
 def _write(rows: StreamedRows, encoder: Encoder, part: int, path: Path) -> None:
-    write_shards(path, encoder.shards(rows.part(part)), encoder.dtype)
+    write_shards(path, encoder.shards(rows.part(part)), encoder.dtype, pixels="images" in encoder.key)
 
 
 def ahead(items: Iterable[T]) -> Iterator[T]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, UInt8
 
 from jaxcl.data.ragged import Ragged
 from jaxcl.errors import UserError
@@ -26,11 +26,13 @@ class Shard(NamedTuple):
       tokens: token ids of each example.
       spans: lengths of the spans that each example consists of; they sum to its tokens.
       counts: what the encoder has counted, such as cut passages.
+      pixels: bytes of the tiles of each example's images, uint8; `None` where the model does not see.
     """
 
     tokens: Ragged
     spans: Ragged
     counts: Mapping[str, int]
+    pixels: Ragged | None = None
 
 
 class ExampleTable:
@@ -49,9 +51,25 @@ class ExampleTable:
 
     def __getitem__(self, index: int) -> tuple[Int[np.ndarray, " tokens"], Int[np.ndarray, " spans"]]:
         """Token ids and span lengths of an example."""
-        number = int(np.searchsorted(self._starts, index, side="right")) - 1
-        shard, local = self.shards[number], index - int(self._starts[number])
+        shard, local = self._at(index)
         return shard.tokens[local], shard.spans[local]
+
+    def _at(self, index: int) -> tuple[Shard, int]:
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self.shards[number], index - int(self._starts[number])
+
+    def pixels(self, index: int) -> UInt8[np.ndarray, " bytes"]:
+        """Bytes of the tiles of an example's images."""
+        shard, local = self._at(index)
+        return np.zeros(0, np.uint8) if shard.pixels is None else shard.pixels[local]
+
+    @property
+    def pixel_bytes(self) -> Int[np.ndarray, " examples"]:
+        """Bytes of the tiles of each example's images."""
+        found = [
+            np.zeros(len(one.tokens), np.int64) if one.pixels is None else one.pixels.lengths for one in self.shards
+        ]
+        return np.concatenate([np.zeros(0, np.int64), *found])
 
     def last_learned(self, index: int) -> Int[np.ndarray, " tokens"]:
         """The last span of an example that is learned, where every second one is."""
@@ -68,7 +86,8 @@ class ExampleTable:
     @property
     def bytes(self) -> int:
         """Bytes that the examples take, on disk or in memory."""
-        columns = [column for shard in self.shards for column in (shard.tokens, shard.spans)]
+        each = [column for shard in self.shards for column in (shard.tokens, shard.spans, shard.pixels)]
+        columns = [column for column in each if column is not None]
         return sum(column.values.nbytes + column.offsets.nbytes for column in columns)
 
     @property
@@ -91,19 +110,23 @@ class ExampleTable:
 
     @property
     def costs(self) -> Int[np.ndarray, " examples"]:
-        """Bytes that each example takes in a file: its tokens and spans, and where they begin."""
+        """Bytes that each example takes in a file: its tokens and spans, where they begin, and its images."""
         found = [np.zeros(0, np.int64)]
         for shard in self.shards:
             tokens, spans = shard.tokens.lengths.astype(np.int64), shard.spans.lengths.astype(np.int64)
             found.append(tokens * shard.tokens.values.itemsize + spans * _SPAN_BYTES + _PLACE_BYTES)
-        return np.concatenate(found)
+        return np.concatenate(found) + self.pixel_bytes
 
     def take(self, numbers: Sequence[int]) -> ExampleTable:
         """A copy of some examples, in the given order; what the encoder has counted is left out."""
         found = [self[number] for number in numbers]
         dtype = self.shards[0].tokens.values.dtype if self.shards else np.dtype(np.int32)
         tokens = Ragged.of([tokens.tolist() for tokens, _ in found], dtype)
-        return ExampleTable([Shard(tokens, Ragged.of([spans.tolist() for _, spans in found]), {})])
+        pixels = None
+        if any(shard.pixels is not None for shard in self.shards):
+            parts = [self.pixels(number) for number in numbers]
+            pixels = Ragged.cut(np.concatenate([np.zeros(0, np.uint8), *parts]), np.array([*map(len, parts)], np.int64))
+        return ExampleTable([Shard(tokens, Ragged.of([spans.tolist() for _, spans in found]), {}, pixels)])
 
     def count(self, name: str) -> int:
         """The sum of a count over the shards."""
@@ -115,26 +138,31 @@ def token_type(vocab_size: int) -> np.dtype:
     return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
 
 
-def write_shards(path: Path, shards: Iterable[Shard], dtype: np.dtype) -> None:
+def write_shards(path: Path, shards: Iterable[Shard], dtype: np.dtype, *, pixels: bool = False) -> None:
     """Writes an Arrow file with one record batch per shard; shards are consumed one at a time.
 
     Args:
       path: the file.
       shards: the shards.
       dtype: type of the token ids.
+      pixels: whether the shards have any.
 
     Raises:
       OSError: the file cannot be written.
     """
     import pyarrow as pa
 
-    schema = pa.schema([("tokens", pa.large_list(pa.from_numpy_dtype(dtype))), ("spans", pa.list_(pa.uint32()))])
+    columns = [("tokens", pa.large_list(pa.from_numpy_dtype(dtype))), ("spans", pa.list_(pa.uint32()))]
+    schema = pa.schema([*columns, ("pixels", pa.large_list(pa.uint8()))] if pixels else columns)
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         for shard in shards:
             ids, lengths = shard.tokens.values.astype(dtype, copy=False), shard.spans.values.astype(np.uint32)
             tokens = pa.LargeListArray.from_arrays(shard.tokens.offsets, pa.array(ids))
             spans = pa.ListArray.from_arrays(shard.spans.offsets.astype(np.int32), pa.array(lengths))
-            batch = pa.record_batch([tokens, spans], schema=schema)
+            arrays = [tokens, spans]
+            if pixels and shard.pixels is not None:
+                arrays.append(pa.LargeListArray.from_arrays(shard.pixels.offsets, pa.array(shard.pixels.values)))
+            batch = pa.record_batch(arrays, schema=schema)
             writer.write_batch(batch, custom_metadata={"counts": json.dumps(dict(shard.counts))})
 
 
@@ -159,7 +187,8 @@ def _shard(batch: Any, metadata: Any) -> Shard:
     counts = json.loads(metadata[b"counts"])
     if not (isinstance(counts, dict) and all(type(count) is int for count in counts.values())):
         raise ValueError("its counts are not numbers by name")
-    return Shard(_ragged(batch.column(0)), _ragged(batch.column(1)), counts)
+    pixels = _ragged(batch.column(2)) if batch.num_columns > 2 else None
+    return Shard(_ragged(batch.column(0)), _ragged(batch.column(1)), counts, pixels)
 
 
 def _ragged(column: Any) -> Ragged:

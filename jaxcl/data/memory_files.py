@@ -37,7 +37,8 @@ def write_examples(folder: Path, task: TaskMemory, table: ExampleTable, texts: I
     """
     tokens, text = (folder / name for name in file_names(task))
     with replacing(tokens) as temporary:
-        write_shards(temporary, table.shards, table.shards[0].tokens.values.dtype)
+        first = table.shards[0]
+        write_shards(temporary, table.shards, first.tokens.values.dtype, pixels=first.pixels is not None)
     with replacing(text) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for number, row in zip(task.kept, texts, strict=True):
             file.write(json.dumps({"example": number, **row}, ensure_ascii=False) + "\n")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, TypedDict, get_args
+from pathlib import Path
+from typing import Any, Literal, NotRequired, TypedDict, get_args
 
 import numpy as np
 
+from jaxcl.data.images.messages import Images
+from jaxcl.data.images.reference import has_images
 from jaxcl.data.values import json_kind, lone_surrogate
 from jaxcl.errors import UserError
 
@@ -25,11 +28,13 @@ class Message(TypedDict):
 
     Attributes:
       role: who says it; `tool` is what a tool returned.
-      content: the text.
+      content: the text; images in it are as `jaxcl.data.images.reference` has them.
+      lead: an image that the message begins with, for templates that want it apart; see `jaxcl.data.chat_parts`.
     """
 
     role: Role
     content: str
+    lead: NotRequired[str]
 
 
 def has_conversation(record: Mapping[str, Any]) -> bool:
@@ -59,11 +64,13 @@ def up_to_last_answer(messages: Sequence[Message], where: str) -> Sequence[Messa
     raise UserError(f"{where}: no message is the assistant's, so there is nothing to learn")
 
 
-def read_messages(record: Mapping[str, Any], where: str) -> list[Message]:
+def read_messages(
+    record: Mapping[str, Any], where: str, images: Sequence[str] = (), folder: Path | None = None
+) -> list[Message]:
     r"""The messages of a record in one of three forms.
 
-    - OpenAI: `messages`, a list of `{"role", "content"}`. A content is a text or a list of text parts, which are
-      joined.
+    - OpenAI: `messages`, a list of `{"role", "content"}`. A content is a text or a list of parts, which are joined:
+      `{"type": "text", "text"}` and `{"type": "image", "path"}`.
     - ShareGPT: `conversations` or `conversation`, a list of `{"from", "value"}`; `human` is the user, `gpt` the
       assistant and `observation` a tool. Either list may have either kind of entry.
     - Alpaca: `instruction` and `output`, perhaps `input`, which follows the instruction on a new line, `system` and
@@ -72,10 +79,13 @@ def read_messages(record: Mapping[str, Any], where: str) -> list[Message]:
     Args:
       record: the record; other fields are ignored.
       where: file and row, for messages.
+      images: further images of the record, as they stand in texts. They are those of parts that say `image` only; or
+        of `<image>` in texts of users, as in LLaVA's files; or they come before the first of these texts.
+      folder: where relative paths of images start; none: the current folder.
 
     Returns:
-      The messages, in order. After messages of the system, the first one is the user's. There is at least one of the
-      assistant, none of which is empty and no two of which follow each other.
+      The messages, in order, with images in their contents. After messages of the system, the first one is the user's.
+      There is at least one of the assistant, none of which is empty and no two of which follow each other.
 
     Raises:
       UserError: there is no conversation, or it is not as above.
@@ -92,7 +102,9 @@ def read_messages(record: Mapping[str, Any], where: str) -> list[Message]:
             raise UserError(f"{where}: field {field!r} is {json_kind(entries)}; expected a list of messages")
         if _filled(record.get("tools")):
             raise UserError(f"{where}: field 'tools' is not supported; allowed are conversations without tool calls")
-        messages = [_message(entry, f"{where}: message {n}") for n, entry in enumerate(entries, start=1)]
+        own = Images(images, folder)
+        messages = [_message(entry, f"{where}: message {n}", own) for n, entry in enumerate(entries, start=1)]
+        own.put_in(messages, where)
     elif {"instruction", "output"} <= set(record):
         messages = _alpaca(record, where)
     else:
@@ -112,7 +124,7 @@ def _filled(value: Any) -> bool:
     return len(value) > 0 if _is_list(value) else bool(value)
 
 
-def _message(entry: Any, where: str) -> Message:
+def _message(entry: Any, where: str, images: Images) -> Message:
     if not isinstance(entry, Mapping):
         raise UserError(f"{where} is {json_kind(entry)}; expected an object with role and content")
     # Parquet gives every entry all fields that some entry has.
@@ -132,20 +144,25 @@ def _message(entry: Any, where: str) -> Message:
             raise UserError(f"{where}: field {name!r} is not supported; allowed are {role_field} and {text_field}")
     if entry.get("weight") not in (None, 1):
         raise UserError(f"{where}: weight is {entry['weight']!r}; allowed is 1, because every answer is learned alike")
-    return {"role": known, "content": _content(entry[text_field], text_field, where)}
+    content = _content(entry[text_field], text_field, where, images)
+    if known == "assistant" and has_images(content):
+        raise UserError(f"{where}: an answer holds an image; the model writes text only")
+    return {"role": known, "content": content}
 
 
-def _content(value: Any, field: str, where: str) -> str:
+def _content(value: Any, field: str, where: str, images: Images) -> str:
     if _is_list(value):
-        return "".join(_part(part, f"{where}: part {n} of {field!r}") for n, part in enumerate(value, start=1))
+        return "".join(_part(part, f"{where}: part {n} of {field!r}", images) for n, part in enumerate(value, start=1))
     return _text(value, field, where)
 
 
-def _part(part: Any, where: str) -> str:
+def _part(part: Any, where: str, images: Images) -> str:
     if not isinstance(part, Mapping):
         raise UserError(f"{where} is {json_kind(part)}; expected an object with type and text")
+    if part.get("type") == "image":
+        return images.of_part(part, where)
     if part.get("type") != "text":
-        raise UserError(f"{where} has the type {part.get('type')!r}; allowed is 'text'")
+        raise UserError(f"{where} has the type {part.get('type')!r}; allowed are 'text' and 'image' with a path")
     return _text(part.get("text"), "text", where)
 
 

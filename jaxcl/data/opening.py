@@ -13,8 +13,9 @@ import numpy as np
 
 from jaxcl.data.cache import Cache, agreed
 from jaxcl.data.fingerprint import RowsHash, RowsPrint
-from jaxcl.data.formats.base import Part, Record, Records
+from jaxcl.data.formats.base import Part, Record, Records, Where
 from jaxcl.data.heldout import hold_out, rank
+from jaxcl.data.images.reference import put_in, read_images
 from jaxcl.data.messages import read_messages, up_to_last_answer
 from jaxcl.data.spec import Kind
 from jaxcl.data.split import ListRows, Members, Row, Rows, StreamedRows
@@ -30,16 +31,22 @@ class RowReader:
       key: what a row follows from besides its record.
     """
 
-    def __init__(self, kind: Kind, names: Mapping[str, str], template: str | None) -> None:
+    def __init__(
+        self, kind: Kind, names: Mapping[str, str], template: str | None, image_field: str | None = None
+    ) -> None:
         """Chooses fields.
 
         Args:
           kind: kind of the rows.
           names: field of the record by field of the row.
           template: prompt from fields of the record; none: its prompt field.
+          image_field: field that holds images; none: there is none.
         """
         self.kind = kind
+        self._image_field = image_field
         self.key: dict[str, Any] = {"kind": kind, "names": dict(names), "template": template}
+        if image_field is not None:
+            self.key["images"] = image_field
         self._names = dict(names)
         self._template = template
         self._parts = list(string.Formatter().parse(template)) if template else []
@@ -51,8 +58,10 @@ class RowReader:
         Raises:
           UserError: the record lacks a field, or a field is not text.
         """
+        images = self._images(place, record)
         if self.kind == "chat":
-            *before, last = up_to_last_answer(read_messages(record, str(place)), str(place))
+            messages = read_messages(record, str(place), images, _folder(place))
+            *before, last = up_to_last_answer(messages, str(place))
             return {"prompt": json.dumps(before, ensure_ascii=False), "answer": last["content"]}
         for field in (*self._names.values(), *self._wanted):
             if field not in record:
@@ -62,7 +71,23 @@ class RowReader:
         if self._template:
             values = {field: as_text(record[field], field, place) for field in self._wanted}
             row["prompt"] = "".join(text + (values[field] if field else "") for text, field, _, _ in self._parts)
+        if images:
+            row["prompt"] = put_in(row["prompt"], images, str(place))
         return None if self.kind == "text" and not row["text"].strip() else row
+
+    def _images(self, place: object, record: Record) -> list[str]:
+        field = self._image_field
+        if field is None:
+            return []
+        if field not in record:
+            raise UserError(f"{place}: no field {field!r}; its fields are {', '.join(map(str, record)) or 'none'}")
+        return read_images(record[field], f"{place}: field {field!r}", _folder(place))
+
+
+def _folder(place: object) -> Path | None:
+    """The folder of the file that a record is in; none for one behind a URL, or in no file."""
+    path = place[0].path if isinstance(place, Where) else ""
+    return Path(path).parent if Path(path).is_file() else None
 
 
 def held_out(given: str, splits: Mapping[str, Any]) -> tuple[str, ...]:

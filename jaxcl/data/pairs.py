@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -18,6 +18,9 @@ from jaxtyping import Int
 from jaxcl.data.cache import Cache
 from jaxcl.data.encode import Encoder, NumberedRows, Texts, batched, encode_rows
 from jaxcl.data.examples import Shard, token_type
+from jaxcl.data.images.processor import IMAGE
+from jaxcl.data.images.seen import Pixels, flat, look
+from jaxcl.data.images.tokens import encode_seen, image_index, images_key
 from jaxcl.data.plan import Shape, choose_lengths
 from jaxcl.data.ragged import Ragged
 from jaxcl.data.rows import EncodedRows, Noise, RowFields, blank, place
@@ -32,13 +35,19 @@ _MARK = re.compile(
 
 
 class EncodedPrompts(NamedTuple):
-    """Prompts as token ids, and how many of them were cut on the left."""
+    """Prompts as token ids, how many of them were cut on the left, and the tiles of their images."""
 
     ids: list[list[int]]
     cut: int
+    pixels: list[Pixels | None]
 
 
-def encode_prompts(prompts: Sequence[str], tokenizer: Tokenizer, config: DataConfig) -> EncodedPrompts:
+def encode_prompts(
+    prompts: Sequence[str],
+    tokenizer: Tokenizer,
+    config: DataConfig,
+    where: Callable[[int], str] = lambda index: f"prompt {index + 1}",
+) -> EncodedPrompts:
     """Token ids of prompts up to the answer; training and generation both use this.
 
     The template is put around each prompt. A prompt that is too long is cut on the left; the template and the bos
@@ -48,9 +57,11 @@ def encode_prompts(prompts: Sequence[str], tokenizer: Tokenizer, config: DataCon
       prompts: the prompts, without the template.
       tokenizer: the model's tokenizer.
       config: `prompt_length` and `template` are used.
+      where: what the prompt of an index is called in messages.
 
     Raises:
-      UserError: the template alone fills `prompt_length`, or the tokenizer lacks one of its marks.
+      UserError: the template alone fills `prompt_length`, or the tokenizer lacks one of its marks; an image cannot be
+        decoded, or would be cut.
     """
     head_text, tail_text = _template(config)
     check_marks(tokenizer, head_text + tail_text)
@@ -67,12 +78,22 @@ def encode_prompts(prompts: Sequence[str], tokenizer: Tokenizer, config: DataCon
             f"data.template takes {len(head) + len(tail)} tokens and leaves no room for the prompt; "
             f"data.prompt_length is {config.prompt_length}"
         )
-    bodies = tokenizer.encode_batch([_body(gap + prompt) for prompt in prompts], continued=bool(head_kept))
+    seen = [look([_body(gap + prompt)], tokenizer.images, where(index)) for index, prompt in enumerate(prompts)]
+    bodies = tokenizer.encode_batch([one.texts[0] for one in seen], continued=bool(head_kept))
+    for index, one in enumerate(seen):
+        if one.stand_ins:
+            bodies[index] = encode_seen(one, tokenizer, bool(head_kept))
+            if len(bodies[index]) > room:
+                raise UserError(
+                    f"{where(index)}: the prompt has {len(bodies[index])} tokens with its images, and one with "
+                    f"images is not cut; data.prompt_length leaves room for {room}; raise it"
+                )
     cut = sum(len(body) > room for body in bodies)
     ids = [head + body[-room:] + tail for body in bodies]
     # The first answer token needs a position that predicts it, so an empty prompt has one token, too.
     start = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
-    return EncodedPrompts([row or [tokenizer.pad_id if start is None else start] for row in ids], cut)
+    ids = [row or [tokenizer.pad_id if start is None else start] for row in ids]
+    return EncodedPrompts(ids, cut, [one.pixels for one in seen])
 
 
 def open_prompts(beginnings: Sequence[str], tokenizer: Tokenizer, config: DataConfig) -> list[list[int]]:
@@ -139,6 +160,7 @@ class PairEncoder:
             "kind": "pairs",
             "tokenizer": tokenizer.fingerprint,
             **{one: getattr(config, one) for one in options},
+            **images_key(tokenizer),
         }
 
     def shards(self, rows: NumberedRows) -> Iterator[Shard]:
@@ -164,7 +186,9 @@ class PairEncoder:
 
     def _shard(self, batch: Sequence[tuple[int, Mapping[str, str]]], long: list[tuple[int, int]]) -> Shard:
         prompts = [row["prompt"] for _, row in batch]
-        encoded = encode_prompts(prompts, self._tokenizer, self._config)
+        encoded = encode_prompts(
+            prompts, self._tokenizer, self._config, lambda index: f"{self._name} row {batch[index][0] + 1}"
+        )
         answers = encode_answers([row["answer"] for _, row in batch], prompts, self._tokenizer, self._config)
         closed = [[*answer, cast(int, self._tokenizer.eos_id)] for answer in answers]
         limit = self._config.answer_length
@@ -173,7 +197,8 @@ class PairEncoder:
         closed = [answer[:limit] for answer in closed]
         tokens = Ragged.of([prompt + answer for prompt, answer in zip(encoded.ids, closed, strict=True)], self.dtype)
         spans = Ragged.of([(len(prompt), len(answer)) for prompt, answer in zip(encoded.ids, closed, strict=True)])
-        return Shard(tokens, spans, {"cut_prompts": encoded.cut, "cut_answers": len(over)})
+        pixels = None if self._tokenizer.images is None else flat(encoded.pixels)
+        return Shard(tokens, spans, {"cut_prompts": encoded.cut, "cut_answers": len(over)}, pixels)
 
 
 class PairRows(EncodedRows):
@@ -219,6 +244,8 @@ class PairRows(EncodedRows):
         self.name = name
         self.config = config
         self.pad_id = tokenizer.pad_id
+        self.images = tokenizer.images
+        self.image_id = None if self.images is None else tokenizer.backend.token_to_id(IMAGE)
         self._prefix: Int[np.ndarray, " prefix"] = np.asarray(prompt_prefix, np.int32)
         self.table = encode_rows(texts, self._encoder(tokenizer), cache)
         self.cut_prompts = self.table.count("cut_prompts")
@@ -231,6 +258,11 @@ class PairRows(EncodedRows):
     def sizes(self) -> Int[np.ndarray, "examples 2"]:
         """Tokens, and tokens of the answer with its end token, per example."""
         return np.stack([self.table.lengths + len(self._prefix), self.table.every_second_span()], axis=1)
+
+    @functools.cached_property
+    def tiles(self) -> Int[np.ndarray, " examples"]:
+        """Tiles of images per example."""
+        return self.table.pixel_bytes // (1 if self.images is None else 3 * self.images.tile**2)
 
     def prompt(self, index: int) -> Int[np.ndarray, " tokens"]:
         """Tokens before the first token that is learned."""
@@ -248,14 +280,31 @@ class PairRows(EncodedRows):
     def row(self, index: int, shape: Shape, noise: Noise) -> RowFields:
         """One row, see `EncodedRows.row`; `noise` is not used."""
         row = blank(shape, self.pad_id)
+        if shape.images:
+            self._show(row, index, shape)
         if index < 0:
             return row
         tokens, at = self.learned(index)
         place(row, tokens, np.array([len(tokens)]))
+        if shape.images:
+            row["image_index"][: len(tokens)] = image_index(tokens, self.image_id)
         row["predict"][: len(at)] = at - 1
         row["targets"][: len(at)] = tokens[at]
         row["weights"][: len(at)] = 1
         return row
+
+    def _show(self, row: RowFields, index: int, shape: Shape) -> None:
+        """Adds the tiles of an example."""
+        if self.images is None:
+            raise ValueError(f"shape: {self.name} has no images, got {shape}")
+        tile = self.images.tile
+        row["pixels"] = np.zeros((shape.images, tile, tile, 3), np.uint8)
+        row["image_index"] = np.full(shape.length, -1, np.int32)
+        if index >= 0:
+            own = self.table.pixels(index)
+            if len(own) > row["pixels"].size:
+                raise UserError(f"{self.name}: an example has more images than any example of tasks with data")
+            row["pixels"].reshape(-1)[: len(own)] = own
 
     def learned(self, index: int) -> tuple[Int[np.ndarray, " tokens"], Int[np.ndarray, " learned"]]:
         """The tokens of an example, and the places of those that are learned."""
@@ -290,15 +339,24 @@ def pair_shapes(rows: Sequence[EncodedRows], config: DataConfig) -> list[Shape]:
     Raises:
       UserError: the longest example exceeds the given `bucket_lengths`.
     """
-    return shapes_for(np.concatenate([one.sizes for one in rows]), config)
+    return shapes_for(np.concatenate([one.sizes for one in rows]), config, np.concatenate([*map(tiles_of, rows)]))
 
 
-def shapes_for(sizes: Int[np.ndarray, "examples 2"], config: DataConfig) -> list[Shape]:
+def tiles_of(rows: EncodedRows) -> Int[np.ndarray, " examples"]:
+    """Tiles of images per example of pairs, or of several sources of them."""
+    none = np.zeros(0, np.int64)
+    return np.concatenate([none, *(leaf.tiles for leaf in rows.leaves() if isinstance(leaf, PairRows))])
+
+
+def shapes_for(
+    sizes: Int[np.ndarray, "examples 2"], config: DataConfig, tiles: Int[np.ndarray, " examples"] | None = None
+) -> list[Shape]:
     """The shapes of `pair_shapes`, given the sizes of all examples.
 
     Args:
       sizes: tokens and scored tokens of each example.
       config: see `pair_shapes`.
+      tiles: tiles of images of each example; none: no images.
 
     Raises:
       UserError: see `pair_shapes`.
@@ -316,5 +374,6 @@ def shapes_for(sizes: Int[np.ndarray, "examples 2"], config: DataConfig) -> list
     shapes = []
     for length in lengths:
         scored = sizes[sizes[:, 0] <= length, 1].max(initial=1)
-        shapes.append(Shape(int(length), int(scored)))
+        images = 0 if tiles is None else tiles[sizes[:, 0] <= length].max(initial=0)
+        shapes.append(Shape(int(length), int(scored), int(images)))
     return shapes

@@ -24,6 +24,8 @@ from jaxcl.data.tokenizer import Tokenizer
 from jaxcl.errors import UserError
 
 FIELDS = tuple(RowFields.__annotations__)
+# Batches without images do not have them at all.
+_IMAGE_FIELDS = ("pixels", "image_index")
 #: Collates the stored records of a batch's rows (`None` for filler rows) into arrays whose shapes depend on the batch's
 #: shape only.
 Collate = Callable[[Sequence[Mapping[str, np.ndarray] | None], Shape], dict[str, np.ndarray]]
@@ -300,8 +302,9 @@ class Pipeline:
         return next(index for index, rows in enumerate(self.sources) if rows.group == names[group])
 
     def _stack(self, rows: Sequence[Mapping[str, Any]], tasks: list[int], examples: list[int]) -> HostBatch:
+        fields = [field for field in FIELDS if field in rows[0] or field not in _IMAGE_FIELDS]
         batch: dict[str, Any] = {
-            field: np.stack([row[field] for row in rows]) if field in rows[0] else None for field in FIELDS
+            field: np.stack([row[field] for row in rows]) if field in rows[0] else None for field in fields
         }
         batch["task"] = np.array(tasks, np.int32)
         batch["example"] = np.array(examples, np.int32)
@@ -317,7 +320,7 @@ class Pipeline:
             "examples": self.examples,
             "batch_size": self.batch_size,
             "steps_per_epoch": self.steps_per_epoch,
-            "shapes": [list(shape) for shape in self.shapes],
+            "shapes": [list(shape if shape.images else shape[:2]) for shape in self.shapes],
             "real_token_share": round(tokens / padded, 4),
             "sources": {rows.name: rows.describe() for rows in self.sources},
         }

@@ -10,10 +10,11 @@ from jaxtyping import Int
 
 
 class Shape(NamedTuple):
-    """Static shape of a row: tokens, and scored positions (`None`: every position is scored)."""
+    """Static shape of a row: tokens, scored positions (`None`: every position is scored), and tiles of images."""
 
     length: int
     predict: int | None
+    images: int = 0
 
 
 class Plan(NamedTuple):

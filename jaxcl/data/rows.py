@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NotRequired, TypedDict
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 
 from jaxcl.data.examples import ExampleTable
 from jaxcl.data.plan import Shape
@@ -17,8 +17,9 @@ Noise = tuple[int, ...]
 
 
 class RowFields(TypedDict):
-    """Fields of an encoded row, all int32 but `weights` (float32); `jaxcl.models.batch.Batch` says what they hold.
+    """Fields of an encoded row, all int32 but `weights` (float32) and `pixels` (uint8).
 
+    `jaxcl.models.batch.Batch` says what they hold; of `pixels` and `image_index`, `jaxcl.models.images.Images`.
     In a `HostBatch` each has a leading batch axis, and what its rows lack is `None`.
     """
 
@@ -30,6 +31,8 @@ class RowFields(TypedDict):
     weights: Float[np.ndarray, "*batch predict"]
     labels: NotRequired[Int[np.ndarray, "*batch"] | np.int32]
     types: NotRequired[Int[np.ndarray, "*batch length"]]
+    pixels: NotRequired[UInt8[np.ndarray, "*batch images tile tile 3"]]
+    image_index: NotRequired[Int[np.ndarray, "*batch length"]]
 
 
 class HostBatch(RowFields):

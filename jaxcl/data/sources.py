@@ -207,7 +207,12 @@ def _load(
     first = next(filter(None, map(_first, raw.splits.values())), None)
     if first is None:
         raise UserError(f"task {name}: {spec.source} is empty")
-    reader = RowReader(*_needed(spec, name, kind or source_kind(spec), template, first, raw.where), template)
+    found, names = _needed(spec, name, kind or source_kind(spec), template, first, raw.where)
+    if spec.image_field is not None and found not in ("pairs", "chat"):
+        raise UserError(
+            f"task {name}: image_field is for prompts and conversations; the rows of {spec.source} are {found}"
+        )
+    reader = RowReader(found, names, template, spec.image_field)
     read: dict[str, ListRows] = {}
     opened: dict[str, Rows] = {}
     for given, records in raw.splits.items():

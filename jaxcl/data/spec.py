@@ -62,6 +62,11 @@ class SourceSpec(Schema):
     text_field: str = Field("text", description="field that holds the text")
     pair_field: str | None = Field(None, description="field that holds a second text, for labelled rows")
     label_field: str = Field("label", description="field that holds the label")
+    image_field: str | None = Field(
+        None,
+        description="field that holds an image or a list of images (paths from the file's folder, or bytes); they take "
+        "the place of <image> in a prompt or conversation, or come before it",
+    )
     heldout: float = Field(
         0.05,
         gt=0,
@@ -162,6 +167,21 @@ class TaskSpec(SourceSpec):
         return self
 
 
+class ImageConfig(Schema):
+    """How images become tiles, where the model sees."""
+
+    longest_edge: int | None = Field(
+        None,
+        ge=1,
+        description="pixels that the longer side of an image is resized to; none: as in the weights' "
+        "preprocessor_config.json, or else the model's image_size",
+    )
+    split: bool | None = Field(
+        None,
+        description="whether an image larger than image_size is split into tiles; none: as in that file, or else false",
+    )
+
+
 class DataConfig(Schema):
     """Lengths, packing, masking and buckets."""
 
@@ -199,6 +219,7 @@ class DataConfig(Schema):
     mask_rate: float = Field(0.15, gt=0, lt=1, description="share of tokens predicted by a masked language model")
     mask_replace: float = Field(0.8, ge=0, le=1, description="share of predicted tokens shown as the mask token")
     mask_random: float = Field(0.1, ge=0, le=1, description="share of predicted tokens shown as a random token")
+    images: ImageConfig = Field(ImageConfig(), description="how images become tiles")
     buckets: int = Field(
         4, ge=1, le=16, description="maximal number of row lengths of prompt-answer batches (compiled shapes)"
     )

@@ -106,7 +106,8 @@ def _parts(conversations: Sequence[Conversation]) -> Iterator[tuple[int, list[Co
 
 
 def _size(messages: Conversation) -> int:
-    return sum(len(message["content"]) for message in messages)
+    contents = (message["content"] for message in messages)
+    return sum(len(one) if isinstance(one, str) else sum(len(part.get("text", "")) for part in one) for one in contents)
 
 
 class _Worker:

@@ -15,6 +15,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from jaxcl.data.files import parse_json, read_text, replacing, write_json
 from jaxcl.data.gguf_tokenizer import read_gguf_tokenizer
+from jaxcl.data.images.processor import ImageProcessor
 from jaxcl.data.spec import TokenizerConfig
 from jaxcl.data.tokenizer_settings import ChatTemplate, read_settings, write_end_ids
 from jaxcl.errors import UserError
@@ -41,6 +42,7 @@ class Tokenizer:
       chat_template: the model's chat template (Jinja), or several by name.
       end_ids: every token that ends a generated text: `eos_id`, and those of the model's configuration.
       special_tokens: texts of special tokens by transformers' names (`bos_token`, ...), as chat templates use them.
+      images: how images in texts become tokens and tiles, for a model that sees.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class Tokenizer:
         self.pad_id: int = next((i for i in (pad, self.eos_id, self.bos_id) if i is not None), 0)
         self.add_bos = add_bos and self.bos_id is not None
         self.chat_template = chat_template
+        self.images: ImageProcessor | None = None
         self.end_ids = tuple(dict.fromkeys(i for i in (self.eos_id, *end_ids) if i is not None))
         named = {f"{role}_token": backend.id_to_token(i) for role, i in ids.items() if i is not None}
         self.special_tokens = {key: text for key, text in named.items() if text} | dict(special_tokens or {})
@@ -124,17 +127,18 @@ class Tokenizer:
         )
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    def train(cls, texts: Iterable[str], vocab_size: int, specials: Sequence[str] = ()) -> Tokenizer:
         """Trains a byte-level BPE tokenizer; the same texts give the same tokenizer.
 
         Args:
           texts: the training texts.
-          vocab_size: number of ids: 6 special tokens, 256 bytes and the learned merges.
+          vocab_size: number of ids: 6 special tokens, `specials`, 256 bytes and the learned merges.
+          specials: further special tokens, with ids from 6 on.
 
         Raises:
           UserError: `vocab_size` is too small for bytes and special tokens.
         """
-        smallest = 256 + len(TRAINED_SPECIALS)
+        smallest = 256 + len(TRAINED_SPECIALS) + len(specials)
         if vocab_size < smallest:
             raise UserError(f"tokenizer.vocab_size is {vocab_size}; a byte-level tokenizer needs at least {smallest}")
         backend = tokenizers.Tokenizer(models.BPE())
@@ -146,7 +150,7 @@ class Tokenizer:
             texts,
             trainers.BpeTrainer(
                 vocab_size=vocab_size,
-                special_tokens=list(TRAINED_SPECIALS),
+                special_tokens=[*TRAINED_SPECIALS, *specials],
                 initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
                 show_progress=False,
             ),
@@ -319,7 +323,12 @@ class Tokenizer:
 
 
 def prepare_tokenizer(
-    config: TokenizerConfig, texts: Callable[[], Iterable[str]], folder: str | Path, *, masked: bool = False
+    config: TokenizerConfig,
+    texts: Callable[[], Iterable[str]],
+    folder: str | Path,
+    *,
+    masked: bool = False,
+    specials: Sequence[str] = (),
 ) -> Tokenizer:
     """The run's tokenizer: the configured one, the one already in the run folder, or a newly trained one.
 
@@ -328,6 +337,7 @@ def prepare_tokenizer(
       texts: returns the texts to train on; called only if a tokenizer has to be trained.
       folder: where a trained tokenizer is saved, and found again when the run is resumed.
       masked: for an encoder; see `Tokenizer.frame_texts`.
+      specials: see `Tokenizer.train`.
 
     Raises:
       UserError: a tokenizer cannot be read, trained or written.
@@ -338,7 +348,7 @@ def prepare_tokenizer(
     elif trained:
         tokenizer = Tokenizer.load(folder)
     else:
-        tokenizer = Tokenizer.train(texts(), config.vocab_size)
+        tokenizer = Tokenizer.train(texts(), config.vocab_size, specials)
     tokenizer.frame_texts(masked)
     if config.path is None and not trained:
         tokenizer.save(folder)

@@ -7,6 +7,7 @@ Importing it loads jax, optax and jaxtyping, and nothing else of jaxcl.
 - DAS, second version: `RowColumn`, `Sides`, `select`, `importance_masks`, `elastic_optimizer`
 - SEEKR: `watch`, `HeadSums`, `combine`, `select_heads`, `sample_queries`, `selected_rows`, `attention_maps`,
   `attention_divergence`
+- SEEKR by modality: `split_divergence`, `watch_blocks`, `block_squares`, `select_by_block`
 - Distillation of outputs: `top_scores`, `top_divergence`, `full_divergence`
 - Elastic weight consolidation: `FisherSums`, `summed_squares`, `quadratic_penalty`
 - What a step leaves out: `without_conflict`, `leading_directions`, `outside`, `orthogonal_optimizer`, `largest_moments`
@@ -82,6 +83,17 @@ from jaxcl.functional.losses import (
     token_losses,
 )
 from jaxcl.functional.matrix import ContinualMatrix
+from jaxcl.functional.modalities import (
+    BLOCKS,
+    MODALITIES,
+    PartWeights,
+    SplitDivergence,
+    block_squares,
+    select_by_block,
+    split_divergence,
+    split_slopes,
+    watch_blocks,
+)
 from jaxcl.functional.projection import (
     Directions,
     leading_directions,
@@ -95,7 +107,9 @@ from jaxcl.functional.soft_masks import LAYER, Unit, masked_decay, masked_optimi
 from jaxcl.functional.terms import Term, Terms
 
 __all__ = [
+    "BLOCKS",
     "LAYER",
+    "MODALITIES",
     "AdaptiveServer",
     "AttentionTeacher",
     "AttentionView",
@@ -107,10 +121,12 @@ __all__ = [
     "FisherSums",
     "HeadSums",
     "ImportanceSums",
+    "PartWeights",
     "Proximal",
     "RowColumn",
     "Scaffold",
     "Sides",
+    "SplitDivergence",
     "Term",
     "Terms",
     "TopScores",
@@ -122,6 +138,7 @@ __all__ = [
     "attention_divergence",
     "attention_maps",
     "averaged",
+    "block_squares",
     "clip_update",
     "combine",
     "combine_shared",
@@ -169,11 +186,14 @@ __all__ = [
     "scaffold",
     "scored_states",
     "select",
+    "select_by_block",
     "select_heads",
     "selected_rows",
     "server_step",
     "soft_mask",
     "soft_masks",
+    "split_divergence",
+    "split_slopes",
     "start_proximal",
     "start_scaffold",
     "summed_squares",
@@ -187,6 +207,7 @@ __all__ = [
     "value_divergence",
     "visible_keys",
     "watch",
+    "watch_blocks",
     "why_refused",
     "without_conflict",
     "write_rows",

@@ -30,6 +30,7 @@ from jaxcl.functional.attention_rows import (
     selected_rows,
     visible_keys,
 )
+from jaxcl.functional.modalities import PartWeights, split_divergence, split_slopes
 
 _BLOCK = 128  # queries; fewer than two blocks of them are not divided
 # The smallest weight that float32 resolves.
@@ -88,7 +89,10 @@ def write_rows(view: AttentionView, teacher: AttentionTeacher) -> AttentionRows:
 
 @jax.named_scope("distil")
 def attention_divergence(
-    view: AttentionView, teacher: AttentionTeacher
+    view: AttentionView,
+    teacher: AttentionTeacher,
+    modality: Int[Array, "batch length"] | None = None,
+    parts: PartWeights | None = None,
 ) -> tuple[Float[Array, " batch"], Bool[Array, " batch"]]:
     """KL of stored attention rows and this layer's own.
 
@@ -97,6 +101,8 @@ def attention_divergence(
     Args:
       view: queries and keys of the layer.
       teacher: stored rows; no gradient flows into them.
+      modality: number of each position's modality (`jaxcl.functional.MODALITIES`), with `parts`.
+      parts: weights of the parts into which a row's divergence falls by modality; static. `None`: all are 1.
 
     Returns:
       Each example's mean over its (head, query) pairs, 0 if it has none, and whether it has any. A query that comes
@@ -106,8 +112,10 @@ def attention_divergence(
     teacher = teacher._replace(queries=jnp.where(again, -1, teacher.queries))
     real = jnp.any(visible_keys(view, teacher.queries), axis=2)
     count = jnp.sum(teacher.heads >= 0, axis=1) * jnp.sum(real, axis=1)
-    static = _Attention(view.causal, view.scale, view.cap)
-    sums = _sums(static, view.query, view.key, view.segments, view.window, teacher)
+    if modality is None or parts is None:
+        modality = parts = None
+    static = _Attention(view.causal, view.scale, view.cap, parts)
+    sums = _sums(static, view.query, view.key, view.segments, view.window, teacher, modality)
     return sums / jnp.maximum(count, 1), count > 0
 
 
@@ -133,6 +141,7 @@ class _Attention(NamedTuple):
     causal: bool
     scale: float
     cap: float | None
+    parts: PartWeights | None
 
 
 class _Head(NamedTuple):
@@ -169,14 +178,26 @@ class _Block(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _sums(
-    static: _Attention, query: Array, key: Array, segments: Array, window: Any, teacher: AttentionTeacher
+    static: _Attention,
+    query: Array,
+    key: Array,
+    segments: Array,
+    window: Any,
+    teacher: AttentionTeacher,
+    modality: Array | None,
 ) -> Float[Array, " batch"]:
     """Each example's sum over its (head, query) pairs."""
-    return _forward(static, query, key, segments, window, teacher)[0]
+    return _forward(static, query, key, segments, window, teacher, modality)[0]
 
 
 def _forward(
-    static: _Attention, query: Array, key: Array, segments: Array, window: Any, teacher: AttentionTeacher
+    static: _Attention,
+    query: Array,
+    key: Array,
+    segments: Array,
+    window: Any,
+    teacher: AttentionTeacher,
+    modality: Array | None,
 ) -> tuple[Array, tuple[Any, ...]]:
     view = AttentionView(query, key, segments, static.causal, static.scale, window, static.cap)
     seen = visible_keys(view, teacher.queries)
@@ -184,6 +205,10 @@ def _forward(
     def compare(block: _Block, one: _Head) -> tuple[Array, Array]:
         scores, stored, visible = block.scores(one, view), block.stored(one), block.rows(seen)
         norm = jnp.where(jnp.any(visible, axis=2), jax.nn.logsumexp(scores, axis=-1, where=visible), 0.0)
+        if static.parts is not None and modality is not None:
+            own = jnp.where(visible, scores - norm[..., None], -jnp.inf)
+            split = split_divergence(stored, own, modality[:, None, block.keys])
+            return split.weighted(static.parts), norm
         logs = jnp.log(jnp.maximum(stored, _TINY)) - (scores - norm[..., None])
         return jnp.sum(jnp.where(stored > 0, stored * logs, 0.0), axis=-1), norm
 
@@ -195,13 +220,13 @@ def _forward(
 
     zeros = jnp.zeros(len(query)), jnp.zeros((*teacher.heads.shape, teacher.queries.shape[1]))
     total, norms = _over_heads(teacher.heads, add, zeros)
-    return total, (query, key, segments, window, teacher, norms)
+    return total, (query, key, segments, window, teacher, modality, norms)
 
 
 def _backward(
     static: _Attention, kept: tuple[Any, ...], cotangent: Float[Array, " batch"]
-) -> tuple[Array, Array, None, None, None]:
-    query, key, segments, window, teacher, norms = kept
+) -> tuple[Array, Array, None, None, None, None]:
+    query, key, segments, window, teacher, modality, norms = kept
     view = AttentionView(query, key, segments, static.causal, static.scale, window, static.cap)
     seen = visible_keys(view, teacher.queries)
     group = query.shape[2] // key.shape[2]
@@ -213,7 +238,11 @@ def _backward(
         scores = block.scores(one, view)
         own = jnp.exp(scores - norm[:, block.queries, None])
         own = jnp.where(block.rows(seen), own, 0.0)
-        dscores = factor[..., None] * (own * jnp.sum(stored, axis=-1, keepdims=True) - stored)
+        if static.parts is not None and modality is not None:
+            slopes = split_slopes(stored, own, modality[:, None, block.keys], static.parts)
+        else:
+            slopes = own * jnp.sum(stored, axis=-1, keepdims=True) - stored
+        dscores = factor[..., None] * slopes
         if static.cap is not None:  # the slope of the soft cap
             dscores = dscores * (1 - jnp.square(scores / static.cap))
         dscores = dscores.astype(query.dtype)
@@ -232,7 +261,7 @@ def _backward(
     # A query head is selected once, so its gradient is not a sum; that of a key head shared by several queries is.
     zeros = jnp.zeros_like(query), jnp.zeros(key.shape, key.dtype if group == 1 else jnp.float32)
     dquery, dkey = _over_heads(teacher.heads, add, zeros)
-    return dquery.astype(query.dtype), dkey.astype(key.dtype), None, None, None
+    return dquery.astype(query.dtype), dkey.astype(key.dtype), None, None, None, None
 
 
 _sums.defvjp(_forward, _backward)

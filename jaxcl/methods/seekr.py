@@ -23,7 +23,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
-from pydantic import Field, NonNegativeFloat
+from pydantic import Field, NonNegativeFloat, NonNegativeInt
 
 from jaxcl.errors import UserError
 from jaxcl.functional.attention_distillation import example_divergence, heads_of_layers
@@ -38,9 +38,11 @@ from jaxcl.functional.heads import (
     select_heads,
 )
 from jaxcl.functional.losses import gated_losses, over_positions, scored_states
+from jaxcl.functional.modalities import BLOCKS, PartWeights, select_by_block
 from jaxcl.functional.terms import Term, Terms
 from jaxcl.methods.base import Method, Params, State, Stored, Task
 from jaxcl.methods.options import ReplayConfig, ReplayOptions
+from jaxcl.methods.passes.blocks import add_block_forgettability, add_block_sensitivity, no_block_sums, whole
 from jaxcl.methods.passes.heads import add_forgettability, add_sensitivity
 from jaxcl.methods.passes.losses import router_terms
 from jaxcl.methods.passes.stored_attention import AttentionStore, RowStore, ValueStore
@@ -93,6 +95,17 @@ class SeekrOptions(ReplayOptions):
         1.0, gt=0, description="with attention_weight auto: the weighted attention term over the other terms"
     )
     attention_limit: float = Field(1000.0, gt=0, description="with attention_weight auto: largest weight")
+    modality_budgets: tuple[NonNegativeInt, NonNegativeInt, NonNegativeInt, NonNegativeInt] | None = Field(
+        None,
+        description="where the model sees: heads that are distilled for each block of attention, by what they matter "
+        "there: words on words, words on images, images on words, images on images; head_budget is not used. None: "
+        "head_budget, for all blocks together",
+    )
+    modality_weights: tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat] = Field(
+        (1.0, 1.0, 1.0),
+        description="where the model sees: weights of the parts of an attention row's divergence: of what goes to "
+        "words and to images, of how it is spread within words, and within images; 1, 1, 1 is the divergence itself",
+    )
     store_logits: int = Field(512, ge=0, description="number of tokens whose scores are stored per position; 0: all")
     store_drawn: float = Field(
         0.125,
@@ -119,7 +132,8 @@ class Seekr(Method[SeekrOptions]):
     State: `sensitivity` (normalised) and `forgettability` `[tasks, layers, heads]`, zeros for tasks to come; `heads`
     `[tasks, selected, 2]`, the (layer, head) pairs selected when each task was learned, -1 for tasks to come. With
     `distil_on: task` also `teacher`, the trained params before the task at hand, and `learned`, the tasks before it;
-    with `attention_weight: auto` also `balance`, the running means of the terms (`jaxcl.functional.Balance`).
+    with `attention_weight: auto` also `balance`, the running means of the terms (`jaxcl.functional.Balance`); with
+    `modality_budgets` also `block_sensitivity` and `block_forgettability` `[tasks, blocks, layers, heads]`.
 
     What is stored with remembered rows and comes back as `batch.teacher` (a teacher made by hand must hold the same):
 
@@ -140,9 +154,13 @@ class Seekr(Method[SeekrOptions]):
         self.check(options, network.config)
         self.layers = resolve_budget(options.layer_budget, network.num_layers)
         self.heads = resolve_budget(options.head_budget, network.num_layers * network.num_heads)
+        if options.modality_budgets is not None:
+            self.heads = sum(options.modality_budgets)
         self.per_layer = min(options.heads_per_layer or network.num_heads, self.heads)
         exact = options.store_attention == "float32"
-        self.attention: AttentionStore = RowStore(not exact) if options.distil_heads == "rows" else ValueStore(exact)
+        weights = PartWeights(*options.modality_weights)
+        rows = RowStore(not exact, None if weights == PartWeights() else weights)
+        self.attention: AttentionStore = rows if options.distil_heads == "rows" else ValueStore(exact)
         self.outputs = OutputStore(options.store_logits, options.store_drawn, options.loss_chunk)
         # If all rows select the same heads, the loop runs heads / num_layers times per layer on average.
         self.loop_trips = max(1, round(self.heads / network.num_layers))
@@ -164,10 +182,22 @@ class Seekr(Method[SeekrOptions]):
                 raise ValueError(f"{name}: {error}") from None
         if options.distil_on == "memory":
             options.replay.check()
+        if options.distil_heads == "values" and tuple(options.modality_weights) != PartWeights():
+            raise ValueError(
+                "modality_weights: what is weighted are parts of attention rows; allowed with distil_heads rows"
+            )
         if options.heads_per_layer > model.num_heads:
             raise ValueError(f"heads_per_layer: {options.heads_per_layer} is over the model's {model.num_heads}")
         room = budgets["layer_budget"] * (options.heads_per_layer or model.num_heads)
-        if budgets["head_budget"] > room:
+        if (blocks := options.modality_budgets) is not None:
+            if getattr(model, "vision", None) is None:
+                raise ValueError("modality_budgets: the model does not see (model.vision is none); allowed is none")
+            if not 0 < sum(blocks) <= room:
+                raise ValueError(
+                    f"modality_budgets: together {sum(blocks)}; allowed are 1 to {room}, the heads of "
+                    f"{budgets['layer_budget']} layers"
+                )
+        elif budgets["head_budget"] > room:
             raise ValueError(
                 f"head_budget: {options.head_budget} is over the {room} heads of {budgets['layer_budget']} layers"
             )
@@ -197,6 +227,9 @@ class Seekr(Method[SeekrOptions]):
         scores = jnp.zeros((self.num_tasks, self.network.num_layers, self.network.num_heads))
         heads = jnp.full((self.num_tasks, self.heads, 2), -1, jnp.int32)
         state: dict[str, Any] = {"sensitivity": scores, "forgettability": scores, "heads": heads}
+        if self.options.modality_budgets is not None:
+            blocks = jnp.zeros((self.num_tasks, len(BLOCKS), *scores.shape[1:]))
+            state |= {"block_sensitivity": blocks, "block_forgettability": blocks}
         if self.options.distil_on == "task":
             state |= {"teacher": trained(params), "learned": jnp.int32(0)}
         if self.options.attention_weight == "auto":
@@ -225,7 +258,7 @@ class Seekr(Method[SeekrOptions]):
         """Rates the heads on the task's memory (or examples, where none is kept), and selects some for the task."""
         add_sensitivity, add_forgettability = task.compile(self.add_sensitivity), task.compile(self.add_forgettability)
         before = task.params_before()
-        sensitivity = forgettability = HeadSums.zero(self.network.num_layers, self.network.num_heads)
+        sensitivity = forgettability = self.no_sums()
         kept = self.options.distil_on == "memory"
         for batch in task.memory() if kept else task.examples(self.options.importance_examples):
             sensitivity = add_sensitivity(sensitivity, params, batch)
@@ -265,7 +298,7 @@ class Seekr(Method[SeekrOptions]):
         """
         if batch.teacher is None:
             raise ValueError("batch.teacher: expected what `signals` gives, got None")
-        return self.network.hidden(params, batch, probe=self._probe(batch.teacher), dropout_key=key).probed
+        return self.network.hidden(params, batch, probe=self._probe(batch.teacher, batch), dropout_key=key).probed
 
     def _taught(self, params: Params, state: State, batch: Batch, key: Array) -> Terms:
         """Rows of the task at hand, taught by the model before it; during the first task, divergences count nothing.
@@ -294,7 +327,7 @@ class Seekr(Method[SeekrOptions]):
     ) -> dict[str, Term]:
         """Cross-entropy and both divergences from a teacher (SEEKR, equation 9)."""
         terms = {}
-        probe = self._probe(teacher) if self.options.attention_weight != 0 else None
+        probe = self._probe(teacher, batch) if self.options.attention_weight != 0 else None
         hidden = self.network.hidden(params, batch, probe=probe, dropout_key=key)
         if probe is not None:
             divergence, present = example_divergence(*hidden.probed)
@@ -322,10 +355,10 @@ class Seekr(Method[SeekrOptions]):
         weight: Array = state["balance"].weight(options.attention_share, options.attention_limit)
         return weight
 
-    def _probe(self, teacher: Mapping[str, Array]) -> Probe:
+    def _probe(self, teacher: Mapping[str, Array], batch: Batch) -> Probe:
         """Compares what is stored of heads with each layer's own."""
         return Probe(
-            lambda view, heads: self.attention.divergence(view, teacher, heads),
+            lambda view, heads: self.attention.divergence(view, teacher, heads, batch.modality),
             heads_of_layers(teacher["heads"], self.network.num_layers),
         )
 
@@ -391,18 +424,28 @@ class Seekr(Method[SeekrOptions]):
 
     def measurements(self, before: Params, params: Params, state: State, batch: Batch, key: Array) -> dict[str, Any]:
         """See `Method.measurements`."""
-        zero = HeadSums.zero(self.network.num_layers, self.network.num_heads)
+        zero = self.no_sums()
         return {
             "sensitivity": self.add_sensitivity(zero, params, batch),
             "forgettability": self.add_forgettability(zero, before, params, batch),
         }
 
+    def no_sums(self) -> HeadSums:
+        """What is measured of a task before its first batch; with `modality_budgets` by block."""
+        if self.options.modality_budgets is not None:
+            return no_block_sums(self.network)
+        return HeadSums.zero(self.network.num_layers, self.network.num_heads)
+
     def add_sensitivity(self, sums: HeadSums, params: Params, batch: Batch) -> HeadSums:
         """Adds a batch to the sensitivity of the task at hand; pure."""
+        if self.options.modality_budgets is not None:
+            return add_block_sensitivity(self.network, sums, params, batch, self.options.loss_chunk)
         return add_sensitivity(self.network, sums, params, batch, self.options.loss_chunk)
 
     def add_forgettability(self, sums: HeadSums, before: Params, params: Params, batch: Batch) -> HeadSums:
         """Adds a batch to the forgettability of the task at hand; pure."""
+        if self.options.modality_budgets is not None:
+            return add_block_forgettability(self.network, sums, before, params, batch)
         return add_forgettability(self.network, sums, before, params, batch)
 
     def select(
@@ -412,17 +455,30 @@ class Seekr(Method[SeekrOptions]):
 
         `key` is what importance `random` draws from.
         """
-        state = state | {
-            "sensitivity": state["sensitivity"].at[index].set(normalise_sensitivity(sensitivity.mean())),
-            "forgettability": state["forgettability"].at[index].set(forgettability.mean()),
-        }
-        importance = combine(state["sensitivity"], state["forgettability"], self.options.importance, key)
-        heads = select_heads(importance, self.layers, self.heads, self.per_layer)
-        return state | {"heads": state["heads"].at[index].set(heads)}
+        measured = {"sensitivity": sensitivity, "forgettability": forgettability}
+        if self.options.modality_budgets is not None:
+            measured = {f"block_{name}": sums for name, sums in measured.items()} | {
+                name: whole(sums) for name, sums in measured.items()
+            }
+        means = {name: sums.mean() for name, sums in measured.items()}
+        means |= {name: normalise_sensitivity(mean) for name, mean in means.items() if "sensitivity" in name}
+        state = state | {name: state[name].at[index].set(mean) for name, mean in means.items()}
+        return state | {"heads": state["heads"].at[index].set(self._choose(state, key))}
+
+    def _choose(self, state: State, key: Array | None = None) -> Array:
+        """The heads that matter most by all that was measured so far."""
+        how, budgets = self.options.importance, self.options.modality_budgets
+        importance = combine(state["sensitivity"], state["forgettability"], how, key)
+        if budgets is None:
+            return select_heads(importance, self.layers, self.heads, self.per_layer)
+        by_block = combine(state["block_sensitivity"], state["block_forgettability"], how, key)
+        # A block that no example has so far gets what matters in all blocks together.
+        known = jnp.any(by_block > 0, axis=(1, 2), keepdims=True)
+        return select_by_block(jnp.where(known, by_block, importance), self.layers, budgets, self.per_layer)
 
     def share(self, state: State) -> State:
         """Sensitivity and forgettability of heads by task; what is stored of examples stays with the client."""
-        return {name: state[name] for name in ("sensitivity", "forgettability")}
+        return {name: state[name] for name in state if name.endswith(("sensitivity", "forgettability"))}
 
     def merge(self, state: State, shared: State) -> State:
         """See `Method.merge`; the heads of every task learned so far are selected by what all clients measured.
@@ -436,12 +492,10 @@ class Seekr(Method[SeekrOptions]):
         tasks = jnp.arange(self.num_tasks)
 
         def heads_after(index: Array) -> Array:
-            known = (tasks <= index)[:, None, None]
-            sensitivity, forgettability = (
-                jnp.where(known, state[name], 0.0) for name in ("sensitivity", "forgettability")
-            )
-            importance = combine(sensitivity, forgettability, self.options.importance)
-            return select_heads(importance, self.layers, self.heads, self.per_layer)
+            def until(values: Array) -> Array:
+                return jnp.where((tasks <= index).reshape(-1, *[1] * (values.ndim - 1)), values, 0.0)
+
+            return self._choose({name: until(values) for name, values in self.share(state).items()})
 
         learned = state["heads"] >= 0
         return {**state, "heads": jnp.where(learned, jax.lax.map(heads_after, tasks), state["heads"])}

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key
 
+from jaxcl.models.images import NO_IMAGE, Images
+
 IGNORED = -100
 """Label of a token that is not predicted, as transformers has it."""
 
@@ -39,6 +41,7 @@ class Batch:
       teacher: what a method stored with remembered rows, leading axis `batch`; `None` for rows of the current task.
         Its names, shapes and dtypes are those that the method's `signals` documents.
       types: token type of each position, int32, for encoders that have them; `None` means 0 everywhere.
+      images: what the rows show beside text, for decoders that see (`LlamaConfig.vision`); `None` for text alone.
       packed: `False` promises that every row is at most one document followed by padding, which makes attention
         masks cheaper. Static.
       origin: `"task"` for rows of the current task, `"memory"` for remembered rows, `"general"` for general rows
@@ -57,6 +60,7 @@ class Batch:
     labels: Int[Array, " batch"] | None = None
     teacher: dict[str, Any] | None = None
     types: Int[Array, "batch length"] | None = None
+    images: Images | None = None
     packed: bool = dataclasses.field(default=True, metadata={"static": True})
     origin: str = dataclasses.field(default="task", metadata={"static": True})
     memory: Batch | None = None
@@ -164,6 +168,11 @@ class Batch:
     def size(self) -> int:
         """Number of rows, fillers included."""
         return self.tokens.shape[0]
+
+    @property
+    def modality(self) -> Int[Array, "batch length"] | None:
+        """Number of each position's modality, 0 for words and 1 for images; `None` for text alone."""
+        return None if self.images is None else (self.images.index != NO_IMAGE).astype(jnp.int32)
 
     def keys(self, key: Array) -> Key[Array, " batch"]:
         """One random key per row, from `key` and the row's task and example alone."""

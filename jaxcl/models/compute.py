@@ -12,6 +12,7 @@ from pydantic import Field
 from jaxcl.schema import Schema
 
 Kernel = Literal["auto", "xla", "cudnn", "splash"]
+Remat = Literal["none", "full", "dots"]
 
 
 class Compute(Schema):
@@ -21,7 +22,7 @@ class Compute(Schema):
         "float32", description="precision of activations and matrix products; norms, softmax and logits stay float32"
     )
     param_dtype: Literal["float32", "bfloat16"] = Field("float32", description="precision in which params are held")
-    remat: Literal["none", "full", "dots"] = Field(
+    remat: Remat = Field(
         "none",
         description="what the backward pass recomputes in each layer: none: nothing; "
         "dots: everything but matrix products; full: the whole layer",

@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from jaxcl.models.attention import attention
 from jaxcl.models.axes import constrain
 from jaxcl.models.batch import Batch
 from jaxcl.models.cache import Cache, Store
+from jaxcl.models.images import NO_IMAGE, Images
 from jaxcl.models.network import Layer, Network, Params
 
 Scalar = Array | np.number
@@ -101,8 +102,14 @@ class Generator:
         if not 0 < self.buckets[0] <= self.buckets[-1] <= prompt_length:
             raise ValueError(f"buckets: expected lengths from 1 to prompt_length={prompt_length}, got {buckets}")
 
-        def generate(params: Params, tokens: Array, lengths: Array, draw: Draw | None) -> tuple[Array, Array]:
-            return _generate(network, params, tokens, lengths, draw, max_new_tokens, self.eos_ids, pad_id)
+        vision = getattr(network.config, "vision", None)
+        self.image_token_id: int | None = None if vision is None else vision.image_token_id
+        self._side: int = 0 if vision is None else vision.image_size
+
+        def generate(
+            params: Params, tokens: Array, lengths: Array, draw: Draw | None, images: Images | None = None
+        ) -> tuple[Array, Array]:
+            return _generate(network, params, tokens, lengths, draw, images, max_new_tokens, self.eos_ids, pad_id)
 
         self.jitted = jax.jit(generate if trace is None else trace(generate))
 
@@ -113,6 +120,7 @@ class Generator:
         key: Array | None = None,
         temperature: float = 0.0,
         top_p: float = 1.0,
+        images: Sequence[UInt8[np.ndarray, "tiles tile tile 3"] | None] | None = None,
     ) -> list[list[int]]:
         """Continues each prompt.
 
@@ -123,12 +131,15 @@ class Generator:
             in `prompts`, not on the other rows.
           temperature: 0 takes the likeliest token, otherwise tokens are drawn from `softmax(logits / temperature)`.
           top_p: draws among the fewest likeliest tokens whose probabilities sum up to at least this.
+          images: tiles of each prompt's images, raw pixels; `None` for prompts without. A program is compiled for each
+            number of tiles that the prompts of a call have at most, rounded up to a power of 2.
 
         Returns:
           The new tokens of each prompt, at most `max_new_tokens`, without the one that ended them.
 
         Raises:
-          ValueError: a prompt is empty or too long, or a number is out of range.
+          ValueError: a prompt is empty or too long, a number is out of range, or there are images for a model without a
+            tower.
         """
         if temperature < 0 or not 0 < top_p <= 1:
             raise ValueError(f"expected temperature >= 0 and 0 < top_p <= 1, got {temperature} and {top_p}")
@@ -137,6 +148,9 @@ class Generator:
         for index, prompt in enumerate(prompts):
             if not 0 < len(prompt) <= self.prompt_length:
                 raise ValueError(f"prompts[{index}]: expected 1 to {self.prompt_length} tokens, got {len(prompt)}")
+        tiles = 0 if images is None else max((len(one) for one in images if one is not None), default=0)
+        if tiles and self.image_token_id is None:
+            raise ValueError("images: expected a network with vision, got one without")
         results: list[list[int]] = []
         for start in range(0, len(prompts), self.batch_size):
             rows = prompts[start : start + self.batch_size]
@@ -144,7 +158,11 @@ class Generator:
             if key is not None and temperature > 0:
                 nucleus = np.float32(top_p) if top_p < 1 else None
                 draw = Draw(key, np.int32(start), np.float32(temperature), nucleus)
-            written, counts = map(np.asarray, self.jitted(params, *self.pad(rows), draw))
+            padded = self.pad(rows)
+            shown = None
+            if images is not None and tiles:
+                shown = self._images(padded[0], images[start : start + self.batch_size], tiles)
+            written, counts = map(np.asarray, self.jitted(params, *padded, draw, shown))
             results += [row[:count].tolist() for row, count in zip(written, counts, strict=True)][: len(rows)]
         return results
 
@@ -158,6 +176,18 @@ class Generator:
             tokens[row, bucket - len(prompt) :] = prompt
             lengths[row] = len(prompt)
         return tokens, lengths
+
+    def _images(self, tokens: np.ndarray, images: Sequence[np.ndarray | None], tiles: int) -> Images:
+        """The images of padded rows, in the places of their image tokens."""
+        count = 1 << (tiles - 1).bit_length()
+        side = self._side
+        pixels = np.zeros((self.batch_size, count, side, side, 3), np.uint8)
+        for row, one in enumerate(images):
+            if one is not None:
+                pixels[row, : len(one)] = one
+        is_image = tokens == self.image_token_id
+        index = np.where(is_image, np.cumsum(is_image, axis=1) - 1, NO_IMAGE)
+        return Images(jnp.asarray(pixels), jnp.asarray(index, jnp.int32))
 
 
 class _Loop(NamedTuple):
@@ -184,6 +214,7 @@ def _generate(
     tokens: Int[Array, "batch prompt"],
     lengths: Int[Array, " batch"],
     draw: Draw | None,
+    images: Images | None,
     max_new_tokens: int,
     eos_ids: tuple[int, ...],
     pad_id: int,
@@ -207,7 +238,7 @@ def _generate(
         cache, logits = _decode(network, params, last, place, prompt - lengths, loop.cache)
         return write(loop._replace(cache=cache), logits)
 
-    cache, logits = _prefill(network, params, tokens, lengths, max_new_tokens - 1)
+    cache, logits = _prefill(network, params, tokens, lengths, max_new_tokens - 1, images)
     nothing = jnp.full((batch, max_new_tokens), pad_id, jnp.int32)
     loop = _Loop(jnp.int32(0), nothing, jnp.zeros_like(lengths), lengths == 0, cache)
     loop = jax.lax.while_loop(
@@ -223,11 +254,12 @@ def _prefill(
     tokens: Int[Array, "batch prompt"],
     lengths: Int[Array, " batch"],
     room: int,
+    images: Images | None = None,
 ) -> tuple[Cache, Float[Array, "batch vocab"]]:
     """Runs the prompts. Returns a cache with `room` more places, and the scores of each row's next token."""
     prompt = tokens.shape[1]
     positions = jnp.arange(prompt) - (prompt - lengths[:, None])
-    batch = _rows(tokens, (positions >= 0).astype(jnp.int32), jnp.maximum(positions, 0))
+    batch = _rows(tokens, (positions >= 0).astype(jnp.int32), jnp.maximum(positions, 0), images)
     context = network.context(batch)
 
     def body(x: Array, layer: Layer) -> tuple[Array, Store]:
@@ -314,7 +346,7 @@ def keep_nucleus(logits: Float[Array, "batch vocab"], top_p: Scalar | float) -> 
     return jnp.where(logits >= least, logits, -jnp.inf)
 
 
-def _rows(tokens: Array, segments: Array, positions: Array) -> Batch:
+def _rows(tokens: Array, segments: Array, positions: Array, images: Images | None = None) -> Batch:
     """A batch that nothing is scored in."""
     none = jnp.zeros(tokens.shape[0], jnp.int32)
     return Batch(
@@ -326,6 +358,7 @@ def _rows(tokens: Array, segments: Array, positions: Array) -> Batch:
         weights=jnp.zeros(tokens.shape, jnp.float32),
         task=none,
         example=none,
+        images=images,
     )
 
 

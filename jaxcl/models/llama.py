@@ -29,6 +29,7 @@ from jaxcl.models.lora import adapter_for
 from jaxcl.models.mask import capped
 from jaxcl.models.rotary import Rotary, rotary, rotate, unrotated
 from jaxcl.models.soft_tokens import soft_id
+from jaxcl.models.vision import Vision
 
 __all__ = ["Llama", "LlamaConfig"]
 
@@ -165,6 +166,7 @@ class Llama(nnx.Module):
         self.head = Linear(rngs, embed, vocab, bias=False, std=c.init_std, compute=c.compute) if untied else None
         self.classifier = Classifier(c, rngs) if c.num_labels else None
         # Drawn last: the rest of the network is the same with and without them.
+        self.vision = None if c.vision is None else Vision(c.vision, c.hidden_size, c.compute, rngs)
         self.soft_tokens = _soft_tokens(c, rngs) if c.soft_tokens else None
 
     def context(self, batch: Batch) -> Context:
@@ -191,10 +193,15 @@ class Llama(nnx.Module):
         return None if rotary is None and which is None else LayerKind(rotary, which)
 
     def start(self, batch: Batch, noise: Noise | None) -> Float[Array, "batch length embed"]:
-        """Token embeddings; see `soft_tokens` for negative ids."""
+        """Token embeddings, and the states of images in their places; see `soft_tokens` for negative ids."""
         x = self._vectors(batch.tokens)
         scale = self.config.embedding_scale
-        return x if scale == 1.0 else x * jnp.asarray(scale, x.dtype)
+        x = x if scale == 1.0 else x * jnp.asarray(scale, x.dtype)
+        if batch.images is None:
+            return x
+        if self.vision is None:
+            raise ValueError("images: expected a config with vision, got none")
+        return batch.images.place(x, self.vision(batch.images))
 
     def _vectors(self, tokens: Array) -> Array:
         if self.soft_tokens is None:

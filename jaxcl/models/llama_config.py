@@ -11,6 +11,7 @@ from jaxcl.models.compute import Compute
 from jaxcl.models.lora import LoraConfig
 from jaxcl.models.quantised import Quantise, check_quantise
 from jaxcl.models.rotary import RopeScaling
+from jaxcl.models.vision_config import VisionConfig
 from jaxcl.schema import Schema
 
 
@@ -109,6 +110,7 @@ class LlamaConfig(Schema):
     soft_tokens: int = Field(
         0, ge=0, description="trained vectors for prompts to begin with, which are then all that is trained"
     )
+    vision: VisionConfig | None = Field(None, description="tower and connector of a model that sees images; none: text")
     compute: Compute = Field(Compute(), description="precision, rematerialisation, kernel")
 
     @field_validator("num_kv_heads", "head_dim", mode="before")

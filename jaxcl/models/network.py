@@ -23,7 +23,7 @@ from jaxcl.models.layers import derive
 from jaxcl.models.llama import Llama, LlamaConfig
 from jaxcl.models.modernbert import ModernBert, ModernBertConfig
 from jaxcl.models.probe import Probe, Tap
-from jaxcl.models.product import PRODUCT
+from jaxcl.models.product import rematerialised
 from jaxcl.models.roberta import Roberta, RobertaConfig
 from jaxcl.models.trainable import Params
 
@@ -274,14 +274,7 @@ class Network:
 
     def remat(self, body: Any) -> Any:
         """`body` of a scan over layers, recomputed in the backward pass as the configuration says."""
-        if self.config.compute.remat == "none":
-            return body
-        policies = {
-            "full": jax.checkpoint_policies.nothing_saveable,
-            "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
-        }
-        # Within a scan the compiler cannot merge the two computations anyway.
-        return jax.checkpoint(body, policy=policies[self.config.compute.remat], prevent_cse=False)
+        return rematerialised(body, self.config.compute.remat)
 
     @jax.named_scope("logits")
     def logits(self, params: Params, states: Float[Array, "... embed"]) -> Float[Array, "... vocab"]:

@@ -6,13 +6,15 @@ import contextlib
 import contextvars
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
+
+from jaxcl.models.compute import Remat
 
 PRODUCT = "product"
 """Name under which a rematerialisation policy can keep the results."""
@@ -36,6 +38,18 @@ def input_squares(counted: Bool[Array, "..."]) -> Iterator[None]:
         yield
     finally:
         _COUNTED.reset(token)
+
+
+def rematerialised(body: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
+    """`body` of a scan over layers, recomputed in the backward pass as `Compute.remat` says."""
+    if remat == "none":
+        return body
+    policies = {
+        "full": jax.checkpoint_policies.nothing_saveable,
+        "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
+    }
+    # Within a scan the compiler cannot merge the two computations anyway.
+    return jax.checkpoint(body, policy=policies[remat], prevent_cse=False)
 
 
 def product(x: Float[Array, "..."], kernel: Float[Array, "..."], contracted: int, dtype: Any = None) -> Array:

@@ -18,10 +18,11 @@ from jaxcl.data.chat_rows import ChatRows, messages_of
 from jaxcl.data.chat_templates import find_template
 from jaxcl.data.conversations import end_of_turn
 from jaxcl.data.encode import Texts
+from jaxcl.data.images.reference import shown
 from jaxcl.data.memory import Memory, TaskMemory
 from jaxcl.data.mixture import MixedRows, MixturePipeline
 from jaxcl.data.packed_pairs import pack_pairs
-from jaxcl.data.pairs import PairRows, shapes_for
+from jaxcl.data.pairs import PairRows, shapes_for, tiles_of
 from jaxcl.data.pipeline import Pipeline
 from jaxcl.data.plan import Shape, spread_sizes
 from jaxcl.data.rows import EncodedRows, HostBatch
@@ -36,6 +37,7 @@ from jaxcl.models.soft_tokens import SOFT_TOKENS, start_from_words
 from jaxcl.models.trainable import Params, overlay
 from jaxcl.run.checks import check_metrics, check_private_data, check_tasks
 from jaxcl.run.folder import RunFolder
+from jaxcl.run.images import let_see, run_images
 from jaxcl.run.loading import open_general, open_task, rooted
 from jaxcl.sharding.layout import Layout
 from jaxcl.sharding.mesh import make_mesh
@@ -43,6 +45,7 @@ from jaxcl.sharding.processes import everywhere, on_each, on_first
 from jaxcl.training.config import check_batch_size
 from jaxcl.training.privacy import check_private
 from jaxcl.training.trainer import Trainer
+from jaxcl.weights.locate import locate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,14 +113,18 @@ class Components:
         if self.general is not None:
             rows += [self.general_rows(index) for index in range(len(self.tasks))]
         sizes = [one.sizes for one in dict.fromkeys(rows) if one.group == PairRows.group]
+        tiles = [tiles_of(one) for one in dict.fromkeys(rows) if one.group == PairRows.group]
         sizes += self.gone_sizes
-        return shapes_for(np.concatenate(sizes), self.config.data) if sizes else None
+        tiles += [np.zeros(len(one), np.int64) for one in self.gone_sizes]
+        return shapes_for(np.concatenate(sizes), self.config.data, np.concatenate(tiles)) if sizes else None
 
     @functools.cached_property
     def learned_rows(self) -> Mapping[int, EncodedRows]:
         """The rows of the training batches of every task whose data is not gone: its examples, packed if configured."""
         if not self.config.data.pack_pairs or self.shapes is None:
             return self.all_train_rows
+        if self.shapes[-1].images:
+            raise UserError("data.pack_pairs: rows with images are not packed; allowed is false", exit_code=2)
         return pack_pairs(self.all_train_rows, self.shapes[-1].length)
 
     @functools.cached_property
@@ -356,11 +363,14 @@ def load_tokenizer(config: ExperimentConfig, tasks: tuple[TaskData, ...], folder
 def _load_tokenizer(config: ExperimentConfig, tasks: tuple[TaskData, ...], folder: Path) -> Tokenizer:
     settings = config.tokenizer
     if settings.path is None and config.weights is not None:
-        from jaxcl.weights import locate
-
         settings = TokenizerConfig(path=str(locate(config.weights)[1]))
     texts = functools.partial(_texts, tasks, settings.train_rows)
-    tokenizer = prepare_tokenizer(settings, texts, folder, masked=not Network.create(config.model).causal)
+    network = Network.create(config.model)
+    images = run_images(config)
+    specials = () if images is None else images.specials()
+    tokenizer = prepare_tokenizer(settings, texts, folder, masked=not network.causal, specials=specials)
+    if images is not None:
+        let_see(tokenizer, network, images, folder)
     if any(task.kind == "chat" for task in tasks):
         # The model that the run leaves is asked by this template, and its answers end as the template ends them.
         template = find_template(config.data.chat_template, tokenizer)
@@ -378,9 +388,9 @@ def _texts(tasks: tuple[TaskData, ...], limit: int | None) -> Iterator[str]:
     for task in tasks:
         for row in itertools.islice(task.train, limit):
             if task.kind == "chat":
-                yield from (message["content"] for message in messages_of(row))
+                yield from (shown(message["content"]) for message in messages_of(row))
             else:
-                yield from (value for key, value in row.items() if key in ("prompt", "answer", "text"))
+                yield from (shown(value) for key, value in row.items() if key in ("prompt", "answer", "text"))
 
 
 def initial_params(components: Components) -> Params:

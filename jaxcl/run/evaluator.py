@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, cast
 import jax.numpy as jnp
 
 from jaxcl.data.chat_rows import encode_openings
+from jaxcl.data.images.reference import shown
 from jaxcl.data.pairs import encode_answers, encode_prompts
 from jaxcl.data.pipeline import LabelledPipeline
 from jaxcl.data.rows import HostBatch
@@ -194,7 +195,8 @@ class Evaluator:
             self.metrics[index],
             batch_size=self.settings.batch_size,
         )
-        return Evaluation(Score(scored.score), {}, scored.rows)
+        rows = [{**row, "prompt": shown(row["prompt"])} for row in scored.rows]
+        return Evaluation(Score(scored.score), {}, rows)
 
     def _pairs(self, index: int, split: str) -> list[dict[str, str]]:
         """The rows of a task that are scored, which are read once."""
@@ -220,9 +222,9 @@ class Evaluator:
         prefix = self.parts.method.prompt_prefix(index)
         tokenizer, data = self.parts.tokenizer, self.parts.config.data
         chat = self.parts.tasks[index].kind == "chat"
-        prompt_ids = encode_openings(prompts, tokenizer, data) if chat else encode_prompts(prompts, tokenizer, data).ids
-        ids = [[*prefix, *row] for row in prompt_ids]
-        texts = [tokenizer.decode(answer).strip() for answer in self._generator(params, ids)]
+        encoded = encode_openings(prompts, tokenizer, data) if chat else encode_prompts(prompts, tokenizer, data)
+        ids = [[*prefix, *row] for row in encoded.ids]
+        texts = [tokenizer.decode(answer).strip() for answer in self._generator(params, ids, images=encoded.pixels)]
         # What a model thinks before it answers is not the answer.
         return [text.rpartition("</think>")[2].strip() for text in texts] if chat else texts
 

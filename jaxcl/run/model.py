@@ -9,11 +9,14 @@ import jax
 
 from jaxcl.config import ExperimentConfig
 from jaxcl.config.file import validate
+from jaxcl.data.images.tokens import see
+from jaxcl.data.spec import ImageConfig
 from jaxcl.data.tokenizer import Tokenizer
 from jaxcl.errors import UserError
 from jaxcl.models.network import Network, Params
 from jaxcl.run.fingerprints import check_tokenizer
 from jaxcl.run.folder import RunFolder
+from jaxcl.run.images import image_processor, vision_of
 from jaxcl.training.checkpoint import Checkpoints, Saved
 from jaxcl.weights import load_params, locate, read_config
 from jaxcl.weights.finite import refuse_not_finite
@@ -52,7 +55,9 @@ def load_model(name: str, *, trust: bool = False) -> Model:
     if not folder.is_run:
         _, place = locate(name)
         network = Network.create(read_config(name))
-        return Model(network, load_params(name, network), Tokenizer.load(place), None)
+        tokenizer = Tokenizer.load(place)
+        _let_see(tokenizer, network, ImageConfig(), place if place.is_dir() else place.parent)
+        return Model(network, load_params(name, network), tokenizer, None)
     config = validate(ExperimentConfig, folder.content(trust=trust), str(folder.config_file))
     network = Network.create(config.model)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -60,8 +65,14 @@ def load_model(name: str, *, trust: bool = False) -> Model:
     params, saved = latest_params(folder, target)
     tokenizer = Tokenizer.load(folder.tokenizer)
     check_tokenizer(tokenizer, saved, folder.tokenizer)
+    _let_see(tokenizer, network, config.data.images, folder.tokenizer)
     kinds = saved.progress["results"].get("kinds", {})
     return Model(network, params, tokenizer, config, chat="chat" in kinds.values())
+
+
+def _let_see(tokenizer: Tokenizer, network: Network, config: ImageConfig, folder: Path) -> None:
+    if (vision := vision_of(network)) is not None:
+        see(tokenizer, image_processor(vision, config, folder), vision.image_token_id)
 
 
 def latest_params(folder: RunFolder, target: Params) -> tuple[Params, Saved]:

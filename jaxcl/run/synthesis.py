@@ -72,7 +72,7 @@ class Writer:
         rows = [{"prompt": prompt, "answer": answer} for prompt, answer in zip(prompts, answers, strict=True)]
         # Keep what fits the shapes that the run's steps are compiled for.
         sizes = self.parts.encode_written(rows, self.index, "samples").sizes if rows else np.zeros((0, 2))
-        fitting = np.flatnonzero(np.all(sizes <= np.array(self._largest), axis=1)).tolist()
+        fitting = np.flatnonzero(np.all(sizes <= np.array(self._largest[:2]), axis=1)).tolist()
         likelihoods = self.likelihoods([rows[place] for place in fitting])
         samples = [
             Sample(finished[place], answers[place], one, written[place][1])

@@ -20,6 +20,7 @@ Rules = Mapping[str, tuple[str, ...]]
 
 PARAM_RULES: Rules = {
     "layers": (),
+    "tower_layers": (),
     "embed": ("fsdp",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),

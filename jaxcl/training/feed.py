@@ -13,8 +13,9 @@ from jax.sharding import NamedSharding
 
 from jaxcl.data.rows import HostBatch
 from jaxcl.models.batch import Batch
+from jaxcl.models.images import Images
 
-_INTEGERS = frozenset(HostBatch.__annotations__) - {"weights", "teacher", "origin", "memory"}
+_INTEGERS = frozenset(HostBatch.__annotations__) - {"weights", "pixels", "teacher", "origin", "memory"}
 
 
 class RowIterator(Protocol):
@@ -42,7 +43,7 @@ def place_batch(rows: HostBatch, sharding: NamedSharding) -> Batch:
       sharding: `Layout.batch`.
 
     Returns:
-      A `Batch` of global arrays: int32, except `weights` (float32) and teacher records (unchanged).
+      A `Batch` of global arrays: int32, except `weights` (float32), pixels and teacher records (unchanged).
 
     Raises:
       ValueError: a field is unknown or missing.
@@ -56,6 +57,8 @@ def place_batch(rows: HostBatch, sharding: NamedSharding) -> Batch:
         fields["weights"] = np.asarray(fields["weights"], np.float32)
     if "origin" in fields:
         fields["origin"] = str(fields["origin"])
+    if "pixels" in fields:
+        fields["images"] = Images(fields.pop("pixels"), fields.pop("image_index"))
     try:
         batch = Batch(**{"predict": None, **fields})
     except TypeError as error:

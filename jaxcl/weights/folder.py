@@ -27,6 +27,9 @@ TOKENIZER_FILES = (
 # Copied with them: further chat templates, and the tokens that end a text.
 _TEMPLATE_FOLDER = "additional_chat_templates"
 GENERATION_FILE = "generation_config.json"
+# How images are made ready, in a folder of a model that sees.
+IMAGE_FILE = "preprocessor_config.json"
+_IMAGE_FILES = (IMAGE_FILE, "processor_config.json")
 
 
 @contextlib.contextmanager
@@ -71,8 +74,8 @@ def new_folder(target: Path, tokenizer_folder: str | os.PathLike[str] | None = N
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copies the tokenizer files that exist, with chat templates and `generation_config.json`."""
-    for name in (*TOKENIZER_FILES, GENERATION_FILE):
+    """Copies the files of the tokenizer and the image processor that exist, and `generation_config.json`."""
+    for name in (*TOKENIZER_FILES, *_IMAGE_FILES, GENERATION_FILE):
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
     if (source / _TEMPLATE_FOLDER).is_dir():

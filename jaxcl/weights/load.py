@@ -17,10 +17,11 @@ from jaxcl.models.network import ModelConfig, Network, Params
 from jaxcl.models.quantised import scale_path
 from jaxcl.models.roberta import RobertaConfig
 from jaxcl.weights import gguf_config, hf_config
-from jaxcl.weights.families import family_of
+from jaxcl.weights.families import FAMILIES, family_of
+from jaxcl.weights.families.smolvlm import PIXEL_KEYS
 from jaxcl.weights.fill import Held, read_param, read_quantised
 from jaxcl.weights.finite import refuse_not_finite
-from jaxcl.weights.folder import GENERATION_FILE
+from jaxcl.weights.folder import GENERATION_FILE, IMAGE_FILE
 from jaxcl.weights.gguf_source import Gguf
 from jaxcl.weights.locate import ORBAX_CONFIG, Kind, locate
 from jaxcl.weights.match import Plan, match
@@ -56,9 +57,9 @@ def read_config(path: str | os.PathLike[str], **changes: Any) -> ModelConfig:
     else:
         config_file = (place if place.is_dir() else place.parent) / "config.json"
         where, content = str(config_file), read_json(config_file)
-        fields = hf_config.from_hf(content, where)
+        fields = hf_config.from_hf(_with_pixels(content, config_file.parent), where)
         # As in transformers, a head of its own in the file counts more than `tie_word_embeddings`.
-        if fields.get("tie_embeddings") and "tie_embeddings" not in changes and _has_own_head(place):
+        if fields.get("tie_embeddings") and "tie_embeddings" not in changes and _has_own_head(place, fields["family"]):
             _log.warning(
                 "%s: tie_word_embeddings is true, but the file's lm_head.weight differs from its embedding: not tied",
                 where,
@@ -193,9 +194,18 @@ def _two_heads(where: str, head: str, used: str) -> UserError:
     )
 
 
-def _has_own_head(place: Path) -> bool:
+def _with_pixels(content: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A `config.json` with the keys of the image processor that the model needs."""
+    if not isinstance(content.get("vision_config"), dict) or not (folder / IMAGE_FILE).is_file():
+        return content
+    processor = read_json(folder / IMAGE_FILE)
+    own = {key: processor[key] for key in PIXEL_KEYS if key in processor}
+    return content | {"vision_config": content["vision_config"] | own}
+
+
+def _has_own_head(place: Path, family: str) -> bool:
     """Whether a decoder's head differs from its embedding; false if the files cannot be read, which is found later."""
-    names = ("model.embed_tokens.weight", "lm_head.weight")
+    (names,) = FAMILIES[family].table.twins
     try:
         with Safetensors(place) as source:
             return all(name in source.shapes for name in names) and not same_values(source, *names)

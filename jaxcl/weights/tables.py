@@ -279,14 +279,21 @@ def _stacked_expert_rows(block: str) -> tuple[Row, ...]:
     return down, *(Row(path, f"{block}mlp.experts.gate_up_proj", _UP_OF_EXPERTS, both, along=1) for path in both)
 
 
-def decoder_table(norms: Mapping[str, str] = NORMS, **changes: Any) -> Table:
-    """The names of a decoder in safetensors files; `changes` are further arguments of `Table` and of the rows."""
+def decoder_table(norms: Mapping[str, str] = NORMS, body: str = "model.", **changes: Any) -> Table:
+    """The names of a decoder in safetensors files.
+
+    Args:
+      norms: names of those of its norms that it has.
+      body: prefix of everything but the head.
+      **changes: further arguments of `Table` and of the rows; `rows` are those of what else the model has.
+    """
     of_table = {name: changes.pop(name) for name in ("renamed", "ignored") if name in changes}
-    block = "model.layers.{layer}."
-    rows = _decoder_rows(block, _PARTS | _WHOLE, norms, **changes)
+    further = changes.pop("rows", ())
+    block, whole = f"{body}layers.{{layer}}.", {part: name.replace("model.", body) for part, name in _WHOLE.items()}
+    rows = (*_decoder_rows(block, _PARTS | whole, norms, **changes), *further)
     other = _stacked_expert_rows(block) if changes.get("experts") else ()
     ignored = (*_BUFFERS, *of_table.pop("ignored", ()))
-    twins = (("model.embed_tokens.weight", "lm_head.weight"),)
+    twins = ((f"{body}embed_tokens.weight", "lm_head.weight"),)
     return Table(prefix="model.", rows=rows, ignored=ignored, twins=twins, other=other, **of_table)
 
 

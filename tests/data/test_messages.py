@@ -66,7 +66,7 @@ def test_roles_parts_and_turns() -> None:
         ({"messages": [{"role": "user", "content": "\ud83d"}, GPT]}, "message 1: field 'content' holds half of a surr"),
         (
             {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url"}]}, GPT]},
-            "message 1: part 2 of 'content' has the type 'image_url'; allowed is 'text'",
+            "message 1: part 2 of 'content' has the type 'image_url'; allowed are 'text' and 'image' with a path",
         ),
         (
             {"messages": [{"role": "user", "content": ["a"]}, GPT]},

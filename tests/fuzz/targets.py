@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gzip
+import io
 import json
 import lzma
 import socket
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from jaxcl.config import parse_config
 from jaxcl.config.experiment import override
@@ -22,6 +24,7 @@ from jaxcl.data.chat_templates import CHAT_TEMPLATES
 from jaxcl.data.conversations import encode_conversations
 from jaxcl.data.examples import read_shards
 from jaxcl.data.formats import find_records
+from jaxcl.data.images.decode import FORMATS, decode
 from jaxcl.data.memory import Memory
 from jaxcl.data.messages import read_messages
 from jaxcl.data.teacher_store import TeacherStore, write_records
@@ -275,8 +278,10 @@ def read_hf(content: bytes, folder: Path) -> None:
 def hf_seeds() -> list[bytes]:
     from jaxcl.weights.hf_config import to_hf
     from tests.tiny.networks import CONFIGS
+    from tests.tiny.vision import SEEING
 
-    return [text_of(HF), *(text_of(to_hf(config, {}, "float32")) for config in CONFIGS.values())]
+    written = [to_hf(config, {}, "float32") for config in CONFIGS.values()]
+    return [text_of(one) for one in (HF, *written, *SEEING.values())]
 
 
 def read_adapters(content: bytes, folder: Path) -> None:
@@ -405,6 +410,16 @@ def read_verdict(content: bytes, folder: Path) -> None:
         str(verdict and verdict.get("problem"))
 
 
+def images() -> list[bytes]:
+    """A small image in every format that is decoded."""
+    found = []
+    for kind in FORMATS:
+        file = io.BytesIO()
+        Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3)).save(file, kind)
+        found.append(file.getvalue())
+    return found
+
+
 def yaml_seeds() -> list[bytes]:
     content = {**PAIRS, "method": SEEKR, "output": "x"}
     return [text_of(content), dump_yaml(content).encode(), b"# c\nseed: 0x1f\noutput: &a x\nweights: *a\nmodel: {}\n"]
@@ -422,6 +437,7 @@ TARGETS: dict[str, Target] = {
     "zstd": Target(records("jsonl", "jsonl.zst"), lambda: packed(zstd)),
     "labels": Target(read_labels, lambda: [b'["a", "b"]']),
     "conversations": Target(read_chats, lambda: [text_of(chat) for chat in CHATS]),
+    "image": Target(lambda content, _: decode(content, "x"), images, weight=2),
     "chat_template": Target(
         read_template, lambda: [text.encode() for text in CHAT_TEMPLATES.values()], (TemplateError,), weight=4
     ),

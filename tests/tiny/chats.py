@@ -9,6 +9,8 @@ from typing import NamedTuple
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
+from jaxcl.data.images.processor import ImageProcessor
+from jaxcl.data.images.tokens import see
 from jaxcl.data.messages import Message
 from jaxcl.data.tokenizer import Tokenizer
 from tests.tiny.texts import small_tokenizer
@@ -191,3 +193,25 @@ def show(tokenizer: Tokenizer, ids: list[int], spans: list[int]) -> str:
         shown += f"⟦{text}⟧" if number % 2 else text
         place += count
     return shown
+
+
+# Of models that see: contents are lists of parts.
+SMOLVLM = (
+    "<|im_start|>{% for message in messages %}{{message['role'] | capitalize}}"
+    "{% if message['content'][0]['type'] == 'image' %}{{':'}}{% else %}{{': '}}{% endif %}"
+    "{% for line in message['content'] %}{% if line['type'] == 'text' %}{{line['text']}}"
+    "{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+
+
+def seeing_tokenizer(images: ImageProcessor) -> Tokenizer:
+    """A small tokenizer with SmolVLM's template and the tokens of images."""
+    backend = Backend.from_str(small_tokenizer().backend.to_str())
+    special = ["<|im_start|>", "<end_of_utterance>", *images.specials()]
+    backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
+    ids = {"pad": 0, "bos": backend.token_to_id("<|im_start|>"), "eos": backend.token_to_id("<end_of_utterance>")}
+    tokenizer = Tokenizer(backend, ids, add_bos=False, chat_template=SMOLVLM)
+    tokenizer.frame_texts(masked=False)
+    see(tokenizer, images, backend.token_to_id("<image>"))
+    return tokenizer

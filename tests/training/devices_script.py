@@ -1,6 +1,7 @@
 """Trains a tiny decoder on several meshes of eight host devices; prints what came out as JSON. Run as a program.
 
-With the argument `bfloat16`, the params are held in bfloat16 and their low bits in the state.
+With the argument `bfloat16`, the params are held in bfloat16 and their low bits in the state; with `images`, the
+decoder sees.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from jaxcl.models.batch import Batch
 from jaxcl.models.llama import LlamaConfig
 from jaxcl.models.lora import LoraConfig
 from jaxcl.models.network import Network
+from jaxcl.models.vision_config import VisionConfig
 from jaxcl.sharding.layout import Layout
 from jaxcl.sharding.mesh import MeshConfig, make_mesh
 from jaxcl.training.feed import place_batch
@@ -37,6 +39,22 @@ HALVED = Network.create(
     NETWORK.config.model_copy(update={"compute": NETWORK.config.compute.model_copy(update={"param_dtype": "bfloat16"})})
 )
 ADAPTED = Network.create(NETWORK.config.model_copy(update={"lora": LoraConfig(targets=("query", "out", "down"))}))
+SEEING = Network.create(
+    NETWORK.config.model_copy(
+        update={
+            "vision": VisionConfig(
+                hidden_size=8,
+                intermediate_size=12,
+                num_layers=2,
+                num_heads=2,
+                image_size=8,
+                patch_size=4,
+                shuffle=2,
+                image_token_id=3,
+            )
+        }
+    )
+)
 MESHES = {"one": None, "data": {"data": 8}, "all": {"data": 2, "fsdp": 2, "tensor": 2}}
 STEPS = 4
 COLLECTIVES = re.compile(r" (all-[a-z-]+?|collective-permute|reduce-scatter)(?:-start)?\(")
@@ -53,10 +71,14 @@ class Plain(Method):
         return {"lm": Term(jnp.sum(picked * batch.weights), jnp.sum(batch.weights))}
 
 
-def make_rows(seed: int) -> dict[str, Any]:
+def make_rows(seed: int, images: bool = False) -> dict[str, Any]:
     random = np.random.default_rng(seed)
     tokens = random.integers(0, 32, (16, 12))
-    return {
+    shown = {
+        "pixels": random.integers(0, 256, (16, 2, 8, 8, 3)).astype(np.uint8),
+        "image_index": np.where(tokens % 5 == 0, tokens % 2, -1),
+    }
+    return (shown if images else {}) | {
         "tokens": tokens,
         "segments": np.ones_like(tokens),
         "positions": np.tile(np.arange(12), (16, 1)),
@@ -71,16 +93,17 @@ def train(mesh: dict[str, int] | None, network: Network) -> dict[str, Any]:
     devices = None if mesh else jax.devices()[:1]
     layout = Layout.create(make_mesh(MeshConfig(**(mesh or {})), devices), network.axes(), network.shapes())
     optimizer = OptimizerConfig(learning_rate=0.01, warmup=2, weight_decay=0.1)
+    sees = network.config.vision is not None
     trainer = Trainer(Plain(None, network, 1), optimizer, layout, accumulate=2, seed=0)
     state = trainer.start_task(trainer.init(network.init(jax.random.key(1))), STEPS)
     losses, first = [], {}
     for step in range(STEPS):
-        state, metrics = trainer.step(state, place_batch(make_rows(step), layout.batch))
+        state, metrics = trainer.step(state, place_batch(make_rows(step, sees), layout.batch))
         losses.append(float(metrics["loss"]))
         first = whole(state) if step == 0 else first
     program = ""
     if mesh == MESHES["data"]:
-        batch = place_batch(make_rows(0), layout.batch)
+        batch = place_batch(make_rows(0, sees), layout.batch)
         program = trainer.jitted_step.lower(trainer.target, batch, trainer.key).compile().as_text()
     state, kept = with_a_bad_row(trainer, state)
     name = "kernel" if network.config.lora is None else "lora_b"
@@ -88,7 +111,7 @@ def train(mesh: dict[str, int] | None, network: Network) -> dict[str, Any]:
     moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.shape == query.shape]
     ewc = Ewc(EwcOptions(), network, 1)
     none = trainer.compile(ewc.no_fisher)(state.params)
-    sums = trainer.compile(ewc.add_fisher)(none, state.params, place_batch(make_rows(0), layout.batch))
+    sums = trainer.compile(ewc.add_fisher)(none, state.params, place_batch(make_rows(0, sees), layout.batch))
     fisher = sums.total["blocks"]["attention"]["query"][name]
     low_bits = named(state.low_bits)
     return {
@@ -120,7 +143,7 @@ def with_a_bad_row(trainer: Trainer, state: TrainState) -> tuple[TrainState, dic
         part = {"params": state.params, "opt_state": state.opt_state, "rest": (state.method_state, state.low_bits)}
         return [np.array(shard.data) for leaf in jax.tree.leaves(part) for shard in leaf.addressable_shards]
 
-    rows = make_rows(0)
+    rows = make_rows(0, trainer.method.network.config.vision is not None)
     rows["weights"][-1, 0] = np.nan
     before = shards(state)
     state, metrics = trainer.step(state, place_batch(rows, trainer.layout.batch))
@@ -143,6 +166,8 @@ def named(tree: Any) -> dict[str, Any]:
 if __name__ == "__main__":
     if sys.argv[1:] == ["bfloat16"]:
         results = {name: train(mesh, HALVED) for name, mesh in MESHES.items()}
+    elif sys.argv[1:] == ["images"]:
+        results = {name: train(mesh, SEEING) for name, mesh in MESHES.items()}
     else:
         results = {name: train(mesh, NETWORK) for name, mesh in MESHES.items()}
         results |= {f"{name}, adapters": train(MESHES[name], ADAPTED) for name in ("one", "all")}

@@ -87,3 +87,15 @@ def test_low_bits_of_bfloat16_params_are_split_like_them_and_end_where_one_devic
         for name, values in one["params"].items():
             np.testing.assert_allclose(many["params"][name], values, rtol=1e-3, atol=1e-3, err_msg=f"{mesh} {name}")
     assert found["all"]["low_bits"]["blocks/attention/query/kernel"] == "(None, 'fsdp', 'tensor', None)"
+
+
+@pytest.mark.slow
+def test_models_that_see_end_where_one_device_does() -> None:
+    found = trained("images")
+    one = found["one"]
+    towers = [name for name in one["params"] if name.startswith("vision/tower/blocks")]
+    assert any(one["first"][name] != one["params"][name] for name in towers)
+    assert found["data"]["collectives"] == ["all-reduce"]
+    for mesh in ("data", "all"):
+        test_loss_gradient_and_params_agree(found, mesh)
+        assert found[mesh]["compilations"] == 1

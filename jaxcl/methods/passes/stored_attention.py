@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 from jaxcl.functional.attention_distillation import AttentionRows, AttentionTeacher, attention_divergence, write_rows
 from jaxcl.functional.attention_rows import AttentionView, CodedRows, encode_rows
 from jaxcl.functional.head_values import ValueTeacher, value_divergence, write_values
+from jaxcl.functional.modalities import PartWeights
 from jaxcl.methods.base import Stored
 from jaxcl.models.network import Network
 
@@ -52,7 +53,7 @@ class AttentionStore(Protocol):
         ...
 
     def divergence(
-        self, view: AttentionView, teacher: Mapping[str, Array], heads: Array
+        self, view: AttentionView, teacher: Mapping[str, Array], heads: Array, modality: Array | None
     ) -> tuple[Float[Array, " batch"], Bool[Array, " batch"]]:
         """Each example's mean over this layer's heads, 0 if it has none, and whether it has any.
 
@@ -60,6 +61,7 @@ class AttentionStore(Protocol):
           view: the layer's attention.
           teacher: the named arrays, and `queries`.
           heads: see `write`.
+          modality: number of each position's modality, `None` for models that do not see.
         """
         ...
 
@@ -70,9 +72,11 @@ class RowStore:
 
     Attributes:
       coded: in 8 bits, see `encode_rows`; else float32.
+      parts: weights of the parts into which a divergence falls by modality; `None`: all are 1.
     """
 
     coded: bool
+    parts: PartWeights | None = None
 
     @property
     def stored(self) -> Mapping[str, Stored]:
@@ -94,11 +98,11 @@ class RowStore:
         return {"rows": arrays.codes, "largest": arrays.largest} if isinstance(arrays, CodedRows) else {"rows": arrays}
 
     def divergence(
-        self, view: AttentionView, teacher: Mapping[str, Array], heads: Array
+        self, view: AttentionView, teacher: Mapping[str, Array], heads: Array, modality: Array | None
     ) -> tuple[Float[Array, " batch"], Bool[Array, " batch"]]:
         """See `AttentionStore`."""
         rows = CodedRows(teacher["rows"], teacher["largest"]) if "largest" in teacher else teacher["rows"]
-        return attention_divergence(view, AttentionTeacher(rows, heads, teacher["queries"]))
+        return attention_divergence(view, AttentionTeacher(rows, heads, teacher["queries"]), modality, self.parts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +134,7 @@ class ValueStore:
         return {"values": arrays}
 
     def divergence(
-        self, view: AttentionView, teacher: Mapping[str, Array], heads: Array
+        self, view: AttentionView, teacher: Mapping[str, Array], heads: Array, modality: Array | None
     ) -> tuple[Float[Array, " batch"], Bool[Array, " batch"]]:
         """See `AttentionStore`."""
         return value_divergence(view, ValueTeacher(teacher["values"], heads, teacher["queries"]))

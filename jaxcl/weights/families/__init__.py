@@ -21,10 +21,11 @@ from jaxcl.weights.families import (
     phi3,
     qwen,
     smollm3,
+    smolvlm,
 )
 from jaxcl.weights.families.base import Config, Family
 
-_FILES = (llama, mistral, qwen, gemma, olmo, smollm3, phi3, granite, experts, encoders, modernbert, deberta)
+_FILES = (llama, mistral, qwen, gemma, olmo, smollm3, phi3, granite, experts, smolvlm, encoders, modernbert, deberta)
 FAMILIES: dict[str, Family] = {family.model_type: family for file in _FILES for family in file.FAMILIES}
 """Every family by its `model_type`."""
 

@@ -1,0 +1,161 @@
+"""Runs that learn from images, and their models asked about images."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jaxcl.cli import main
+from jaxcl.config import parse_config
+from jaxcl.errors import UserError
+from jaxcl.run import sequence
+from jaxcl.run.model import load_model
+from tests.tiny.runs import DECODER, numbers
+from tests.tiny.vision import COLOURS, VISION, png, write_colours
+
+
+def content(folder: Path, method: str, **changes: Any) -> dict[str, Any]:
+    tasks = [
+        {"name": name, "source": write_colours(folder / "data", name, 16, question), "image_field": "image", "test": 4}
+        for name, question in (("one", "Which colour?"), ("two", "What is it?"))
+    ]
+    return {
+        "output": str(folder / method),
+        "model": {**DECODER, "vision": VISION},
+        "tokenizer": {"vocab_size": 300},
+        "data": {"prompt_length": 64, "answer_length": 8, "buckets": 1, "cache": str(folder / "cache")},
+        "tasks": tasks,
+        "training": {"batch_size": 4, "epochs": 1, "log_every": 1, "checkpoint_every": 2},
+        "optimizer": {"learning_rate": 1e-2},
+        "evaluation": {"batch_size": 4, "max_new_tokens": 8},
+        "method": {"name": method} | ({"replay": {"fraction": 0.5}} if method == "replay" else {}),
+        **changes,
+    }
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("runs")
+    for method in ("sequential", "replay"):
+        sequence.run(parse_config(content(folder, method)))
+    return {method: folder / method for method in ("sequential", "replay")}
+
+
+@pytest.mark.parametrize("method", ["sequential", "replay"])
+def test_a_run_learns_from_images(runs: dict[str, Path], method: str) -> None:
+    losses = [row["loss"] for row in numbers(runs[method]) if "loss" in row]
+    assert np.mean(losses[-2:]) < np.mean(losses[:2])
+    network, params, *_ = load_model(str(runs[method]))
+    start = network.init(__import__("jax").random.key(0))
+    for part in ("tower", "connector"):
+        old, new = (np.concatenate([np.ravel(x) for x in _leaves(tree["vision"][part])]) for tree in (start, params))
+        assert np.abs(old - new).max() > 0
+
+
+def _leaves(tree: Any) -> list[Any]:
+    import jax
+
+    return jax.tree.leaves(tree)
+
+
+def test_remembered_examples_keep_their_images(runs: dict[str, Path]) -> None:
+    import pyarrow as pa
+
+    table = pa.ipc.open_file(str(runs["replay"] / "memory" / "task00.arrow")).read_all()
+    pixels = [np.array(one, np.uint8) for one in table["pixels"].to_pylist()]
+    assert {one.shape for one in pixels} == {(8 * 8 * 3,)}
+    assert {tuple(one[:3]) for one in pixels} <= set(COLOURS.values())
+    assert len({one.tobytes() for one in pixels}) > 1
+
+
+def test_predictions_name_images(runs: dict[str, Path]) -> None:
+    (file,) = sorted((runs["sequential"] / "predictions").glob("*"))[-1:]
+    text = file.read_text()
+    assert "[image one" in text or "[image two" in text
+    assert "iVBOR" not in text  # how PNG files begin, in base 64
+
+
+def test_an_answer_depends_on_the_image(runs: dict[str, Path], tmp_path: Path) -> None:
+    from jaxcl.commands.generate import _encoded
+    from jaxcl.data.images.reference import read_image
+    from jaxcl.models.generation import Generator
+
+    model = load_model(str(runs["replay"]))
+    found = []
+    for name, colour in COLOURS.items():
+        (tmp_path / name).write_bytes(png(colour, 5, 9))
+        encoded = _encoded(model, read_image(str(tmp_path / name), "x", None) + "Which colour? 1", raw=False)
+        assert encoded.pixels[0].shape == (1, 8, 8, 3)
+        sizes = {"batch_size": 1, "prompt_length": 64, "max_new_tokens": 1}
+        generator = Generator(model.network, **sizes, eos_id=None, pad_id=0)
+        batch = generator._images(*generator.pad(encoded.ids)[:1], encoded.pixels, 1)
+        found.append((np.asarray(batch.pixels), np.asarray(batch.index)))
+    assert all(np.sum(index >= 0) == 4 for _, index in found)
+    assert len({pixels.tobytes() for pixels, _ in found}) == len(COLOURS)
+
+
+def test_generate_takes_images(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.png").write_bytes(png(COLOURS["red"]))
+    image = str(tmp_path / "a.png")
+    command = ["generate", str(runs["sequential"]), "Which colour? 1", "--max-new-tokens", "4"]
+    assert main([*command, "--image", image]) == 0
+    assert main([*command, "--image", image, "--image", image]) == 0
+    capsys.readouterr()
+    assert main([*command, "--image", str(tmp_path / "b.png")]) == 1
+    assert "--image: cannot read the image" in capsys.readouterr().err
+
+
+def test_a_model_that_does_not_see_refuses_images(tmp_path: Path) -> None:
+    given = content(tmp_path, "sequential", model=DECODER)
+    with pytest.raises(UserError, match=r"one row 1: an image, but the model does not see \(model.vision is none\)"):
+        sequence.run(parse_config(given))
+
+
+def test_an_image_token_of_another_id_is_refused(tmp_path: Path) -> None:
+    given = content(tmp_path, "sequential")
+    given["model"] = {**DECODER, "vision": {**VISION, "image_token_id": 9}}
+    with pytest.raises(UserError, match="image_token_id is 9; the tokenizer's <image> is 6"):
+        sequence.run(parse_config(given))
+
+
+def test_images_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    given = content(tmp_path, "sequential")
+    given["data"] |= {"prompt_length": 8}
+    with pytest.raises(UserError, match=r"one row 1: the prompt has \d+ tokens with its images.*leaves room for 7"):
+        sequence.run(parse_config(given))
+
+
+def test_rows_with_images_are_not_packed(tmp_path: Path) -> None:
+    given = content(tmp_path, "sequential")
+    given["data"] |= {"pack_pairs": True}
+    with pytest.raises(UserError, match=r"data.pack_pairs: rows with images are not packed"):
+        sequence.run(parse_config(given))
+
+
+def test_split_images_and_bytes_in_parquet(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [
+        {
+            "prompt": f"<image>What colour is {number}?",
+            "answer": name,
+            "picture": {"bytes": png(colour, 8 + 8 * (number % 2), 16), "path": None},
+        }
+        for number, (name, colour) in enumerate([*COLOURS.items()] * 4)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    given = content(tmp_path, "sequential")
+    given["tasks"] = [
+        {"name": "one", "source": f"parquet:{tmp_path}/rows.parquet", "image_field": "picture", "test": 4}
+    ]
+    given["data"] |= {"images": {"longest_edge": 16, "split": True}, "prompt_length": 80, "length_multiple": 1}
+    done = sequence.run(parse_config(given))
+    assert done.results.matrix
+    settings = json.loads((tmp_path / "sequential" / "tokenizer" / "preprocessor_config.json").read_text())
+    assert settings["do_image_splitting"] is True
+    assert settings["size"] == {"longest_edge": 16}
