@@ -2,7 +2,7 @@
 
 The compiler's own count takes the body of a loop once, whatever its trip count, and does not see into Pallas kernels.
 Here loops are multiplied by their trip counts, and splash attention is counted by its products. Of a grouped product
-(`jax.lax.ragged_dot`), in which compilers write every group with all rows, each row is counted with its own group. Of
+(`jax.lax.ragged_dot`), in which some compilers write every group with all rows, each row is counted with its own group. Of
 layers of which only some have a window, each counts with its own attention (`jaxcl.models.attention.in_window` names
 the two).
 """
@@ -28,6 +28,7 @@ _FREE = frozenset(
 _SLICES = ("dynamic-slice", "slice", "gather")
 _Started = Mapping[str, set[str]]
 _GROUPED = "grouped_product"  # the scope that the model names them by
+_RAGGED = "ragged-dot-none"  # what the compiler for v5p calls its kernel for them
 # Products per kernel, each 2 * rows * length * length * head_dim operations (Dao, 2023: FlashAttention-2, section 3).
 _SPLASH = {"fwd": 2, "dq": 3, "dkv": 4}
 _WINDOW = re.compile(r'op_name="[^"]*\bwindow_(\d+|none)\b')
@@ -116,10 +117,24 @@ def _flops(one: Instruction, computation: Computation, causal: bool) -> float:
         return 2.0 * math.prod(one.results[0].sizes) * math.prod(left[axis] for axis in axes)
     if one.opcode == "convolution":
         return _convolution(one, computation)
+    if one.opcode == "custom-call" and one.name.startswith(_RAGGED):
+        return _ragged(one, computation)
     kernel = re.match(r"splash_\w*?_(fwd|dq|dkv)", one.name) if one.opcode == "custom-call" else None
     if kernel:
         return _splash(one, computation, _SPLASH[kernel[1]], causal)
     return 0.0
+
+
+def _ragged(one: Instruction, computation: Computation) -> float:
+    """Operations of a grouped product that is a kernel, as if every group had all rows.
+
+    Its last two operands are the factors: rows of inputs and kernels `[groups, ...]`, or, for the gradient of kernels,
+    rows of inputs and of outputs.
+    """
+    left, right = (computation[name].results[0].sizes for name in one.operands[-2:])
+    result = one.results[0].sizes
+    groups = (right if len(result) == 2 else result)[0]
+    return 2.0 * groups * math.prod(left) * result[-1]
 
 
 def _convolution(one: Instruction, computation: Computation) -> float:

@@ -186,6 +186,29 @@ ENTRY %main (q: bf16[2,4,256,64]) -> bf16[2,4,256,64] {{
     assert count_cost(parse(text), causal=causal).flops == products * one_product * share
 
 
+RAGGED = """HloModule grouped
+
+ENTRY %main (x: bf16[64,8], k: bf16[4,8,6], n: s32[4], dy: bf16[64,6]) -> bf16[64,6] {
+  %x = bf16[64,8]{1,0} parameter(0)
+  %k = bf16[4,8,6]{2,1,0} parameter(1)
+  %n = s32[4]{0} parameter(2)
+  %dy = bf16[64,6]{1,0} parameter(3)
+  %ragged-dot-metadata = (s32[5]{0}, s32[9]{0}) custom-call(%n), custom_call_target="tpu_custom_call", metadata={op_name="grouped_product"}
+  %where = s32[5]{0} get-tuple-element(%ragged-dot-metadata), index=0
+  %ragged-dot-none.1 = bf16[4,8,6]{2,1,0} custom-call(%where, /*index=1*/%x, %dy), custom_call_target="tpu_custom_call", metadata={op_name="grouped_product"}
+  %ragged-dot-none.2 = bf16[64,8]{1,0} custom-call(%where, %dy, %k), custom_call_target="tpu_custom_call", metadata={op_name="grouped_product"}
+  ROOT %ragged-dot-none = bf16[64,6]{1,0} custom-call(%where, %x, %k), custom_call_target="tpu_custom_call", metadata={op_name="grouped_product"}
+}
+"""  # noqa: E501
+
+
+@pytest.mark.parametrize(("experts", "share"), [(4, 1.0), (8, 0.5)])
+def test_a_grouped_product_that_is_a_kernel_counts_each_row_with_its_own_group(experts: int, share: float) -> None:
+    # Forward, and the gradients of rows and of kernels: 2 * 64 * 8 * 6 each, where all groups are on this chip.
+    found = count_cost(parse(RAGGED), causal=True, experts=experts)
+    assert found.flops == 3 * 2 * 64 * 8 * 6 * share
+
+
 def test_values_in_fast_memory_cost_no_traffic() -> None:
     text = """HloModule add
 
