@@ -187,7 +187,7 @@ class Generator:
                 pixels[row, : len(one)] = one
         is_image = tokens == self.image_token_id
         index = np.where(is_image, np.cumsum(is_image, axis=1) - 1, NO_IMAGE)
-        return Images(jnp.asarray(pixels), jnp.asarray(index, jnp.int32))
+        return Images(pixels, index.astype(np.int32))  # of the host, as tokens are: every process gives the same
 
 
 class _Loop(NamedTuple):
