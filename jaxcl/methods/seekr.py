@@ -153,8 +153,9 @@ class Seekr(Method[SeekrOptions]):
         super().__init__(options, network, num_tasks)
         self.check(options, network.config)
         self.layers = resolve_budget(options.layer_budget, network.num_layers)
-        self.heads = resolve_budget(options.head_budget, network.num_layers * network.num_heads)
-        if options.modality_budgets is not None:
+        if options.modality_budgets is None:
+            self.heads = resolve_budget(options.head_budget, network.num_layers * network.num_heads)
+        else:
             self.heads = sum(options.modality_budgets)
         self.per_layer = min(options.heads_per_layer or network.num_heads, self.heads)
         exact = options.store_attention == "float32"
@@ -174,6 +175,8 @@ class Seekr(Method[SeekrOptions]):
     def check(cls, options: Any, model: ModelConfig) -> None:
         """See `Method.check`."""
         sizes = {"layer_budget": model.num_layers, "head_budget": model.num_layers * model.num_heads}
+        if options.modality_budgets is not None:
+            del sizes["head_budget"]
         budgets = {}
         for name, size in sizes.items():
             try:

@@ -12,6 +12,7 @@ with epy.lazy_api_imports(globals()):
     from jaxcl.models.deberta import DebertaConfig
     from jaxcl.models.gates import EarlyGates, Gates
     from jaxcl.models.generation import Generator
+    from jaxcl.models.images import Images
     from jaxcl.models.llama import LlamaConfig
     from jaxcl.models.lora import LoraConfig
     from jaxcl.models.modernbert import ModernBertConfig
@@ -19,6 +20,7 @@ with epy.lazy_api_imports(globals()):
     from jaxcl.models.probe import Probe, Tap
     from jaxcl.models.roberta import RobertaConfig
     from jaxcl.models.trainable import Params, overlay, trained
+    from jaxcl.models.vision_config import VisionConfig
 
 __all__ = [
     "Batch",
@@ -28,6 +30,7 @@ __all__ = [
     "Gates",
     "Generator",
     "Hidden",
+    "Images",
     "LlamaConfig",
     "LoraConfig",
     "ModernBertConfig",
@@ -36,6 +39,7 @@ __all__ = [
     "Probe",
     "RobertaConfig",
     "Tap",
+    "VisionConfig",
     "overlay",
     "trained",
 ]

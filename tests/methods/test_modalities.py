@@ -267,7 +267,7 @@ def shown_batch(seed: int = 0) -> Any:
     return dataclasses.replace(make_batch((7, 6)), images=Images(pixels, index))
 
 
-BUDGETS = {"modality_budgets": (2, 1, 1, 1), "layer_budget": 2}
+BUDGETS = {"modality_budgets": (2, 1, 1, 1), "layer_budget": 2, "head_budget": 128}  # the last is not used
 
 
 def test_heads_are_rated_by_block() -> None:

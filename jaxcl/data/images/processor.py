@@ -118,8 +118,8 @@ class ImageProcessor(NamedTuple):
         >>> processor = ImageProcessor(tile=4, longest_edge=8, split=True, image_tokens=2)
         >>> processor.text(0, 0)
         '<fake_token_around_image><global-img><image><image><fake_token_around_image>'
-        >>> processor.text(1, 1)[:67]
-        '<fake_token_around_image><row_1_col_1><image><image>\n\n<fake_token_ar'
+        >>> processor.text(1, 1)[:54]
+        '<fake_token_around_image><row_1_col_1><image><image>\n\n'
         """
         whole = f"{AROUND}{GLOBAL}{IMAGE * self.image_tokens}{AROUND}"
         if not rows:
