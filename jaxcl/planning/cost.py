@@ -2,9 +2,9 @@
 
 The compiler's own count takes the body of a loop once, whatever its trip count, and does not see into Pallas kernels.
 Here loops are multiplied by their trip counts, and splash attention is counted by its products. Of a grouped product
-(`jax.lax.ragged_dot`), in which some compilers write every group with all rows, each row is counted with its own group. Of
-layers of which only some have a window, each counts with its own attention (`jaxcl.models.attention.in_window` names
-the two).
+(`jax.lax.ragged_dot`), in which some compilers write every group with all rows, each row is counted with its own
+group. Of layers of which only some have a window, each counts with its own attention
+(`jaxcl.models.attention.in_window` names the two).
 """
 
 from __future__ import annotations
