@@ -48,6 +48,8 @@ from jaxcl.training.trainer import Trainer
 VOCAB, LENGTH, TASKS, STEPS = 8192, 512, 4, 10
 SHAPE = {"hidden_size": 256, "intermediate_size": 688, "num_layers": 8, "num_heads": 8}
 BUDGET: dict[str, Any] = {
+    "distil_heads": "rows",
+    "logit_weight": 0.5,
     "layer_budget": 0.75,
     "head_budget": 0.125,
     "query_budget": 100,

@@ -36,6 +36,8 @@ SEEKR = {
     "head_budget": 0.125,
     "query_budget": 100,
     "attention_weight": 1000.0,
+    "logit_weight": 0.5,
+    "distil_heads": "rows",
     "store_drawn": 0.0,  # not the default: as the kept records were made
     "replay": REPLAY,
 }
@@ -51,6 +53,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
         **SEEKR,
         "attention_weight": 10.0,
         "replay": {**REPLAY, "source": "synthetic"},
+    },
+    # The defaults, with the budgets of the others.
+    "seekr (default)": {
+        "name": "seekr",
+        **{name: SEEKR[name] for name in ("layer_budget", "head_budget", "query_budget", "replay")},
     },
     "joint": {"name": "joint"},
 }

@@ -218,6 +218,8 @@ OPTIONS = {
     "query_budget": 0,
     "store_logits": 0,
     "store_attention": "float32",
+    "distil_heads": "rows",
+    "logit_weight": 0.5,
 }
 
 

@@ -27,6 +27,8 @@ EXACT = {
     "query_budget": 3,
     "store_logits": 0,
     "store_attention": "float32",
+    "distil_heads": "rows",
+    "logit_weight": 0.5,
 }
 BATCH = make_batch((6, 4, 5))
 # Task 0 has its three heads in both layers, task 1 in the second only.

@@ -63,6 +63,7 @@ UNEVEN = LlamaConfig(**SIZES, hidden_size=18, num_heads=9, num_kv_heads=3)
 SEEKR = SeekrOptions(
     layer_budget=2, head_budget=3, query_budget=5, store_logits=8, store_attention="float32", attention_weight=10.0
 )
+SEEKR_ROWS = SEEKR.model_copy(update={"distil_heads": "rows"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +80,8 @@ CASES = {
     "das_paper uneven": Case(UNEVEN, DasPaper, DasPaperOptions()),
     "das_paper experts": Case(EXPERTS, DasPaper, DasPaperOptions()),
     "seekr": Case(DECODER, Seekr, SEEKR),
-    "seekr uneven": Case(UNEVEN, Seekr, SEEKR),
+    "seekr rows": Case(DECODER, Seekr, SEEKR_ROWS),
+    "seekr uneven": Case(UNEVEN, Seekr, SEEKR_ROWS),
 }
 
 

@@ -39,6 +39,7 @@ OPTIONS = {
     "store_attention": "float32",
     "attention_weight": 10.0,
     "logit_weight": 0.3,
+    "distil_heads": "rows",
 }
 
 
