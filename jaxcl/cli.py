@@ -15,7 +15,7 @@ from jaxcl.errors import UserError
 
 EXIT_FAILURE, EXIT_INTERRUPTED = 1, 130
 
-_RESUMING = ("run", "extend", "compare")  # commands that resume when they are run again
+_RESUMING = ("run", "extend", "compare", "federate")  # commands that resume when they are run again
 
 
 def _say(result: object) -> None:
@@ -37,9 +37,7 @@ def _federate(args: argparse.Namespace) -> None:
     from jaxcl.config import load_config
     from jaxcl.run.federation import federate
 
-    config = load_config(args.config, args.overrides)
-    federate(config)
-    _say(Path(config.output) / "results.json")
+    _say(federate(load_config(args.config, args.overrides)).report)
 
 
 def _extend(args: argparse.Namespace) -> None:

@@ -79,6 +79,7 @@ class RunFolder:
     predictions = property(lambda self: self.path / "predictions")
     importance = property(lambda self: self.path / "importance")
     checkpoints = property(lambda self: self.path / "checkpoints")
+    rounds = property(lambda self: self.path / "rounds.jsonl")
     tokenizer = property(lambda self: self.path / "tokenizer")
     memory = property(lambda self: self.path / "memory.json")
     examples = property(lambda self: self.path / "memory")
@@ -126,7 +127,7 @@ class RunFolder:
     def _remove_temporaries(self) -> None:
         """Removes what a killed process of this run was writing (`replacing`); nobody else writes these files."""
         own = [folder.glob(".*.tmp") for folder in (self.examples, self.predictions, self.importance)]
-        named = [self.path.glob(f".{file.name}.*.tmp") for file in (self.results, self.memory)]
+        named = [self.path.glob(f".{file.name}.*.tmp") for file in (self.results, self.memory, self.rounds)]
         for path in itertools.chain(*own, *named):
             path.unlink(missing_ok=True)
 
