@@ -104,7 +104,7 @@ class Client(TaskSequence):
         """Does what the server asks for, by name; returns arrays and JSON values.
 
         Args:
-          what: `begin`, `train`, `conclude`, `merge`, `store`, `save`, `describe` or `close`.
+          what: `begin`, `train`, `conclude`, `merge`, `store`, `save`, `score`, `describe` or `close`.
           arrays: the server's: `params`, with control variates `variate`; what is known, for `merge`.
           words: `task`; for `train` the fields of `Order`; for `save` `learned`; for `close` `finished`.
 
@@ -128,6 +128,9 @@ class Client(TaskSequence):
             self.store(words["task"], arrays["params"])
         elif what == "save":
             return {}, {"checkpoint": self.save(words["task"], learned=words["learned"])}
+        elif what == "score":
+            self._evaluate(self._awake(arrays["params"]), words["task"])
+            return {}, {"matrix": self.board.results.matrix}
         elif what == "describe":
             described = self.parts.training_pipeline(words["task"]).describe()
             return {}, {"data": described, "skipped": self.watch.skipped}

@@ -38,7 +38,12 @@ class Grid(Protocol):
     """The clients of a run, by number."""
 
     def ask(
-        self, what: str, clients: Sequence[int], arrays: PyTree, words: Mapping[int, Mapping[str, Any]]
+        self,
+        what: str,
+        clients: Sequence[int],
+        arrays: PyTree,
+        words: Mapping[int, Mapping[str, Any]],
+        like: PyTree = None,
     ) -> Iterator[tuple[int, Reply | str]]:
         """Asks clients, and yields their answers in the order of `clients`.
 
@@ -47,6 +52,7 @@ class Grid(Protocol):
           clients: their numbers.
           arrays: what is sent to all of them: a tree of arrays on the host.
           words: what is sent to each.
+          like: a tree like that of a reply's arrays; `None`: there are none.
 
         Returns:
           Each client's number and its reply; in its place words, if there is none: why.
@@ -67,7 +73,12 @@ class InProcess:
         self._clients: dict[int, Client] = {}
 
     def ask(
-        self, what: str, clients: Sequence[int], arrays: PyTree, words: Mapping[int, Mapping[str, Any]]
+        self,
+        what: str,
+        clients: Sequence[int],
+        arrays: PyTree,
+        words: Mapping[int, Mapping[str, Any]],
+        like: PyTree = None,
     ) -> Iterator[tuple[int, Reply | str]]:
         """See `Grid.ask`."""
         for number in clients:

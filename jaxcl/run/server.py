@@ -74,6 +74,7 @@ class Server(TaskSequence):
         # By client: its weight in the task, if it has begun it; its last checkpoint; rounds that it was in.
         self._weights: dict[int, float] = {}
         self._numbers: dict[int, int] = {}
+        self._keys: dict[int, str] = {}
         self._taken = dict.fromkeys(range(settings.clients), 0)
         # What all clients know at this point of the task, and whether there is any.
         self._known: PyTree = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), self._shared)
@@ -100,11 +101,11 @@ class Server(TaskSequence):
         if saved is None:
             self._checkpoint(-1, 0, mark=START_MARK)
         if phase == "learned":
-            self._evaluate(self._state(task, 0), task)
+            self._score(task)
             task, done = task + 1, 0
         for index in range(task, self.parts.phases):
             self._federate(index, done)
-            self._evaluate(self._state(index, 0), index)
+            self._score(index)
             done = 0
         if self.config.evaluation.dev:
             with self._timed("evaluation"):
@@ -113,6 +114,19 @@ class Server(TaskSequence):
         self.checkpoints.wait()
         self.board.write(self.timing, finished=True)
         return self.board.results
+
+    def _score(self, after: int) -> None:
+        """Scores the tasks due after a task."""
+        self._evaluate(self._state(after, 0), after)
+        if not self.settings.score_clients or after < 0:
+            return
+        with self._timed("evaluation"):
+            answers = self._ask("score", self._begun, self._task_words(after), self._to_clients)
+            self._note_clients(scores={str(number): reply.words["matrix"] for number, reply in answers})
+        self.board.write(self.timing)
+
+    def _note_clients(self, **values: Any) -> None:
+        self.board.note_extra("federated", {**self.board.results.extra.get("federated", {}), **values})
 
     # One task
 
@@ -165,7 +179,7 @@ class Server(TaskSequence):
         total = sum(self._weights[number] for number in members)
         words = {number: order._replace(share=self._weights[number] / total)._asdict() for number in members}
         up = 0
-        for number, reply in self._grid.ask("train", members, sent, words):
+        for number, reply in self._grid.ask("train", members, sent, words, sent):
             if isinstance(reply, str):
                 refused[str(number)] = reply
                 if isinstance(reply, Lost):
@@ -238,7 +252,7 @@ class Server(TaskSequence):
         watch = Watch(skipped=sum(reply.words["skipped"] for reply in found.values()))
         self.board.note_task(index, steps=settings.rounds * settings.steps, described=described, watch=watch)
         if settings.privacy is not None:
-            self.board.note_extra("federated", self._spent(index + 1))
+            self._note_clients(**self._spent(index + 1))
 
     def _spent(self, tasks: int) -> dict[str, Any]:
         """What the model reveals about each client, after a number of tasks."""
@@ -274,7 +288,7 @@ class Server(TaskSequence):
         self, what: str, clients: Sequence[int], words: Mapping[str, Any], arrays: PyTree
     ) -> Iterator[tuple[int, Reply]]:
         """The replies of those clients that answer; the others are named, and have to begin the task again."""
-        for number, reply in self._grid.ask(what, clients, arrays, dict.fromkeys(clients, words)):
+        for number, reply in self._grid.ask(what, clients, arrays, dict.fromkeys(clients, words), self._shared):
             if isinstance(reply, str):
                 print(f"{what}: client {number} is left out: {reply}", file=sys.stderr)
                 self._weights.pop(number, None)
@@ -288,12 +302,19 @@ class Server(TaskSequence):
 
     def _open(self, clients: Sequence[int], before: Params | None) -> None:
         """Opens clients at the checkpoints that the server knows of."""
-        words = {number: {"checkpoint": self._numbers.get(number)} for number in clients}
+        known = {"tokenizer": self.parts.tokenizer.fingerprint, "tasks": self.parts.names}
+        words = {number: {"checkpoint": self._numbers.get(number), **known} for number in clients}
         arrays = {} if before is None else {"params": before}
         for number, reply in self._grid.ask("open", clients, arrays, words):
             if isinstance(reply, str):
                 print(f"open: client {number} is left out: {reply}", file=sys.stderr)
                 self._weights.pop(number, None)
+            elif "key" in reply.words:
+                self._keys[number] = reply.words["key"]
+        if self._keys:  # over a network, clients agree on secrets
+            keys = {"keys": {str(number): key for number, key in self._keys.items()}}
+            for _ in self._grid.ask("secrets", list(self._keys), {}, dict.fromkeys(self._keys, keys)):
+                pass
 
     def _return(self, index: int, clients: Sequence[int]) -> None:
         """Lets clients that were left out begin the task from their last checkpoint, if they are there again."""

@@ -94,6 +94,9 @@ class FederatedConfig(Schema):
         description="a folder per client with its own data: the sources of its tasks are read there and not in "
         "data_root, where the rows are that the server is evaluated on; none: the rows of data_root are divided",
     )
+    score_clients: bool = Field(
+        False, description="with owners: each client also scores the server's model on its own rows, after each task"
+    )
 
     def only_adapters(self, present: bool) -> bool:
         """Whether only the second factor of each adapter is trained and travels.
@@ -139,6 +142,8 @@ class FederatedConfig(Schema):
             raise ValueError(f"owners: expected a folder for each of {self.clients} clients, got {len(self.owners)}")
         if self.owners is not None and self.alpha is not None:
             raise ValueError("alpha divides rows over clients, and with owners each has its own; name one of them")
+        if self.score_clients and self.owners is None:
+            raise ValueError("score_clients: only with owners; divided rows are evaluated by the server, all of them")
         if self.secure and self.members < 2:
             raise ValueError("secure: a sum over one client hides nothing; allowed: at least 2 clients in a round")
         if self.privacy is not None and self.control_variates:
