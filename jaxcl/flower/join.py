@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from multiprocessing.connection import Client as Connect
 from multiprocessing.connection import Listener
 from pathlib import Path
 from typing import Any
@@ -20,17 +20,19 @@ import numpy as np
 from jaxcl.config import ExperimentConfig
 from jaxcl.errors import UserError
 from jaxcl.flower.link import check_installed, environment, tool
-from jaxcl.flower.secrets import KeyPair
+from jaxcl.flower.pairing import KeyPair
 from jaxcl.models.trainable import Params
-from jaxcl.run.client import Client, client_folder, travelling
+from jaxcl.run.client import Client, travelling
 from jaxcl.run.components import Components, build, initial_params
 from jaxcl.run.exchange import LeftOut
 from jaxcl.run.federation import check_federated, opener, whole_tasks
 from jaxcl.run.folder import RunFolder
 from jaxcl.run.grid import Open
-from jaxcl.run.wire import pack, tree_like, unpack
+from jaxcl.run.wire import pack, paths, tree_like, unpack
 from jaxcl.training.federated import FederatedConfig
 from jaxcl.training.watch import NotFinite
+
+_LAST = 15.0  # seconds that the SuperNode has to send the last answer
 
 
 class Seat:
@@ -66,9 +68,9 @@ class Seat:
         except (NotFinite, LeftOut) as error:
             return pack({}, {"error": str(error)})
         except (UserError, KeyError, TypeError, ValueError) as error:
-            words = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            print(f"client {self._number}: {words}", file=sys.stderr)
-            return pack({}, {"error": words})
+            reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            print(f"client {self._number}: {reason}", file=sys.stderr)
+            return pack({}, {"error": reason})
 
     def close(self) -> None:
         """Closes the client, if it is open."""
@@ -112,12 +114,42 @@ class Seat:
             params["variate"] = self._params
         like = self._shared if what == "merge" else {} if what in ("save", "describe") else params
         found = tree_like(arrays, like)
-        shapes = [
-            (np.shape(one), other.shape) for one, other in zip(*map(jax.tree.leaves, (found, like)), strict=False)
-        ]
-        if jax.tree.structure(found) != jax.tree.structure(like) or any(one != other for one, other in shapes):
+        shapes = [[np.shape(leaf) for leaf in jax.tree.leaves(tree)] for tree in (found, like)]
+        if paths(found) != paths(like) or shapes[0] != shapes[1]:
             raise UserError("its model is not the server's; give both the same section model")
         return found
+
+
+def open_seat(config: ExperimentConfig, number: int, stack: contextlib.ExitStack) -> Seat:
+    """A client's seat, with its folder locked.
+
+    Args:
+      config: the client's configuration.
+      number: its number.
+      stack: closes what is opened.
+
+    Raises:
+      UserError: the configuration cannot be federated, or there is no such client.
+    """
+    settings = check_federated(config)
+    if not 0 <= number < settings.clients:
+        raise UserError(f"--client {number}: expected 0 to {settings.clients - 1}", exit_code=2)
+    config = _own_data(config, number)
+    settings = check_federated(config)
+    folder = RunFolder(Path(config.output))
+    folder.claim(config.plain())
+    stack.callback(folder.release)
+    parts = build(whole_tasks(config, settings), folder)
+    base: list[Params] = []
+
+    def initial() -> Params:
+        if not base:
+            base.append(jax.tree.map(np.array, initial_params(parts)))
+        return base[0]
+
+    seat = Seat(number, parts, settings, opener(parts, settings, number, initial, {}, stack))
+    stack.callback(seat.close)
+    return seat
 
 
 def join(
@@ -137,58 +169,54 @@ def join(
       UserError: the configuration cannot be federated, or Flower is not installed.
     """
     check_installed()
-    settings = check_federated(config)
-    if not 0 <= number < settings.clients:
-        raise UserError(f"--client {number}: expected 0 to {settings.clients - 1}", exit_code=2)
-    folder = RunFolder(client_folder(config.output, str(number)) / "run")
     with contextlib.ExitStack() as stack:
-        folder.claim(config.plain())
-        stack.callback(folder.release)
-        parts = build(whole_tasks(config, settings), folder)
-        base: list[Params] = []
-
-        def initial() -> Params:
-            if not base:
-                base.append(jax.tree.map(np.array, initial_params(parts)))
-            return base[0]
-
-        seat = Seat(number, parts, settings, opener(parts, settings, number, initial, {}, stack))
-        stack.callback(seat.close)
+        seat = open_seat(config, number, stack)
         place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="jaxcl-")))
         key = random.token_bytes(32)
         (place / "key").touch(mode=0o600)
         (place / "key").write_text(key.hex())
-        listener = stack.enter_context(Listener(str(place / "socket"), authkey=key))
+        address = str(place / "socket")
+        listener = stack.enter_context(Listener(address, authkey=key))
         trust = ["--insecure"] if insecure else ["--root-certificates", str(certificate)] if certificate else []
-        node = f'socket="{place / "socket"}" key="{place / "key"}"'
+        node = f'socket="{address}" key="{place / "key"}"'
         command = [tool("flower-supernode"), "--superlink", server, *trust, "--node-config", node, "--port", str(port)]
         process = subprocess.Popen(command, env=environment(place), start_new_session=True)
         stack.callback(_end, process)
-        _watch(process, listener)
+        _watch(process, address, key)
         print(f"client {number}: joined {server}", file=sys.stderr)
-        _serve(listener, seat.answer, lambda: seat.finished, process)
+        _serve(listener, seat, process)
 
 
-def _serve(
-    listener: Listener, answer: Callable[[bytes], bytes], finished: Callable[[], bool], process: subprocess.Popen[bytes]
-) -> None:
-    while not finished():
+def _own_data(config: ExperimentConfig, number: int) -> ExperimentConfig:
+    """The configuration with the client's own folder as `data_root`: it sees no other one's data."""
+    settings = config.federated
+    if settings is None or settings.owners is None or not 0 <= number < settings.clients:
+        return config
+    root = str(Path(config.data_root) / Path(settings.owners[number]).expanduser())
+    owners = (".",) * settings.clients
+    return config.model_copy(update={"data_root": root, "federated": settings.model_copy(update={"owners": owners})})
+
+
+def _serve(listener: Listener, seat: Seat, process: subprocess.Popen[bytes]) -> None:
+    """Answers messages until the run is over."""
+    while not seat.finished:
         try:
             with listener.accept() as connection:
-                connection.send_bytes(answer(connection.recv_bytes()))
-        except (EOFError, ConnectionError, OSError):
+                connection.send_bytes(seat.answer(connection.recv_bytes()))
+        except (EOFError, OSError):
             if process.poll() is not None:
                 raise UserError("flower-supernode has ended; its messages are above") from None
-    process.wait(timeout=None) if process.poll() is not None else None
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(_LAST)
 
 
-def _watch(process: subprocess.Popen[bytes], listener: Listener) -> None:
-    """Lets the loop go on when the SuperNode has ended, which it would wait for."""
+def _watch(process: subprocess.Popen[bytes], address: str, key: bytes) -> None:
+    """Wakes the loop when the SuperNode has ended, whose messages it waits for."""
 
     def wait() -> None:
         process.wait()
-        with contextlib.suppress(OSError):
-            listener.close()
+        with contextlib.suppress(OSError, EOFError), Connect(address, authkey=key):
+            pass
 
     threading.Thread(target=wait, daemon=True).start()
 

@@ -15,11 +15,13 @@ from jaxcl.config import ExperimentConfig
 from jaxcl.config.file import dump_yaml, read_yaml, validate
 from jaxcl.errors import UserError
 from jaxcl.evaluation.results import Results
+from jaxcl.flower.grid import FlowerGrid
 from jaxcl.flower.link import check_installed, environment, tool
 from jaxcl.reporting.report import write_report
 from jaxcl.run.components import build
 from jaxcl.run.federation import check_federated, whole_tasks
 from jaxcl.run.folder import RunFolder
+from jaxcl.run.grid import Grid
 from jaxcl.run.server import Server
 from jaxcl.training.checkpoint import Checkpoints
 
@@ -44,8 +46,7 @@ _STARTED = 60.0  # seconds that a SuperLink may take to start
 def serve(
     config: ExperimentConfig,
     *,
-    host: str,
-    port: int,
+    address: str,
     certificate: Path | None,
     key: Path | None,
     insecure: bool,
@@ -56,8 +57,7 @@ def serve(
 
     Args:
       config: the configuration.
-      host: address that clients connect to.
-      port: its port.
+      address: `HOST:PORT` that clients connect to.
       certificate: the server's TLS certificate, with those that it is signed by.
       key: its private key.
       insecure: without TLS, for tests on one machine.
@@ -76,6 +76,9 @@ def serve(
         raise UserError(
             "serve: --certificate and --key are needed, or --insecure for tests on one machine", exit_code=2
         )
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise UserError(f"--address {address}: expected HOST:PORT, such as 0.0.0.0:9092", exit_code=2)
     folder = Path(config.output)
     home = folder.absolute().with_name(f"{folder.name}.flower")  # not in the run folder, which is not there yet
     home.mkdir(parents=True, exist_ok=True)
@@ -88,9 +91,9 @@ def serve(
     (app / "pyproject.toml").write_text(_APP, encoding="utf-8")
     (app / "jaxcl_federated.py").write_text(_MODULE, encoding="utf-8")
     trust = "insecure = true" if insecure else f'root-certificates = "{Path(certificate or "").absolute()}"'
-    (home / "config.toml").write_text(f'[superlink.own]\naddress = "{host}:{port}"\n{trust}\n', encoding="utf-8")
+    (home / "config.toml").write_text(f'[superlink.own]\naddress = "{address}"\n{trust}\n', encoding="utf-8")
     secured = ["--insecure"] if insecure else _secured(Path(certificate or ""), Path(key or ""))
-    command = [tool("flower-superlink"), *secured, "--host", host, "--port", str(port)]
+    command = [tool("flower-superlink"), *secured, "--host", host, "--port", port]
     link = subprocess.Popen(
         [*command, "--disable-runtime-dependency-installation"], env=environment(home), start_new_session=True
     )
@@ -156,14 +159,25 @@ def run_server(flower: Any, path: Path) -> None:
 
 
 def _run(flower: Any, config: ExperimentConfig, timeout: float, patience: float) -> Path:
-    from jaxcl.flower.grid import FlowerGrid
+    settings = check_federated(config)
+    return run_on(FlowerGrid(flower, settings.clients, timeout=timeout, patience=patience), config)
 
+
+def run_on(grid: Grid, config: ExperimentConfig) -> Path:
+    """Runs the server with clients that are somewhere else; returns the path of the report.
+
+    Args:
+      grid: the clients.
+      config: the configuration.
+
+    Raises:
+      UserError: see `serve`.
+    """
     settings = check_federated(config)
     folder = RunFolder(Path(config.output))
+    everybody = range(settings.clients)
     try:
         folder.claim(config.plain())
-        grid = FlowerGrid(flower, settings.clients, timeout=timeout, patience=patience)
-        everybody = range(settings.clients)
         if not (folder.results.is_file() and Results.read(folder.results).finished):
             parts = build(whole_tasks(config, settings), folder)
             keep = config.training.keep, config.training.keep_tasks
@@ -179,4 +193,4 @@ def _run(flower: Any, config: ExperimentConfig, timeout: float, patience: float)
         folder.release()
 
 
-__all__ = ["run_server", "serve"]
+__all__ = ["run_on", "run_server", "serve"]

@@ -30,7 +30,8 @@ def pack(arrays: PyTree, words: Mapping[str, Any]) -> bytes:
       ([1.0, 1.0], {'task': 1})
     """
     content = io.BytesIO()
-    named = {f"arrays/{name}": leaf for name, leaf in names(arrays).items()}
+    leaves = map(np.asarray, jax.tree.leaves(arrays))
+    named = {f"arrays/{name}": leaf for name, leaf in zip(paths(arrays), leaves, strict=True)}
     text = np.frombuffer(json.dumps(dict(words)).encode(), np.uint8)
     np.savez(content, allow_pickle=False, **{_WORDS: text, **named})
     return content.getvalue()
@@ -53,10 +54,10 @@ def unpack(content: bytes) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     return arrays, words
 
 
-def names(tree: PyTree) -> dict[str, np.ndarray]:
-    """The arrays of a tree by their paths."""
+def paths(tree: PyTree) -> list[str]:
+    """The path of each leaf of a tree, in the tree's order."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}
+    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
 
 
 def tree_like(arrays: Mapping[str, np.ndarray], like: PyTree) -> PyTree:
@@ -66,11 +67,10 @@ def tree_like(arrays: Mapping[str, np.ndarray], like: PyTree) -> PyTree:
       arrays: by name.
       like: a tree of arrays or shapes.
     """
-    leaves, structure = jax.tree_util.tree_flatten_with_path(like)
-    wanted = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    wanted, structure = paths(like), jax.tree.structure(like)
     if set(wanted) != set(arrays):
         return dict(arrays)
     return jax.tree.unflatten(structure, [arrays[name] for name in wanted])
 
 
-__all__ = ["names", "pack", "tree_like", "unpack"]
+__all__ = ["pack", "paths", "tree_like", "unpack"]
