@@ -4,8 +4,8 @@
     python -m benchmarks.federated run --methods sequential --ways federated --noise 0.5
     python -m benchmarks.federated summary
 
-Rows are divided by shares of each answer drawn from Dirichlet(0.3). All ways see as many rows: alone, every client trains as many
-steps as in the federated run; in one place, a step has the rows of all clients. Whatever has a record in
+Rows are divided by shares of each answer drawn from Dirichlet(0.3). All ways see as many rows: alone, every client
+trains as many steps as in the federated run; in one place, a step has the rows of all clients. Whatever has a record in
 `benchmarks/records/federated` is not run again.
 """
 
@@ -133,9 +133,8 @@ def summary(options: argparse.Namespace) -> None:
             cells.append(f"{statistics.fmean(means):.1f} ± {deviation:.1f}")
         first = next(iter(seeds.values()))[0]
         sent = first.get("bytes_up", 0) + first.get("bytes_down", 0)
-        print(
-            f"| {method} | {way} | {noise} | {len(seeds)} | {' | '.join(cells)} | {sent:,} | {first.get('bytes_shared', 0):,} |"
-        )
+        shared = first.get("bytes_shared", 0)
+        print(f"| {method} | {way} | {noise} | {len(seeds)} | {' | '.join(cells)} | {sent:,} | {shared:,} |")
 
 
 def main() -> None:

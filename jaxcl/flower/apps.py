@@ -1,7 +1,6 @@
-"""The two apps that Flower starts: that of the server, and that of a client, which hands messages to `jaxcl join`.
-
-Flower starts a process for each message of a client. So the app of a client is small: it hands the message's bytes to
-the process of `jaxcl join`, which keeps the model, over a socket that only this user can open.
+"""The two apps that Flower starts a process for each message of a client. So the app of a client is small, and this module imports no jax: it
+hands the message's bytes to the process of `jaxcl join`, which keeps the model, over a socket that only this user can
+open.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from jaxcl.flower.grid import MESSAGE
+from jaxcl.flower.link import MESSAGE
 
 QUERIES = ("hello", "open", "secrets", "begin", "conclude", "merge", "store", "save", "score", "describe", "close")
 """What a client is asked besides training."""

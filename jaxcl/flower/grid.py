@@ -11,11 +11,9 @@ import numpy as np
 from jaxtyping import PyTree
 
 from jaxcl.errors import UserError
+from jaxcl.flower.link import MESSAGE
 from jaxcl.run.grid import Lost, Reply
 from jaxcl.run.wire import pack, tree_like, unpack
-
-MESSAGE = "message"
-"""Name of the record and of the one array in it, a message's bytes."""
 
 _POLL = 1.0  # seconds
 
@@ -124,4 +122,4 @@ def kind_of(what: str) -> str:
     return "train.train" if what == "train" else f"query.{what}"
 
 
-__all__ = ["MESSAGE", "FlowerGrid", "kind_of"]
+__all__ = ["FlowerGrid", "kind_of"]

@@ -10,6 +10,9 @@ from pathlib import Path
 
 from jaxcl.errors import UserError
 
+MESSAGE = "message"
+"""Name of the record, and of the one array in it, that holds a message's bytes."""
+
 
 def check_installed() -> None:
     """Checks that Flower is there.
@@ -50,4 +53,4 @@ def environment(home: Path) -> dict[str, str]:
     return {**os.environ, **own}
 
 
-__all__ = ["check_installed", "environment", "tool"]
+__all__ = ["MESSAGE", "check_installed", "environment", "tool"]

@@ -39,7 +39,12 @@ clientapp = "jaxcl_federated:client_app"
 [tool.flwr.app.config]
 config = ""
 """
-_MODULE = "from jaxcl.flower.apps import client_app, server_app\n"
+# Flower looks for assignments without importing the module.
+_MODULE = """from jaxcl.flower import apps
+
+server_app = apps.server_app
+client_app = apps.client_app
+"""
 _STARTED = 60.0  # seconds that a SuperLink may take to start
 
 

@@ -16,6 +16,7 @@ from jaxcl.reporting.style import DASH, FAINT, MUTED, grid, series_colour, short
 
 _HEIGHT = 0.22  # inches per client, at most
 _MOST = 40  # clients that have a label of their own
+_CELLS = 4000  # more are one image
 
 
 def clients_section(run: RunData) -> str:
@@ -70,10 +71,9 @@ def rounds_picture(rounds: Sequence[Mapping[str, Any]], tasks: Sequence[str]) ->
         norms.set_ylabel("server's step")
         norms.yaxis.set_major_locator(MaxNLocator(3))
         colours = ListedColormap(["none", series_colour(0), series_colour(1)])
-        # Edges, not an image: the picture stays one of lines that every size shows sharply.
         map_.pcolormesh(
             np.arange(len(rounds) + 1) + 0.5, np.arange(len(names) + 1) + 0.5, cells, cmap=colours, vmin=0, vmax=2,
-            edgecolors=FAINT, linewidth=0.4,
+            edgecolors=FAINT, linewidth=0.4, rasterized=cells.size > _CELLS,
         )  # fmt: skip
         map_.set_ylim(len(names) + 0.5, 0.5)
         if len(names) <= _MOST:

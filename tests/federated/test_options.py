@@ -237,7 +237,7 @@ def test_every_step_of_every_client_equals_one_on_the_joined_batch(tmp_path: Pat
         "data": {"prompt_length": 32, "answer_length": 32, "buckets": 1},
         "data_root": str(tmp_path / "data"),
         "tasks": [{"name": "letters", "source": "json:letters", "kind": "pairs"}],
-        "evaluation": {"batch_size": 4, "max_new_tokens": 4},
+        "evaluation": {"batch_size": 4, "max_new_tokens": 12},
         "tokenizer": {"vocab_size": 262},
     }
     results: list[Results] = []
