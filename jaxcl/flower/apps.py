@@ -1,8 +1,8 @@
 """The two apps that Flower starts: that of the server, and that of a client, which hands messages to `jaxcl join`.
 
-Flower starts a process for each message of a client. So the app of a client is small, and this module imports no jax: it
-hands the message's bytes to the process of `jaxcl join`, which keeps the model, over a socket that only this user can
-open.
+Flower starts a process for each message of a client. So the app of a client is small, and this module imports no jax.
+The app hands the message's bytes to the process of `jaxcl join`, which keeps the model, over a socket that only this
+user can open.
 """
 
 from __future__ import annotations

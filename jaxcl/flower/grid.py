@@ -16,6 +16,7 @@ from jaxcl.run.grid import Lost, Reply
 from jaxcl.run.wire import pack, tree_like, unpack
 
 _POLL = 1.0  # seconds
+_HELLO = 60.0  # seconds that a new node has to say which client it is
 
 
 class FlowerGrid:
@@ -34,6 +35,7 @@ class FlowerGrid:
         self._clients = clients
         self._timeout = timeout
         self._nodes: dict[int, int] = {}
+        self._known: set[int] = set()
         self._wait(patience)
 
     def ask(
@@ -48,7 +50,7 @@ class FlowerGrid:
         self._look()
         there = {number: self._nodes[number] for number in clients if number in self._nodes}
         contents = {number: pack(arrays, {"what": what, "words": dict(words[number])}) for number in there}
-        answers = self._send({there[number]: content for number, content in contents.items()}, what)
+        answers = self._send({there[number]: content for number, content in contents.items()}, what, self._timeout)
         for number in clients:
             if number not in there:
                 yield number, Lost("is not connected")
@@ -86,18 +88,18 @@ class FlowerGrid:
     def _look(self) -> None:
         """Asks nodes that are new which client they are."""
         present = set(self._grid.get_node_ids())
+        self._known &= present
         self._nodes = {number: node for number, node in self._nodes.items() if node in present}
-        new = present - set(self._nodes.values())
-        if not new:
-            return
-        for node, answer in self._send(dict.fromkeys(new, pack({}, {"what": "hello", "words": {}})), "hello").items():
+        hello = dict.fromkeys(present - self._known, pack({}, {"what": "hello", "words": {}}))
+        for node, answer in self._send(hello, "hello", min(self._timeout, _HELLO)).items():
             if isinstance(answer, str):
                 continue
+            self._known.add(node)
             number = unpack(answer)[1].get("client")
-            if isinstance(number, int) and 0 <= number < self._clients and number not in self._nodes:
-                self._nodes[number] = node
+            if isinstance(number, int) and 0 <= number < self._clients:
+                self._nodes[number] = node  # a client that was started again is another node
 
-    def _send(self, contents: Mapping[int, bytes], what: str) -> dict[int, bytes | str]:
+    def _send(self, contents: Mapping[int, bytes], what: str, timeout: float) -> dict[int, bytes | str]:
         """The bytes that nodes answer with, or why there are none."""
         from flwr.app import Array, ArrayRecord, Message, RecordDict
 
@@ -108,7 +110,7 @@ class FlowerGrid:
             record = ArrayRecord({MESSAGE: Array(np.frombuffer(content, np.uint8))})
             messages.append(Message(RecordDict({MESSAGE: record}), message_type=kind_of(what), dst_node_id=node))
         found: dict[int, bytes | str] = {}
-        for reply in self._grid.send_and_receive(messages, timeout=self._timeout):
+        for reply in self._grid.send_and_receive(messages, timeout=timeout):
             node = reply.metadata.src_node_id
             if reply.has_error():
                 found[node] = f"failed: {reply.error.reason}"

@@ -215,7 +215,16 @@ def test_clients_with_folders_of_their_own_learn_from_them(tmp_path: Path) -> No
         "tasks": [{"name": "greetings", "source": "json:greetings", "kind": "pairs"}],
         "evaluation": {"batch_size": 4, "max_new_tokens": 4},
     }
-    found = federated(content, tmp_path / "run", "sequential", **PLAIN, owners=["north", str(tmp_path / "data/south")])
+    owners = ["north", str(tmp_path / "data/south")]
+    found = federated(content, tmp_path / "run", "sequential", **PLAIN, owners=owners, score_clients=True)
+    # Each client scores the last model on its own test rows; 4 tokens are no answer, so that all scores are 0.
+    scores = found.extra["federated"]["scores"]
+    assert scores == {"0": [[0.0]], "1": [[0.0]]}
+    asked = [
+        json.loads((tmp_path / "run/clients" / name / "predictions/after00_task00.jsonl").read_text().splitlines()[0])
+        for name in "01"
+    ]
+    assert ["snow" in json.dumps(asked[0]), "sand" in json.dumps(asked[1])] == [True, True]
     clients = found.data["greetings"]["clients"]
     assert {name: one["examples"] for name, one in clients.items()} == {"0": 24, "1": 16}
     assert found.data["greetings"]["task"]["examples"] == 8

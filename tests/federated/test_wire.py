@@ -50,7 +50,7 @@ class Loopback(FlowerGrid):
     def get_node_ids(self) -> list[int]:
         return [FIRST + number for number in range(len(self.seats))]
 
-    def _send(self, contents: Mapping[int, bytes], what: str) -> dict[int, bytes | str]:
+    def _send(self, contents: Mapping[int, bytes], what: str, timeout: float) -> dict[int, bytes | str]:
         found: dict[int, bytes | str] = {}
         for node, content in contents.items():
             answer = self.seats[node - FIRST].answer(content)
