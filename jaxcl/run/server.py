@@ -228,7 +228,7 @@ class Server(TaskSequence):
         """Gives every client what all of them know, if the method shares anything."""
         usable: dict[int, PyTree] = {}
         for number, reply in replies:
-            reason = why_refused(reply.arrays, self._shared)
+            reason = why_refused(reply.arrays, self._known)
             if reason is None:
                 usable[number] = reply.arrays
             else:

@@ -148,7 +148,9 @@ def test_over_a_network_the_numbers_are_those_in_one_process(tmp_path: Path) -> 
     results = json.loads((tmp_path / "server" / "results.json").read_text())
     assert results["finished"]
     assert results["matrix"] == expected.matrix
-    assert rounds(tmp_path / "server") == rounds(tmp_path / "alone")
+    rows = rounds(tmp_path / "server")
+    assert rows == rounds(tmp_path / "alone")
+    assert [row["kind"] for row in rows] == ["shared", *["round"] * 3, "shared"] * 2
     assert_equal_bits(load_model(str(tmp_path / "server")).params, load_model(str(tmp_path / "alone")).params)
     for number in "01":
         own = tmp_path / f"client{number}" / "clients" / number

@@ -93,8 +93,12 @@ def test_nothing_leaves_a_client_but_params_and_what_the_method_shares(tmp_path:
     with seats(tmp_path) as found:
         grid = Loopback(found)
         run_on(grid, config(tmp_path / "server"))
-    assert rounds(tmp_path / "server") == rounds(tmp_path / "alone")
+    rows = rounds(tmp_path / "server")
+    assert rows == rounds(tmp_path / "alone")
+    assert [row["kind"] for row in rows] == ["shared", *["round"] * 3, "shared"] * 2
     params = load_model(str(tmp_path / "server")).params
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    assert {(row["bytes_up"], row["bytes_down"]) for row in rows} == {(2 * size, 2 * size)}
     assert_equal_bits(params, load_model(str(tmp_path / "alone")).params)
     leaves = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.size
               for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}  # fmt: skip
