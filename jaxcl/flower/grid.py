@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,6 +37,7 @@ class FlowerGrid:
         self._timeout = timeout
         self._nodes: dict[int, int] = {}
         self._known: set[int] = set()
+        self._run, self._count = secrets.token_hex(8), 0
         self._wait(patience)
 
     def ask(
@@ -49,13 +51,18 @@ class FlowerGrid:
         """See `jaxcl.run.grid.Grid.ask`."""
         self._look()
         there = {number: self._nodes[number] for number in clients if number in self._nodes}
-        contents = {number: pack(arrays, {"what": what, "words": dict(words[number])}) for number in there}
+        contents = {number: self._packed(what, arrays, words[number]) for number in there}
         answers = self._send({there[number]: content for number, content in contents.items()}, what, self._timeout)
         for number in clients:
             if number not in there:
                 yield number, Lost("is not connected")
                 continue
             yield number, self._reply(answers.get(there[number]), like)
+
+    def _packed(self, what: str, arrays: PyTree, words: Mapping[str, Any]) -> bytes:
+        """A message, with a number of its own: Flower may deliver one twice."""
+        self._count += 1
+        return pack(arrays, {"what": what, "words": dict(words), "message": f"{self._run}-{self._count}"})
 
     def _reply(self, answer: bytes | str | None, like: PyTree) -> Reply | str:
         if answer is None:
@@ -90,7 +97,7 @@ class FlowerGrid:
         present = set(self._grid.get_node_ids())
         self._known &= present
         self._nodes = {number: node for number, node in self._nodes.items() if node in present}
-        hello = dict.fromkeys(present - self._known, pack({}, {"what": "hello", "words": {}}))
+        hello = dict.fromkeys(present - self._known, self._packed("hello", {}, {}))
         for node, answer in self._send(hello, "hello", min(self._timeout, _HELLO)).items():
             if isinstance(answer, str):
                 continue

@@ -54,15 +54,28 @@ class Seat:
         self._client: Client | None = None
         self._keys = KeyPair() if settings.secure else None
         self.finished = False
+        self._last: tuple[Any, bytes] | None = None
         only_b = settings.only_adapters(parts.config.model.lora is not None)
         self._params = travelling(parts.trainer.target.params, only_b=only_b)
         state = jax.eval_shape(parts.trainer.init_method, parts.layout.shapes)
         self._shared = jax.eval_shape(parts.method.share, state)
 
     def answer(self, content: bytes) -> bytes:
-        """Answers a message; what goes wrong with it is the answer."""
+        """Answers a message; what goes wrong with it is the answer.
+
+        A message that comes again, because Flower took the process that brought it for dead, gets the same answer: a
+        round is not trained twice.
+        """
         try:
             arrays, said = unpack(content)
+        except UserError as error:
+            return pack({}, {"error": str(error)})
+        if self._last is None or self._last[0] != said.get("message"):
+            self._last = said.get("message"), self._answer_to(arrays, said)
+        return self._last[1]
+
+    def _answer_to(self, arrays: dict[str, np.ndarray], said: dict[str, Any]) -> bytes:
+        try:
             found, words = self._answer(str(said["what"]), arrays, said["words"])
             return pack(found, words)
         except (NotFinite, LeftOut) as error:

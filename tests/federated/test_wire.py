@@ -137,6 +137,23 @@ def test_a_client_that_was_started_again_comes_back(tmp_path: Path) -> None:
     assert [row["refused"] for row in rows] == [{}, {"1": "was started again"}, {}, {}, {}, {}]
 
 
+def test_a_message_that_comes_twice_is_answered_once(tmp_path: Path) -> None:
+    with seats(tmp_path) as found:
+        grid = Loopback(found)
+        send = grid._send
+
+        def twice(contents: Mapping[int, bytes], what: str, timeout: float) -> dict[int, bytes | str]:
+            first, second = send(contents, what, timeout), send(contents, what, timeout)
+            assert first == second
+            return second
+
+        grid._send = twice  # type: ignore[method-assign]
+        run_on(grid, config(tmp_path / "server", rounds=2))
+    federated(CONTENT, tmp_path / "alone", METHOD, **{**SECTION, "rounds": 2})
+    params = (load_model(str(tmp_path / folder)).params for folder in ("server", "alone"))
+    assert_equal_bits(*params)
+
+
 def test_a_client_with_another_model_or_tokenizer_is_left_out_by_name(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
