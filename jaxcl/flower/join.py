@@ -22,6 +22,7 @@ from jaxcl.errors import UserError
 from jaxcl.flower.link import check_installed, environment, tool
 from jaxcl.flower.pairing import KeyPair
 from jaxcl.models.trainable import Params
+from jaxcl.run.agreement import agreed, difference
 from jaxcl.run.client import Client, travelling
 from jaxcl.run.components import Components, build, initial_params
 from jaxcl.run.exchange import LeftOut
@@ -117,6 +118,8 @@ class Seat:
             raise UserError(
                 f"its tasks are {', '.join(self._parts.names)}, and the server's {', '.join(words['tasks'])}"
             )
+        if reason := difference(agreed(self._parts.config), words["config"]):
+            raise UserError(reason)
         self.close()
         self._client = self._open_client(words["checkpoint"], arrays.get("params"))
         return {} if self._keys is None else {"key": self._keys.public.hex()}

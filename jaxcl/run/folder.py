@@ -161,8 +161,8 @@ class RunFolder:
         known = {module for _, _, module in named_code(resolved)}
         if {module for _, _, module in named_code(content)} <= known:
             content = _completed(content)
-        stored = dict(_flatten(content))
-        wanted = dict(_flatten(resolved))
+        stored = dict(flatten(content))
+        wanted = dict(flatten(resolved))
         for key in sorted(stored.keys() | wanted.keys()):
             before, now = stored.get(key), wanted.get(key)
             if before != now and not any(f"{key}.".startswith(f"{free}.") for free in _FREE_KEYS):
@@ -186,12 +186,17 @@ def _completed(content: dict[str, Any]) -> dict[str, Any]:
         return content
 
 
-def _flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested mappings and lists by dotted key.
+
+    >>> list(flatten({"tasks": [{"name": "a"}], "seed": 0}))
+    [('tasks.0.name', 'a'), ('seed', 0)]
+    """
     if isinstance(tree, Mapping):
         for key, value in tree.items():
-            yield from _flatten(value, f"{prefix}.{key}" if prefix else str(key))
+            yield from flatten(value, f"{prefix}.{key}" if prefix else str(key))
     elif isinstance(tree, list | tuple):
         for index, value in enumerate(tree):
-            yield from _flatten(value, f"{prefix}.{index}")
+            yield from flatten(value, f"{prefix}.{index}")
     else:
         yield prefix, tree

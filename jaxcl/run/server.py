@@ -18,6 +18,7 @@ from jaxcl.evaluation.results import Results
 from jaxcl.functional.client_drift import common_variate
 from jaxcl.functional.federated import combine_shared, server_step, why_refused
 from jaxcl.models.trainable import Params, overlay, trained
+from jaxcl.run.agreement import agreed
 from jaxcl.run.client import travelling
 from jaxcl.run.components import Components, initial_params
 from jaxcl.run.exchange import Gathering, Order
@@ -302,7 +303,8 @@ class Server(TaskSequence):
 
     def _open(self, clients: Sequence[int], before: Params | None) -> None:
         """Opens clients at the checkpoints that the server knows of."""
-        known = {"tokenizer": self.parts.tokenizer.fingerprint, "tasks": self.parts.names}
+        known: dict[str, Any] = {"tokenizer": self.parts.tokenizer.fingerprint, "tasks": self.parts.names}
+        known["config"] = agreed(self.config)
         words = {number: {"checkpoint": self._numbers.get(number), **known} for number in clients}
         arrays = {} if before is None else {"params": before}
         for number, reply in self._grid.ask("open", clients, arrays, words):
