@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -45,6 +46,7 @@ _MODULE = """from jaxcl.flower import apps
 server_app = apps.server_app
 client_app = apps.client_app
 """
+_PID = "server.pid"
 _STARTED = 60.0  # seconds that a SuperLink may take to start
 
 
@@ -88,7 +90,8 @@ def serve(
     home = folder.absolute().with_name(f"{folder.name}.flower")  # not in the run folder, which is not there yet
     home.mkdir(parents=True, exist_ok=True)
     outcome = home / "outcome.json"
-    outcome.unlink(missing_ok=True)
+    for left in (outcome, home / _PID):  # of a server that was killed
+        left.unlink(missing_ok=True)
     plain = {"config": config.plain(), "timeout": timeout, "patience": patience, "outcome": str(outcome)}
     (home / "server.yaml").write_text(dump_yaml(plain), encoding="utf-8")
     app = home / "app"
@@ -115,9 +118,18 @@ def serve(
             os.killpg(link.pid, 15)
         with contextlib.suppress(subprocess.TimeoutExpired):
             link.wait(10)
+        _end_server(home / _PID)
     if "error" in found:
         raise UserError(found["error"])
     return Path(found["report"])
+
+
+def _end_server(path: Path) -> None:
+    """Ends Flower's process of the server, which outlives the SuperLink: it would keep the run folder locked."""
+    with contextlib.suppress(OSError, ValueError):
+        number = int(path.read_text(encoding="utf-8"))
+        # Whatever it was doing, the run goes on from its last checkpoint.
+        os.kill(number, signal.SIGKILL)
 
 
 def _secured(certificate: Path, key: Path) -> list[str]:
@@ -147,6 +159,8 @@ def run_server(flower: Any, path: Path) -> None:
     """
     content = read_yaml(path)
     outcome = Path(content["outcome"])
+    own = outcome.with_name(_PID)
+    own.write_text(str(os.getpid()), encoding="utf-8")
 
     def ended(**values: str) -> None:
         partial = outcome.with_suffix(".partial")
@@ -161,6 +175,8 @@ def run_server(flower: Any, path: Path) -> None:
     except BaseException as error:
         ended(error=f"the server has failed: {type(error).__name__}: {error}")
         raise
+    finally:
+        own.unlink(missing_ok=True)
 
 
 def _run(flower: Any, config: ExperimentConfig, timeout: float, patience: float) -> Path:
