@@ -15,7 +15,7 @@ from jaxcl.errors import UserError
 
 EXIT_FAILURE, EXIT_INTERRUPTED = 1, 130
 
-_RESUMING = ("run", "extend", "compare")  # commands that resume when they are run again
+_RESUMING = ("run", "extend", "compare", "federate", "serve", "join")  # commands that resume when they are run again
 
 
 def _say(result: object) -> None:
@@ -37,9 +37,26 @@ def _federate(args: argparse.Namespace) -> None:
     from jaxcl.config import load_config
     from jaxcl.run.federation import federate
 
+    _say(federate(load_config(args.config, args.overrides)).report)
+
+
+def _serve(args: argparse.Namespace) -> None:
+    from jaxcl.config import load_config
+    from jaxcl.flower.serve import serve
+
     config = load_config(args.config, args.overrides)
-    federate(config)
-    _say(Path(config.output) / "results.json")
+    certificate, key = (path and Path(path) for path in (args.certificate, args.key))
+    limits = {"timeout": args.timeout, "patience": args.patience}
+    _say(serve(config, certificate=certificate, key=key, insecure=args.insecure, address=args.address, **limits))
+
+
+def _join(args: argparse.Namespace) -> None:
+    from jaxcl.config import load_config
+    from jaxcl.flower.join import join
+
+    certificate = args.certificate and Path(args.certificate)
+    config = load_config(args.config, args.overrides)
+    join(config, args.client, args.server, certificate=certificate, insecure=args.insecure, port=args.port)
 
 
 def _extend(args: argparse.Namespace) -> None:
@@ -162,6 +179,8 @@ def _configs(args: argparse.Namespace) -> None:
 _ACTIONS: dict[str, Callable[[argparse.Namespace], None]] = {
     "run": _run,
     "federate": _federate,
+    "serve": _serve,
+    "join": _join,
     "extend": _extend,
     "compare": _compare,
     "show": _show,

@@ -26,6 +26,7 @@ for _upper in ("config", "run", "commands"):
     MAY_IMPORT[_upper] = {*_PARTS}
     _PARTS.add(_upper)
 MAY_IMPORT["planning"] = {*_PARTS} - {"commands"}
+MAY_IMPORT["flower"] = {*_PARTS} - {"commands"}
 # What reads compiled programs knows nothing of runs.
 ALONE = {"planning": {"step", "cost", "hlo", "hardware"}}
 # `functional` serves programs that use nothing else of jaxcl.

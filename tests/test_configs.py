@@ -33,6 +33,7 @@ def test_there_are_the_papers_settings_and_the_quickstarts() -> None:
     assert {path.stem for path in CONFIGS} >= {
         "quickstart_seekr",
         "quickstart_das",
+        "quickstart_federated",
         "seekr_smollm2_superni",
         "das_roberta_base",
         "seekr_llama2_7b_trace",
@@ -112,7 +113,7 @@ def one_of_each_step() -> list[Path]:
 @pytest.mark.parametrize("path", one_of_each_step(), ids=lambda path: path.stem)
 def test_both_kinds_of_step_lower(path: Path) -> None:
     found = programs_of(path)
-    assert ("replay" in found) == ("seekr" in path.stem)
+    assert ("replay" in found) == ("das" not in path.stem)
     for name in found.keys() & {"train", "replay"}:
         found[name].lower()
 
@@ -121,6 +122,7 @@ def test_both_kinds_of_step_lower(path: Path) -> None:
 SHAPES = {
     "das_roberta_base": (164, 25),  # 15% of 164 are masked
     "quickstart_das": (96, None),
+    "quickstart_federated": (80, 16),
     "quickstart_seekr": (80, 16),
     "seekr_llama2_7b_superni": (1536, 512),
     "seekr_llama2_7b_trace": (1536, 512),
@@ -136,7 +138,7 @@ def test_a_step_is_planned_for_the_rows_that_its_tasks_have(path: Path) -> None:
     assert batch.tokens.shape == (config.training.batch_size, length)
     assert batch.targets.shape == batch.weights.shape == (config.training.batch_size, predict or length)
     assert (batch.predict is None) == (predict is None)
-    assert ("generate" in found) == ("seekr" in path.stem)
+    assert ("generate" in found) == ("das" not in path.stem)
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,15 @@ def trained(tree: Params) -> Params:
     return _trainable(tree) or tree
 
 
+def without_a(tree: Params) -> Params:
+    """`trained(tree)` without the first factor of each adapter, for training that changes only the second.
+
+    >>> without_a({"query": {"kernel": 1, "lora_a": 2, "lora_b": 3}, "out": {"kernel": 4}})
+    {'query': {'lora_b': 3}}
+    """
+    return _without_a(trained(tree))
+
+
 def overlay(tree: Params, part: Params) -> Params:
     """`tree` with the leaves of `part` in place of its own: the inverse of `trained`.
 
@@ -47,3 +56,8 @@ def _trainable(tree: Mapping[str, Any]) -> Params:
         elif isinstance(node, Mapping) and (below := _trainable(node)):
             found[name] = below
     return found
+
+
+def _without_a(tree: Mapping[str, Any]) -> Params:
+    kept = ((name, node) for name, node in tree.items() if name != ADAPTER_NAMES[0])
+    return {name: _without_a(node) if isinstance(node, Mapping) else node for name, node in kept}

@@ -12,6 +12,7 @@ import numpy as np
 from jaxcl.errors import UserError
 from jaxcl.evaluation.goodput import goodput
 from jaxcl.reporting import plots
+from jaxcl.reporting.federated import clients_section
 from jaxcl.reporting.matrix_table import matrix_table
 from jaxcl.reporting.page import card, details, duration, figure, number, page, section, size, table, text, write_page
 from jaxcl.reporting.run_data import RunData, read_run, scores, unit, watched
@@ -62,6 +63,7 @@ def render(run: RunData) -> str:
         _matrices(run),
         _retention(run),
         _losses(run),
+        clients_section(run),
         *table_sections(run.tables, run.tasks, run.learned),
         _samples(run),
         _how(run),

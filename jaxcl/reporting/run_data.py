@@ -28,6 +28,7 @@ class RunData:
       results: `results.json`.
       config: text of `config.yaml`; empty if there is none.
       metrics: rows of `metrics.jsonl`.
+      rounds: rows of `rounds.jsonl`, which a federated run has.
       predictions: rows of all files in `predictions/`, by `(after, task)`.
       tables: arrays of the latest file in `importance/`, by name.
       problems: one line per file that could not be read.
@@ -37,6 +38,7 @@ class RunData:
     results: dict[str, Any]
     config: str
     metrics: list[dict[str, Any]]
+    rounds: list[dict[str, Any]]
     predictions: dict[tuple[int, str], list[dict[str, Any]]]
     tables: dict[str, Shaped[np.ndarray, "..."]]
     problems: list[str]
@@ -65,6 +67,7 @@ def read_run(folder: Path) -> RunData:
         results=read_results(folder),
         config=_text(folder / "config.yaml", problems),
         metrics=_json_lines(folder / "metrics.jsonl", problems),
+        rounds=_json_lines(folder / "rounds.jsonl", problems),
         predictions=_predictions(folder / "predictions", problems),
         tables=_tables(folder / "importance", problems),
         problems=problems,

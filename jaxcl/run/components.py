@@ -343,6 +343,7 @@ def make_trainer(config: ExperimentConfig, method: Method, layout: Layout) -> Tr
     if training.privacy is not None:
         check_private(method, config.method.name)
         check_private_data(config)
+    federated = config.federated
     return Trainer(
         method,
         config.optimizer,
@@ -350,6 +351,8 @@ def make_trainer(config: ExperimentConfig, method: Method, layout: Layout) -> Tr
         accumulate=training.accumulate,
         seed=config.seed,
         privacy=training.privacy,
+        drift=None if federated is None else federated.drift,
+        freeze_a=federated is not None and federated.only_adapters(config.model.lora is not None),
     )
 
 

@@ -79,6 +79,7 @@ class RunFolder:
     predictions = property(lambda self: self.path / "predictions")
     importance = property(lambda self: self.path / "importance")
     checkpoints = property(lambda self: self.path / "checkpoints")
+    rounds = property(lambda self: self.path / "rounds.jsonl")
     tokenizer = property(lambda self: self.path / "tokenizer")
     memory = property(lambda self: self.path / "memory.json")
     examples = property(lambda self: self.path / "memory")
@@ -126,7 +127,7 @@ class RunFolder:
     def _remove_temporaries(self) -> None:
         """Removes what a killed process of this run was writing (`replacing`); nobody else writes these files."""
         own = [folder.glob(".*.tmp") for folder in (self.examples, self.predictions, self.importance)]
-        named = [self.path.glob(f".{file.name}.*.tmp") for file in (self.results, self.memory)]
+        named = [self.path.glob(f".{file.name}.*.tmp") for file in (self.results, self.memory, self.rounds)]
         for path in itertools.chain(*own, *named):
             path.unlink(missing_ok=True)
 
@@ -160,8 +161,8 @@ class RunFolder:
         known = {module for _, _, module in named_code(resolved)}
         if {module for _, _, module in named_code(content)} <= known:
             content = _completed(content)
-        stored = dict(_flatten(content))
-        wanted = dict(_flatten(resolved))
+        stored = dict(flatten(content))
+        wanted = dict(flatten(resolved))
         for key in sorted(stored.keys() | wanted.keys()):
             before, now = stored.get(key), wanted.get(key)
             if before != now and not any(f"{key}.".startswith(f"{free}.") for free in _FREE_KEYS):
@@ -185,12 +186,17 @@ def _completed(content: dict[str, Any]) -> dict[str, Any]:
         return content
 
 
-def _flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested mappings and lists by dotted key.
+
+    >>> list(flatten({"tasks": [{"name": "a"}], "seed": 0}))
+    [('tasks.0.name', 'a'), ('seed', 0)]
+    """
     if isinstance(tree, Mapping):
         for key, value in tree.items():
-            yield from _flatten(value, f"{prefix}.{key}" if prefix else str(key))
+            yield from flatten(value, f"{prefix}.{key}" if prefix else str(key))
     elif isinstance(tree, list | tuple):
         for index, value in enumerate(tree):
-            yield from _flatten(value, f"{prefix}.{index}")
+            yield from flatten(value, f"{prefix}.{index}")
     else:
         yield prefix, tree

@@ -104,6 +104,10 @@ class Scoreboard:
         privacy = {name: {**before.get(name, {}), task: round(value, 4)} for name, value in spent.items()}
         self._update(extra={**self.results.extra, "privacy": privacy})
 
+    def note_extra(self, name: str, values: Mapping[str, Any]) -> None:
+        """Records other results under a name."""
+        self._update(extra={**self.results.extra, name: dict(values)})
+
     def write(self, timing: Mapping[str, float], *, finished: bool = False) -> None:
         """Writes `results.json` with the seconds so far, by part."""
         rounded = {name: round(seconds, 3) for name, seconds in timing.items()}

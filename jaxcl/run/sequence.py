@@ -7,6 +7,7 @@ import itertools
 import os
 import sys
 import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -209,7 +210,7 @@ class TaskSequence:
                 self._evaluate(self.parts.trainer.init(initial_params(self.parts)), -1)
             with self._timed("recovery"):
                 state, position = self._restore(saved)
-        self._open_sinks(state)
+        self._open_sinks(int(state.step))
         finished = False
         try:
             results = self._continue(state, position, saved)
@@ -219,13 +220,13 @@ class TaskSequence:
             for sink in self.sinks:
                 sink.close(finished=finished)
 
-    def _open_sinks(self, state: TrainState) -> None:
-        """Opens the sinks behind the rows up to a state; later rows are removed."""
+    def _open_sinks(self, after: int) -> None:
+        """Opens the sinks behind the rows up to a step of the run; later rows are removed."""
         for sink in self.sinks:
             sink.close(finished=False)
         if self.main:
             self.sinks = open_sinks(
-                self.folder.path, self.config.training.sinks, config=self.config.plain(), after=int(state.step)
+                self.folder.path, self.config.training.sinks, config=self.config.plain(), after=after
             )
 
     def _restore(self, saved: Saved) -> tuple[TrainState, Any]:
@@ -339,7 +340,7 @@ class TaskSequence:
         if self.main:
             where = f"step {step} of it (checkpoint {saved.number})"
             print(f"{error}; going on from {where} with another order of the data", file=sys.stderr)
-        self._open_sinks(state)
+        self._open_sinks(int(state.step))
         return state, position, noted_after(watch, saved, step=step, left=error.step)
 
     def _prepare(self, state: TrainState, index: int) -> TrainState:
@@ -465,7 +466,9 @@ class TaskSequence:
         data: Any = None,
         mark: str | None = None,
         watch: Watch | None = None,
-    ) -> None:
+        more: Mapping[str, Any] | None = None,
+    ) -> int:
+        """Saves a state, with `more` in the note of the run's progress; returns the number of the checkpoint."""
         with self._timed("checkpoints"):
             progress = {
                 "task": task,
@@ -476,10 +479,11 @@ class TaskSequence:
                 "fingerprints": self.fingerprints,
                 "memory": memory_prints(self.kept.memory),
                 "results": self.board.results.plain(),
+                **(more or {}),
             }
             if watch is not None:
                 progress["watch"] = watch.plain()
-            self.checkpoints.save(state, progress=progress, data=data, mark=mark)
+            return self.checkpoints.save(state, progress=progress, data=data, mark=mark)
 
     def _timed(self, part: str) -> contextlib.AbstractContextManager[None]:
         """Adds the seconds of a block to a part of the run's time; see `Stopwatch.part`."""

@@ -240,7 +240,21 @@ class Checkpoints:
         numbers = [number for number in self._manager.all_steps() if self._kept.marks.get(number) == mark]
         return self._checked(max(numbers)) if numbers else None
 
-    def save(self, state: TrainState, *, progress: dict[str, Any], data: Any = None, mark: str | None = None) -> None:
+    def go_back(self, number: int | None) -> None:
+        """Removes the checkpoints that were saved after one.
+
+        Args:
+          number: the last one that stays; `None`: none does.
+        """
+        self.wait()
+        for later in self._manager.all_steps():
+            if number is None or later > number:
+                self._manager.delete(later)
+                self._kept.marks.pop(later, None)
+                self._damaged.pop(later, None)
+                self._whole.discard(later)
+
+    def save(self, state: TrainState, *, progress: dict[str, Any], data: Any = None, mark: str | None = None) -> int:
         """Saves a state between two steps; waits only for the previous save.
 
         Args:
@@ -248,6 +262,9 @@ class Checkpoints:
           progress: what the caller needs to resume, JSON-serialisable.
           data: this process's position in its data (`Feed.get_state`), JSON-serialisable.
           mark: name by which `find` finds this checkpoint; it is kept beyond the latest ones.
+
+        Returns:
+          The number of the checkpoint.
 
         Raises:
           UserError: the disk is full, or this or the previous checkpoint could not be written; earlier ones are intact.
@@ -271,6 +288,7 @@ class Checkpoints:
                 ),
                 force=True,
             )
+        return number
 
     def restore(self, target: TrainState, saved: Saved) -> tuple[TrainState, Any]:
         """Reads a whole checkpoint.

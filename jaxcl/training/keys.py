@@ -8,7 +8,7 @@ from typing import Literal
 import jax
 from jaxtyping import Array
 
-Purpose = Literal["steps", "tasks", "samples"]
+Purpose = Literal["steps", "tasks", "samples", "rounds"]
 
 
 def run_key(seed: int, purpose: Purpose) -> Array:
@@ -21,6 +21,6 @@ def run_key(seed: int, purpose: Purpose) -> Array:
     Args:
       seed: the run's seed.
       purpose: `steps`: dropout and what methods draw in a step; `tasks`: what they draw before and after a task;
-        `samples`: samples that a model writes.
+        `samples`: samples that a model writes; `rounds`: noise on what the clients of a round sent.
     """
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(purpose.encode()))

@@ -18,7 +18,7 @@ from jaxcl.training.step import Metrics
 from jaxcl.training.trainer import Trainer
 from jaxcl.training.watch import NotFinite, Watch
 
-Save = Callable[[TrainState, Any], None]
+Save = Callable[[TrainState, Any], object]
 """`save(state, data_state)`: writes a checkpoint of the state between two steps and of the position in the data."""
 
 

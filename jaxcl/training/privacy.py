@@ -117,20 +117,36 @@ def spent(config: PrivacyConfig, *, steps: int, steps_per_epoch: int, rewinds: i
     Raises:
       UserError: `dp-accounting` is not installed.
     """
-    if config.noise_multiplier == 0:
-        return {"epsilon": math.inf, "epsilon_poisson": math.inf}
+    sigma, delta = config.noise_multiplier, config.delta
+    seen = math.ceil(steps / steps_per_epoch) + 2 * rewinds
+    return {
+        "epsilon": gaussian_epsilon(sigma, delta, seen),
+        "epsilon_poisson": gaussian_epsilon(sigma, delta, steps, sampled=min(1.0, 1 / steps_per_epoch)),
+    }
+
+
+def gaussian_epsilon(noise_multiplier: float, delta: float, times: int, *, sampled: float | None = None) -> float:
+    """Epsilon of Gaussian mechanisms one after another; infinite without noise.
+
+    Args:
+      noise_multiplier: standard deviation of the noise, in multiples of what one record can change.
+      delta: the delta that epsilon is for.
+      times: number of mechanisms.
+      sampled: probability that a record is in a mechanism, drawn anew for each and kept secret; `None`: it is in all.
+
+    Raises:
+      UserError: `dp-accounting` is not installed.
+    """
+    if times == 0:
+        return 0.0
+    if noise_multiplier == 0:
+        return math.inf
     try:
         from dp_accounting import dp_event
         from dp_accounting.rdp import RdpAccountant
     except ImportError:
-        raise UserError("training.privacy: pip install 'jaxcl[dp]' (dp-accounting) to account for epsilon") from None
-    noise = dp_event.GaussianDpEvent(config.noise_multiplier)
-
-    def epsilon(event: Any, times: int) -> float:
-        return float(RdpAccountant().compose(dp_event.SelfComposedDpEvent(event, times)).get_epsilon(config.delta))
-
-    sampled = dp_event.PoissonSampledDpEvent(min(1.0, 1 / steps_per_epoch), noise)
-    return {
-        "epsilon": epsilon(noise, math.ceil(steps / steps_per_epoch) + 2 * rewinds),
-        "epsilon_poisson": epsilon(sampled, steps),
-    }
+        raise UserError("privacy: pip install 'jaxcl[dp]' (dp-accounting) to account for epsilon") from None
+    event: Any = dp_event.GaussianDpEvent(noise_multiplier)
+    if sampled is not None:
+        event = dp_event.PoissonSampledDpEvent(sampled, event)
+    return float(RdpAccountant().compose(dp_event.SelfComposedDpEvent(event, times)).get_epsilon(delta))

@@ -9,13 +9,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, PyTree
 
 from jaxcl.errors import UserError
 from jaxcl.functional.averaging import Averaged, averaged, finish_average, restart_average
 from jaxcl.methods.base import Method
 from jaxcl.models.batch import Batch
-from jaxcl.models.trainable import overlay, trained
+from jaxcl.models.trainable import ADAPTER_NAMES, overlay, trained
 from jaxcl.sharding.layout import Layout, put
 from jaxcl.training.compile import Compiler
 from jaxcl.training.feed import Feed, RowIterator
@@ -49,6 +50,8 @@ class Trainer:
         accumulate: int,
         seed: int,
         privacy: PrivacyConfig | None = None,
+        drift: optax.GradientTransformation | None = None,
+        freeze_a: bool = False,
     ) -> None:
         """Prepares the step; nothing is computed or compiled yet.
 
@@ -59,12 +62,18 @@ class Trainer:
           accumulate: micro-batches per batch.
           seed: seed of everything random within steps (dropout, sampled queries).
           privacy: clip each example's gradient and add noise; `None`: do not.
+          drift: applied to gradients before the method's own transformation; `None`: nothing is.
+          freeze_a: whether the first factor of each adapter stays as it is.
         """
         self.method = method
         self.optimizer = optimizer
         self.layout = layout
         self.compile = Compiler(layout)
         self._transform = method.transform(make_parts(optimizer))
+        if drift is not None:
+            self._transform = optax.chain(drift, self._transform)
+        if freeze_a:
+            self._transform = _without_a(self._transform, method)
         if optimizer.freeze_layers or optimizer.freeze_embeddings:
             self._transform = freezing(self._transform, _moving(method, optimizer))
         if optimizer.averaging is not None:
@@ -234,6 +243,17 @@ class Trainer:
     def _init_optimizer(self, params: PyTree) -> PyTree:
         """Moments in float32 even if the params are bfloat16: a second moment in bfloat16 would stop changing."""
         return self._transform.init(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), trained(params)))
+
+
+def _without_a(transform: optax.GradientTransformation, method: Method) -> optax.GradientTransformationExtraArgs:
+    """A transformation in which the first factor of each adapter has neither gradients nor updates."""
+    part = trained(method.network.shapes())
+    moves = jax.tree_util.tree_map_with_path(
+        lambda path, _: jnp.float32(jax.tree_util.keystr(path[-1:], simple=True) != ADAPTER_NAMES[0]), part
+    )
+    first = optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, moves))
+    # A decay of weights or a pull would move it without a gradient.
+    return freezing(optax.chain(first, transform), moves)
 
 
 def _moving(method: Method, optimizer: OptimizerConfig) -> PyTree:

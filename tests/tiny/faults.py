@@ -23,14 +23,14 @@ def killed_at_save(number: int, *, before: bool = False) -> Iterator[None]:
     """
     save, count = TaskSequence._save, 0
 
-    def save_or_die(self: Any, *arguments: Any, **options: Any) -> None:
+    def save_or_die(self: Any, *arguments: Any, **options: Any) -> int | None:
         nonlocal count
         count += 1
-        if not (before and count == number):
-            save(self, *arguments, **options)
+        found = None if before and count == number else save(self, *arguments, **options)
         if count == number:
             self.checkpoints.wait()
             raise Interrupted
+        return found
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(TaskSequence, "_save", save_or_die)

@@ -1,0 +1,159 @@
+"""Four clients with different data: each alone, federated, and all their rows in one place, by method and seed.
+
+    python -m benchmarks.federated run --methods sequential,das,seekr,replay --seeds 0,1,2
+    python -m benchmarks.federated run --methods sequential --ways federated --noise 0.5
+    python -m benchmarks.federated summary
+
+Rows are divided by shares of each answer drawn from Dirichlet(0.3). All ways see as many rows: alone, every client
+trains as many steps as in the federated run; in one place, a step has the rows of all clients. Whatever has a record in
+`benchmarks/records/federated` is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import shutil
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jaxcl.config import ExperimentConfig, load_config
+from jaxcl.evaluation.results import Results
+from jaxcl.run.components import build
+from jaxcl.run.federation import check_federated, federate, parts_of, whole_tasks
+from jaxcl.run.folder import RunFolder
+from jaxcl.run.sequence import TaskSequence
+from jaxcl.training.checkpoint import Checkpoints
+
+RECORDS = Path(__file__).parent / "records" / "federated"
+METHODS: dict[str, dict[str, Any]] = {
+    "sequential": {},
+    "das": {"general_knowledge": False, "importance_examples": 128},
+    "seekr": {"layer_budget": 2, "head_budget": 6, "query_budget": 16, "store_logits": 64,
+              "replay": {"fraction": 0.05, "every": 4}},
+    "replay": {"replay": {"fraction": 0.05, "every": 4}},
+}  # fmt: skip
+WAYS = ("alone", "federated", "centralised")
+CLIENTS, ALPHA = 4, 0.3
+
+
+def configured(method: str, seed: int, output: Path, options: argparse.Namespace, **federated: Any) -> ExperimentConfig:
+    """The configuration of a run."""
+    section = {"clients": CLIENTS, "alpha": ALPHA, "rounds": options.rounds, "steps": options.steps, **federated}
+    changes = {"method": {"name": method, **METHODS[method]}, "federated": section, "evaluation.before": False}
+    changes |= {"seed": seed, "output": str(output), "training.checkpoint_every": 0}
+    changes |= {"tasks.*.train": options.rows, "evaluation.limit": options.limit}
+    if section["clients"] == 1:
+        changes["training.batch_size"] = 16 * CLIENTS
+    return load_config("quickstart_federated", [f"{key}={json.dumps(value)}" for key, value in changes.items()])
+
+
+def measured(method: str, way: str, seed: int, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """What a run finds: a record, or alone one per client."""
+    folder = options.work / f"{method}-{way}-{seed}-{options.noise}"
+    shutil.rmtree(folder, ignore_errors=True)
+    if way == "alone":
+        config = configured(method, seed, folder, options)
+        for client in range(CLIENTS):
+            yield {"client": client, **_scores(alone(config, client))}
+        return
+    privacy = {"clip": options.clip, "noise_multiplier": options.noise} if options.noise is not None else None
+    federated: dict[str, Any] = {"clients": 1, "alpha": None} if way == "centralised" else {"privacy": privacy}
+    results = federate(configured(method, seed, folder, options, **federated)).results
+    rows = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+    sent = {name: sum(row[name] for row in rows) for name in ("bytes_up", "bytes_down")}
+    shared = sum(row["bytes_up"] + row["bytes_down"] for row in rows if row["kind"] == "shared")
+    epsilon = results.extra.get("federated", {}).get("epsilon")
+    yield {**_scores(results), **sent, "bytes_shared": shared, "rounds": len(rows), "epsilon": epsilon}
+
+
+def alone(config: ExperimentConfig, client: int) -> Results:
+    """A client that learns from its own rows only, evaluated on all tasks' rows."""
+    settings = check_federated(config)
+    folder = RunFolder(Path(config.output) / str(client))
+    with contextlib.ExitStack() as stack:
+        folder.claim(config.plain())
+        stack.callback(folder.release)
+        own = parts_of(build(whole_tasks(config, settings), folder), settings, client, folder)
+        checkpoints = stack.enter_context(Checkpoints(folder.checkpoints))
+        return TaskSequence(own, folder, checkpoints).run()
+
+
+def _scores(results: Results) -> dict[str, Any]:
+    names = ("op", "bwt", "forgetting", "matrix", "seconds", "versions")
+    return {name: getattr(results, name) for name in names}
+
+
+def read(records: Path) -> list[dict[str, Any]]:
+    """All records."""
+    return [json.loads(line) for path in sorted(records.glob("*.jsonl")) for line in path.read_text().splitlines()]
+
+
+def run(options: argparse.Namespace) -> None:
+    """Runs what has no record."""
+    keys = ("method", "way", "seed", "rounds_per_task", "steps", "rows", "noise", "clip")
+    known = {tuple(one[key] for key in keys) for one in read(options.records)}
+    options.records.mkdir(parents=True, exist_ok=True)
+    for seed in map(int, options.seeds.split(",")):
+        for method in options.methods.split(","):
+            for way in options.ways.split(","):
+                values = (method, way, seed, options.rounds, options.steps, options.rows, options.noise, options.clip)
+                if values in known:
+                    continue
+                started = time.time()
+                found = [
+                    {**dict(zip(keys, values, strict=True)), **one} for one in measured(method, way, seed, options)
+                ]
+                with (options.records / f"{method}.jsonl").open("a", encoding="utf-8") as file:
+                    file.writelines(json.dumps(one) + "\n" for one in found)
+                scores = ", ".join(f"{one['op']:.1f}" for one in found)
+                print(f"{method} {way} seed {seed}: {scores} ({time.time() - started:.0f} s)", flush=True)
+
+
+def summary(options: argparse.Namespace) -> None:
+    """Prints a table: mean and deviation over seeds; alone, of the mean over clients."""
+    groups: dict[tuple[Any, ...], dict[int, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    for one in read(options.records):
+        groups[one["method"], one["way"], one["noise"]][one["seed"]].append(one)
+    print(
+        "| method | way | noise | seeds | OP | BWT | bytes, both ways | of these shared by the method |\n"
+        + "|---" * 8
+        + "|"
+    )
+    for (method, way, noise), seeds in sorted(groups.items(), key=str):
+        cells = []
+        for name in ("op", "bwt"):
+            means = [statistics.fmean(one[name] for one in found) for found in seeds.values()]
+            deviation = statistics.stdev(means) if len(means) > 1 else 0.0
+            cells.append(f"{statistics.fmean(means):.1f} ± {deviation:.1f}")
+        first = next(iter(seeds.values()))[0]
+        sent = first.get("bytes_up", 0) + first.get("bytes_down", 0)
+        shared = first.get("bytes_shared", 0)
+        print(f"| {method} | {way} | {noise} | {len(seeds)} | {' | '.join(cells)} | {sent:,} | {shared:,} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["run", "summary"])
+    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--ways", default=",".join(WAYS))
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--rounds", type=int, default=8, help="per task")
+    parser.add_argument("--steps", type=int, default=10, help="per round")
+    parser.add_argument("--rows", type=int, default=1200, help="training rows per task, of all clients together")
+    parser.add_argument("--limit", type=int, default=96, help="rows that a task is scored on")
+    parser.add_argument("--noise", type=float, help="DP-FedAvg with this noise multiplier")
+    parser.add_argument("--clip", type=float, default=0.5, help="largest norm of an update, with --noise")
+    parser.add_argument("--records", type=Path, default=RECORDS)
+    parser.add_argument("--work", type=Path, default=Path("runs/federated"), help="folder for runs")
+    options = parser.parse_args()
+    {"run": run, "summary": summary}[options.what](options)
+
+
+if __name__ == "__main__":
+    main()
