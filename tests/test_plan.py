@@ -36,7 +36,7 @@ OTHER_FAMILIES = {  # with a kept plan of `train` and `replay`, and the least ut
     "gemma3_4b_v5e_4x4": 0.9,
     "gemma3_4b_v5p_2x2x4": 0.8,  # a small model on large chips: bound by memory
     "qwen3_30b_a3b_v5e_8x8": 0.25,  # bound by memory: a token uses 3 of 30 billion params, and all are read
-    "qwen3_30b_a3b_v5p_2x2x4": 0.3,
+    "qwen3_30b_a3b_v5p_2x2x4": 0.65,
 }
 LLAMA = {**DECODER, "vocab_size": 64, "num_layers": 3, "num_heads": 4, "num_kv_heads": 4, "max_length": 64}
 PAIRS_DATA = {"prompt_length": 24, "answer_length": 8}
