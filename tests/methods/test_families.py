@@ -183,7 +183,14 @@ def attention_maps(network: Network, params: Any, batch: Batch) -> jax.Array:
 
 def test_seekr_learns_two_tasks(model: Model) -> None:
     network = model.network
-    options = SeekrOptions(layer_budget=2, head_budget=3, query_budget=4, store_attention="float32", attention_weight=1)
+    options = SeekrOptions(
+        layer_budget=2,
+        head_budget=3,
+        query_budget=4,
+        store_attention="float32",
+        distil_heads="rows",
+        attention_weight=1,
+    )
     method = Seekr(options, network, 2)
     params, state = model.params, method.init(model.params)
     moved = jax.tree.map(lambda leaf: leaf * 1.1, params)
