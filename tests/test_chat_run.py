@@ -81,7 +81,7 @@ def test_what_the_model_is_asked_is_what_it_was_trained_on(tmp_path):
     task = load_source(f"jsonl:{tmp_path / 'chats'}")
     assert task.kind == "chat"
     rows = ChatRows(task.train, tokenizer, data.model_copy(update={"learn": "last"}), task=0, name="chats")
-    openings = encode_openings([row["prompt"] for row in task.train], tokenizer, data)
+    openings = encode_openings([row["prompt"] for row in task.train], tokenizer, data).ids
     for index, opening in enumerate(openings):
         assert rows.prompt(index).tolist() == opening
         assert rows.answer(index)[-1] == end_of_turn(tokenizer) == tokenizer.backend.token_to_id("<|im_end|>")
@@ -117,7 +117,7 @@ def test_marks_that_enclose_more_than_the_answer_change_neither_prompt_nor_end()
     assert end_of_turn(tokenizer) == known.backend.token_to_id("<|im_end|>")
     (opening,) = encode_openings(
         [json.dumps([{"role": "user", "content": "hello"}])], tokenizer, DataConfig(prompt_length=96)
-    )
+    ).ids
     assert tokenizer.decode(opening, skip_special=False).endswith("hello<|im_end|>\n<|im_start|>assistant\n")
 
 

@@ -88,7 +88,7 @@ def test_das_reads_data_sets_that_exist() -> None:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_header_says_command_needs_and_hardware(path: Path) -> None:
     header = [line for line in path.read_text().splitlines() if line.startswith("#")]
-    assert any("jaxcl run" in line for line in header)
+    assert any("jaxcl run" in line or "jaxcl federate" in line for line in header)
     load(path)
 
 

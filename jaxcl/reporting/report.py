@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from jaxcl.errors import UserError
-from jaxcl.evaluation.goodput import goodput
+from jaxcl.goodput import goodput
 from jaxcl.reporting import plots
 from jaxcl.reporting.federated import clients_section
 from jaxcl.reporting.matrix_table import matrix_table

@@ -20,8 +20,8 @@ from jaxcl.config.file import read_yaml
 from jaxcl.data.pipeline import Stream
 from jaxcl.data.teacher_store import write_records
 from jaxcl.errors import UserError
-from jaxcl.evaluation.goodput import goodput
 from jaxcl.evaluation.results import Results, write_tables
+from jaxcl.goodput import goodput
 from jaxcl.methods.registry import find_method
 from jaxcl.reporting.report import write_report
 from jaxcl.run.components import Components, build, initial_params
