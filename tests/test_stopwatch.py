@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxcl.evaluation.results import Results
-from jaxcl.goodput import goodput
+from jaxcl.reporting.goodput import goodput
 from jaxcl.run import stopwatch as module
 from jaxcl.run.stopwatch import Stopwatch
 from jaxcl.training.checkpoint import Checkpoints

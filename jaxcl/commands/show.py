@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from jaxcl.errors import UserError
-from jaxcl.goodput import goodput
+from jaxcl.reporting.goodput import goodput
 from jaxcl.reporting.run_data import directions, read_results, scores, watched
 
 _TAIL_BYTES = 1 << 16

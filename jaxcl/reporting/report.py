@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from jaxcl.errors import UserError
-from jaxcl.goodput import goodput
 from jaxcl.reporting import plots
 from jaxcl.reporting.federated import clients_section
+from jaxcl.reporting.goodput import goodput
 from jaxcl.reporting.matrix_table import matrix_table
 from jaxcl.reporting.page import card, details, duration, figure, number, page, section, size, table, text, write_page
 from jaxcl.reporting.run_data import RunData, read_run, scores, unit, watched

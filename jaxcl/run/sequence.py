@@ -21,8 +21,8 @@ from jaxcl.data.pipeline import Stream
 from jaxcl.data.teacher_store import write_records
 from jaxcl.errors import UserError
 from jaxcl.evaluation.results import Results, write_tables
-from jaxcl.goodput import goodput
 from jaxcl.methods.registry import find_method
+from jaxcl.reporting.goodput import goodput
 from jaxcl.reporting.report import write_report
 from jaxcl.run.components import Components, build, initial_params
 from jaxcl.run.evaluator import answering_params

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax
 
-from jaxcl.goodput import PRODUCTIVE
+from jaxcl.reporting.goodput import PRODUCTIVE
 
 _COMPILE = "/jax/core/compile/backend_compile_duration"
 _compiled = 0.0
