@@ -384,7 +384,7 @@ def test_a_run_is_finished_only_when_its_model_is_on_disk() -> None:
         config=SimpleNamespace(evaluation=SimpleNamespace(dev=False)),
         checkpoints=SimpleNamespace(wait=lambda: done.append("on disk")),
         board=SimpleNamespace(write=lambda timing, finished: done.append(finished), results="results"),
-        timing={},
+        stopwatch=SimpleNamespace(seconds={}),
         _evaluate=lambda state, after: None,
         _forget_unneeded=lambda: None,
     )

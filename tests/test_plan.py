@@ -57,7 +57,7 @@ def config_of(method: dict[str, Any], **changes: Any) -> Any:
     )
 
 
-SEEKR = {"name": "seekr", "layer_budget": 2, "head_budget": 3, "query_budget": 5}
+SEEKR = {"name": "seekr", "layer_budget": 2, "head_budget": 3, "query_budget": 5, "distil_heads": "rows"}
 
 
 @pytest.fixture(autouse=True)

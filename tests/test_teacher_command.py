@@ -28,7 +28,7 @@ CONFIG: dict[str, Any] = {
     "training": {"batch_size": 8, "steps": 6, "log_every": 2, "keep_tasks": None},
     "optimizer": {"learning_rate": 3e-2},
     "evaluation": {"batch_size": 2, "max_new_tokens": 24},
-    "method": {**SEEKR, "layer_budget": 2, "head_budget": 2},
+    "method": {**SEEKR, "layer_budget": 2, "head_budget": 2, "distil_heads": "rows", "logit_weight": 0.5},
 }
 
 

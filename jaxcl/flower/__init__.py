@@ -3,3 +3,16 @@
 Flower moves messages between one SuperLink, at the server, and a SuperNode at each client, over TLS. Everything else is
 that of `jaxcl federate`: `jaxcl.flower.grid` is one more way in which the server reaches its clients.
 """
+
+from etils import epy
+
+with epy.lazy_api_imports(globals()):
+    from jaxcl.flower import grid, join, link, pairing, serve
+
+__all__ = [
+    "grid",
+    "join",
+    "link",
+    "pairing",
+    "serve",
+]
