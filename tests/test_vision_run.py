@@ -137,6 +137,7 @@ SEEKR = {
     "query_budget": 8,
     "modality_budgets": [1, 1, 0, 1],
     "modality_weights": [1, 1, 2],
+    "distil_heads": "rows",
     "replay": {"fraction": 0.25},
 }
 
