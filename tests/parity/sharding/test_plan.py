@@ -85,7 +85,13 @@ def test_a_step_with_experts_counts_what_a_token_goes_through() -> None:
 def test_distilling_heads_gathers_no_queries_and_keys_over_tensor() -> None:
     """Beside what a plain step sends, only the selected heads' rows go round: a head of each example a turn."""
     queries, turns = 20, 1
-    method = {"name": "seekr", "layer_budget": LAYERS, "head_budget": LAYERS, "query_budget": queries}
+    method = {
+        "name": "seekr",
+        "layer_budget": LAYERS,
+        "head_budget": LAYERS,
+        "query_budget": queries,
+        "distil_heads": "rows",
+    }
     found = plan(config_of(method, fsdp=2, tensor=2), "v5e:2x2", ["train", "replay"])
     plain, replay = (found.steps[name].collectives for name in ("train", "replay"))
     assert replay["all-gather"].bytes == pytest.approx(plain["all-gather"].bytes, rel=0.02)
@@ -98,7 +104,13 @@ def test_distilling_heads_gathers_no_queries_and_keys_over_tensor() -> None:
 
 def test_programs_that_jax_cannot_print_are_read() -> None:
     """jax 0.10 fails at instructions that the compiler writes for v5p."""
-    method = {"name": "seekr", "layer_budget": LAYERS, "head_budget": LAYERS, "query_budget": 20}
+    method = {
+        "name": "seekr",
+        "layer_budget": LAYERS,
+        "head_budget": LAYERS,
+        "query_budget": 20,
+        "distil_heads": "rows",
+    }
     found = plan(config_of(method, fsdp=4), "v5p:2x2x1", ["train", "replay"])
     plain, replay = (found.steps[name] for name in ("train", "replay"))
     assert plain.flops < replay.flops < 1.2 * plain.flops
