@@ -139,7 +139,8 @@ def test_metrics_of_different_scale_are_coloured_apart() -> None:
 
 
 def run_of(**parts: Any) -> RunData:
-    empty = {"results": results(), "config": "", "metrics": [], "predictions": {}, "tables": {}, "problems": []}
+    lists = {"metrics": [], "rounds": [], "problems": []}
+    empty = {"results": results(), "config": "", **lists, "predictions": {}, "tables": {}}
     return RunData(folder=Path(), **{**empty, **parts})
 
 
