@@ -55,9 +55,9 @@ def load_model(name: str, *, trust: bool = False) -> Model:
     if not folder.is_run:
         _, place = locate(name)
         network = Network.create(read_config(name))
-        tokenizer = Tokenizer.load(place)
+        params, tokenizer = load_params(name, network), Tokenizer.load(place)
         _let_see(tokenizer, network, ImageConfig(), place if place.is_dir() else place.parent)
-        return Model(network, load_params(name, network), tokenizer, None)
+        return Model(network, params, tokenizer, None)
     config = validate(ExperimentConfig, folder.content(trust=trust), str(folder.config_file))
     network = Network.create(config.model)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])

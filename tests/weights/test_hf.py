@@ -73,8 +73,8 @@ def test_every_field_of_the_configuration_survives(tmp_path: Path) -> None:
         activation="relu",
     )
     defaults = LlamaConfig(vocab_size=1, hidden_size=2, intermediate_size=1, num_layers=1, num_heads=1)
-    # Soft tokens are refused: tests/test_prompts_run.py.
-    runtime = {"architecture", "compute", "lora", "quantise", "soft_tokens"}
+    # Soft tokens are refused: tests/test_prompts_run.py. Models that see: tests/parity/weights/test_vision.py.
+    runtime = {"architecture", "compute", "lora", "quantise", "soft_tokens", "vision"}
     own = set(LlamaConfig.model_fields) - runtime - SWITCHES
     assert all(getattr(config, key) != getattr(defaults, key) for key in own)
     network = Network.create(config)
