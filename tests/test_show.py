@@ -170,6 +170,8 @@ def test_rows_and_scores_reach_a_tracker_over_an_interruption(told: dict[str, An
     assert scores[-1][0] == 6
     assert scores[-1][1]["score/category"] == results["matrix"][1][1]
     assert scores[-1][1]["score/op"] == results["op"]
+    times = [numbers for _, numbers in Notes.logged if "time/goodput" in numbers]
+    assert 0 == times[0]["time/goodput"] < times[-1]["time/goodput"] < 1
     assert not any(row["kind"] == "score" for row in logged)
 
 

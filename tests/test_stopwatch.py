@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ from jaxcl.reporting.goodput import goodput
 from jaxcl.run import stopwatch as module
 from jaxcl.run.stopwatch import Stopwatch
 from jaxcl.training.checkpoint import Checkpoints
+from jaxcl.training.sinks import seconds_after
 from tests.tiny.faults import killed_at_save
 from tests.tiny.runs import PAIRS, run
 
@@ -65,23 +67,24 @@ def test_what_was_compiled_before_belongs_to_nobody(monkeypatch: pytest.MonkeyPa
     assert watch.seconds == {"data": 1.0}
 
 
-def test_what_came_after_the_checkpoint_is_lost(tmp_path: Path) -> None:
-    sign = tmp_path / "metrics.jsonl"
-    sign.touch()
-    os.utime(sign, (1000.0, 1000.0))
-    for saved_at, lost in ((990.0, 10.0), (1003.0, 0.0), (None, 0.0)):
-        watch = Stopwatch({"data": 1.0})
-        watch.resume({"data": 2.0, "training": 8.0, "lost": 4.0}, saved_at=saved_at, signs=[sign, tmp_path / "none"])
-        assert watch.seconds == {"data": 3.0, "training": 8.0, "lost": 4.0 + lost}
+def test_a_run_that_goes_on_adds_up_its_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
+    hand, watch = Hand(monkeypatch), Stopwatch()
+    with watch.part("data"):
+        hand.now += 1.0
+    watch.resume({"data": 2.0, "training": 8.0, "lost": 4.0})
+    assert watch.seconds == {"data": 3.0, "training": 8.0, "lost": 4.0}
+    watch.lose(5.0)
+    assert watch.seconds == {"data": 3.0, "training": 3.0, "lost": 9.0}
 
 
-def test_steps_that_are_made_again_move_from_training_to_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.time, "time", lambda: 1000.0)
-    watch = Stopwatch({"training": 8.0, "data": 1.0})
-    watch.lose(995.0)
-    assert watch.seconds == {"training": 3.0, "data": 1.0, "lost": 5.0}
-    watch.lose(990.0)
-    assert watch.seconds == {"training": 0.0, "data": 1.0, "lost": 8.0}
+def test_seconds_of_steps_are_those_of_their_rows(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert seconds_after(path, 0) == 0
+    # Step 4 ends a row of either kind, which took 3 seconds together; the last line is torn.
+    rows = [(2, "task", 1.5), (4, "task", 3.0), (4, "memory", 3.0), (6, "task", 4.0)]
+    lines = [json.dumps({"step": step, "kind": kind, "seconds": seconds}) for step, kind, seconds in rows]
+    path.write_text("\n".join([*lines, lines[0][:9]]))
+    assert [seconds_after(path, step) for step in (0, 2, 4, 6)] == [8.5, 7.0, 4.0, 0.0]
 
 
 def test_jax_reports_what_it_compiles() -> None:
@@ -97,11 +100,13 @@ def test_a_run_that_was_killed_says_what_was_lost(tmp_path: Path) -> None:
         run(SHORT, folder, "sequential")
     with Checkpoints.reading(folder / "checkpoints") as checkpoints:
         progress = checkpoints.notes()[-1].progress
-    alive = (folder / "metrics.jsonl").stat().st_mtime
-    results = run(SHORT, folder, "sequential")
-    timing = results.timing
-    assert alive > progress["saved_at"]  # two steps were logged after the checkpoint
-    assert timing["lost"] == pytest.approx(alive - progress["saved_at"], abs=2e-3)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    after = [row["seconds"] for row in rows if row["step"] > 2]
+    assert len(after) == 2  # the checkpoint is that of step 2
+    # When a file was copied says nothing about when steps were made.
+    os.utime(folder / "metrics.jsonl", (2e9, 2e9))
+    timing = run(SHORT, folder, "sequential").timing
+    assert timing["lost"] == pytest.approx(sum(after), abs=2e-3)
     assert timing["recovery"] > 0
     assert timing["startup"] >= progress["timing"]["startup"]
     # Both attempts, and nothing twice.

@@ -25,6 +25,7 @@ from jaxcl.functional.projection import leading_directions, orthogonal_optimizer
 from jaxcl.functional.row_column import Sides
 from jaxcl.methods.base import Method, OptimizerParts, Params, State, Task
 from jaxcl.methods.options import MethodOptions
+from jaxcl.methods.passes.inputs import matrix_sides
 from jaxcl.models.batch import Batch
 from jaxcl.models.network import ModelConfig
 
@@ -67,12 +68,12 @@ class Osft(Method[OsftOptions]):
     def directions(self, params: Params) -> PyTree:
         """The leading directions of every matrix of a layer, `None` for other params; pure."""
 
-        def leading(leaf: Any, side: Sides, unit: Any) -> Any:
-            if unit is None or not side.outputs:
+        def leading(leaf: Any, side: Sides | None) -> Any:
+            if side is None:
                 return None
             return leading_directions(leaf, side, max(1, round(self.options.share * smaller_side(leaf, side))))
 
-        return jax.tree.map(leading, params, self.network.sides(), self.network.units())
+        return jax.tree.map(leading, params, matrix_sides(self.network))
 
     def transform(self, parts: OptimizerParts) -> optax.GradientTransformationExtraArgs:
         """See `Method.transform`."""

@@ -1,7 +1,7 @@
 r"""Source-shielded updates: the columns of each matrix that matter most to what is known do not move.
 
-Yamaguchi et al., 2025 (arXiv 2512.04844). A column $j$ of a matrix $W$ is what it does
-with its input $j$. It is rated by
+Yamaguchi et al., 2025 (arXiv 2512.04844). A column $j$ of a matrix $W$ is what it does with its
+input $j$. It is rated by
 
 $$s_j = \sum_i |W_{ij}| \, \lVert X_j \rVert_2,$$
 

@@ -51,7 +51,7 @@ from jaxcl.training.kept import START_MARK, mark_after, mark_before_decay
 from jaxcl.training.keys import run_key
 from jaxcl.training.loop import train_task
 from jaxcl.training.profile import Profiler
-from jaxcl.training.sinks import METRICS, Sink, check_sinks, open_sinks
+from jaxcl.training.sinks import METRICS, Sink, check_sinks, open_sinks, seconds_after
 from jaxcl.training.state import TrainState
 from jaxcl.training.task import RunningTask, signal_records
 from jaxcl.training.watch import NotFinite, Watch
@@ -203,13 +203,13 @@ class TaskSequence:
             self._save(state, task=-1, phase="learned", mark=START_MARK)
             position = None
         else:
-            signs = [self.folder.path / METRICS]
-            self.stopwatch.resume(saved.progress["timing"], saved_at=saved.progress.get("saved_at"), signs=signs)
+            self.stopwatch.resume(saved.progress["timing"])
             if self.board.results.initial is not None and self.board.missing(-1):
                 # Tasks were added since: the initial model is scored on them, too.
                 self._evaluate(self.parts.trainer.init(initial_params(self.parts)), -1)
             with self._timed("recovery"):
                 state, position = self._restore(saved)
+            self.stopwatch.add("lost", self._seconds_after(state))
         self._open_sinks(int(state.step))
         finished = False
         try:
@@ -333,9 +333,9 @@ class TaskSequence:
         """
         saved = self.checkpoints.latest_whole()
         assert saved is not None  # there is one from before the first task
-        self.stopwatch.lose(saved.progress["saved_at"])
         with self._timed("recovery"):
             state, position = self._restore(saved)
+        self.stopwatch.lose(self._seconds_after(state))
         step = 0 if position is None else int(state.clock.step)
         if self.main:
             where = f"step {step} of it (checkpoint {saved.number})"
@@ -447,9 +447,9 @@ class TaskSequence:
         """Scores the tasks due after `after` and writes the results."""
         with self._timed("evaluation"):
             self.board.evaluate(lambda index: answering_params(self.parts, state, index), after)
-        self.board.write(self.stopwatch.seconds)
-        share = goodput(self.stopwatch.seconds)
-        times = {"goodput": share or 0.0, **{f"seconds_{name}": one for name, one in self.stopwatch.seconds.items()}}
+        seconds = self.stopwatch.seconds
+        self.board.write(seconds)
+        times = {"goodput": goodput(seconds) or 0.0, **{f"seconds_{name}": one for name, one in seconds.items()}}
         for kind, row in (("score", self.board.row(after)), ("time", times)):
             for sink in self.sinks[1:]:  # not metrics.jsonl: results.json holds both
                 if row:
@@ -475,7 +475,6 @@ class TaskSequence:
                 "phase": phase,
                 "tasks": len(self.parts.tasks),
                 "timing": self.stopwatch.seconds,
-                "saved_at": time.time(),
                 "fingerprints": self.fingerprints,
                 "memory": memory_prints(self.kept.memory),
                 "results": self.board.results.plain(),
@@ -484,6 +483,10 @@ class TaskSequence:
             if watch is not None:
                 progress["watch"] = watch.plain()
             return self.checkpoints.save(state, progress=progress, data=data, mark=mark)
+
+    def _seconds_after(self, state: TrainState) -> float:
+        """Seconds of the logged steps after a state, which are made again."""
+        return seconds_after(self.folder.path / METRICS, int(state.step)) if self.main else 0.0
 
     def _timed(self, part: str) -> contextlib.AbstractContextManager[None]:
         """Adds the seconds of a block to a part of the run's time; see `Stopwatch.part`."""

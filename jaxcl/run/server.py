@@ -95,8 +95,7 @@ class Server(TaskSequence):
         saved = self.saved
         task, phase, done = -1, "learned", 0
         if saved is not None:
-            signs = [self.folder.rounds]
-            self.stopwatch.resume(saved.progress["timing"], saved_at=saved.progress.get("saved_at"), signs=signs)
+            self.stopwatch.resume(saved.progress["timing"])
             task, phase, done = saved.progress["task"], saved.progress["phase"], saved.progress["rounds"]
         self._cut_rows()
         self._open(range(self.settings.clients), None if phase == "learned" else self._before)

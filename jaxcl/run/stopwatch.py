@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 
 import jax
 
@@ -21,7 +21,10 @@ def _listen(event: str, duration_secs: float, **_: object) -> None:
         _compiled += duration_secs
 
 
-jax.monitoring.register_event_duration_secs_listener(_listen)
+@functools.cache
+def _hear_of_compiling() -> None:
+    """Once per process; jax has no public way to stop listening."""
+    jax.monitoring.register_event_duration_secs_listener(_listen)
 
 
 class Stopwatch:
@@ -32,13 +35,9 @@ class Stopwatch:
     attempts is in none.
     """
 
-    def __init__(self, seconds: Mapping[str, float] | None = None) -> None:
-        """Goes on from earlier attempts.
-
-        Args:
-          seconds: what they took, by part.
-        """
-        self._seconds: dict[str, float] = dict(seconds or {})
+    def __init__(self) -> None:
+        _hear_of_compiling()
+        self._seconds: dict[str, float] = {}
         self._open: list[str] = []
         self._since, self._compiled = 0.0, 0.0
 
@@ -68,34 +67,28 @@ class Stopwatch:
 
         Args:
           name: the part.
-          seconds: below 0 for what another part has counted.
+          seconds: how many.
         """
         if seconds:
             self._seconds[name] = self._seconds.get(name, 0.0) + seconds
 
-    def resume(self, seconds: Mapping[str, float], *, saved_at: float | None, signs: Iterable[Path]) -> None:
-        """Goes on from a checkpoint; what the attempt before did after it is lost.
+    def resume(self, seconds: Mapping[str, float]) -> None:
+        """Adds what earlier attempts took up to the checkpoint that this one goes on from.
 
         Args:
-          seconds: by part, as the checkpoint has them.
-          saved_at: Unix time of the checkpoint; `None` if it does not say.
-          signs: files that an attempt writes while it runs: the time of the newest is its last sign of life.
+          seconds: by part.
         """
         for name, earlier in seconds.items():
             self.add(name, earlier)
-        alive = max((path.stat().st_mtime for path in signs if path.exists()), default=0.0)
-        if saved_at is not None:
-            self.add("lost", max(0.0, alive - saved_at))
 
-    def lose(self, saved_at: float) -> None:
-        """Counts the steps since a checkpoint as lost: they are made again.
+    def lose(self, seconds: float) -> None:
+        """Moves seconds of steps that are made again from `training` to `lost`.
 
         Args:
-          saved_at: Unix time of the checkpoint.
+          seconds: how many.
         """
-        lost = min(self.seconds.get(PRODUCTIVE, 0.0), max(0.0, time.time() - saved_at))
-        self.add(PRODUCTIVE, -lost)
-        self.add("lost", lost)
+        self.add(PRODUCTIVE, -seconds)
+        self.add("lost", seconds)
 
     def _count(self) -> None:
         """Adds what has passed since the last time to the innermost open part."""

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -74,17 +74,34 @@ class JsonLines:
         self._file.close()
 
     def _truncate(self, after: int) -> None:
-        kept = []
-        for line in self.path.read_bytes().split(b"\n"):
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):  # the last line, if the run was killed while writing it
-                continue
-            step = row.get("step", 0) if isinstance(row, dict) else None
-            if isinstance(step, int | float) and step <= after:
-                kept.append(line + b"\n")
+        kept = [line + b"\n" for line, row in _rows(self.path) if row.get("step", 0) <= after]
         with replacing(self.path) as temporary:
             temporary.write_bytes(b"".join(kept))
+
+
+def seconds_after(path: str | os.PathLike[str], step: int) -> float:
+    """Seconds of the steps after one, by the rows that a run logged; 0 without a file.
+
+    Args:
+      path: what `JsonLines` wrote.
+      step: the step.
+    """
+    if not Path(path).exists():
+        return 0.0
+    # Rows of several kinds that end with the same step share its seconds.
+    seconds = {row["step"]: row["seconds"] for _, row in _rows(Path(path)) if row.get("step", 0) > step}
+    return float(sum(seconds.values()))
+
+
+def _rows(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """The whole lines of a file, and what they hold."""
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):  # the last line, if the run was killed while writing it
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step", 0), int | float):
+            yield line, row
 
 
 class TensorBoard:
