@@ -55,6 +55,8 @@ BUDGET: dict[str, Any] = {
     "query_budget": 100,
     "attention_weight": 1000.0,
 }
+# As `seekr` is by default, with these budgets.
+VALUES: dict[str, Any] = {**BUDGET, "distil_heads": "values", "logit_weight": 0.75, "attention_weight": "auto"}
 EXACT: dict[str, Any] = {"store_logits": 0, "store_attention": "float32"}
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, weight_decay=0.01, schedule="constant")
 
@@ -94,6 +96,7 @@ class Bench:
             "compact": self.method(**BUDGET),
             "compact_all_queries": self.method(**{**BUDGET, "query_budget": 0}),
             "exact": self.method(**BUDGET, **EXACT),
+            "values": self.method(**VALUES),
         }
         self.records: dict[str, list[Record]] = {name: [] for name in self.methods}
         self.params = jax.jit(self.network.init)(jax.random.key(0))
@@ -167,6 +170,7 @@ class Bench:
                 self.methods["compact_all_queries"], self.remembered("compact_all_queries")
             ),
             "seekr_exact_store": self.step_program(self.methods["exact"], self.remembered("exact")),
+            "seekr_values": self.step_program(self.methods["values"], self.remembered("values")),
             "seekr_auto": self.step_program(self.method(**{**BUDGET, "attention_weight": "auto"}), batch),
             "seekr_outputs_only": self.step_program(self.method(**{**BUDGET, "attention_weight": 0.0}), batch),
             "seekr_attention_only": self.step_program(self.method(**BUDGET, logit_weight=0.0), batch),

@@ -3,7 +3,8 @@
 After a task, heads are rated by how sensitive the task's loss is to their attention weights and by how far the weights
 moved while the task was learned; the best heads of the best layers are kept for the task's memory. Their attention
 rows at some query positions and the output distributions at the answer's positions are stored with each remembered
-example, and later replay steps minimise (1 - a) cross-entropy + a output divergence + b attention divergence.
+example, and later replay steps minimise (1 - a) cross-entropy + a output divergence + b attention divergence. By
+default what the heads give at these positions is stored and compared in place of their rows (`distil_heads`).
 
 Where the authors' code departs from the paper, the paper is followed: outputs are distilled at the positions that
 predict the answer; memory is drawn at random; padding and future keys count nowhere; importance over tasks is the
