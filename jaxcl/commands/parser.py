@@ -137,6 +137,12 @@ def _federate(commands: _Commands) -> None:
     _configured(federate)
 
 
+def _secured(command: _Parser, certificate: str) -> None:
+    """Adds how the connection is secured; the text is the help of the certificate."""
+    command.add_argument("--certificate", type=_place, metavar="PEM", help=certificate)
+    command.add_argument("--insecure", action="store_true", help="without TLS, for tests on one machine")
+
+
 def _serve(commands: _Commands) -> None:
     serve = _command(
         commands,
@@ -148,15 +154,14 @@ def _serve(commands: _Commands) -> None:
     serve.add_argument(
         "--address", default="127.0.0.1:9092", metavar="HOST:PORT", help="where clients connect (default: %(default)s)"
     )
-    serve.add_argument("--certificate", metavar="PEM", help="the server's TLS certificate and those that signed it")
-    serve.add_argument("--key", metavar="PEM", help="its private key")
+    _secured(serve, "the server's TLS certificate and those that signed it")
+    serve.add_argument("--key", type=_place, metavar="PEM", help="its private key")
     serve.add_argument(
         "--timeout", type=float, default=3600.0, metavar="SECONDS", help="time for an answer (default: %(default)g)"
     )
     serve.add_argument(
         "--patience", type=float, default=600.0, metavar="SECONDS", help="time for all to join (default: %(default)g)"
     )
-    serve.add_argument("--insecure", action="store_true", help="without TLS, for tests on one machine")
 
 
 def _join(commands: _Commands) -> None:
@@ -169,13 +174,10 @@ def _join(commands: _Commands) -> None:
     _configured(join)
     join.add_argument("--client", type=int, required=True, metavar="N", help="the client's number, from 0")
     join.add_argument("--server", required=True, metavar="HOST:PORT", help="the server's address")
-    join.add_argument(
-        "--certificate", metavar="PEM", help="the server's certificate; without, one that the system trusts"
-    )
+    _secured(join, "the server's certificate; without, one that the system trusts")
     join.add_argument(
         "--port", type=int, default=9094, metavar="PORT", help="port for Flower on this machine (default: %(default)d)"
     )
-    join.add_argument("--insecure", action="store_true", help="without TLS, for tests on one machine")
 
 
 def _extend(commands: _Commands) -> None:

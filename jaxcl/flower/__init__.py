@@ -1,7 +1,7 @@
 """Federated training over a network, by Flower (extra `federated`): `jaxcl serve` and `jaxcl join`.
 
 Flower moves messages between one SuperLink, at the server, and a SuperNode at each client, over TLS. Everything else is
-that of `jaxcl federate`: `jaxcl.flower.grid` is one more way in which the server reaches its clients.
+that of `jaxcl federate`: `jaxcl.flower.grid` is another way in which the server reaches its clients.
 """
 
 from etils import epy

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from jaxtyping import PyTree
 
 from jaxcl.errors import UserError
 from jaxcl.flower.link import MESSAGE
-from jaxcl.run.grid import Lost, Reply
+from jaxcl.run.grid import Answers, Lost, Reply, Words
 from jaxcl.run.wire import pack, tree_like, unpack
 
 _POLL = 1.0  # seconds
@@ -40,26 +40,19 @@ class FlowerGrid:
         self._run, self._count = secrets.token_hex(8), 0
         self._wait(patience)
 
-    def ask(
-        self,
-        what: str,
-        clients: Sequence[int],
-        arrays: PyTree,
-        words: Mapping[int, Mapping[str, Any]],
-        like: PyTree = None,
-    ) -> Iterator[tuple[int, Reply | str]]:
+    def ask(self, what: str, words: Mapping[int, Words], arrays: PyTree, like: PyTree = None) -> Answers:
         """See `jaxcl.run.grid.Grid.ask`."""
         self._look()
-        there = {number: self._nodes[number] for number in clients if number in self._nodes}
-        contents = {number: self._packed(what, arrays, words[number]) for number in there}
-        answers = self._send({there[number]: content for number, content in contents.items()}, what, self._timeout)
-        for number in clients:
+        there = {number: self._nodes[number] for number in words if number in self._nodes}
+        contents = {node: self._packed(what, arrays, words[number]) for number, node in there.items()}
+        answers = self._send(contents, what, self._timeout)
+        for number in words:
             if number not in there:
                 yield number, Lost("is not connected")
                 continue
             yield number, self._reply(answers.get(there[number]), like)
 
-    def _packed(self, what: str, arrays: PyTree, words: Mapping[str, Any]) -> bytes:
+    def _packed(self, what: str, arrays: PyTree, words: Words) -> bytes:
         """A message, with a number of its own: Flower may deliver one twice."""
         self._count += 1
         return pack(arrays, {"what": what, "words": dict(words), "message": f"{self._run}-{self._count}"})
@@ -88,7 +81,8 @@ class FlowerGrid:
                 missing = sorted(set(range(self._clients)) - set(self._nodes))
                 if not self._nodes:
                     raise UserError(f"federated: no client has joined in {patience:g} s")
-                print(f"clients {', '.join(map(str, missing))} have not joined; going on without", file=sys.stderr)
+                names = ", ".join(map(str, missing))
+                print(f"clients {names} have not joined; the run begins without them", file=sys.stderr)
                 return
             time.sleep(_POLL)
 
@@ -102,7 +96,8 @@ class FlowerGrid:
             if isinstance(answer, str):
                 continue
             self._known.add(node)
-            number = unpack(answer)[1].get("client")
+            reply = self._reply(answer, None)
+            number = reply.words.get("client") if isinstance(reply, Reply) else None
             if isinstance(number, int) and 0 <= number < self._clients:
                 self._nodes[number] = node  # a client that was started again is another node
 

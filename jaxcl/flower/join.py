@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import secrets as random
 import subprocess
 import sys
@@ -19,14 +18,14 @@ import numpy as np
 
 from jaxcl.config import ExperimentConfig
 from jaxcl.errors import UserError
-from jaxcl.flower.link import check_installed, environment, tool
+from jaxcl.flower.link import check_installed, end, environment, tool
 from jaxcl.flower.pairing import KeyPair
 from jaxcl.models.trainable import Params
 from jaxcl.run.agreement import agreed, difference
 from jaxcl.run.client import Client, travelling
 from jaxcl.run.components import Components, build, initial_params
 from jaxcl.run.exchange import LeftOut
-from jaxcl.run.federation import check_federated, opener, whole_tasks
+from jaxcl.run.federation import check_federated, opener, owned_root, whole_tasks
 from jaxcl.run.folder import RunFolder
 from jaxcl.run.grid import Open
 from jaxcl.run.wire import pack, paths, tree_like, unpack
@@ -64,8 +63,8 @@ class Seat:
     def answer(self, content: bytes) -> bytes:
         """Answers a message; what goes wrong with it is the answer.
 
-        A message that comes again, because Flower took the process that brought it for dead, gets the same answer: a
-        round is not trained twice.
+        A message that is delivered again, because Flower took the process that brought it for dead, gets the same
+        answer: a round is not trained twice.
         """
         try:
             arrays, said = unpack(content)
@@ -150,20 +149,17 @@ def open_seat(config: ExperimentConfig, number: int, stack: contextlib.ExitStack
     settings = check_federated(config)
     if not 0 <= number < settings.clients:
         raise UserError(f"--client {number}: expected 0 to {settings.clients - 1}", exit_code=2)
-    config = _own_data(config, number)
-    settings = check_federated(config)
+    if settings.owners is not None:
+        # As the client's own folder, so that it sees no other one's data.
+        root, here = owned_root(config, settings.owners[number]), (".",) * settings.clients
+        settings = settings.model_copy(update={"owners": here})
+        config = config.model_copy(update={"data_root": root, "federated": settings})
     folder = RunFolder(Path(config.output))
     folder.claim(config.plain())
     stack.callback(folder.release)
     parts = build(whole_tasks(config, settings), folder)
-    base: list[Params] = []
-
-    def initial() -> Params:
-        if not base:
-            base.append(jax.tree.map(np.array, initial_params(parts)))
-        return base[0]
-
-    seat = Seat(number, parts, settings, opener(parts, settings, number, initial, {}, stack))
+    base: Params = jax.tree.map(np.array, initial_params(parts))
+    seat = Seat(number, parts, settings, opener(parts, settings, number, base, {}, stack))
     stack.callback(seat.close)
     return seat
 
@@ -197,20 +193,10 @@ def join(
         node = f'socket="{address}" key="{place / "key"}"'
         command = [tool("flower-supernode"), "--superlink", server, *trust, "--node-config", node, "--port", str(port)]
         process = subprocess.Popen(command, env=environment(place), start_new_session=True)
-        stack.callback(_end, process)
+        stack.callback(end, process)
         _watch(process, address, key)
         print(f"client {number}: joined {server}", file=sys.stderr)
         _serve(listener, seat, process)
-
-
-def _own_data(config: ExperimentConfig, number: int) -> ExperimentConfig:
-    """The configuration with the client's own folder as `data_root`: it sees no other one's data."""
-    settings = config.federated
-    if settings is None or settings.owners is None or not 0 <= number < settings.clients:
-        return config
-    root = str(Path(config.data_root) / Path(settings.owners[number]).expanduser())
-    owners = (".",) * settings.clients
-    return config.model_copy(update={"data_root": root, "federated": settings.model_copy(update={"owners": owners})})
 
 
 def _serve(listener: Listener, seat: Seat, process: subprocess.Popen[bytes]) -> None:
@@ -235,13 +221,6 @@ def _watch(process: subprocess.Popen[bytes], address: str, key: bytes) -> None:
             pass
 
     threading.Thread(target=wait, daemon=True).start()
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, 15)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(10)
 
 
 __all__ = ["Seat", "join"]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shutil
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -30,8 +33,8 @@ def tool(name: str) -> str:
     Raises:
       UserError: it is missing.
     """
-    beside = Path(sys.executable).with_name(name)
-    found = str(beside) if beside.is_file() else shutil.which(name)
+    own = Path(sys.executable).with_name(name)
+    found = str(own) if own.is_file() else shutil.which(name)
     if found is None:
         raise UserError(f"{name}: not found; pip install 'jaxcl[federated]'")
     return found
@@ -53,4 +56,16 @@ def environment(home: Path) -> dict[str, str]:
     return {**os.environ, **own}
 
 
-__all__ = ["MESSAGE", "check_installed", "environment", "tool"]
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Ends one of Flower's processes with those that it has started.
+
+    Args:
+      process: the first one of its group.
+    """
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(10)
+
+
+__all__ = ["MESSAGE", "check_installed", "end", "environment", "tool"]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxcl.config import ExperimentConfig
-from jaxcl.run.folder import flatten
+from jaxcl.run.folder import flatten, within
 
 _ALIKE = ("seed", "model", "method", "optimizer", "federated", "training.batch_size", "training.accumulate", "data")
 _OWN = ("federated.owners", "data.cache")
@@ -18,10 +18,6 @@ def agreed(config: ExperimentConfig) -> dict[str, Any]:
     Args:
       config: the configuration of a server or of a client.
     """
-
-    def within(key: str, prefixes: tuple[str, ...]) -> bool:
-        return any(f"{key}.".startswith(f"{prefix}.") for prefix in prefixes)
-
     values = dict(flatten(config.plain()))
     return {key: value for key, value in values.items() if within(key, _ALIKE) and not within(key, _OWN)}
 

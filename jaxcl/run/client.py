@@ -67,7 +67,7 @@ class Client(TaskSequence):
           checkpoints: the series in its folder.
           base: the params that the run begins with, on the host. What is not trained is taken from here.
           settings: the section `federated`.
-          before: the server's params from before the task that the checkpoint lies in; `None`: it lies in none.
+          before: the server's params from before the task that the checkpoint is in; `None`: it is in none.
         """
         super().__init__(parts, folder, checkpoints)
         self.name, self.number = str(number), number

@@ -1,14 +1,13 @@
 """Federated training in one process, without a network: a server and clients that learn one model task after task.
 
-One client at a time is on the devices. What clients and server hand to each other is on the host: `begin`, `train`,
-`conclude`, `merge` and `store` of a `Client` are what messages over a network will ask for.
+One client at a time is on the devices. What clients and server hand to each other is on the host, by `Client.answer`:
+over a network (`jaxcl.flower`), messages ask for the same.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -25,7 +24,7 @@ from jaxcl.run.client import Client, client_folder
 from jaxcl.run.components import Components, build
 from jaxcl.run.exchange import simulated_secrets
 from jaxcl.run.folder import RunFolder
-from jaxcl.run.grid import InProcess, Open
+from jaxcl.run.grid import Grid, InProcess, Open
 from jaxcl.run.loading import open_task
 from jaxcl.run.rewinding import order_seed
 from jaxcl.run.sequence import Outcome
@@ -54,22 +53,15 @@ def federate(config: ExperimentConfig) -> Outcome:
     folder = RunFolder(Path(config.output))
     try:
         folder.claim(config.plain())
-        if folder.results.is_file() and (results := Results.read(folder.results)).finished:
-            return Outcome(results, write_report(folder.path))
-        parts = build(whole_tasks(config, settings), folder)
+        if (found := finished_results(folder)) is not None:
+            return Outcome(found, write_report(folder.path))
         with contextlib.ExitStack() as stack:
             opens: list[Open] = []
             grid = InProcess(opens)
-            training = config.training
-            checkpoints = stack.enter_context(
-                Checkpoints(folder.checkpoints, keep=training.keep, keep_marked=training.keep_tasks)
-            )
-            server = Server(parts, folder, checkpoints, settings, grid)
-            server.board.evaluator.check()
-            server.check_schedule()
+            server = open_server(config, folder, grid, stack)
             for number in range(settings.clients):
                 secrets = simulated_secrets(config.seed, number, settings.clients)
-                opens.append(opener(parts, settings, number, lambda: server.base, secrets, stack))
+                opens.append(opener(server.parts, settings, number, server.base, secrets, stack))
             finished = False
             try:
                 results = server.run()
@@ -81,11 +73,40 @@ def federate(config: ExperimentConfig) -> Outcome:
         folder.release()
 
 
+def finished_results(folder: RunFolder) -> Results | None:
+    """The results of a run that has come to its end; `None`: it has not."""
+    found = Results.read(folder.results) if folder.results.is_file() else None
+    return found if found is not None and found.finished else None
+
+
+def open_server(config: ExperimentConfig, folder: RunFolder, grid: Grid, stack: contextlib.ExitStack) -> Server:
+    """The server of a run, at its last checkpoint, once everything that it needs has been checked.
+
+    Args:
+      config: the configuration.
+      folder: the run folder, claimed.
+      grid: the clients.
+      stack: closes what is opened.
+
+    Raises:
+      UserError: the configuration cannot be federated, or something it refers to cannot be used.
+    """
+    settings, training = check_federated(config), config.training
+    parts = build(whole_tasks(config, settings), folder)
+    checkpoints = stack.enter_context(
+        Checkpoints(folder.checkpoints, keep=training.keep, keep_marked=training.keep_tasks)
+    )
+    server = Server(parts, folder, checkpoints, settings, grid)
+    server.board.evaluator.check()
+    server.check_schedule()
+    return server
+
+
 def opener(
     parts: Components,
     settings: FederatedConfig,
     number: int,
-    base: Callable[[], Params],
+    base: Params,
     secrets: dict[int, bytes],
     stack: contextlib.ExitStack,
 ) -> Open:
@@ -95,7 +116,7 @@ def opener(
       parts: the parts of the run, built from `whole_tasks`.
       settings: the section `federated`.
       number: the client's number.
-      base: returns the params that the run begins with.
+      base: the params that the run begins with, on the host.
       secrets: the secret of each pair that the client is part of, by the number of the other one.
       stack: closes what is opened.
 
@@ -120,7 +141,7 @@ def opener(
                 f"{folder.path}: checkpoint {checkpoint}, which belongs to the server's, is missing or damaged; "
                 "start a new run in another output"
             )
-        client = Client(number, own, folder, checkpoints, base(), settings, before=before)
+        client = Client(number, own, folder, checkpoints, base, settings, before=before)
         own.encode_all()
         client.secrets = secrets
         return client
@@ -174,6 +195,16 @@ def whole_tasks(config: ExperimentConfig, settings: FederatedConfig) -> Experime
     return config.model_copy(update={"training": training})
 
 
+def owned_root(config: ExperimentConfig, owner: str) -> str:
+    """The folder that a client's sources are read in.
+
+    Args:
+      config: the configuration of the run.
+      owner: the client's folder in `federated.owners`.
+    """
+    return str(Path(config.data_root) / Path(owner).expanduser())
+
+
 def parts_of(parts: Components, settings: FederatedConfig, number: int, folder: RunFolder) -> Components:
     """The parts of a client: its rows and its seed, and the server's network, tokenizer and compiled step.
 
@@ -191,8 +222,7 @@ def parts_of(parts: Components, settings: FederatedConfig, number: int, folder: 
     seed = order_seed(parts.config.seed, number)
     config = parts.config.model_copy(update={"seed": seed, "output": str(folder.path), "federated": None})
     if settings.owners is not None:
-        root = str(Path(config.data_root) / Path(settings.owners[number]).expanduser())
-        config = config.model_copy(update={"data_root": root})
+        config = config.model_copy(update={"data_root": owned_root(config, settings.owners[number])})
         tasks = tuple(open_task(spec, config, parts.cache) for spec in config.tasks)
         return dataclasses.replace(parts, config=config, tasks=tasks, trainer=parts.trainer.with_seed(seed))
     tasks = tuple(
@@ -206,4 +236,13 @@ def parts_of(parts: Components, settings: FederatedConfig, number: int, folder: 
     return own
 
 
-__all__ = ["check_federated", "federate", "opener", "parts_of", "whole_tasks"]
+__all__ = [
+    "check_federated",
+    "federate",
+    "finished_results",
+    "open_server",
+    "opener",
+    "owned_root",
+    "parts_of",
+    "whole_tasks",
+]

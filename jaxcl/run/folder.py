@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import itertools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -165,7 +165,7 @@ class RunFolder:
         wanted = dict(flatten(resolved))
         for key in sorted(stored.keys() | wanted.keys()):
             before, now = stored.get(key), wanted.get(key)
-            if before != now and not any(f"{key}.".startswith(f"{free}.") for free in _FREE_KEYS):
+            if before != now and not within(key, _FREE_KEYS):
                 raise UserError(
                     f"output {self.path}: contains a run with {key}={before!r}, this one has {now!r}; "
                     "name another output, or remove the folder to start again",
@@ -200,3 +200,12 @@ def flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from flatten(value, f"{prefix}.{index}")
     else:
         yield prefix, tree
+
+
+def within(key: str, sections: Iterable[str]) -> bool:
+    """Whether a dotted key is one of others, or in one of them.
+
+    >>> within("model.lora.rank", ["model"]), within("models", ["model"])
+    (True, False)
+    """
+    return any(f"{key}.".startswith(f"{section}.") for section in sections)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from jaxtyping import PyTree
 
@@ -15,17 +15,20 @@ from jaxcl.training.watch import NotFinite
 Open = Callable[[int | None, Params | None], Client]
 """`open(checkpoint, before)`: a client at one of its checkpoints, `None`: at the start; see `Client`."""
 
+Words: TypeAlias = Mapping[str, Any]
+"""JSON values by name."""
+
 
 class Reply(NamedTuple):
     """What a client answers.
 
     Attributes:
       arrays: a tree of arrays on the host.
-      words: JSON values by name.
+      words: what is not an array.
     """
 
     arrays: PyTree
-    words: Mapping[str, Any]
+    words: Words
 
 
 class Lost(str):
@@ -34,28 +37,21 @@ class Lost(str):
     __slots__ = ()
 
 
+Answers: TypeAlias = Iterator[tuple[int, Reply | str]]
+"""Each client's number and its reply, or why there is none."""
+
+
 class Grid(Protocol):
     """The clients of a run, by number."""
 
-    def ask(
-        self,
-        what: str,
-        clients: Sequence[int],
-        arrays: PyTree,
-        words: Mapping[int, Mapping[str, Any]],
-        like: PyTree = None,
-    ) -> Iterator[tuple[int, Reply | str]]:
-        """Asks clients, and yields their answers in the order of `clients`.
+    def ask(self, what: str, words: Mapping[int, Words], arrays: PyTree, like: PyTree = None) -> Answers:
+        """Asks clients, and yields their answers in the order of `words`.
 
         Args:
           what: see `Client.answer`; or `open`: opens the client at the checkpoint `checkpoint`, `None`: at the start.
-          clients: their numbers.
+          words: what is sent to each client that is asked, by its number.
           arrays: what is sent to all of them: a tree of arrays on the host.
-          words: what is sent to each.
           like: a tree like that of a reply's arrays; `None`: there are none.
-
-        Returns:
-          Each client's number and its reply; in its place words, if there is none: why.
         """
         ...
 
@@ -72,18 +68,12 @@ class InProcess:
         self._opens = opens
         self._clients: dict[int, Client] = {}
 
-    def ask(
-        self,
-        what: str,
-        clients: Sequence[int],
-        arrays: PyTree,
-        words: Mapping[int, Mapping[str, Any]],
-        like: PyTree = None,
-    ) -> Iterator[tuple[int, Reply | str]]:
+    def ask(self, what: str, words: Mapping[int, Words], arrays: PyTree, like: PyTree = None) -> Answers:
         """See `Grid.ask`."""
-        for number in clients:
-            said = words[number]
+        for number, said in words.items():
             if what == "open":
+                if number in self._clients:
+                    self._clients.pop(number).close(finished=False)
                 self._clients[number] = self._opens[number](said["checkpoint"], arrays.get("params"))
                 yield number, Reply({}, {})
                 continue
@@ -98,4 +88,4 @@ class InProcess:
             client.close(finished=finished)
 
 
-__all__ = ["Grid", "InProcess", "Lost", "Open", "Reply"]
+__all__ = ["Answers", "Grid", "InProcess", "Lost", "Open", "Reply", "Words"]

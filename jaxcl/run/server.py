@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,7 +11,6 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from jaxcl.data.files import replacing
 from jaxcl.errors import UserError
 from jaxcl.evaluation.results import Results
 from jaxcl.functional.client_drift import common_variate
@@ -23,7 +21,8 @@ from jaxcl.run.client import travelling
 from jaxcl.run.components import Components, initial_params
 from jaxcl.run.exchange import Gathering, Order
 from jaxcl.run.folder import RunFolder
-from jaxcl.run.grid import Grid, Lost, Reply
+from jaxcl.run.grid import Grid, Lost, Reply, Words
+from jaxcl.run.rounds import Rounds
 from jaxcl.run.sequence import TaskSequence
 from jaxcl.sharding.layout import put
 from jaxcl.training.checkpoint import Checkpoints, Saved
@@ -80,7 +79,7 @@ class Server(TaskSequence):
         # What all clients know at this point of the task, and whether there is any.
         self._known: PyTree = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), self._shared)
         self._agreed = False
-        self._rows = 0
+        self._rows = Rounds(folder.rounds)
         if self.saved is not None:
             self._restore_all()
 
@@ -97,7 +96,7 @@ class Server(TaskSequence):
         if saved is not None:
             self.stopwatch.resume(saved.progress["timing"])
             task, phase, done = saved.progress["task"], saved.progress["phase"], saved.progress["rounds"]
-        self._cut_rows()
+        self._rows.cut(0 if saved is None else saved.progress["rows"])
         self._open(range(self.settings.clients), None if phase == "learned" else self._before)
         if saved is None:
             self._checkpoint(-1, 0, mark=START_MARK)
@@ -122,7 +121,7 @@ class Server(TaskSequence):
         if not self.settings.score_clients or after < 0:
             return
         with self._timed("evaluation"):
-            answers = self._ask("score", self._begun, self._task_words(after), self._to_clients)
+            answers = self._ask("score", after, self._to_clients)
             self._note_clients(scores={str(number): reply.words["matrix"] for number, reply in answers})
         self.board.write(self.stopwatch.seconds)
 
@@ -150,7 +149,7 @@ class Server(TaskSequence):
                 saved_at = round_number + 1
                 self._checkpoint(index, saved_at)
         with self._timed("method"):
-            self._agree(self._ask("conclude", self._begun, self._task_words(index), self._to_clients), index)
+            self._agree(self._ask("conclude", index, self._to_clients), index)
             self._all("store", index, self._to_clients)
         self._note_task(index)
         self._checkpoint(index, 0, mark=mark_after(index))
@@ -158,9 +157,12 @@ class Server(TaskSequence):
     def _begin(self, index: int, clients: Sequence[int]) -> None:
         """Lets clients begin a task from the params before it."""
         shared: dict[int, PyTree] = {}
-        for number, reply in self._ask("begin", clients, self._task_words(index), {"params": self._before}):
-            self._weights[number] = reply.words["weight"]
-            shared[number] = reply.arrays
+        for number, reply in self._ask("begin", index, {"params": self._before}, clients):
+            weight = reply.words.get("weight")
+            if not (isinstance(weight, int | float) and 0 < weight < math.inf):  # it would spoil every mean
+                print(f"begin: client {number} is left out: its weight is {weight}", file=sys.stderr)
+                continue
+            self._weights[number], shared[number] = weight, reply.arrays
         if len(clients) == self.settings.clients:
             self._agree(((number, Reply(found, {})) for number, found in shared.items()), index)
         elif self._agreed:  # clients that came later
@@ -180,7 +182,7 @@ class Server(TaskSequence):
         total = sum(self._weights[number] for number in members)
         words = {number: order._replace(share=self._weights[number] / total)._asdict() for number in members}
         up = 0
-        for number, reply in self._grid.ask("train", members, sent, words, sent):
+        for number, reply in self._grid.ask("train", words, sent, sent):
             if isinstance(reply, str):
                 refused[str(number)] = reply
                 if isinstance(reply, Lost):
@@ -196,7 +198,7 @@ class Server(TaskSequence):
         before = self.params
         joined = [number for number in members if str(number) not in refused]
         lost = self._take(gathering, order, sum(self._weights[number] for number in joined))
-        self._note(
+        self._rows.note(
             "round",
             task=index,
             round=round_number,
@@ -240,12 +242,12 @@ class Server(TaskSequence):
         self._known = combine_shared(list(usable.values()), weights, self.parts.method.shared_by)
         self._known, self._agreed = jax.tree.map(np.array, self._known), True
         up, down = _bytes(list(usable.values())), _bytes(self._known) * len(self._begun)
-        self._note("shared", task=index, bytes_up=up, bytes_down=down)
+        self._rows.note("shared", task=index, bytes_up=up, bytes_down=down)
         self._all("merge", index, self._known)
 
     def _note_task(self, index: int) -> None:
         settings = self.settings
-        found = dict(self._ask("describe", self._begun, self._task_words(index), {}))
+        found = dict(self._ask("describe", index, {}))
         described = {
             "task": self.parts.training_pipeline(index).describe(),
             "clients": {str(number): reply.words["data"] for number, reply in found.items()},
@@ -282,14 +284,16 @@ class Server(TaskSequence):
     def _to_clients(self) -> dict[str, PyTree]:
         return {"params": self.params}
 
-    def _task_words(self, index: int) -> dict[str, Any]:
-        return {"task": index}
-
     def _ask(
-        self, what: str, clients: Sequence[int], words: Mapping[str, Any], arrays: PyTree
+        self, what: str, index: int, arrays: PyTree, clients: Sequence[int] | None = None, **more: Any
     ) -> Iterator[tuple[int, Reply]]:
+        """Asks clients about a task, by default all that have begun it; see `_replies`."""
+        words = {"task": index, **more}
+        return self._replies(what, dict.fromkeys(self._begun if clients is None else clients, words), arrays)
+
+    def _replies(self, what: str, words: Mapping[int, Words], arrays: PyTree) -> Iterator[tuple[int, Reply]]:
         """The replies of those clients that answer; the others are named, and have to begin the task again."""
-        for number, reply in self._grid.ask(what, clients, arrays, dict.fromkeys(clients, words), self._shared):
+        for number, reply in self._grid.ask(what, words, arrays, self._shared):
             if isinstance(reply, str):
                 print(f"{what}: client {number} is left out: {reply}", file=sys.stderr)
                 self._weights.pop(number, None)
@@ -298,24 +302,20 @@ class Server(TaskSequence):
 
     def _all(self, what: str, index: int, arrays: PyTree, clients: Sequence[int] | None = None) -> None:
         """Asks clients, by default all that have begun the task, for something without an answer."""
-        for _ in self._ask(what, self._begun if clients is None else clients, self._task_words(index), arrays):
+        for _ in self._ask(what, index, arrays, clients):
             pass
 
     def _open(self, clients: Sequence[int], before: Params | None) -> None:
         """Opens clients at the checkpoints that the server knows of."""
-        known: dict[str, Any] = {"tokenizer": self.parts.tokenizer.fingerprint, "tasks": self.parts.names}
-        known["config"] = agreed(self.config)
+        tokenizer, names, config = self.parts.tokenizer.fingerprint, self.parts.names, agreed(self.config)
+        known = {"tokenizer": tokenizer, "tasks": names, "config": config}
         words = {number: {"checkpoint": self._numbers.get(number), **known} for number in clients}
-        arrays = {} if before is None else {"params": before}
-        for number, reply in self._grid.ask("open", clients, arrays, words):
-            if isinstance(reply, str):
-                print(f"open: client {number} is left out: {reply}", file=sys.stderr)
-                self._weights.pop(number, None)
-            elif "key" in reply.words:
+        for number, reply in self._replies("open", words, {} if before is None else {"params": before}):
+            if "key" in reply.words:
                 self._keys[number] = reply.words["key"]
         if self._keys:  # over a network, clients agree on secrets
             keys = {"keys": {str(number): key for number, key in self._keys.items()}}
-            for _ in self._grid.ask("secrets", list(self._keys), {}, dict.fromkeys(self._keys, keys)):
+            for _ in self._grid.ask("secrets", dict.fromkeys(self._keys, keys), {}):
                 pass
 
     def _return(self, index: int, clients: Sequence[int]) -> None:
@@ -330,12 +330,11 @@ class Server(TaskSequence):
         # A client may remove the checkpoint that the server's last one belongs to.
         self.checkpoints.wait()
         if index >= 0:
-            words = {**self._task_words(index), "learned": done == 0}
-            for number, reply in self._ask("save", self._begun, words, {}):
+            for number, reply in self._ask("save", index, {}, learned=done == 0):
                 self._numbers[number] = reply.words["checkpoint"]
         more = {
             "rounds": done,
-            "rows": self._rows,
+            "rows": self._rows.count,
             "agreed": self._agreed,
             "weights": list(self._weights.items()),
             "clients": list(self._numbers.items()),
@@ -359,20 +358,15 @@ class Server(TaskSequence):
         return put(jax.tree.map(np.array, own), self.parts.layout.replicated)
 
     def _restore_all(self) -> None:
-        """Goes on from the last checkpoint."""
+        """Takes over the last checkpoint."""
         assert self.saved is not None
         note = self.saved.progress
-        # Older notes are of runs that did not resume.
-        if "rows" not in note:
-            raise UserError(
-                f"{self.folder.path}: was not written by this version of jaxcl federate; name another output"
-            )
         state = self._restored(self.saved)
         self.base = jax.tree.map(np.array, state.params)
         self.params = self._wide(state)
         own = jax.tree.map(np.array, state.opt_state)
         self._opt_state, self._variate, self._known = own["server"], own["variate"], own["known"]
-        self._rows, self._agreed = note["rows"], note["agreed"]
+        self._agreed = note["agreed"]
         self._weights, self._numbers, self._taken = (dict(note[name]) for name in ("weights", "clients", "taken"))
         if note["phase"] == "training":
             index = note["task"]
@@ -390,21 +384,6 @@ class Server(TaskSequence):
 
     def _wide(self, state: TrainState) -> Params:
         return self._travelling(widen(trained(state.params), state.low_bits))
-
-    # Rows
-
-    def _note(self, kind: str, **row: Any) -> None:
-        with self.folder.rounds.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"kind": kind, **row}) + "\n")
-        self._rows += 1
-
-    def _cut_rows(self) -> None:
-        """Removes the rows of rounds that come again."""
-        if not self.folder.rounds.is_file():
-            return
-        lines = self.folder.rounds.read_bytes().splitlines(keepends=True)
-        with replacing(self.folder.rounds) as temporary:
-            temporary.write_bytes(b"".join(lines[: self._rows]))
 
 
 def _bytes(tree: PyTree) -> int:

@@ -17,7 +17,7 @@ from jaxcl.evaluation.results import Results
 from jaxcl.models.network import Network
 from jaxcl.run import exchange
 from jaxcl.run.client import Client
-from jaxcl.run.federation import check_federated, federate
+from jaxcl.run.federation import check_federated
 from jaxcl.run.model import load_model
 from jaxcl.run.server import Server
 from tests.federated.helpers import DOMAINS, federated, rounds
@@ -286,8 +286,3 @@ def test_options_that_do_not_fit_the_rest_are_refused(name: str) -> None:
 def test_options_that_do_not_fit_together_are_refused(options: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         parse_config({**SGD, "output": "unused", "method": "sequential", "federated": {**PLAIN, **options}})
-
-
-def test_no_option_is_lost_on_the_way(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="federated: the section is missing"):
-        federate(parse_config({**SGD, "output": str(tmp_path), "method": "sequential"}))

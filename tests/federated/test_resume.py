@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import pytest
 
 from jaxcl.config import parse_config
@@ -81,7 +80,6 @@ def test_a_run_that_is_killed_anywhere_goes_on_to_the_same_bits(method: Any, tmp
         own, other = (tmp_path / folder / "clients" / client for folder in ("killed", "whole"))
         assert numbers(own) == numbers(other)
         assert (own / "memory.json").read_bytes() == (other / "memory.json").read_bytes()
-    assert len(jax.tree.leaves(load_model(str(tmp_path / "killed")).params)) > 0
 
 
 def test_a_client_without_the_checkpoint_that_the_server_needs_is_named(tmp_path: Path) -> None:

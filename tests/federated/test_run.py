@@ -1,6 +1,7 @@
 """Whole federated runs in one process."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,25 @@ def test_a_hostile_update_is_refused_by_name_and_the_run_goes_on(three: Path) ->
     # Skipped steps are those of all clients.
     for task, name in enumerate(results.tasks):
         assert results.skipped[name] == sum(row["task"] == task and "1" in row["clients"] for row in found)
+
+
+def test_a_client_with_a_weight_that_would_spoil_the_mean_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights: dict[int, Any] = {0: math.nan, 1: math.inf, 2: "many"}
+    original = Client.answer
+
+    def answer(self: Client, what: str, *rest: Any) -> Any:
+        arrays, words = original(self, what, *rest)
+        return arrays, {"weight": weights.get(self.number, words["weight"])} if what == "begin" else words
+
+    monkeypatch.setattr(Client, "answer", answer)
+    content = {**DOMAINS, "tasks": DOMAINS["tasks"][:1]}
+    federated(content, tmp_path, "sequential", clients=4, rounds=1, steps=1)
+    (row,) = rounds(tmp_path)
+    assert set(row["refused"]) == {"0", "1", "2"}
+    assert 0 < row["update_norm"] < math.inf
+    assert "begin: client 1 is left out: its weight is inf" in capsys.readouterr().err
 
 
 def test_clients_have_their_own_rows_noise_and_clock(three: Path) -> None:

@@ -15,6 +15,7 @@ from jaxcl.errors import UserError
 from jaxcl.flower.grid import FlowerGrid
 from jaxcl.flower.join import Seat, open_seat
 from jaxcl.flower.serve import run_on
+from jaxcl.run.grid import Reply
 from jaxcl.run.model import load_model
 from jaxcl.run.wire import pack, tree_like, unpack
 from tests.federated.helpers import DOMAINS, federated, rounds
@@ -42,10 +43,10 @@ def config(output: Path, **section: Any) -> ExperimentConfig:
 class Loopback(FlowerGrid):
     """Clients in this process that get and give bytes; one of them may be gone for a while."""
 
-    def __init__(self, seats: Sequence[Seat]) -> None:
+    def __init__(self, seats: Sequence[Seat], *, clients: int | None = None) -> None:
         self.seats = list(seats)
         self.sent: list[tuple[str, bytes]] = []
-        super().__init__(self, len(seats), timeout=1.0, patience=1.0)
+        super().__init__(self, clients or len(seats), timeout=1.0, patience=0.0)
 
     def get_node_ids(self) -> list[int]:
         return [FIRST + number for number in range(len(self.seats))]
@@ -166,6 +167,21 @@ def test_a_client_with_another_configuration_is_left_out_by_name(
     assert "client 1 is left out: model.hidden_size is 32, and at the server 16" in capsys.readouterr().err
     assert all(list(row["refused"]) == ["1"] for row in rounds(tmp_path / "server") if row["kind"] == "round")
     assert json.loads((tmp_path / "server" / "results.json").read_text())["finished"]
+
+
+def test_who_joins_without_a_message_is_not_a_client(capsys: pytest.CaptureFixture[str]) -> None:
+    class Joins:
+        def __init__(self, content: bytes) -> None:
+            self.content = content
+
+        def answer(self, content: bytes) -> bytes:
+            return self.content
+
+    strangers: list[Any] = [Joins(b"nonsense"), Joins(pack({}, {"client": 7})), Joins(pack({}, {"client": 0}))]
+    found = dict(Loopback(strangers, clients=2).ask("save", {0: {}, 1: {}}, {}))
+    assert isinstance(found[0], Reply)
+    assert found[1] == "is not connected"
+    assert "clients 1 have not joined" in capsys.readouterr().err
 
 
 def test_clients_agree_on_secrets(tmp_path: Path) -> None:

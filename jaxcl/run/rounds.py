@@ -1,0 +1,53 @@
+"""`rounds.jsonl` of a federated run: a row per round, and per exchange of what the method shares."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from jaxcl.data.files import replacing
+
+
+class Rounds:
+    """The rows of the file.
+
+    Attributes:
+      count: number of rows.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Reads nothing yet; see `cut`.
+
+        Args:
+          path: the file.
+        """
+        self._path = path
+        self.count = 0
+
+    def cut(self, count: int) -> None:
+        """Removes the rows that were written after the first ones.
+
+        Args:
+          count: number of rows that remain.
+        """
+        self.count = count
+        if not self._path.is_file():
+            return
+        lines = self._path.read_bytes().splitlines(keepends=True)
+        with replacing(self._path) as temporary:
+            temporary.write_bytes(b"".join(lines[:count]))
+
+    def note(self, kind: str, **row: Any) -> None:
+        """Adds a row.
+
+        Args:
+          kind: `round` or `shared`.
+          row: its values by name.
+        """
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"kind": kind, **row}) + "\n")
+        self.count += 1
+
+
+__all__ = ["Rounds"]
