@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
@@ -53,7 +55,6 @@ def rounds_picture(rounds: Sequence[Mapping[str, Any]], tasks: Sequence[str]) ->
     for place, row in enumerate(rounds):
         for name in map(str, row["clients"]):
             cells[names.index(name), place] = 2 if name in row["refused"] or "lost" in row else 1
-    starts = [place for place, row in enumerate(rounds) if not place or row["task"] != rounds[place - 1]["task"]]
     with styled("rounds"):
         high = min(0.9 + _HEIGHT * len(names), 6.0)
         chart, (norms, map_) = grid(
@@ -82,28 +83,26 @@ def rounds_picture(rounds: Sequence[Mapping[str, Any]], tasks: Sequence[str]) ->
         map_.set_xlabel("round")
         map_.grid(visible=False)
         map_.xaxis.set_major_locator(MaxNLocator(integer=True))
-        for index, start in enumerate(starts):
-            for axis in (norms, map_):
-                if index:
-                    axis.axvline(start + 0.5, color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)))
-            task = rounds[start]["task"]
-            end = starts[index + 1] if index + 1 < len(starts) else len(rounds)
-            room = int((end - start) / len(rounds) * 100) - 3
-            title = f"{task + 1} {short(tasks[task], room)}" if room > 6 and 0 <= task < len(tasks) else f"{task + 1}"
-            norms.text(
-                start + 0.5,
-                1.03,
-                f" {title}",
-                transform=norms.get_xaxis_transform(),
-                color=MUTED,
-                fontsize=8,
-                va="bottom",
-            )
+        _mark_tasks(norms, map_, [row["task"] for row in rounds], tasks)
         kinds = [Patch(color=series_colour(0), label="took part")]
         if (cells == 2).any():
             kinds.append(Patch(color=series_colour(1), label="left out"))
         chart.legend(handles=kinds, loc="outside lower right", ncols=2)
         return svg(chart, "Rounds by client, and the norm of the server's step in each round")
+
+
+def _mark_tasks(upper: Axes, lower: Axes, of_rounds: Sequence[int], tasks: Sequence[str]) -> None:
+    """Writes the tasks' names above, and separates them by lines through both."""
+    starts = [place for place, task in enumerate(of_rounds) if not place or task != of_rounds[place - 1]]
+    for start, end in itertools.pairwise([*starts, len(of_rounds)]):
+        if start:
+            for axes in (upper, lower):
+                axes.axvline(start + 0.5, color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)))
+        task = of_rounds[start]
+        room = int((end - start) / len(of_rounds) * 100) - 3
+        title = f"{task + 1} {short(tasks[task], room)}" if room > 6 and 0 <= task < len(tasks) else f"{task + 1}"
+        where = upper.get_xaxis_transform()
+        upper.text(start + 0.5, 1.03, f" {title}", transform=where, color=MUTED, fontsize=8, va="bottom")
 
 
 def _traffic(run: RunData, rounds: Sequence[Mapping[str, Any]]) -> str:
