@@ -87,7 +87,7 @@ def test_scaffold_is_the_papers_algorithm(sampled: tuple[int, ...]) -> None:
 
 
 def test_scaffold_leads_where_averaging_does_not() -> None:
-    """Many local steps: averaging rests beside the minimum of the mean loss, SCAFFOLD at it."""
+    """Many local steps: averaging ends away from the minimum of the mean loss, SCAFFOLD at it."""
     best = np.linalg.solve(np.einsum("kni,knj->ij", X, X), np.einsum("kni,kn->i", X, Y))
 
     def rest(corrected: bool) -> Any:
