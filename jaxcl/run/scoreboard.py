@@ -32,7 +32,7 @@ class Scoreboard:
         Args:
           parts: the parts of the run.
           folder: its folder.
-          noted: the results as noted in the checkpoint it resumes from. They replace those in `results.json`
+          noted: the results as noted in the checkpoint that the run resumes from. They replace those in `results.json`
             if that is missing or says otherwise, and complete it: it may be older than the checkpoint.
         """
         self.parts = parts
