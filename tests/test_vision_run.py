@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxcl.cli import main
 from jaxcl.config import parse_config
+from jaxcl.data.images.processor import ImageProcessor
+from jaxcl.data.images.reference import Reference
+from jaxcl.data.images.tokens import image_index
+from jaxcl.data.pairs import encode_prompts
+from jaxcl.data.spec import ImageConfig
 from jaxcl.errors import UserError
+from jaxcl.models.images import Images
+from jaxcl.models.vision_config import VisionConfig
 from jaxcl.run import sequence
+from jaxcl.run.images import image_processor
 from jaxcl.run.model import load_model
+from tests.tiny.batches import batch_of
 from tests.tiny.runs import DECODER, numbers
 from tests.tiny.vision import COLOURS, VISION, png, write_colours
 
@@ -74,23 +85,18 @@ def test_predictions_name_images(runs: dict[str, Path]) -> None:
     assert "iVBOR" not in text  # how PNG files begin, in base 64
 
 
-def test_an_answer_depends_on_the_image(runs: dict[str, Path], tmp_path: Path) -> None:
-    from jaxcl.commands.generate import _encoded
-    from jaxcl.data.images.reference import read_image
-    from jaxcl.models.generation import Generator
-
+def test_an_answer_depends_on_the_image(runs: dict[str, Path]) -> None:
     model = load_model(str(runs["replay"]))
-    found = []
-    for name, colour in COLOURS.items():
-        (tmp_path / name).write_bytes(png(colour, 5, 9))
-        encoded = _encoded(model, read_image(str(tmp_path / name), "x", None) + "Which colour? 1", raw=False)
-        assert encoded.pixels[0].shape == (1, 8, 8, 3)
-        sizes = {"batch_size": 1, "prompt_length": 64, "max_new_tokens": 1}
-        generator = Generator(model.network, **sizes, eos_id=None, pad_id=0)
-        batch = generator._images(*generator.pad(encoded.ids)[:1], encoded.pixels, 1)
-        found.append((np.asarray(batch.pixels), np.asarray(batch.index)))
-    assert all(np.sum(index >= 0) == 4 for _, index in found)
-    assert len({pixels.tobytes() for pixels, _ in found}) == len(COLOURS)
+    prompts = [Reference("", png(colour, 5, 9)).write() + "Which colour? 1" for colour in COLOURS.values()]
+    encoded = encode_prompts(prompts, model.tokenizer, model.config.data)
+    assert [one.shape for one in encoded.pixels] == len(COLOURS) * [(1, 8, 8, 3)]
+    assert len({tuple(row) for row in encoded.ids}) == 1  # the text alone is the same
+    tokens = np.array(encoded.ids)
+    images = Images(jnp.asarray(np.stack(encoded.pixels)), jnp.asarray(image_index(tokens, VISION["image_token_id"])))
+    batch = batch_of(np.ones_like(tokens), tokens, images=images)
+    states = jax.jit(model.network.hidden)(model.params, batch).states[:, -1]
+    scores = np.asarray(model.network.logits(model.params, states))
+    assert min(np.abs(one - other).max() for one, other in itertools.combinations(scores, 2)) > 1e-3
 
 
 def test_generate_takes_images(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,6 +128,34 @@ def test_images_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     given["data"] |= {"prompt_length": 8}
     with pytest.raises(UserError, match=r"one row 1: the prompt has \d+ tokens with its images.*leaves room for 7"):
         sequence.run(parse_config(given))
+
+
+def test_prompts_that_are_scored_are_checked_before_training(tmp_path: Path) -> None:
+    given = content(tmp_path, "sequential")
+    source = Path(given["tasks"][1]["source"].removeprefix("jsonl:"))
+    folder = source.parent / "named"
+    folder.mkdir()
+    rows = [json.loads(line) for line in source.read_text().splitlines()]
+    for row in rows:
+        row["image"] = str(source.parent / row["image"])
+    rows[-1]["image"] = [rows[-1]["image"]] * 12
+    for split, own in (("train", rows[:12]), ("test", rows[12:])):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
+    given["tasks"][1]["source"] = f"jsonl:{folder}"
+    given["evaluation"] |= {"batch_size": 3}
+    with pytest.raises(UserError, match=r"^task two: scored test row 4: the prompt has \d+ tokens with its images"):
+        sequence.run(parse_config(given))
+    assert not (tmp_path / "sequential" / "metrics.jsonl").exists()
+
+
+def test_settings_of_images_are_found_from_the_folder_and_from_a_file_of_the_weights(tmp_path: Path) -> None:
+    settings = ImageProcessor(8, 32, True, 4)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings.content()))
+    (tmp_path / "model.safetensors").touch()
+    for place in (tmp_path, tmp_path / "model.safetensors"):
+        assert image_processor(VisionConfig(**VISION), ImageConfig(), place) == settings
+    changed = image_processor(VisionConfig(**VISION), ImageConfig(split=False), tmp_path)
+    assert changed == settings._replace(split=False)
 
 
 def test_rows_with_images_are_not_packed(tmp_path: Path) -> None:

@@ -116,7 +116,8 @@ def _encoded(model: Model, prompt: str, raw: bool) -> EncodedPrompts:
     if tokenizer.chat_template is not None and not raw:
         if tokenizer.images is not None:  # its template may want messages in parts
             data = DataConfig(prompt_length=model.network.config.max_length)
-            return encode_openings([json.dumps([{"role": "user", "content": prompt}])], tokenizer, data, "prompt")
+            messages = json.dumps([{"role": "user", "content": prompt}])
+            return encode_openings([messages], tokenizer, data, lambda _: "prompt")
         look([prompt], None, "prompt")  # refuses images
         text = as_chat(tokenizer.chat_template, prompt, tokenizer.special_tokens)
         return EncodedPrompts([tokenizer.encode(text, specials=True)], 0, [None])

@@ -13,8 +13,6 @@ from jaxcl.data.images.processor import IMAGE
 from jaxcl.data.images.reference import MARK
 from jaxcl.data.messages import Message
 
-_TEXT_AND_SPANS = tuple[str, list[tuple[int, int]]]
-
 
 def without_lead(message: Message) -> Message:
     """A message whose first image, if it begins with one, is apart from its text.
@@ -41,7 +39,7 @@ def as_parts(message: Message) -> dict[str, Any]:
     return {"role": message["role"], "content": parts}
 
 
-def marked_images(text: str, spans: list[tuple[int, int]]) -> _TEXT_AND_SPANS:
+def marked_images(text: str, spans: list[tuple[int, int]]) -> tuple[str, list[tuple[int, int]]]:
     """A rendering with a mark for each `<image>`, and the places in it; messages do not hold that text any more.
 
     >>> marked_images("User:<image>Hi", [(12, 14)]) == (f"User:{MARK}Hi", [(6, 8)])

@@ -116,7 +116,6 @@ class Renderer:
         self._ends = _any_of(token.content for token in added if token.content.strip())
         self._end_texts = {tokenizer.backend.id_to_token(index) for index in tokenizer.end_ids}
         self._layouts: dict[tuple[tuple[str, bool, str | None], ...], _Layout] = {}
-        self._in_parts = False
         self._in_parts = _MENTIONS_PARTS.search(template) is not None and self._wants_parts()
 
     def render(self, conversations: Sequence[Sequence[Message]], where: Sequence[str]) -> list[Rendering]:

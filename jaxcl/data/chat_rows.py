@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxcl.data.chat_templates import find_template
@@ -19,7 +19,7 @@ from jaxcl.data.ragged import Ragged
 from jaxcl.data.spec import DataConfig
 from jaxcl.data.tokenizer import Tokenizer
 
-# Stands for the answer where there is none yet.
+# The answer where there is none yet.
 _NO_ANSWER: Message = {"role": "assistant", "content": "."}
 
 
@@ -29,7 +29,10 @@ def messages_of(row: Mapping[str, str]) -> list[Message]:
 
 
 def encode_openings(
-    prompts: Sequence[str], tokenizer: Tokenizer, config: DataConfig, where: str = "conversation"
+    prompts: Sequence[str],
+    tokenizer: Tokenizer,
+    config: DataConfig,
+    where: Callable[[int], str] = lambda index: f"conversation {index + 1}",
 ) -> EncodedPrompts:
     """Token ids of conversations up to the answer that a model is to give.
 
@@ -37,7 +40,7 @@ def encode_openings(
       prompts: a JSON list of messages each.
       tokenizer: the model's tokenizer.
       config: `prompt_length` and `chat_template` are used.
-      where: what they are called in messages, before their number.
+      where: what the conversation of an index is called in messages.
 
     Raises:
       UserError: see `encode_conversations`.
@@ -47,7 +50,7 @@ def encode_openings(
         tokenizer,
         length=config.prompt_length,
         learn="last",
-        where=lambda index: f"{where} {index + 1}",
+        where=where,
         template=config.chat_template,
         on_long_answer="cut",
         marks=False,  # they may enclose the generation prompt

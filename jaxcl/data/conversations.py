@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import sys
 from collections.abc import Callable, Sequence
@@ -93,39 +94,21 @@ def encode_conversations(
     """
     found = find_template(template, tokenizer)
     render = renderer(tokenizer, found if marks else without_marks(found))
-    kept = [up_to_last_answer(messages, where(index)) for index, messages in enumerate(conversations)]
-    seen = [_look(messages, tokenizer, where(index)) for index, messages in enumerate(kept)]
-    kept = [messages for messages, _ in seen]
-    stand_ins = [one.stand_ins for _, one in seen]
-    rows = _encode(kept, tokenizer, render, learn, [where(index) for index in range(len(kept))], stand_ins)
-    dropped = 0
-    cut = 0
-    long = [index for index, row in enumerate(rows) if len(row.ids) > length]
-    for index in long:
-        if stand_ins[index]:
+    encode = functools.partial(_encode, tokenizer=tokenizer, render=render, learn=learn)
+    names = [where(index) for index in range(len(conversations))]
+    answered = [up_to_last_answer(messages, name) for messages, name in zip(conversations, names, strict=True)]
+    looked = [_look(messages, tokenizer, name) for messages, name in zip(answered, names, strict=True)]
+    kept, seen = [messages for messages, _ in looked], [one for _, one in looked]
+    rows = encode(kept, where=names, replacements=[one.replacements for one in seen])
+    for row, one, name in zip(rows, seen, names, strict=True):
+        if one.replacements and len(row.ids) > length:
             raise UserError(
-                f"{where(index)}: the conversation has {len(rows[index].ids)} tokens with its images, and one with "
-                f"images is not cut; a conversation may have {length} (data.prompt_length + data.answer_length); "
-                "raise them"
+                f"{name}: the conversation has {len(row.ids)} tokens with its images, and one with images is not cut; "
+                f"a conversation may have {length} (data.prompt_length + data.answer_length); raise them"
             )
-    while long:
-        again = []
-        for index in long:
-            starts = _exchanges(kept[index])
-            if len(starts) > 1:
-                count = _exchanges_to_drop(rows[index], starts, length)
-                kept[index] = [*kept[index][: starts[0]], *kept[index][starts[count] :]]
-                dropped += count
-                again.append(index)
-            else:
-                rows[index] = _cut(rows[index], kept[index], length, on_long_answer, where(index))
-                cut += 1
-        shorter = _encode([kept[index] for index in again], tokenizer, render, learn, [where(index) for index in again])
-        for index, row in zip(again, shorter, strict=True):
-            rows[index] = row
-        long = [index for index in again if len(rows[index].ids) > length]
+    dropped, cut = _shorten(rows, kept, encode, length, on_long_answer, names)
     spans = [_runs(row.learned, len(row.ids)) for row in rows]
-    return EncodedConversations([row.ids for row in rows], spans, dropped, cut, [one.pixels for _, one in seen])
+    return EncodedConversations([row.ids for row in rows], spans, dropped, cut, [one.pixels for one in seen])
 
 
 def end_of_turn(tokenizer: Tokenizer, template: str = "model") -> int:
@@ -161,17 +144,48 @@ def _look(messages: Sequence[Message], tokenizer: Tokenizer, where: str) -> tupl
     ], seen
 
 
+def _shorten(
+    rows: list[_Row],
+    kept: list[Sequence[Message]],
+    encode: Callable[..., list[_Row]],
+    length: int,
+    on_long_answer: str,
+    where: Sequence[str],
+) -> tuple[int, int]:
+    """Shortens what is too long, in place; returns the numbers of dropped exchanges and of cut conversations."""
+    dropped = 0
+    cut = 0
+    long = [index for index, row in enumerate(rows) if len(row.ids) > length]
+    while long:
+        again = []
+        for index in long:
+            starts = _exchanges(kept[index])
+            if len(starts) > 1:
+                count = _exchanges_to_drop(rows[index], starts, length)
+                kept[index] = [*kept[index][: starts[0]], *kept[index][starts[count] :]]
+                dropped += count
+                again.append(index)
+            else:
+                rows[index] = _cut(rows[index], kept[index], length, on_long_answer, where[index])
+                cut += 1
+        shorter = encode([kept[index] for index in again], where=[where[index] for index in again])
+        for index, row in zip(again, shorter, strict=True):
+            rows[index] = row
+        long = [index for index in again if len(rows[index].ids) > length]
+    return dropped, cut
+
+
 def _encode(
     conversations: Sequence[Sequence[Message]],
     tokenizer: Tokenizer,
     render: Renderer,
     learn: Learn,
     where: Sequence[str],
-    stand_ins: Sequence[Sequence[str]] = (),
+    replacements: Sequence[Sequence[str]] = (),
 ) -> list[_Row]:
     rows = []
     renderings = render.render(conversations, where)
-    for index, own in enumerate(stand_ins):
+    for index, own in enumerate(replacements):
         if own:
             renderings[index] = with_images(renderings[index], own, where[index])
     for rendering, tokens in zip(renderings, tokenize(renderings, tokenizer), strict=True):

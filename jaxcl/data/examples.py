@@ -124,8 +124,7 @@ class ExampleTable:
         tokens = Ragged.of([tokens.tolist() for tokens, _ in found], dtype)
         pixels = None
         if any(shard.pixels is not None for shard in self.shards):
-            parts = [self.pixels(number) for number in numbers]
-            pixels = Ragged.cut(np.concatenate([np.zeros(0, np.uint8), *parts]), np.array([*map(len, parts)], np.int64))
+            pixels = Ragged.of_arrays([self.pixels(number) for number in numbers], np.uint8)
         return ExampleTable([Shard(tokens, Ragged.of([spans.tolist() for _, spans in found]), {}, pixels)])
 
     def count(self, name: str) -> int:

@@ -79,7 +79,7 @@ def read_messages(
     Args:
       record: the record; other fields are ignored.
       where: file and row, for messages.
-      images: further images of the record, as they stand in texts. They are those of parts that say `image` only; or
+      images: further images of the record, as texts hold them. They are those of parts that say `image` only; or
         of `<image>` in texts of users, as in LLaVA's files; or they come before the first of these texts.
       folder: where relative paths of images start; none: the current folder.
 
@@ -96,15 +96,14 @@ def read_messages(
     [{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Hello'}]
     """
     field = next((name for name in _LISTS if name in record), None)
+    own = Images(images, folder)
     if field is not None:
         entries = record[field]
         if not _is_list(entries):
             raise UserError(f"{where}: field {field!r} is {json_kind(entries)}; expected a list of messages")
         if _filled(record.get("tools")):
             raise UserError(f"{where}: field 'tools' is not supported; allowed are conversations without tool calls")
-        own = Images(images, folder)
         messages = [_message(entry, f"{where}: message {n}", own) for n, entry in enumerate(entries, start=1)]
-        own.put_in(messages, where)
     elif {"instruction", "output"} <= set(record):
         messages = _alpaca(record, where)
     else:
@@ -112,6 +111,7 @@ def read_messages(
             f"{where}: no conversation; allowed are the fields messages, conversations, conversation, "
             "or instruction and output"
         )
+    own.put_in(messages, where)
     _check(messages, where)
     return messages
 

@@ -81,7 +81,7 @@ def encode_prompts(
     seen = [look([_body(gap + prompt)], tokenizer.images, where(index)) for index, prompt in enumerate(prompts)]
     bodies = tokenizer.encode_batch([one.texts[0] for one in seen], continued=bool(head_kept))
     for index, one in enumerate(seen):
-        if one.stand_ins:
+        if one.replacements:
             bodies[index] = encode_seen(one, tokenizer, bool(head_kept))
             if len(bodies[index]) > room:
                 raise UserError(

@@ -44,6 +44,12 @@ class Ragged:
         return cls(values, np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]))
 
     @classmethod
+    def of_arrays(cls, arrays: Sequence[Int[np.ndarray, " values"]], dtype: np.typing.DTypeLike) -> Ragged:
+        """`of` for sequences that are arrays of this type, which are joined as they are."""
+        lengths = np.array([len(one) for one in arrays], np.int64)
+        return cls.cut(np.concatenate([np.zeros(0, dtype), *arrays]), lengths)
+
+    @classmethod
     def joined(cls, parts: Sequence[Ragged]) -> Ragged:
         """The sequences of several, one after another; at least one part."""
         values = np.concatenate([part.flat for part in parts])

@@ -62,7 +62,6 @@ def split_divergence(
     weights: Float[Array, "... keys"],
     log_others: Float[Array, "... keys"],
     modality: Int[Array, "... keys"],
-    modalities: int = len(MODALITIES),
 ) -> SplitDivergence:
     """The parts of KL of two rows of attention weights.
 
@@ -70,7 +69,6 @@ def split_divergence(
       weights: the first row, p; it need not sum to 1.
       log_others: logarithms of the second row, q; anything, minus infinity too, where p is 0.
       modality: number of each key's modality; broadcasts to the rows.
-      modalities: how many there are; static.
 
     Examples:
       >>> p, q = jnp.array([0.5, 0.25, 0.25]), jnp.array([0.25, 0.25, 0.5])
@@ -81,7 +79,7 @@ def split_divergence(
     used = weights > 0
     logs = jnp.where(used, log_others, 0.0)
     each = jnp.where(used, weights * (jnp.log(jnp.maximum(weights, _TINY)) - logs), 0.0)
-    own = [jnp.broadcast_to(modality == number, weights.shape) for number in range(modalities)]
+    own = [jnp.broadcast_to(modality == number, weights.shape) for number in range(len(MODALITIES))]
     total = jnp.stack([jnp.sum(jnp.where(one, each, 0.0), axis=-1) for one in own], axis=-1)
     mine = jnp.stack([jnp.sum(jnp.where(one, weights, 0.0), axis=-1) for one in own], axis=-1)
     theirs = jnp.stack([jax.nn.logsumexp(log_others, axis=-1, where=one) for one in own], axis=-1)
@@ -116,14 +114,6 @@ def split_slopes(
     return parts.mass * (others * total - within) + factor * (within - weights)
 
 
-def block_masks(
-    modality: Int[Array, "batch length"], modalities: int = len(MODALITIES)
-) -> Bool[Array, "blocks batch 1 length length"]:
-    """Which (query, key) pairs belong to each block, in the order of `BLOCKS`."""
-    own = [modality == number for number in range(modalities)]
-    return jnp.stack([query[:, None, :, None] & key[:, None, None, :] for query in own for key in own])
-
-
 def block_squares(
     squares: Float[Array, "batch heads query length"], modality: Int[Array, "batch length"]
 ) -> Float[Array, "blocks heads"]:
@@ -138,7 +128,9 @@ def block_squares(
       >>> block_squares(squares, jnp.array([[1, 0]])).ravel().tolist()
       [4.0, 2.0, 0.0, 1.0]
     """
-    return jnp.stack([jnp.sum(jnp.where(one, squares, 0.0), axis=(0, 2, 3)) for one in block_masks(modality)])
+    own = [modality == number for number in range(len(MODALITIES))]
+    blocks = [query[:, None, :, None] & key[:, None, None, :] for query in own for key in own]
+    return jnp.stack([jnp.sum(jnp.where(block, squares, 0.0), axis=(0, 2, 3)) for block in blocks])
 
 
 @jax.custom_vjp

@@ -53,6 +53,7 @@ from jaxcl.models.batch import Batch
 from jaxcl.models.network import ModelConfig, Network
 from jaxcl.models.probe import Probe
 from jaxcl.models.trainable import overlay, trained
+from jaxcl.models.vision_config import vision_of
 
 
 class SeekrOptions(ReplayOptions):
@@ -201,7 +202,7 @@ class Seekr(Method[SeekrOptions]):
             raise ValueError(f"heads_per_layer: {options.heads_per_layer} is over the model's {model.num_heads}")
         room = budgets["layer_budget"] * (options.heads_per_layer or model.num_heads)
         if (blocks := options.modality_budgets) is not None:
-            if getattr(model, "vision", None) is None:
+            if vision_of(model) is None:
                 raise ValueError("modality_budgets: the model does not see (model.vision is none); allowed is none")
             if not 0 < sum(blocks) <= room:
                 raise ValueError(

@@ -41,7 +41,8 @@ class Batch:
       teacher: what a method stored with remembered rows, leading axis `batch`; `None` for rows of the current task.
         Its names, shapes and dtypes are those that the method's `signals` documents.
       types: token type of each position, int32, for encoders that have them; `None` means 0 everywhere.
-      images: what the rows show beside text, for decoders that see (`LlamaConfig.vision`); `None` for text alone.
+      images: what the rows show in addition to text, for decoders that see (`LlamaConfig.vision`); `None` for text
+        alone.
       packed: `False` promises that every row is at most one document followed by padding, which makes attention
         masks cheaper. Static.
       origin: `"task"` for rows of the current task, `"memory"` for remembered rows, `"general"` for general rows

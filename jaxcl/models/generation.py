@@ -22,6 +22,7 @@ from jaxcl.models.batch import Batch
 from jaxcl.models.cache import Cache, Store
 from jaxcl.models.images import NO_IMAGE, Images
 from jaxcl.models.network import Layer, Network, Params
+from jaxcl.models.vision_config import vision_of
 
 Scalar = Array | np.number
 Trace = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -102,7 +103,7 @@ class Generator:
         if not 0 < self.buckets[0] <= self.buckets[-1] <= prompt_length:
             raise ValueError(f"buckets: expected lengths from 1 to prompt_length={prompt_length}, got {buckets}")
 
-        vision = getattr(network.config, "vision", None)
+        vision = vision_of(network.config)
         self.image_token_id: int | None = None if vision is None else vision.image_token_id
         self._side: int = 0 if vision is None else vision.image_size
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from jaxcl.models.activation import Activation
 from jaxcl.schema import Schema
@@ -20,7 +20,7 @@ class VisionConfig(Schema):
     image_size: int = Field(gt=0, description="height and width of an image or tile, in pixels")
     patch_size: int = Field(gt=0, description="height and width of a patch, in pixels")
     shuffle: int = Field(1, gt=0, description="patches along each side that become one image token (scale_factor)")
-    image_token_id: int = Field(ge=0, description="token id that stands for an image token")
+    image_token_id: int = Field(ge=0, description="id of the image token")
     layer_norm_eps: float = Field(1e-6, gt=0, description="epsilon of the tower's LayerNorm")
     activation: Activation = Field("gelu_tanh", description="activation of the tower's feed-forward units")
     init_std: float = Field(0.02, gt=0, description="standard deviation of the tower's initial weights")
@@ -52,3 +52,8 @@ class VisionConfig(Schema):
     def head_dim(self) -> int:
         """Width of a head."""
         return self.hidden_size // self.num_heads
+
+
+def vision_of(config: BaseModel) -> VisionConfig | None:
+    """The tower of a model's configuration; `None` if the model does not see, as no encoder does."""
+    return getattr(config, "vision", None)

@@ -35,9 +35,10 @@ from jaxcl.methods.base import Method
 from jaxcl.models.network import Network
 from jaxcl.models.soft_tokens import SOFT_TOKENS, start_from_words
 from jaxcl.models.trainable import Params, overlay
+from jaxcl.models.vision_config import vision_of
 from jaxcl.run.checks import check_metrics, check_private_data, check_tasks
 from jaxcl.run.folder import RunFolder
-from jaxcl.run.images import let_see, run_images
+from jaxcl.run.images import image_processor, let_see
 from jaxcl.run.loading import open_general, open_task, rooted
 from jaxcl.sharding.layout import Layout
 from jaxcl.sharding.mesh import make_mesh
@@ -112,10 +113,9 @@ class Components:
         rows = [*self.all_train_rows.values()]
         if self.general is not None:
             rows += [self.general_rows(index) for index in range(len(self.tasks))]
-        sizes = [one.sizes for one in dict.fromkeys(rows) if one.group == PairRows.group]
-        tiles = [tiles_of(one) for one in dict.fromkeys(rows) if one.group == PairRows.group]
-        sizes += self.gone_sizes
-        tiles += [np.zeros(len(one), np.int64) for one in self.gone_sizes]
+        pairs = [one for one in dict.fromkeys(rows) if one.group == PairRows.group]
+        sizes = [*(one.sizes for one in pairs), *self.gone_sizes]
+        tiles = [*map(tiles_of, pairs), *(np.zeros(len(one), np.int64) for one in self.gone_sizes)]
         return shapes_for(np.concatenate(sizes), self.config.data, np.concatenate(tiles)) if sizes else None
 
     @functools.cached_property
@@ -365,15 +365,17 @@ def load_tokenizer(config: ExperimentConfig, tasks: tuple[TaskData, ...], folder
 
 def _load_tokenizer(config: ExperimentConfig, tasks: tuple[TaskData, ...], folder: Path) -> Tokenizer:
     settings = config.tokenizer
-    if settings.path is None and config.weights is not None:
-        settings = TokenizerConfig(path=str(locate(config.weights)[1]))
+    weights = None if config.weights is None else locate(config.weights)[1]
+    if settings.path is None and weights is not None:
+        settings = TokenizerConfig(path=str(weights))
     texts = functools.partial(_texts, tasks, settings.train_rows)
-    network = Network.create(config.model)
-    images = run_images(config)
+    vision = vision_of(config.model)
+    images = None if vision is None else image_processor(vision, config.data.images, weights)
     specials = () if images is None else images.specials()
-    tokenizer = prepare_tokenizer(settings, texts, folder, masked=not network.causal, specials=specials)
-    if images is not None:
-        let_see(tokenizer, network, images, folder)
+    masked = not Network.create(config.model).causal
+    tokenizer = prepare_tokenizer(settings, texts, folder, masked=masked, specials=specials)
+    if vision is not None and images is not None:
+        let_see(tokenizer, vision, images, folder)
     if any(task.kind == "chat" for task in tasks):
         # The model that the run leaves is asked by this template, and its answers end as the template ends them.
         template = find_template(config.data.chat_template, tokenizer)

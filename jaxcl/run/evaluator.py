@@ -10,8 +10,8 @@ from typing import Any, NamedTuple, cast
 import jax.numpy as jnp
 
 from jaxcl.data.chat_rows import encode_openings
-from jaxcl.data.images.reference import shown
-from jaxcl.data.pairs import encode_answers, encode_prompts
+from jaxcl.data.images.reference import has_images, shown
+from jaxcl.data.pairs import EncodedPrompts, encode_answers, encode_prompts
 from jaxcl.data.pipeline import LabelledPipeline
 from jaxcl.data.rows import HostBatch
 from jaxcl.data.sources import TaskData
@@ -114,10 +114,7 @@ class Evaluator:
                 self._check_split(task, f"task {task.name}")
                 if task.answered:
                     self._check_answers(index)
-                if task.kind == "chat":
-                    prompts = [row["prompt"] for row in self._pairs(index, self.settings.split)]
-                    words = f"task {task.name}: scored {self.settings.split} row"
-                    encode_openings(prompts, self.parts.tokenizer, self.parts.config.data, words)
+                    self._check_prompts(index)
         for index, task in self.parts.end_tasks.items():
             self._check_split(task, f"end task of {self.parts.names[index]}")
             assert self._end_task_metric(index)
@@ -155,6 +152,15 @@ class Evaluator:
             raise UserError(f"{line} and can never be right by {metric}; {max(long)} is needed", exit_code=2)
         if is_first():
             print(f"{line}; {metric} scores what is generated of them, {max(long)} would be enough", file=sys.stderr)
+
+    def _check_prompts(self, index: int) -> None:
+        """Encodes the prompts of which some may be refused: conversations, and what holds images."""
+        task, split = self.parts.tasks[index], self.settings.split
+        prompts = [row["prompt"] for row in self._pairs(index, split)]
+        if task.kind == "chat" or any(map(has_images, prompts)):
+            size = self.settings.batch_size  # tiles of all images would be much
+            for start in range(0, len(prompts), size):
+                self._encoded(index, prompts[start : start + size], f"task {task.name}: scored {split} row", start)
 
     def score(self, params: Params, index: int, after: int) -> Evaluation:
         """Scores one task.
@@ -220,13 +226,19 @@ class Evaluator:
 
     def _answer(self, params: Params, index: int, prompts: list[str]) -> list[str]:
         prefix = self.parts.method.prompt_prefix(index)
-        tokenizer, data = self.parts.tokenizer, self.parts.config.data
-        chat = self.parts.tasks[index].kind == "chat"
-        encoded = encode_openings(prompts, tokenizer, data) if chat else encode_prompts(prompts, tokenizer, data)
+        encoded = self._encoded(index, prompts)
         ids = [[*prefix, *row] for row in encoded.ids]
-        texts = [tokenizer.decode(answer).strip() for answer in self._generator(params, ids, images=encoded.pixels)]
+        answers = self._generator(params, ids, images=encoded.pixels)
+        texts = [self.parts.tokenizer.decode(answer).strip() for answer in answers]
         # What a model thinks before it answers is not the answer.
+        chat = self.parts.tasks[index].kind == "chat"
         return [text.rpartition("</think>")[2].strip() for text in texts] if chat else texts
+
+    def _encoded(self, index: int, prompts: list[str], words: str = "prompt", before: int = 0) -> EncodedPrompts:
+        """Prompts of a task as token ids; messages call them by `words` and their number, after those `before`."""
+        encode = encode_openings if self.parts.tasks[index].kind == "chat" else encode_prompts
+        names = [f"{words} {before + number}" for number in range(1, len(prompts) + 1)]
+        return encode(prompts, self.parts.tokenizer, self.parts.config.data, names.__getitem__)
 
     def _text_scores(self, params: Params, index: int, split: str) -> dict[str, Score]:
         if (index, split) not in self._texts:

@@ -14,9 +14,10 @@ from jaxcl.data.spec import ImageConfig
 from jaxcl.data.tokenizer import Tokenizer
 from jaxcl.errors import UserError
 from jaxcl.models.network import Network, Params
+from jaxcl.models.vision_config import vision_of
 from jaxcl.run.fingerprints import check_tokenizer
 from jaxcl.run.folder import RunFolder
-from jaxcl.run.images import image_processor, vision_of
+from jaxcl.run.images import image_processor
 from jaxcl.training.checkpoint import Checkpoints, Saved
 from jaxcl.weights import load_params, locate, read_config
 from jaxcl.weights.finite import refuse_not_finite
@@ -56,7 +57,7 @@ def load_model(name: str, *, trust: bool = False) -> Model:
         _, place = locate(name)
         network = Network.create(read_config(name))
         params, tokenizer = load_params(name, network), Tokenizer.load(place)
-        _let_see(tokenizer, network, ImageConfig(), place if place.is_dir() else place.parent)
+        _let_see(tokenizer, network, ImageConfig(), place)
         return Model(network, params, tokenizer, None)
     config = validate(ExperimentConfig, folder.content(trust=trust), str(folder.config_file))
     network = Network.create(config.model)
@@ -70,9 +71,9 @@ def load_model(name: str, *, trust: bool = False) -> Model:
     return Model(network, params, tokenizer, config, chat="chat" in kinds.values())
 
 
-def _let_see(tokenizer: Tokenizer, network: Network, config: ImageConfig, folder: Path) -> None:
-    if (vision := vision_of(network)) is not None:
-        see(tokenizer, image_processor(vision, config, folder), vision.image_token_id)
+def _let_see(tokenizer: Tokenizer, network: Network, config: ImageConfig, place: Path) -> None:
+    if (vision := vision_of(network.config)) is not None:
+        see(tokenizer, image_processor(vision, config, place), vision.image_token_id)
 
 
 def latest_params(folder: RunFolder, target: Params) -> tuple[Params, Saved]:

@@ -35,7 +35,7 @@ from tests.tiny.vision import COLOURS, png
 IMAGES = ImageProcessor(tile=8, longest_edge=16, split=True, image_tokens=2)
 WHOLE = IMAGES._replace(split=False)
 RED, BLUE = png(COLOURS["red"]), png(COLOURS["blue"], 4, 8)
-TINY_STAND_IN = "<fake_token_around_image><global-img><image><image><fake_token_around_image>"
+TINY_IMAGE = "<fake_token_around_image><global-img><image><image><fake_token_around_image>"
 
 
 def of(content: bytes, name: str = "") -> str:
@@ -132,7 +132,7 @@ def test_images_take_their_places() -> None:
     assert put_in("a <image> b <image>", ["1", "2"], "x") == "a 1 b 2"
     assert put_in("a", ["1", "2"], "x") == "12a"
     assert put_in("a <image>", [], "x") == "a <image>"
-    with pytest.raises(UserError, match=r"^row 1: 2 images, but <image> stands 1 times in the text"):
+    with pytest.raises(UserError, match=r"^row 1: 2 images, but <image> occurs 1 times in the text"):
         put_in("a <image>", ["1", "2"], "row 1")
 
 
@@ -158,6 +158,9 @@ def test_images_of_messages(tmp_path: Path) -> None:
     later = {"role": "user", "content": "b<image>"}
     found = read_messages({"messages": [user, gpt, later, gpt]}, "x", ["1", "2", "3"])
     assert [message["content"] for message in found[::2]] == ["1a2", "b3"]
+    alpaca = {"instruction": "What?", "input": "<image>", "output": "Red."}
+    assert read_messages(alpaca, "x", [expected])[0]["content"] == f"What?\n{expected}"
+    assert read_messages(alpaca | {"input": ""}, "x", ["1"])[0]["content"] == "1What?"
 
 
 @pytest.mark.parametrize(
@@ -166,7 +169,7 @@ def test_images_of_messages(tmp_path: Path) -> None:
         ([{"type": "image"}], [], "message 1: part 1 of 'content': an image without a path, and image_field holds 0"),
         ([{"type": "image_url", "image_url": {"url": "http://x"}}], [], "part 1 of 'content' has the type 'image_url'"),
         ([{"type": "image"}], ["1", "2"], "2 images, of which the messages use 1"),
-        ("<image>", ["1", "2"], "2 images, but <image> stands 1 times"),
+        ("<image>", ["1", "2"], "2 images, but <image> occurs 1 times"),
         ([{"type": "image", "path": "nowhere.png"}], [], "part 1 of 'content': cannot read the image nowhere.png"),
     ],
 )
@@ -234,8 +237,8 @@ def test_pairs_with_images() -> None:
     ]
     rows = PairRows(pairs, tokenizer, CONFIG, task=0, name="task")
     tile = "<fake_token_around_image><row_{}_col_{}><image><image>".format
-    square = f"{tile(1, 1)}{tile(1, 2)}\n{tile(2, 1)}{tile(2, 2)}\n\n{TINY_STAND_IN}"
-    wide = f"{tile(1, 1)}{tile(1, 2)}\n\n{TINY_STAND_IN}"
+    square = f"{tile(1, 1)}{tile(1, 2)}\n{tile(2, 1)}{tile(2, 2)}\n\n{TINY_IMAGE}"
+    wide = f"{tile(1, 1)}{tile(1, 2)}\n\n{TINY_IMAGE}"
     assert texts_of(rows, 0, tokenizer) == f"a <image> {square}is red, {wide}⟦ b<end_of_utterance>⟧"
     assert rows.tiles.tolist() == [8, 0]
     # The text of the prompt that looks like an image token is not one.
@@ -283,13 +286,13 @@ def chat(*contents: str) -> list[Any]:
         (("Hi", "a"), "<|im_start|>User: Hi<end_of_utterance>\nAssistant:⟦ a<end_of_utterance>⟧\n"),
         (
             (of(RED) + "What?", "a", "And?", "b"),
-            f"<|im_start|>User:{TINY_STAND_IN}What?<end_of_utterance>\nAssistant:⟦ a<end_of_utterance>⟧\n"
+            f"<|im_start|>User:{TINY_IMAGE}What?<end_of_utterance>\nAssistant:⟦ a<end_of_utterance>⟧\n"
             "User: And?<end_of_utterance>\nAssistant:⟦ b<end_of_utterance>⟧\n",
         ),
         (
             (f"<image> <end_of_utterance>{of(RED)}", "a <image>", of(RED), "b"),
-            f"<|im_start|>User: <image> <end_of_utterance>{TINY_STAND_IN}<end_of_utterance>\nAssistant:"
-            f"⟦ a <image><end_of_utterance>⟧\nUser:{TINY_STAND_IN}<end_of_utterance>\n"
+            f"<|im_start|>User: <image> <end_of_utterance>{TINY_IMAGE}<end_of_utterance>\nAssistant:"
+            f"⟦ a <image><end_of_utterance>⟧\nUser:{TINY_IMAGE}<end_of_utterance>\n"
             "Assistant:⟦ b<end_of_utterance>⟧\n",
         ),
     ],
@@ -312,7 +315,7 @@ def test_conversations_with_images_in_other_templates(template: str) -> None:
     row = {"prompt": json.dumps(chat(f"See {of(RED)}?")), "answer": "Red."}
     rows = ChatRows([row], tokenizer, config, task=0, name="task")
     text = texts_of(rows, 0, tokenizer)
-    assert f"See {TINY_STAND_IN}?" in text
+    assert f"See {TINY_IMAGE}?" in text
     assert "⟦ Red.<end_of_utterance>⟧" in text
     assert rows.tiles.tolist() == [1]
     opening = encode_openings([row["prompt"]], tokenizer, config)

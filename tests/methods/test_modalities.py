@@ -35,6 +35,7 @@ from jaxcl.models.mask import visible
 from jaxcl.models.probe import Probe, Tap
 from tests.tiny.batches import make_batch
 from tests.tiny.networks import init, llama_config, perturbed, tiny_llama
+from tests.tiny.vision import VISION
 
 RNG = np.random.default_rng(0)
 BATCH, LENGTH, HEADS, KV, DIM = 2, 9, 4, 2, 3
@@ -200,17 +201,7 @@ def test_one_block_is_the_selection_without_blocks() -> None:
 
 # ---------------------------------------------------------------- the method
 
-SEEING = tiny_llama(
-    vision={
-        "hidden_size": 8,
-        "intermediate_size": 12,
-        "num_layers": 1,
-        "num_heads": 2,
-        "image_size": 4,
-        "patch_size": 2,
-        "image_token_id": 3,
-    }
-)
+SEEING = tiny_llama(vision=VISION | {"image_size": 4, "patch_size": 2})
 OPTIONS = {
     "attention_weight": 100.0,
     "layer_budget": 2,
@@ -223,14 +214,16 @@ OPTIONS = {
 }
 
 
+def shown_batch() -> Any:
+    index = jnp.full((2, 7), -1).at[:, 1:5].set(jnp.arange(4))
+    pixels = jnp.asarray(np.random.default_rng(0).normal(size=(2, 1, 4, 4, 3)), jnp.float32)
+    return dataclasses.replace(make_batch((7, 6)), images=Images(pixels, index))
+
+
 def taught(images: bool, **changes: Any) -> tuple[Any, Any, Any]:
     """Loss, its terms and gradient of a step on remembered rows, whose teacher is another network."""
     method = Seekr(SeekrOptions(**OPTIONS | changes), SEEING, 2)
-    batch = make_batch((7, 6))
-    if images:
-        index = jnp.full((2, 7), -1).at[:, 1:5].set(jnp.arange(4))
-        pixels = jnp.asarray(np.random.default_rng(0).normal(size=(2, 1, 4, 4, 3)), jnp.float32)
-        batch = dataclasses.replace(batch, images=Images(pixels, index))
+    batch = shown_batch() if images else make_batch((7, 6))
     params = init(SEEING)
     state = method.init(params) | {"heads": jnp.array([[[0, 1], [0, 3], [1, 0], [1, 2]]] * 2)}
     teacher = jax.jit(method.signals)(perturbed(params, 0.3), state, batch, jax.random.key(1))
@@ -261,12 +254,6 @@ def test_the_parts_of_the_attention_term_sum_to_it() -> None:
 def test_weights_of_modalities_change_nothing_for_text() -> None:
     plain, weighted = taught(False), taught(False, modality_weights=(5, 6, 7))
     jax.tree.map(np.testing.assert_array_equal, plain, weighted)
-
-
-def shown_batch(seed: int = 0) -> Any:
-    index = jnp.full((2, 7), -1).at[:, 1:5].set(jnp.arange(4))
-    pixels = jnp.asarray(np.random.default_rng(seed).normal(size=(2, 1, 4, 4, 3)), jnp.float32)
-    return dataclasses.replace(make_batch((7, 6)), images=Images(pixels, index))
 
 
 BUDGETS = {"modality_budgets": (2, 1, 1, 1), "layer_budget": 2, "head_budget": 128}  # the last is not used

@@ -22,19 +22,9 @@ from jaxcl.sharding.rules import shardings
 from jaxcl.training.freeze import moving
 from tests.tiny.batches import batch_of
 from tests.tiny.networks import tiny_llama
+from tests.tiny.vision import VISION
 
-TOKEN = 3
-SIZES: dict[str, Any] = {
-    "hidden_size": 8,
-    "intermediate_size": 12,
-    "num_layers": 2,
-    "num_heads": 2,
-    "image_size": 8,
-    "patch_size": 2,
-    "shuffle": 2,
-    "image_token_id": TOKEN,
-    "init_std": 0.5,
-}
+SIZES: dict[str, Any] = VISION | {"num_layers": 2, "patch_size": 2, "shuffle": 2, "init_std": 0.5}
 IMAGE_TOKENS = 4
 
 
@@ -43,7 +33,7 @@ def seeing(**changes: Any) -> Network:
 
 
 def images_of(rows: list[list[int]], count: int, **fields: Any) -> Images:
-    """Random images for rows of image numbers: each stands for its tokens, after a token of text."""
+    """Random images for rows of image numbers: each has its tokens, after a token of text."""
     pixels = np.random.default_rng(0).normal(size=(len(rows), count, 8, 8, 3)).astype(np.float32)
     index = np.full((len(rows), 16), NO_IMAGE, np.int32)
     for row, numbers in enumerate(rows):

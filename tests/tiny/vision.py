@@ -76,7 +76,7 @@ def png(colour: tuple[int, int, int], height: int = 8, width: int = 8) -> bytes:
 
 
 def write_colours(folder: Path, name: str, count: int, question: str = "Which colour?") -> str:
-    """Rows about images of one colour, in files beside them; returns the source."""
+    """Rows about images of one colour, in files of their own; returns the source."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for number in range(count):

@@ -30,6 +30,7 @@ from jaxcl.training.low_bits import widen
 from jaxcl.training.optimizer import OptimizerConfig
 from jaxcl.training.state import TrainState
 from jaxcl.training.trainer import Trainer
+from tests.tiny.vision import VISION
 
 NETWORK = Network.create(
     LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4, num_kv_heads=2)
@@ -40,20 +41,7 @@ HALVED = Network.create(
 )
 ADAPTED = Network.create(NETWORK.config.model_copy(update={"lora": LoraConfig(targets=("query", "out", "down"))}))
 SEEING = Network.create(
-    NETWORK.config.model_copy(
-        update={
-            "vision": VisionConfig(
-                hidden_size=8,
-                intermediate_size=12,
-                num_layers=2,
-                num_heads=2,
-                image_size=8,
-                patch_size=4,
-                shuffle=2,
-                image_token_id=3,
-            )
-        }
-    )
+    NETWORK.config.model_copy(update={"vision": VisionConfig(**VISION | {"num_layers": 2, "shuffle": 2})})
 )
 MESHES = {"one": None, "data": {"data": 8}, "all": {"data": 2, "fsdp": 2, "tensor": 2}}
 STEPS = 4

@@ -1,1 +1,1 @@
-"""Images of rows: how a row names them, decoding, tiles, and the tokens that stand for them."""
+"""Images of rows: how a row names them, decoding, tiles, and the tokens that they become."""

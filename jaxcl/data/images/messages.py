@@ -18,7 +18,7 @@ class Images:
     """The images of a record that its messages ask for.
 
     Args:
-      given: those of the record's own field, as they stand in texts.
+      given: those of the record's own field, as texts hold them.
       folder: where relative paths start; none: the current folder.
     """
 
@@ -64,7 +64,7 @@ class Images:
         users = [message for message in messages if message["role"] == "user"]
         places = [message["content"].count(IMAGE) for message in users]
         if sum(places) not in (0, len(self._given)):
-            raise UserError(f"{where}: {len(self._given)} images, but {IMAGE} stands {sum(places)} times in the texts")
+            raise UserError(f"{where}: {len(self._given)} images, but {IMAGE} occurs {sum(places)} times in the texts")
         if not sum(places) and users:
             places[0] = len(self._given)
         first = 0

@@ -1,4 +1,4 @@
-"""Images to tiles of one size, and the text that stands for them, as SmolVLM and Idefics3 have them."""
+"""Images to tiles of one size, and the text that they become, as SmolVLM and Idefics3 have them."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ class ImageProcessor(NamedTuple):
         return Tiles(np.concatenate([parts, self._resized(image, (tile, tile))[None]]), rows, columns)
 
     def text(self, rows: int, columns: int) -> str:
-        r"""What stands for an image in a text.
+        r"""The text that an image becomes.
 
         >>> processor = ImageProcessor(tile=4, longest_edge=8, split=True, image_tokens=2)
         >>> processor.text(0, 0)

@@ -18,6 +18,7 @@ import numpy as np
 from jaxcl.data.files import reason
 from jaxcl.data.formats.storage import is_url
 from jaxcl.data.images.decode import check, encode_png
+from jaxcl.data.images.processor import IMAGE
 from jaxcl.errors import UserError
 
 MARK = "\ufffc"
@@ -40,7 +41,7 @@ class Reference(NamedTuple):
     content: bytes
 
     def write(self) -> str:
-        """As it stands in a text.
+        """As a text holds it.
 
         >>> Reference("a.png", b"abc").write().strip(MARK)
         'a.png|YWJj'
@@ -85,12 +86,12 @@ def take_out(text: str, where: str) -> tuple[str, list[Reference]]:
         return text, []
     rest.append(text[last:])
     if any(MARK in part for part in rest):
-        raise UserError(f"{where}: the text holds the character U+FFFC, which stands for images; expected text")
+        raise UserError(f"{where}: the text holds the character U+FFFC, which marks images; expected text without it")
     return MARK.join(rest), found
 
 
 def read_image(value: Any, where: str, folder: Path | None) -> str:
-    """An image of a record, as it stands in a text.
+    """An image of a record, as a text holds it.
 
     Args:
       value: a path, bytes, an array, or an object with `path` or `bytes`, as Hugging Face's data sets have.
@@ -138,14 +139,13 @@ def _read(path: str, where: str, folder: Path | None) -> bytes:
         raise UserError(f"{where}: cannot read the image {path[:200]}: {words}") from error
 
 
-def put_in(text: str, images: Sequence[str], where: str, placeholder: str = "<image>") -> str:
-    """A text with images: in the places of `placeholder`, or before the text if it has none.
+def put_in(text: str, images: Sequence[str], where: str) -> str:
+    """A text with images: in the places of `<image>`, or before the text if it has none.
 
     Args:
       text: the text.
       images: as `read_image` gives them.
       where: file and row, for messages.
-      placeholder: what stands for an image.
 
     Raises:
       UserError: the text has another number of places.
@@ -153,12 +153,12 @@ def put_in(text: str, images: Sequence[str], where: str, placeholder: str = "<im
     >>> put_in("<image>What?", ["IMAGE"], ""), put_in("What?", ["IMAGE"], "")
     ('IMAGEWhat?', 'IMAGEWhat?')
     """
-    places = text.count(placeholder) if images else 0
+    places = text.count(IMAGE) if images else 0
     if not places:
         return "".join(images) + text
     if places != len(images):
-        raise UserError(f"{where}: {len(images)} images, but {placeholder} stands {places} times in the text")
-    parts = text.split(placeholder)
+        raise UserError(f"{where}: {len(images)} images, but {IMAGE} occurs {places} times in the text")
+    parts = text.split(IMAGE)
     return parts[0] + "".join(image + part for image, part in zip(images, parts[1:], strict=True))
 
 

@@ -1,4 +1,4 @@
-"""Texts with images as the model gets them: with the tokens that stand for images, and tiles."""
+"""Texts with images as the model gets them: with tokens in place of the images, and tiles."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class Seen(NamedTuple):
 
     Attributes:
       texts: the texts, with one `MARK` in the place of each image.
-      stand_ins: what stands for each image, in order.
+      replacements: the text that each image becomes, in order.
       pixels: the tiles of all images, in order; `None` without images.
     """
 
     texts: list[str]
-    stand_ins: list[str]
+    replacements: list[str]
     pixels: Pixels | None
 
 
@@ -47,21 +47,20 @@ def look(texts: Sequence[str], processor: ImageProcessor | None, where: str) -> 
     if processor is None:
         raise UserError(f"{where}: an image, but the model does not see (model.vision is none); expected text")
     kept: list[str] = []
-    stand_ins: list[str] = []
+    replacements: list[str] = []
     pixels: list[Pixels] = []
     for text in texts:
         rest, references = take_out(text, where)
         kept.append(rest)
         for reference in references:
             name = f" ({reference.name})" if reference.name else ""
-            tiles = processor.tiles(decode(reference.content, f"{where}: image {len(stand_ins) + 1}{name}"))
-            stand_ins.append(processor.text(tiles.rows, tiles.columns))
+            tiles = processor.tiles(decode(reference.content, f"{where}: image {len(replacements) + 1}{name}"))
+            replacements.append(processor.text(tiles.rows, tiles.columns))
             pixels.append(tiles.pixels)
-    return Seen(kept, stand_ins, np.concatenate(pixels))
+    return Seen(kept, replacements, np.concatenate(pixels))
 
 
 def flat(pixels: Sequence[Pixels | None]) -> Ragged:
     """The tiles of several examples as sequences of bytes."""
-    lengths = np.array([0 if one is None else one.size for one in pixels], np.int64)
-    values = [one.reshape(-1) for one in pixels if one is not None]
-    return Ragged.cut(np.concatenate([np.zeros(0, np.uint8), *values]), lengths)
+    none = np.zeros(0, np.uint8)
+    return Ragged.of_arrays([none if one is None else one.reshape(-1) for one in pixels], np.uint8)

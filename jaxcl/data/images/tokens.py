@@ -45,14 +45,14 @@ def encode_seen(seen: Seen, tokenizer: Tokenizer, continued: bool) -> list[int]:
     """Token ids of a text with images.
 
     Args:
-      seen: one text; what stands for its images is made of special tokens, the text around them has none.
+      seen: one text. Its images become special tokens; the text around them is encoded without any.
       tokenizer: the tokenizer.
       continued: see `Tokenizer.encode_batch`.
     """
     first, *rest = seen.texts[0].split(MARK)
     ids = tokenizer.encode(first, continued=continued) if first else []
-    for stand_in, text in zip(seen.stand_ins, rest, strict=True):
-        ids += tokenizer.encode(stand_in, continued=True, specials=True)
+    for replacement, text in zip(seen.replacements, rest, strict=True):
+        ids += tokenizer.encode(replacement, continued=True, specials=True)
         ids += tokenizer.encode(text, continued=True) if text else []
     return ids
 

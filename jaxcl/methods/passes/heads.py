@@ -6,6 +6,8 @@ authors' code counts padding and future keys too.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,14 +37,8 @@ def add_sensitivity(network: Network, sums: HeadSums, params: Params, batch: Bat
       batch: token rows.
       chunk: see `over_positions`; static.
     """
-    compute = network.config.compute.model_copy(update={"remat": "full"})
-    network = Network.create(network.config.model_copy(update={"compute": compute}))
-
-    def loss(dummy: Array) -> Array:
-        states = network.hidden(params, batch, tap=Tap(watch, dummy)).states
-        return jnp.sum(example_losses(network, params, states, batch, chunk))
-
-    return sums.add(jax.grad(loss)(jnp.zeros_like(sums.total)), _pairs(network, batch))
+    squares = watched_squares(network, params, batch, chunk, Tap(watch, jnp.zeros_like(sums.total)))
+    return sums.add(squares, visible_pairs(network, batch, jnp.sum))
 
 
 @jax.named_scope("importance")
@@ -58,6 +54,43 @@ def add_forgettability(network: Network, sums: HeadSums, before: Params, after: 
       after: params after it.
       batch: token rows.
     """
+    # Weights of pairs that are not visible are 0 in both.
+    squares = changed_squares(network, before, after, batch, lambda squares: jnp.sum(squares, axis=(0, 2, 3)))
+    return sums.add(squares, visible_pairs(network, batch, jnp.sum))
+
+
+def watched_squares(network: Network, params: Params, batch: Batch, chunk: int, tap: Tap) -> Float[Array, "layers ..."]:
+    """Sums of the squares of d(loss) / d(attention weight).
+
+    Args:
+      network: the network.
+      params: the network's params.
+      batch: token rows.
+      chunk: see `over_positions`; static.
+      tap: a function as `watch` is, and zeros for each layer, whose gradient is the result.
+    """
+    compute = network.config.compute.model_copy(update={"remat": "full"})
+    network = Network.create(network.config.model_copy(update={"compute": compute}))
+
+    def loss(dummy: Array) -> Array:
+        states = network.hidden(params, batch, tap=Tap(tap.function, dummy)).states
+        return jnp.sum(example_losses(network, params, states, batch, chunk))
+
+    return jax.grad(loss)(tap.inputs)
+
+
+def changed_squares(
+    network: Network, before: Params, after: Params, batch: Batch, over: Callable[[Array], Array]
+) -> Float[Array, "layers ..."]:
+    """Sums of the squared change of attention weights.
+
+    Args:
+      network: the network.
+      before: params before the task.
+      after: params after it.
+      batch: token rows.
+      over: sums the squares of a layer, `[batch, heads, query, length]`.
+    """
     context = network.context(batch)
     probe = Probe(lambda view, _: attention_maps(view))
 
@@ -66,19 +99,25 @@ def add_forgettability(network: Network, sums: HeadSums, before: Params, after: 
             network.block(layer, state, batch, context=context, probe=probe)
             for layer, state in zip(layers, inputs, strict=True)
         )
-        # Weights of pairs that are not visible are 0 in both.
-        return (x, y), jnp.sum(jnp.square(x_probs - y_probs), axis=(0, 2, 3))
+        return (x, y), over(jnp.square(x_probs - y_probs))
 
     start = network.embed(before, batch), network.embed(after, batch)
-    squares = jax.lax.scan(body, start, (network.blocks(before), network.blocks(after)))[1]
-    return sums.add(squares, _pairs(network, batch))
+    return jax.lax.scan(body, start, (network.blocks(before), network.blocks(after)))[1]
 
 
-def _pairs(network: Network, batch: Batch) -> Float[Array, ""] | Float[Array, "layers 1"]:
-    """Number of visible (query, key) pairs; by layer where some have a window and others have not."""
+def visible_pairs(
+    network: Network, batch: Batch, over: Callable[[Array], Array]
+) -> Float[Array, "..."] | Float[Array, "... layers 1"]:
+    """Number of visible (query, key) pairs; by layer where some have a window and others have not.
+
+    Args:
+      network: the network.
+      batch: token rows.
+      over: sums `[batch, 1, length, length]`, 1 for pairs that are visible and else 0.
+    """
 
     def count(window: int | None) -> Array:
-        return jnp.sum(visible(batch.segments, network.causal, window).astype(jnp.float32))
+        return over(visible(batch.segments, network.causal, window).astype(jnp.float32))
 
     windowed, window = network.windowed(batch.tokens.shape[1]), network.config.window
     if len(set(windowed)) == 1:

@@ -1,4 +1,4 @@
-"""Tiles and the text that stands for them against the image processors of transformers."""
+"""Tiles of images and the text that they become against the image processors of transformers."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def rows(images: list[int], tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """Token rows with so many images each, and where they are real."""
+    """Token rows with the given numbers of images, and which positions are not padding."""
     rng = np.random.default_rng(0)
     found = []
     for count in images:
