@@ -173,7 +173,7 @@ class Bench:
             "seekr_values": self.step_program(self.methods["values"], self.remembered("values")),
             "seekr_auto": self.step_program(self.method(**{**BUDGET, "attention_weight": "auto"}), batch),
             "seekr_outputs_only": self.step_program(self.method(**{**BUDGET, "attention_weight": 0.0}), batch),
-            "seekr_attention_only": self.step_program(self.method(**BUDGET, logit_weight=0.0), batch),
+            "seekr_attention_only": self.step_program(self.method(**{**BUDGET, "logit_weight": 0.0}), batch),
             "sensitivity": Program(jax.jit(seekr.add_sensitivity), zero, self.params, batch),
             "forgettability": Program(jax.jit(seekr.add_forgettability), zero, before, self.params, batch),
         }
