@@ -228,7 +228,7 @@ def measure(model: str, options: argparse.Namespace) -> dict[str, Any]:
         "dropout": dropout_programs(network, options.batch),
     }
     run_in_turn([program for group in groups.values() for program in group.values()], options.rounds)
-    masks = jax.eval_shape(lambda: soft_masks(network, network.gates(), "mean"))
+    masks = jax.eval_shape(lambda: soft_masks(network.units(), network.shapes(), vars(network.gates()), "mean"))
     size = {
         name: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
         for name, tree in (("params", params), ("masks", masks))
