@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
+from typing import Any
 
 
 def compile_once(layers: int) -> dict[str, float]:
@@ -36,9 +37,9 @@ def compile_once(layers: int) -> dict[str, float]:
     network = Network.create(LlamaConfig(**shape, num_layers=layers, max_length=512))
     layout = Layout.create(make_mesh(MeshConfig()), network.axes(), network.shapes())
     trainer = Trainer(Sequential(Sequential.Options(), network, 1), OptimizerConfig(), layout, accumulate=1, seed=0)
-    tokens = jax.ShapeDtypeStruct((4, 512), "int32")
-    row = jax.ShapeDtypeStruct((4,), "int32")
-    weights = jax.ShapeDtypeStruct((4, 512), "float32")
+    tokens: Any = jax.ShapeDtypeStruct((4, 512), "int32")
+    row: Any = jax.ShapeDtypeStruct((4,), "int32")
+    weights: Any = jax.ShapeDtypeStruct((4, 512), "float32")
     batch = Batch(tokens, tokens, tokens, None, tokens, weights, row, row, packed=False)
     jax.jit(lambda: 0)()  # starting the backend is no compilation
     started = time.perf_counter()
@@ -48,7 +49,7 @@ def compile_once(layers: int) -> dict[str, float]:
     return {
         "trace": traced - started,
         "compile": time.perf_counter() - traced,
-        "instructions": float(program.as_text().count(" = ")),
+        "instructions": float(str(program.as_text()).count(" = ")),
     }
 
 

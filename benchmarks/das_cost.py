@@ -60,7 +60,7 @@ def make_network(model: str, **changes: Any) -> Network:
     return Network.create(RobertaConfig(**values) if model == "roberta" else LlamaConfig(**values))
 
 
-def rows(model: str, batch: int, vocab: int = VOCAB) -> dict[str, Any]:
+def rows(model: str, batch: int, vocab: int = VOCAB) -> Any:
     """Random tokens; 15% of the positions are scored for the encoder, all for the decoder."""
     random = np.random.default_rng(0)
     tokens = random.integers(0, vocab, (batch, LENGTH + 1))
@@ -118,8 +118,9 @@ def _side_by_side(method: DasPaper, params: Any, importance: Gates, batch: Batch
 
 
 def _contrast_of(method: DasPaper, states: Any, batch: Batch) -> Term:
-    pooled = [pool(states[:, copy], batch.segments) for copy in range(3)]
-    total, count = contrast(*pooled, jnp.any(batch.segments != 0, axis=1), method.options.temperature)
+    anchors, positives, negatives = (pool(states[:, copy], batch.segments) for copy in range(3))
+    mask = jnp.any(batch.segments != 0, axis=1)
+    total, count = contrast(anchors, positives, negatives, mask, method.options.temperature)
     return Term(total, count, method.options.contrast_weight)
 
 

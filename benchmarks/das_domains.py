@@ -35,7 +35,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.records import over_seeds, run_all, spread, table
+from benchmarks.recorded import over_seeds, run_all, spread, table
 
 LIMITS = {"train": 640, "dev": 160, "test": 480}
 DOMAINS = [
@@ -186,15 +186,15 @@ def tables(found: dict[str, dict[str, Any]]) -> str:
         pairs = zip(*(value[part] if row is None else value[part][row] for part in ("mean", "deviation")), strict=True)
         return [spread({"mean": mean, "deviation": deviation}, digits) for mean, deviation in pairs]
 
-    names = [domain["name"] for domain in DOMAINS]
-    rows = []
+    names = [str(domain["name"]) for domain in DOMAINS]
+    rows: list[list[str]] = []
     for variant, one in found.items():
         at_end = each(one["matrix"], -1)
         if not np.isnan(one["initial"]["mean"][0]):
             rows.append(["before", "", "", *each(one["initial"]), "", ""])
         numbers = [spread(one["perplexity"]), spread(one["growth"], 3), *at_end]
         rows.append([f"`{variant}`", *numbers, spread(one["training_seconds"], 0), spread(one["method_seconds"], 0)])
-    head = ["method", "perplexity", "growth", *names[: len(at_end)], "training, s", "between domains, s"]
+    head: list[str] = ["method", "perplexity", "growth", *names[: len(at_end)], "training, s", "between domains, s"]
     parts = [table(head, rows)]
     if all("f1" in one for one in found.values()):
         rows = []

@@ -105,7 +105,7 @@ def main() -> None:
             "tokens_per_s": round(speed(with_records)),
             "without_records": round(speed(plain)),
             "record_kb_on_disk": round(path.stat().st_size / len(rows) / 1e3, 1),
-            "record_kb_in_batch": round(sum(one.nbytes for one in batch["teacher"].values()) / BATCH / 1e3, 1),
+            "record_kb_in_batch": round(sum(one.nbytes for one in (batch["teacher"] or {}).values()) / BATCH / 1e3, 1),
         }
     print(json.dumps(found))
 

@@ -40,10 +40,10 @@ def differences(one: Path, other: Path) -> Iterator[str]:
         yield "metrics.jsonl"
     arrays = [last_arrays(folder / "checkpoints") for folder in (one, other)]
     for name in sorted(arrays[0].keys() | arrays[1].keys()):
-        pair = [found.get(name) for found in arrays]
-        if any(array is None for array in pair):
+        first, second = (found.get(name) for found in arrays)
+        if first is None or second is None:
             yield f"{name}: only in one of them"
-        elif pair[0].dtype != pair[1].dtype or not np.array_equal(*pair, equal_nan=True):
+        elif first.dtype != second.dtype or not np.array_equal(first, second, equal_nan=True):
             yield f"{name}: other values"
 
 

@@ -22,7 +22,6 @@ import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +60,7 @@ EXACT: dict[str, Any] = {"store_logits": 0, "store_attention": "float32"}
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, weight_decay=0.01, schedule="constant")
 
 
-def rows(task: int, count: int, scored: int, seed: int) -> dict[str, Any]:
+def rows(task: int, count: int, scored: int, seed: int) -> Any:
     """Tokens that each stand a little above their predecessor; how little is the task."""
     random = np.random.default_rng((seed, task))
     steps = random.integers(0, 8, (count, LENGTH + 1)) * (task + 1)
@@ -131,7 +130,7 @@ class Bench:
                 {field: values[row] for field, values in signals.items()} for row in range(batch.size)
             ]
 
-    def batch(self, fields: Mapping[str, Any]) -> Batch:
+    def batch(self, fields: Any) -> Batch:
         """A batch on the devices."""
         return place_batch(fields, self.layout.batch)
 

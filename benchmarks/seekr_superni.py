@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.records import over_seeds, run_all, spread, table
+from benchmarks.recorded import over_seeds, run_all, spread, table
 
 TASKS = {"sentiment": "task363", "relation": "task1510", "commonsense": "task073", "causes": "task748"}
 REPLAY = {"fraction": 0.0, "minimum": 8}

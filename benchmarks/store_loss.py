@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks.records import over_seeds
+from benchmarks.recorded import over_seeds
 from jaxcl.commands.teacher import KeptModels
 from jaxcl.config import parse_config
 from jaxcl.data.teacher_store import TeacherStore

@@ -83,19 +83,17 @@ def jaxcl_step(options: argparse.Namespace, folder: Path) -> tuple[Callable[[], 
     state = trainer.start_task(trainer.init(params), 1000)
     text = tokens(options.batch)
     rows = np.zeros(options.batch, np.int32)
-    batch = place_batch(
-        {
-            "tokens": text[:, :-1],
-            "targets": text[:, 1:],
-            "segments": np.ones((options.batch, LENGTH)),
-            "positions": np.tile(np.arange(LENGTH), (options.batch, 1)),
-            "weights": np.ones((options.batch, LENGTH)),
-            "task": rows,
-            "example": rows,
-            "packed": options.packed,
-        },
-        layout.batch,
-    )
+    fields: Any = {
+        "tokens": text[:, :-1],
+        "targets": text[:, 1:],
+        "segments": np.ones((options.batch, LENGTH)),
+        "positions": np.tile(np.arange(LENGTH), (options.batch, 1)),
+        "weights": np.ones((options.batch, LENGTH)),
+        "task": rows,
+        "example": rows,
+        "packed": options.packed,
+    }
+    batch = place_batch(fields, layout.batch)
     started = time.perf_counter()
     memory = trainer.jitted_step.lower(state, batch, trainer.key).compile().memory_analysis()
     facts = {

@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 Row = dict[str, str]
 SPLITS = ("dev", "test", "train")
@@ -219,7 +220,7 @@ def write_task(name: str, root: Path, folder: Path) -> Path:
     return _write(folder / name, ".json", _split(rows, lambda row: row["prompt"]), json.dumps)
 
 
-def _split(rows: list, text: Callable[[object], str]) -> dict[str, list]:
+def _split(rows: list, text: Callable[[Any], str]) -> dict[str, list]:
     """A tenth each for dev and test, or 250 rows if that is more, but at most a fifth."""
     rows = sorted(rows, key=lambda row: hashlib.sha256(text(row).encode()).digest())
     held = max(len(rows) // 10, min(250, len(rows) // 5))

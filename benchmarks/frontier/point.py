@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,6 @@ from benchmarks.frontier.testbeds import GENERAL_ROWS, SPLIT_OF, TESTBEDS
 from jaxcl.config import parse_config
 from jaxcl.data.pairs import encode_answers
 from jaxcl.data.pipeline import Pipeline
-from jaxcl.data.rows import HostBatch
 from jaxcl.data.sources import load_task
 from jaxcl.data.spec import DataConfig, TaskSpec
 from jaxcl.data.text import TextRows
@@ -62,7 +61,7 @@ class RateState(NamedTuple):
 def with_rate(method: type[Method]) -> type[Method]:
     """The method, with a factor on its learning rate in the optimizer's state."""
 
-    class Rated(method):  # type: ignore[valid-type, misc]
+    class Rated(method):  # type: ignore[misc]
         def transform(self, parts: OptimizerParts) -> optax.GradientTransformationExtraArgs:
             inner = super().transform(parts)
 
@@ -70,7 +69,7 @@ def with_rate(method: type[Method]) -> type[Method]:
                 return RateState(jnp.float32(1), inner.init(params))
 
             def update(
-                updates: Params, state: RateState, params: Params = None, *, learning_rate: Array, **extra: Any
+                updates: Params, state: RateState, params: Params | None = None, *, learning_rate: Array, **extra: Any
             ) -> tuple[Params, RateState]:
                 rate = learning_rate * state.rate
                 updates, new = inner.update(updates, state.inner, params, learning_rate=rate, **extra)
@@ -196,13 +195,13 @@ class Setting:
         rows = load_task(TaskSpec(name="general", source=f"text:{path}")).test
         data = DataConfig(length=96)
         parts = self.parts
-        objective = "causal" if parts.network.causal else "masked"
+        objective: Literal["causal", "masked"] = "causal" if parts.network.causal else "masked"
         text = TextRows(rows, parts.tokenizer, data, objective=objective, task=0, name="general", cache=parts.cache)
         return Pipeline([text], 32, data)
 
     def _batches(self, pipeline: Pipeline, limit: int | None = None) -> list[Batch]:
         rows = pipeline.once(limit or self.testbed.rows, 0)
-        return [place_batch(cast(HostBatch, batch), self.parts.layout.batch) for batch in rows]
+        return [place_batch(batch, self.parts.layout.batch) for batch in rows]
 
 
 def label_tokens(parts: Components, index: int) -> Int[np.ndarray, " labels"]:

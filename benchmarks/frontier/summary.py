@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.frontier.records import Point, Record
 from benchmarks.frontier.testbeds import TESTBEDS
-from benchmarks.records import table
+from benchmarks.recorded import table
 from jaxcl.reporting import frontier
 from jaxcl.reporting.intervals import Interval, mean_interval, paired_interval
 

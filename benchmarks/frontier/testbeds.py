@@ -6,6 +6,7 @@ Order A is for choosing settings and is scored on dev rows; order B is for repor
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,7 +36,7 @@ class Testbed:
 
     name: str
     kind: Literal["text", "pairs"]
-    orders: dict[str, tuple[str, ...]]
+    orders: Mapping[str, tuple[str, ...]]
     steps: int
     batch_size: int
     rows: int
