@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("--ways", default=",".join(WAYS))
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--rounds", type=int, default=8, help="per task")
-    parser.add_argument("--steps", type=int, default=10, help="per round")
+    parser.add_argument("--steps", type=int, default=20, help="per round")
     parser.add_argument("--rows", type=int, default=1200, help="training rows per task, of all clients together")
     parser.add_argument("--limit", type=int, default=96, help="rows that a task is scored on")
     parser.add_argument("--noise", type=float, help="DP-FedAvg with this noise multiplier")
