@@ -59,6 +59,12 @@ def data_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["JAXCL_DATA_CACHE"] = str(tmp_path_factory.mktemp("data_cache"))
 
 
+@pytest.fixture(autouse=True)
+def own_data_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Configurations of tests name their data; a folder in the user's environment would replace it."""
+    monkeypatch.delenv("JAXCL_DATA", raising=False)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # Modules that take long come first: with two workers, one of them at the end would leave the other waiting.
     items.sort(key=lambda item: item.path.parent != WHOLE_RUNS and item.path.stem not in LONG)

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import os
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +31,7 @@ from jaxcl.training.optimizer import OptimizerConfig, make_parts
 from tests.tiny.networks import tiny_llama
 from tests.tiny.trainer import TinyMethod, make_params, make_rows, one_device
 
+BENCHMARK_FILES = os.environ.get("JAXCL_DATA")  # tests do not see it
 EWC = Point("text", "A", "ewc", "ewc", {"strength": 10.0}, 1e-3, 0)
 
 
@@ -124,6 +126,8 @@ def test_kept_bytes_are_the_methods_state_and_what_is_remembered(tmp_path: Path)
 
 @pytest.mark.slow
 def test_a_point_is_the_run_of_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if BENCHMARK_FILES is not None:
+        monkeypatch.setenv("JAXCL_DATA", BENCHMARK_FILES)
     try:
         points.data_root()
     except SystemExit as error:

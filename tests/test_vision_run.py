@@ -112,7 +112,8 @@ def test_generate_takes_images(runs: dict[str, Path], tmp_path: Path, capsys: py
 
 def test_a_model_that_does_not_see_refuses_images(tmp_path: Path) -> None:
     given = content(tmp_path, "sequential", model=DECODER)
-    with pytest.raises(UserError, match=r"one row 1: an image, but the model does not see \(model.vision is none\)"):
+    words = r"task one: scored test row 1: an image, but the model does not see \(model.vision is none\)"
+    with pytest.raises(UserError, match=words):
         sequence.run(parse_config(given))
 
 
@@ -126,7 +127,8 @@ def test_an_image_token_of_another_id_is_refused(tmp_path: Path) -> None:
 def test_images_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     given = content(tmp_path, "sequential")
     given["data"] |= {"prompt_length": 8}
-    with pytest.raises(UserError, match=r"one row 1: the prompt has \d+ tokens with its images.*leaves room for 7"):
+    words = r"task one: scored test row 1: the prompt has \d+ tokens with its images.*leaves room for 7"
+    with pytest.raises(UserError, match=words):
         sequence.run(parse_config(given))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -33,6 +34,14 @@ from jaxcl.training.low_bits import split, widen
 from jaxcl.training.privacy import gaussian_epsilon
 from jaxcl.training.state import TrainState, abstract
 from jaxcl.training.watch import Watch
+
+# What the answers of clients must say, and its type.
+_SAID: dict[str, dict[str, type[Any]]] = {
+    "begin": {"weight": numbers.Real},
+    "describe": {"data": dict, "skipped": int},
+    "save": {"checkpoint": int},
+    "score": {"matrix": list},
+}
 
 
 class Server(TaskSequence):
@@ -158,11 +167,7 @@ class Server(TaskSequence):
         """Lets clients begin a task from the params before it."""
         shared: dict[int, PyTree] = {}
         for number, reply in self._ask("begin", index, {"params": self._before}, clients):
-            weight = reply.words.get("weight")
-            if not (isinstance(weight, int | float) and 0 < weight < math.inf):  # it would spoil every mean
-                print(f"begin: client {number} is left out: its weight is {weight}", file=sys.stderr)
-                continue
-            self._weights[number], shared[number] = weight, reply.arrays
+            self._weights[number], shared[number] = reply.words["weight"], reply.arrays
         if len(clients) == self.settings.clients:
             self._agree(((number, Reply(found, {})) for number, found in shared.items()), index)
         elif self._agreed:  # clients that came later
@@ -294,10 +299,11 @@ class Server(TaskSequence):
     def _replies(self, what: str, words: Mapping[int, Words], arrays: PyTree) -> Iterator[tuple[int, Reply]]:
         """The replies of those clients that answer; the others are named, and have to begin the task again."""
         for number, reply in self._grid.ask(what, words, arrays, self._shared):
-            if isinstance(reply, str):
-                print(f"{what}: client {number} is left out: {reply}", file=sys.stderr)
+            reason = reply if isinstance(reply, str) else _why_unusable(what, reply.words)
+            if reason is not None:
+                print(f"{what}: client {number} is left out: {reason}", file=sys.stderr)
                 self._weights.pop(number, None)
-            else:
+            elif isinstance(reply, Reply):
                 yield number, reply
 
     def _all(self, what: str, index: int, arrays: PyTree, clients: Sequence[int] | None = None) -> None:
@@ -384,6 +390,17 @@ class Server(TaskSequence):
 
     def _wide(self, state: TrainState) -> Params:
         return self._travelling(widen(trained(state.params), state.low_bits))
+
+
+def _why_unusable(what: str, words: Words) -> str | None:
+    """Why the run could not go on with what a client says; `None`: it can."""
+    for name, kind in _SAID.get(what, {}).items():
+        value = words.get(name)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            return f"its {name} is {value!r}"
+        if name == "weight" and not 0 < value < math.inf:  # it would spoil every mean
+            return f"its weight is {value}"
+    return None
 
 
 def _bytes(tree: PyTree) -> int:

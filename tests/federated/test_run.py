@@ -88,7 +88,7 @@ def test_a_hostile_update_is_refused_by_name_and_the_run_goes_on(three: Path) ->
         assert results.skipped[name] == sum(row["task"] == task and "1" in row["clients"] for row in found)
 
 
-def test_a_client_with_a_weight_that_would_spoil_the_mean_is_left_out(
+def test_clients_whose_answers_cannot_be_used_are_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     weights: dict[int, Any] = {0: math.nan, 1: math.inf, 2: "many"}
@@ -96,15 +96,20 @@ def test_a_client_with_a_weight_that_would_spoil_the_mean_is_left_out(
 
     def answer(self: Client, what: str, *rest: Any) -> Any:
         arrays, words = original(self, what, *rest)
+        if what == "describe" and self.number == 4:
+            return arrays, {"data": words["data"]}
         return arrays, {"weight": weights.get(self.number, words["weight"])} if what == "begin" else words
 
     monkeypatch.setattr(Client, "answer", answer)
     content = {**DOMAINS, "tasks": DOMAINS["tasks"][:1]}
-    federated(content, tmp_path, "sequential", clients=4, rounds=1, steps=1)
+    federated(content, tmp_path, "sequential", clients=5, rounds=1, steps=1)
     (row,) = rounds(tmp_path)
     assert set(row["refused"]) == {"0", "1", "2"}
     assert 0 < row["update_norm"] < math.inf
-    assert "begin: client 1 is left out: its weight is inf" in capsys.readouterr().err
+    assert Results.read(tmp_path / "results.json").finished
+    printed = capsys.readouterr().err
+    assert "begin: client 1 is left out: its weight is inf" in printed
+    assert "describe: client 4 is left out: its skipped is None" in printed
 
 
 def test_clients_have_their_own_rows_noise_and_clock(three: Path) -> None:
