@@ -14,6 +14,7 @@ import jax
 
 from jaxcl.config import ExperimentConfig
 from jaxcl.data.clients import task_of_client
+from jaxcl.data.sources import TaskData
 from jaxcl.errors import UserError
 from jaxcl.evaluation.results import Results
 from jaxcl.methods.base import Method
@@ -180,6 +181,9 @@ def check_federated(config: ExperimentConfig) -> FederatedConfig:
     settings = config.federated
     if settings.share == "adapters" and config.model.lora is None:
         raise refused("federated.share: adapters, but the model has none (model.lora); allowed: params")
+    for number, order in enumerate(settings.orders or ()):
+        if sorted(order) != sorted(names := [task.name for task in config.tasks]):
+            raise refused(f"federated.orders.{number}: expected the names of all tasks ({', '.join(names)}), each once")
     hidden = [name for name in ("privacy", "secure") if getattr(settings, name)]
     if hidden and method.share is not Method.share:
         raise refused(
@@ -220,17 +224,20 @@ def parts_of(parts: Components, settings: FederatedConfig, number: int, folder: 
       UserError: its rows cannot be read or divided.
     """
     seed = order_seed(parts.config.seed, number)
-    config = parts.config.model_copy(update={"seed": seed, "output": str(folder.path), "federated": None})
+    order = settings.order(number, parts.names)
+    specs = tuple(parts.config.tasks[index] for index in order)
+    changes = {"seed": seed, "output": str(folder.path), "federated": None, "tasks": specs}
+    config = parts.config.model_copy(update=changes)
     if settings.owners is not None:
         config = config.model_copy(update={"data_root": owned_root(config, settings.owners[number])})
-        tasks = tuple(open_task(spec, config, parts.cache) for spec in config.tasks)
+        tasks = tuple(open_task(spec, config, parts.cache) for spec in specs)
         return dataclasses.replace(parts, config=config, tasks=tasks, trainer=parts.trainer.with_seed(seed))
-    tasks = tuple(
-        task_of_client(
-            task, number, settings.clients, alpha=settings.alpha, seed=parts.config.seed + index, cache=parts.cache
-        )
-        for index, task in enumerate(parts.tasks)
-    )
+
+    def dealt(index: int) -> TaskData:
+        shares = {"alpha": settings.alpha, "seed": parts.config.seed + index}
+        return task_of_client(parts.tasks[index], number, settings.clients, **shares, cache=parts.cache)
+
+    tasks = tuple(map(dealt, order))
     own = dataclasses.replace(parts, config=config, tasks=tasks, trainer=parts.trainer.with_seed(seed))
     vars(own)["shapes"] = parts.shapes  # of batches, for which a step is compiled: the same for all clients
     return own

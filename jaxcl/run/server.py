@@ -131,8 +131,15 @@ class Server(TaskSequence):
             return
         with self._timed("evaluation"):
             answers = self._ask("score", after, self._to_clients)
-            self._note_clients(scores={str(number): reply.words["matrix"] for number, reply in answers})
+            scores = {str(number): self._as_listed(number, reply.words["matrix"]) for number, reply in answers}
+            self._note_clients(scores=scores)
         self.board.write(self.stopwatch.seconds)
+
+    def _as_listed(self, client: int, matrix: list[Any]) -> list[list[Any]]:
+        """A client's scores with tasks as the configuration lists them, not as the client learns them."""
+        order = self.settings.order(client, self.parts.names)
+        whole = [row for row in matrix if isinstance(row, list) and len(row) == len(order)]
+        return [[row[order.index(task)] for task in range(len(order))] for row in whole]
 
     def _note_clients(self, **values: Any) -> None:
         self.board.note_extra("federated", {**self.board.results.extra.get("federated", {}), **values})

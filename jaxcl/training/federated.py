@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -94,6 +95,12 @@ class FederatedConfig(Schema):
         description="a folder per client with its own data: the sources of its tasks are read there and not in "
         "data_root, where the rows are that the server is evaluated on; none: the rows of data_root are divided",
     )
+    orders: tuple[tuple[str, ...], ...] | None = Field(
+        None,
+        min_length=1,
+        description="for each client the names of all tasks, in the order in which it learns them; none: all learn them "
+        "as tasks lists them, which is also the order that the server is evaluated in",
+    )
     score_clients: bool = Field(
         False, description="with owners: each client also scores the server's model on its own rows, after each task"
     )
@@ -127,6 +134,21 @@ class FederatedConfig(Schema):
         drawn = np.random.default_rng((seed, task, round_number)).permutation(self.clients)
         return np.sort(drawn[: self.members])
 
+    def order(self, client: int, names: Sequence[str]) -> list[int]:
+        """Indices of the tasks in the order in which a client learns them.
+
+        Args:
+          client: the client's number.
+          names: of the tasks, as the configuration lists them.
+
+        Examples:
+          >>> two = FederatedConfig(clients=2, rounds=1, steps=1, orders=(("a", "b"), ("b", "a")))
+          >>> two.order(0, ["a", "b"]), two.order(1, ["a", "b"])
+          ([0, 1], [1, 0])
+        """
+        order = names if self.orders is None else self.orders[client]
+        return [names.index(name) for name in order]
+
     @property
     def members(self) -> int:
         """Clients in a round.
@@ -140,6 +162,8 @@ class FederatedConfig(Schema):
     def _fits(self) -> FederatedConfig:
         if self.owners is not None and len(self.owners) != self.clients:
             raise ValueError(f"owners: expected a folder for each of {self.clients} clients, got {len(self.owners)}")
+        if self.orders is not None and len(self.orders) != self.clients:
+            raise ValueError(f"orders: expected an order for each of {self.clients} clients, got {len(self.orders)}")
         if self.owners is not None and self.alpha is not None:
             raise ValueError("alpha divides rows over clients, and with owners each has its own; name one of them")
         if self.score_clients and self.owners is None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jaxcl.config import parse_config
+from jaxcl.config.file import read_yaml
 from jaxcl.errors import UserError
 from jaxcl.evaluation.results import Results
 from jaxcl.run import federation
@@ -47,6 +48,23 @@ def test_one_client_is_the_ordinary_run_to_the_bit(method: Any, tmp_path: Path) 
         with np.load(name) as expected, np.load(own / "importance" / name.name) as found:
             for key in expected:
                 np.testing.assert_array_equal(found[key], expected[key])
+
+
+def test_clients_learn_tasks_in_orders_of_their_own(tmp_path: Path) -> None:
+    ordered = {**DOMAINS, "training": {**DOMAINS["training"], "steps": 2}, "tasks": DOMAINS["tasks"][::-1]}
+    names = [task["name"] for task in DOMAINS["tasks"]]
+    alone = run(ordered, tmp_path / "alone", "ewc")
+    federated(DOMAINS, tmp_path / "one", "ewc", clients=1, rounds=1, steps=2, orders=[names[::-1]])
+    assert numbers(tmp_path / "one" / "clients" / "0") == numbers(tmp_path / "alone")
+    assert_equal_bits(load_model(str(tmp_path / "one")).params, load_model(str(tmp_path / "alone")).params)
+    assert alone.tasks == names[::-1]
+    found = federated(DOMAINS, tmp_path / "two", "ewc", clients=2, rounds=1, steps=1, orders=[names, names[::-1]])
+    assert found.tasks == names
+    for client, order in enumerate((names, names[::-1])):
+        content = read_yaml(tmp_path / "two" / "clients" / str(client) / "config.yaml")
+        assert [task["name"] for task in content["tasks"]] == order
+    with pytest.raises(UserError, match=r"federated.orders.0: expected the names of all tasks \(.*\), each once"):
+        federated(DOMAINS, tmp_path / "wrong", "ewc", clients=1, rounds=1, steps=1, orders=[names[:1]])
 
 
 @pytest.fixture(scope="module")
