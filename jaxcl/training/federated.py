@@ -98,8 +98,8 @@ class FederatedConfig(Schema):
     orders: tuple[tuple[str, ...], ...] | None = Field(
         None,
         min_length=1,
-        description="for each client the names of all tasks, in the order in which it learns them; none: all learn them "
-        "as tasks lists them, which is also the order that the server is evaluated in",
+        description="for each client the names of all tasks, in the order in which it learns them; none: all learn "
+        "them as tasks lists them, which is also the order that the server is evaluated in",
     )
     score_clients: bool = Field(
         False, description="with owners: each client also scores the server's model on its own rows, after each task"
