@@ -234,8 +234,8 @@ def parts_of(parts: Components, settings: FederatedConfig, number: int, folder: 
         return dataclasses.replace(parts, config=config, tasks=tasks, trainer=parts.trainer.with_seed(seed))
 
     def dealt(index: int) -> TaskData:
-        shares = {"alpha": settings.alpha, "seed": parts.config.seed + index}
-        return task_of_client(parts.tasks[index], number, settings.clients, **shares, cache=parts.cache)
+        task, seed = parts.tasks[index], parts.config.seed + index
+        return task_of_client(task, number, settings.clients, alpha=settings.alpha, seed=seed, cache=parts.cache)
 
     tasks = tuple(map(dealt, order))
     own = dataclasses.replace(parts, config=config, tasks=tasks, trainer=parts.trainer.with_seed(seed))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
@@ -17,6 +19,15 @@ Open = Callable[[int | None, Params | None], Client]
 
 Words: TypeAlias = Mapping[str, Any]
 """JSON values by name."""
+
+
+# What the answers of clients must say, and its type.
+_SAID: dict[str, dict[str, type[Any]]] = {
+    "begin": {"weight": numbers.Real},
+    "describe": {"data": dict, "skipped": int},
+    "save": {"checkpoint": int},
+    "score": {"matrix": list},
+}
 
 
 class Reply(NamedTuple):
@@ -88,4 +99,23 @@ class InProcess:
             client.close(finished=finished)
 
 
-__all__ = ["Answers", "Grid", "InProcess", "Lost", "Open", "Reply", "Words"]
+def why_unusable(what: str, words: Words) -> str | None:
+    """Why a run could not continue with what a client says; `None`: it can.
+
+    Args:
+      what: what it was asked for.
+      words: of its reply.
+
+    >>> why_unusable("begin", {"weight": 3.0}), why_unusable("begin", {"weight": -1.0}), why_unusable("save", {})
+    (None, 'its weight is -1.0', 'its checkpoint is None')
+    """
+    for name, kind in _SAID.get(what, {}).items():
+        value = words.get(name)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            return f"its {name} is {value!r}"
+        if name == "weight" and not 0 < value < math.inf:  # it would spoil every mean
+            return f"its weight is {value}"
+    return None
+
+
+__all__ = ["Answers", "Grid", "InProcess", "Lost", "Open", "Reply", "Words", "why_unusable"]

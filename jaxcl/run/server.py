@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -22,7 +21,7 @@ from jaxcl.run.client import travelling
 from jaxcl.run.components import Components, initial_params
 from jaxcl.run.exchange import Gathering, Order
 from jaxcl.run.folder import RunFolder
-from jaxcl.run.grid import Grid, Lost, Reply, Words
+from jaxcl.run.grid import Grid, Lost, Reply, Words, why_unusable
 from jaxcl.run.rounds import Rounds
 from jaxcl.run.sequence import TaskSequence
 from jaxcl.sharding.layout import put
@@ -34,14 +33,6 @@ from jaxcl.training.low_bits import split, widen
 from jaxcl.training.privacy import gaussian_epsilon
 from jaxcl.training.state import TrainState, abstract
 from jaxcl.training.watch import Watch
-
-# What the answers of clients must say, and its type.
-_SAID: dict[str, dict[str, type[Any]]] = {
-    "begin": {"weight": numbers.Real},
-    "describe": {"data": dict, "skipped": int},
-    "save": {"checkpoint": int},
-    "score": {"matrix": list},
-}
 
 
 class Server(TaskSequence):
@@ -306,7 +297,7 @@ class Server(TaskSequence):
     def _replies(self, what: str, words: Mapping[int, Words], arrays: PyTree) -> Iterator[tuple[int, Reply]]:
         """The replies of those clients that answer; the others are named, and have to begin the task again."""
         for number, reply in self._grid.ask(what, words, arrays, self._shared):
-            reason = reply if isinstance(reply, str) else _why_unusable(what, reply.words)
+            reason = reply if isinstance(reply, str) else why_unusable(what, reply.words)
             if reason is not None:
                 print(f"{what}: client {number} is left out: {reason}", file=sys.stderr)
                 self._weights.pop(number, None)
@@ -397,17 +388,6 @@ class Server(TaskSequence):
 
     def _wide(self, state: TrainState) -> Params:
         return self._travelling(widen(trained(state.params), state.low_bits))
-
-
-def _why_unusable(what: str, words: Words) -> str | None:
-    """Why the run could not go on with what a client says; `None`: it can."""
-    for name, kind in _SAID.get(what, {}).items():
-        value = words.get(name)
-        if not isinstance(value, kind) or isinstance(value, bool):
-            return f"its {name} is {value!r}"
-        if name == "weight" and not 0 < value < math.inf:  # it would spoil every mean
-            return f"its weight is {value}"
-    return None
 
 
 def _bytes(tree: PyTree) -> int:
