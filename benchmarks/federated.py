@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.recorded import table
 from jaxcl.config import ExperimentConfig, load_config
 from jaxcl.evaluation.results import Results
 from jaxcl.run.components import build
@@ -120,21 +121,21 @@ def summary(options: argparse.Namespace) -> None:
     groups: dict[tuple[Any, ...], dict[int, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for one in read(options.records):
         groups[one["method"], one["way"], one["noise"]][one["seed"]].append(one)
-    print(
-        "| method | way | noise | seeds | OP | BWT | bytes, both ways | of these shared by the method |\n"
-        + "|---" * 8
-        + "|"
-    )
+    head = ["method", "way", "noise", "seeds", "OP", "BWT", "MB sent, both ways", "of these shared by the method, MB"]
+    rows = []
     for (method, way, noise), seeds in sorted(groups.items(), key=str):
         cells = []
         for name in ("op", "bwt"):
             means = [statistics.fmean(one[name] for one in found) for found in seeds.values()]
             deviation = statistics.stdev(means) if len(means) > 1 else 0.0
             cells.append(f"{statistics.fmean(means):.1f} ± {deviation:.1f}")
-        first = next(iter(seeds.values()))[0]
-        sent = first.get("bytes_up", 0) + first.get("bytes_down", 0)
-        shared = first.get("bytes_shared", 0)
-        print(f"| {method} | {way} | {noise} | {len(seeds)} | {' | '.join(cells)} | {sent:,} | {shared:,} |")
+        sent = ["", ""]
+        if way == "federated":  # one client that has all rows sends nothing to nobody
+            first = next(iter(seeds.values()))[0]
+            megabytes = (first["bytes_up"] + first["bytes_down"], first["bytes_shared"])
+            sent = [f"{count / 1e6:.2f}" for count in megabytes]
+        rows.append([f"`{method}`", way, "" if noise is None else f"{noise:g}", str(len(seeds)), *cells, *sent])
+    print(table(head, rows))
 
 
 def main() -> None:
