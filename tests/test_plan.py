@@ -225,6 +225,70 @@ def test_of_experts_active_operations_are_counted() -> None:
     assert "active" not in as_table(dense)
 
 
+VISION = {
+    **{"hidden_size": 16, "intermediate_size": 32, "num_layers": 2, "num_heads": 2, "image_size": 16, "patch_size": 4},
+    **{"shuffle": 2, "image_token_id": 6},
+}
+
+
+def test_of_images_the_towers_operations_are_counted() -> None:
+    """By hand: 16 patches per image through the tower, 4 states of 4 patches each through the connector."""
+    config = config_of(SEEKR, model={**LLAMA, "vision": VISION})
+    plans = {count: plan(config, "v5e:1x1", ["train", "replay"], count) for count in (None, 0, 2, 4)}
+    text, two, four = (plans[count].steps["train"] for count in (0, 2, 4))
+    assert plans[None].images == 6  # of 4 tokens each, in prompts of 24
+    assert text.vision_flops is None
+    assert text.flops == plan(config_of(SEEKR), "v5e:1x1", ["train"]).steps["train"].flops
+    patches = 4 * 2 * 16  # rows, images
+    layers = 2 * (4 * 16 * 16 + 2 * 16 * 32)
+    attention = 2 * 6 * 2 * 8 * 16 * 16 * 16  # of layers, products, images of all rows, patches and width
+    # The patches' own kernel has a gradient, and pixels have none.
+    first, connector = 3 * 4 * 4 * 16 * patches, 64 * 16 * patches / 4
+    expected = 6 * layers * patches + attention + 4 * first + 6 * connector
+    assert two.vision_flops == pytest.approx(expected, rel=0.02)
+    assert two.flops == pytest.approx(text.flops + two.vision_flops, rel=1e-3)
+    assert four.vision_flops == pytest.approx(2 * two.vision_flops, rel=1e-3)
+    pixels, places = 4 * 2 * 16 * 16 * 3, 4 * 4 * 32
+    assert two.arguments["batch"] == text.arguments["batch"] + pixels + places
+    replay = plans[2].steps["replay"]
+    assert replay.vision_flops == two.vision_flops
+    assert replay.arguments["batch"] > two.arguments["batch"]
+    assert f"tower and connector  {100 * two.vision_flops / two.flops:.0f} %" in " ".join(
+        as_table(plans[2]).split("  ")
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "images", "message"),
+    [
+        ({**LLAMA, "vision": VISION}, 7, "images: 7 per row; a prompt of 24 tokens has room for 6 of 4 each"),
+        (LLAMA, 1, r"images: 1 per row; the model does not see \(model.vision is none\)"),
+    ],
+)
+def test_images_that_a_row_cannot_hold_are_refused(model: dict[str, Any], images: int, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        plan(config_of(SEEKR, model=model), "v5e:1x1", ["train"], images)
+
+
+def test_generation_is_planned_with_images() -> None:
+    config = config_of(SEEKR, model={**LLAMA, "vision": VISION})
+    found = programs(config, make_mesh(config.mesh, jax.devices()[:1]), 3)
+    assert found["generate"].arguments["batch"][2].pixels.shape == (4, 4, 16, 16, 3)  # a power of 2
+    assert plan(config, "v5e:1x1", ["generate"], 3).steps["generate"].vision_flops
+
+
+def test_estimates_and_meshes_know_the_tower() -> None:
+    config = config_of({"name": "sequential"}, model={**LLAMA, "vision": VISION}, training={"batch_size": 8})
+    assert {one.tensor for one in arrangements(config, 4)} == {1, 2}  # of 2 heads
+    text, one, six = (estimate(config, Arrangement(1, 1, 1, "full", 1), CHIPS["v5e"], n) for n in (0, 1, 6))
+    assert text.bytes < one.bytes < six.bytes
+    assert six.seconds - text.seconds == pytest.approx(6 * (one.seconds - text.seconds))
+    alone = estimate(
+        config_of({"name": "sequential"}, training={"batch_size": 8}), Arrangement(1, 1, 1, "full", 1), CHIPS["v5e"]
+    )
+    assert text.seconds == pytest.approx(alone.seconds)
+
+
 def test_estimates_know_that_few_experts_compute() -> None:
     chip, one = CHIPS["v5e"], Arrangement(1, 1, 1, "full", 1)
     few, all_of_them = (

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.tiny.devices import flags
+from tests.tiny.devices import host_devices
 
 # One mesh for each method is always tried, the others by `make test-slow`.
 PAIRS = ["das:2x4", "seekr:2x4"]
@@ -22,19 +22,16 @@ SLOW = [
     *("das_paper uneven:2x4", "das_paper uneven:2x2x2"),
     *("das_paper experts:2x4", "das_paper experts:2x2x2"),
     *("seekr:8x1", "seekr:2x2x2", "seekr uneven:2x4", "seekr uneven:2x2x2"),
+    *(f"seekr sees:{mesh}" for mesh in ("8x1", "2x4", "2x2x2", "4", "fsdp", "4x2", "2x4 data")),
+    *("das sees:2x2x2", "das_paper sees:8x1", "das_paper sees:2x4", "das_paper sees:2x2x2"),
 ]
-TWO_PROCESSES = ["das_paper encoder:4", "seekr:4"]
+TWO_PROCESSES = ["das_paper encoder:4", "seekr:4", "das_paper sees:4", "seekr sees:4"]
 # axes of the params: layers, embed, heads or rank, size of a head
 SPLIT = {"seekr:2x4": "(None, 'fsdp', 'tensor')"}
 
 
 def start(output: Path, pairs: list[str], devices: int, **settings: str) -> subprocess.Popen[bytes]:
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": flags(devices),
-        **settings,
-    }
+    environment = {**os.environ, **host_devices(devices), **settings}
     command = [sys.executable, str(Path(__file__).with_name("same_numbers_script.py")), str(output), *pairs]
     with open(output.with_suffix(".err"), "wb") as errors:
         return subprocess.Popen(command, env=environment, stderr=errors)
