@@ -180,7 +180,7 @@ def estimate(config: ExperimentConfig, one: Arrangement, chip: Chip, images: int
     activations = (model.num_layers * kept + working) * width + 8 * scored * model.vocab_size
 
     work = tokens * one.accumulate
-    active = (network.num_active_params - _size(shapes.get("vision", {}))) * work
+    active: float = (network.num_active_params - _size(shapes.get("vision", {}))) * work
     vision = vision_of(model)
     if vision is not None and shape.images:
         patches = rows * shape.images * vision.side**2
