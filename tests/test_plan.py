@@ -17,6 +17,7 @@ from jaxcl.config import load_config, parse_config
 from jaxcl.data.plan import Shape
 from jaxcl.errors import UserError
 from jaxcl.models.network import Network
+from jaxcl.models.vision_config import vision_of
 from jaxcl.planning import plan as plan_module
 from jaxcl.planning import search as search_module
 from jaxcl.planning.hardware import CHIPS, parse_topology
@@ -241,7 +242,7 @@ def test_of_images_the_towers_operations_are_counted() -> None:
     assert text.flops == plan(config_of(SEEKR), "v5e:1x1", ["train"]).steps["train"].flops
     patches = 4 * 2 * 16  # rows, images
     layers = 2 * (4 * 16 * 16 + 2 * 16 * 32)
-    attention = 2 * 6 * 2 * 8 * 16 * 16 * 16  # of layers, products, images of all rows, patches and width
+    attention = 2 * 7 * 2 * 8 * 16 * 16 * 16  # of layers, products (scores twice), images of all rows, patches, width
     # The patches' own kernel has a gradient, and pixels have none.
     first, connector = 3 * 4 * 4 * 16 * patches, 64 * 16 * patches / 4
     expected = 6 * layers * patches + attention + 4 * first + 6 * connector
@@ -470,12 +471,15 @@ def test_kept_plans_are_of_the_configurations_as_they_are(path: Path) -> None:
     assert found.parameters == network.num_params
     assert found.chip_memory == pytest.approx(chip.memory, rel=1e-5)
     split, rows = found.mesh["fsdp"] * found.mesh["tensor"], found.mesh["data"] * found.mesh["fsdp"]
-    shape = row_shape(config, network.causal)
+    vision = vision_of(config.model)
+    shape = row_shape(config, network.causal, found.images if vision else None)
+    # Images are bytes, and each position has a number that says which of their states it is.
+    shown = shape.length + shape.images * 3 * vision.image_size**2 / 4 if vision else 0
     scored = 3 * shape.predict if shape.predict is not None else 2 * shape.length
     for name, step in found.steps.items():
         assert step.arguments["params"] == pytest.approx(bytes_per_device(network.shapes()) / split, rel=1e-2)
         if name != "replay":  # which has what the method stores in its batch as well
-            numbers = 3 * shape.length + scored + 2
+            numbers = 3 * shape.length + scored + 2 + shown
             parts = 1 if name == "train" else found.accumulate  # between tasks, micro-batches are measured
             assert step.arguments["batch"] == 4 * numbers * found.batch_size / rows / parts
         assert step.fits == (step.bytes_per_chip <= chip.memory)
@@ -487,6 +491,11 @@ def test_kept_plans_are_of_the_configurations_as_they_are(path: Path) -> None:
         assert replay.flops <= 1.03 * plain.flops
         assert replay.bytes <= 1.05 * plain.bytes
     if "tokens" in content:
-        active = found.active_parameters or found.parameters
+        seen = sum(leaf.size for leaf in jax.tree.leaves(network.shapes().get("vision", {})))
+        active = (found.active_parameters or found.parameters) - seen
         expected = content["passes"] * 2 * active * content["tokens"] / (found.mesh["data"] * split)
-        assert found.steps["train"].flops == pytest.approx(expected, rel=0.2)
+        train = found.steps["train"]
+        assert train.flops - (train.vision_flops or 0) == pytest.approx(expected, rel=0.2)
+        if vision:  # attention to all patches, a fifth, comes on top
+            patches = found.batch_size * found.images * vision.side**2 / (found.mesh["data"] * split)
+            assert train.vision_flops == pytest.approx(1.2 * content["passes"] * 2 * seen * patches, rel=0.15)

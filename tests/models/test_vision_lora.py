@@ -81,7 +81,7 @@ def test_fresh_adapters_change_neither_the_network_nor_its_draws(network: Networ
     for path, leaf in base.items():
         np.testing.assert_array_equal(found[path], leaf, err_msg=path)
     assert not np.any(found["vision/connector/lora_b"])
-    assert flatten(trained(found)).keys() == found.keys() - base.keys()
+    assert flatten(trained(init(network))).keys() == found.keys() - base.keys()
     axes = flatten(network.axes())
     assert axes[f"{TOWER}/query/lora_b"] == ("tower_layers", "rank", "heads", "head_dim")
     assert axes["vision/connector/lora_a"] == (None, "rank")
