@@ -37,9 +37,12 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
+def config(folder: Path, output: Path, method: str) -> dict[str, Any]:
+    return {**content(folder, "sequential"), "method": METHODS[method], "output": str(output)}
+
+
 def run(folder: Path, output: Path, method: str) -> Results:
-    changes = {"method": METHODS[method], "output": str(output)}
-    return sequence.run(parse_config(content(folder, "sequential", **changes))).results
+    return sequence.run(parse_config(config(folder, output, method))).results
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -58,8 +61,7 @@ def test_a_run_that_was_killed_ends_with_the_same_bits(method: str, tmp_path: Pa
 
 def test_two_processes_end_where_one_does(tmp_path: Path) -> None:
     alone = run(tmp_path, tmp_path / "alone", "seekr")
-    written = content(tmp_path, "sequential", method=METHODS["seekr"], output=str(tmp_path / "two"))
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(written))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config(tmp_path, tmp_path / "two", "seekr")))
     for code, error in start(tmp_path, [tmp_path, tmp_path]):
         assert code == 0, error
     both = Results.read(tmp_path / "two" / "results.json")
