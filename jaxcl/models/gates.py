@@ -108,7 +108,12 @@ class SeeingGates(Gates):
 
     @classmethod
     def around(cls, decoder: Gates, vision: VisionGates) -> SeeingGates:
-        """Gates of the parts, put together."""
+        """Gates of the parts, put together.
+
+        Args:
+          decoder: of the layers that read tokens.
+          vision: of tower and connector.
+        """
         tower = {f"tower_{kind}": factor for kind, factor in vars(vision.tower).items()}
         return cls(**vars(decoder), **tower, connector_output=vision.connector)
 
