@@ -100,9 +100,9 @@ def _plan(args: argparse.Namespace) -> None:
     if args.search:
         from jaxcl.planning.search import search
 
-        found = search(config, args.topology, args.search, args.tries)
+        found = search(config, args.topology, args.search, args.tries, args.images)
     else:
-        found = plan(config, args.topology, args.steps)
+        found = plan(config, args.topology, args.steps, args.images)
     print(as_json(found) if args.json else as_table(found))
 
 

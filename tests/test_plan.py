@@ -17,6 +17,7 @@ from jaxcl.config import load_config, parse_config
 from jaxcl.data.plan import Shape
 from jaxcl.errors import UserError
 from jaxcl.models.network import Network
+from jaxcl.models.vision_config import vision_of
 from jaxcl.planning import plan as plan_module
 from jaxcl.planning import search as search_module
 from jaxcl.planning.hardware import CHIPS, parse_topology
@@ -225,6 +226,70 @@ def test_of_experts_active_operations_are_counted() -> None:
     assert "active" not in as_table(dense)
 
 
+VISION = {
+    **{"hidden_size": 16, "intermediate_size": 32, "num_layers": 2, "num_heads": 2, "image_size": 16, "patch_size": 4},
+    **{"shuffle": 2, "image_token_id": 6},
+}
+
+
+def test_of_images_the_towers_operations_are_counted() -> None:
+    """By hand: 16 patches per image through the tower, 4 states of 4 patches each through the connector."""
+    config = config_of(SEEKR, model={**LLAMA, "vision": VISION})
+    plans = {count: plan(config, "v5e:1x1", ["train", "replay"], count) for count in (None, 0, 2, 4)}
+    text, two, four = (plans[count].steps["train"] for count in (0, 2, 4))
+    assert plans[None].images == 6  # of 4 tokens each, in prompts of 24
+    assert text.vision_flops is None
+    assert text.flops == plan(config_of(SEEKR), "v5e:1x1", ["train"]).steps["train"].flops
+    patches = 4 * 2 * 16  # rows, images
+    layers = 2 * (4 * 16 * 16 + 2 * 16 * 32)
+    attention = 2 * 7 * 2 * 8 * 16 * 16 * 16  # of layers, products (scores twice), images of all rows, patches, width
+    # The patches' own kernel has a gradient, and pixels have none.
+    first, connector = 3 * 4 * 4 * 16 * patches, 64 * 16 * patches / 4
+    expected = 6 * layers * patches + attention + 4 * first + 6 * connector
+    assert two.vision_flops == pytest.approx(expected, rel=0.02)
+    assert two.flops == pytest.approx(text.flops + two.vision_flops, rel=1e-3)
+    assert four.vision_flops == pytest.approx(2 * two.vision_flops, rel=1e-3)
+    pixels, places = 4 * 2 * 16 * 16 * 3, 4 * 4 * 32
+    assert two.arguments["batch"] == text.arguments["batch"] + pixels + places
+    replay = plans[2].steps["replay"]
+    assert replay.vision_flops == two.vision_flops
+    assert replay.arguments["batch"] > two.arguments["batch"]
+    row = next(line for line in as_table(plans[2]).splitlines() if line.startswith("tower and connector"))
+    assert row.split()[3:5] == [f"{100 * two.vision_flops / two.flops:.0f}", "%"]
+    assert "tower" not in as_table(plans[0])
+
+
+@pytest.mark.parametrize(
+    ("model", "images", "message"),
+    [
+        ({**LLAMA, "vision": VISION}, 7, "images: 7 per row; a prompt of 24 tokens has room for 6 of 4 each"),
+        (LLAMA, 1, r"images: 1 per row; the model does not see \(model.vision is none\)"),
+    ],
+)
+def test_images_that_a_row_cannot_hold_are_refused(model: dict[str, Any], images: int, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        plan(config_of(SEEKR, model=model), "v5e:1x1", ["train"], images)
+
+
+def test_generation_is_planned_with_images() -> None:
+    config = config_of(SEEKR, model={**LLAMA, "vision": VISION})
+    found = programs(config, make_mesh(config.mesh, jax.devices()[:1]), 3)
+    assert found["generate"].arguments["batch"][2].pixels.shape == (4, 4, 16, 16, 3)  # a power of 2
+    assert plan(config, "v5e:1x1", ["generate"], 3).steps["generate"].vision_flops
+
+
+def test_estimates_and_meshes_know_the_tower() -> None:
+    config = config_of({"name": "sequential"}, model={**LLAMA, "vision": VISION}, training={"batch_size": 8})
+    assert {one.tensor for one in arrangements(config, 4)} == {1, 2}  # of 2 heads
+    text, one, six = (estimate(config, Arrangement(1, 1, 1, "full", 1), CHIPS["v5e"], n) for n in (0, 1, 6))
+    assert text.bytes < one.bytes < six.bytes
+    assert six.seconds - text.seconds == pytest.approx(6 * (one.seconds - text.seconds))
+    alone = estimate(
+        config_of({"name": "sequential"}, training={"batch_size": 8}), Arrangement(1, 1, 1, "full", 1), CHIPS["v5e"]
+    )
+    assert text.seconds == pytest.approx(alone.seconds)
+
+
 def test_estimates_know_that_few_experts_compute() -> None:
     chip, one = CHIPS["v5e"], Arrangement(1, 1, 1, "full", 1)
     few, all_of_them = (
@@ -406,12 +471,15 @@ def test_kept_plans_are_of_the_configurations_as_they_are(path: Path) -> None:
     assert found.parameters == network.num_params
     assert found.chip_memory == pytest.approx(chip.memory, rel=1e-5)
     split, rows = found.mesh["fsdp"] * found.mesh["tensor"], found.mesh["data"] * found.mesh["fsdp"]
-    shape = row_shape(config, network.causal)
+    vision = vision_of(config.model)
+    shape = row_shape(config, network.causal, found.images if vision else None)
+    # Images are bytes, and each position has a number that says which of their states it is.
+    shown = shape.length + shape.images * 3 * vision.image_size**2 / 4 if vision else 0
     scored = 3 * shape.predict if shape.predict is not None else 2 * shape.length
     for name, step in found.steps.items():
         assert step.arguments["params"] == pytest.approx(bytes_per_device(network.shapes()) / split, rel=1e-2)
         if name != "replay":  # which has what the method stores in its batch as well
-            numbers = 3 * shape.length + scored + 2
+            numbers = 3 * shape.length + scored + 2 + shown
             parts = 1 if name == "train" else found.accumulate  # between tasks, micro-batches are measured
             assert step.arguments["batch"] == 4 * numbers * found.batch_size / rows / parts
         assert step.fits == (step.bytes_per_chip <= chip.memory)
@@ -423,6 +491,11 @@ def test_kept_plans_are_of_the_configurations_as_they_are(path: Path) -> None:
         assert replay.flops <= 1.03 * plain.flops
         assert replay.bytes <= 1.05 * plain.bytes
     if "tokens" in content:
-        active = found.active_parameters or found.parameters
+        seen = sum(leaf.size for leaf in jax.tree.leaves(network.shapes().get("vision", {})))
+        active = (found.active_parameters or found.parameters) - seen
         expected = content["passes"] * 2 * active * content["tokens"] / (found.mesh["data"] * split)
-        assert found.steps["train"].flops == pytest.approx(expected, rel=0.2)
+        train = found.steps["train"]
+        assert train.flops - (train.vision_flops or 0) == pytest.approx(expected, rel=0.2)
+        if vision:  # attention to all patches, a fifth, comes on top
+            patches = found.batch_size * found.images * vision.side**2 / (found.mesh["data"] * split)
+            assert train.vision_flops == pytest.approx(1.2 * content["passes"] * 2 * seen * patches, rel=0.15)

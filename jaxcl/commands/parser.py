@@ -299,6 +299,13 @@ def _plan(commands: _Commands) -> None:
         metavar="N",
         help="number of arrangements that --search compiles, most promising first",
     )
+    planned.add_argument(
+        "--images",
+        type=_whole,
+        default=None,
+        metavar="N",
+        help="images (or tiles of larger ones) per row; default: as many as a prompt has room for, if the model sees",
+    )
     planned.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 

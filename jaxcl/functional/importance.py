@@ -111,7 +111,8 @@ def normalise_tanh(scores: Float[Array, "layers units"]) -> Float[Array, "layers
 def normalise_quantile(scores: Float[Array, "layers units"], share: float) -> Float[Array, "layers units"]:
     """`max(0, (u - (1 - share)) / share)` with the rank `u` in (0, 1) that a unit's `scores` have in its layer.
 
-    The rank of a unit is the share of units below it; units equal to it count half.
+    The rank of a unit is the share of units below it; units equal to it count half. Where all scores are 0, as those of
+    a tower that saw no image, so is what comes out.
 
     Examples:
       >>> normalise_quantile(jnp.array([[0.1, 0.4, 0.3, 0.2]]), share=0.5).tolist()
@@ -124,7 +125,8 @@ def normalise_quantile(scores: Float[Array, "layers units"], share: float) -> Fl
         through = jnp.searchsorted(ordered, layer, side="right")
         return (below + through) / (2 * layer.size)
 
-    return jnp.maximum(0.0, (jax.vmap(ranks)(scores) - (1.0 - share)) / share)
+    found = jnp.maximum(0.0, (jax.vmap(ranks)(scores) - (1.0 - share)) / share)
+    return jnp.where(jnp.any(scores > 0, axis=-1, keepdims=True), found, 0.0)
 
 
 def accumulate(before: PyTree, now: PyTree) -> PyTree:

@@ -18,6 +18,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from jaxcl.functional.soft_masks import Unit
@@ -209,7 +210,7 @@ def unit_means(values: PyTree, units: PyTree, sizes: Mapping[str, tuple[int, int
     """The mean of params' values over the params of each unit.
 
     Args:
-      values: a tree of params' values; the layers' first axis runs along the layers.
+      values: a tree of params' values; the first axis runs along the layers, unless the unit says which layer it is.
       units: a tree like `values` with a `Unit` per param, `None` for those outside layers. A param whose axis is
         shorter than the number of units counts for each unit of a group.
       sizes: number of layers and units by kind.
@@ -218,20 +219,22 @@ def unit_means(values: PyTree, units: PyTree, sizes: Mapping[str, tuple[int, int
       `[layers, units]` by kind; 0 for units without params.
     """
     total = {kind: jnp.zeros(size) for kind, size in sizes.items()}
-    count = dict.fromkeys(sizes, 0.0)
+    count = {kind: np.zeros(size[0]) for kind, size in sizes.items()}
 
     def add(leaf: Array, unit: Unit | None) -> None:
         if unit is None or unit.kind not in sizes:
             return
         along = unit.axis if isinstance(unit.axis, tuple) else (unit.axis,)
-        others = tuple(axis for axis in range(leaf.ndim) if axis not in (0, *along))
+        own = along if unit.layer is not None else (0, *along)
+        others = tuple(axis for axis in range(leaf.ndim) if axis not in own)
         units, groups = sizes[unit.kind][1], math.prod(leaf.shape[axis] for axis in along)
-        sums = jnp.sum(leaf, axis=others).reshape(-1, groups)
-        total[unit.kind] += jnp.repeat(sums, units // groups, axis=1)
-        count[unit.kind] += math.prod(leaf.shape[axis] for axis in others)
+        sums = jnp.repeat(jnp.sum(leaf, axis=others).reshape(-1, groups), units // groups, axis=1)
+        layer = slice(None) if unit.layer is None else unit.layer
+        total[unit.kind] += sums if unit.layer is None else jnp.zeros_like(total[unit.kind]).at[layer].set(sums[0])
+        count[unit.kind][layer] += math.prod(leaf.shape[axis] for axis in others)
 
     jax.tree.map(add, values, units)
-    return {kind: total[kind] / max(count[kind], 1.0) for kind in sizes}
+    return {kind: total[kind] / np.maximum(count[kind], 1.0)[:, None] for kind in sizes}
 
 
 def _kept(shape: tuple[int, ...], summed: tuple[int, ...]) -> tuple[int, ...]:

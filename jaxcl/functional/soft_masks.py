@@ -42,6 +42,12 @@ class Unit(NamedTuple):
 LAYER = "layer"
 """Kind of a param that belongs to a layer but to none of its units, such as the scale of a norm: `Unit(LAYER, 0)`."""
 
+TOWER, CONNECTOR = "tower_", "connector_"
+"""How the kinds of a vision tower and of its connector begin, such as `tower_heads` and `tower_layer`.
+
+Their layers are not the decoder's.
+"""
+
 
 @jax.named_scope("soft_mask")
 def soft_masks(
@@ -55,7 +61,8 @@ def soft_masks(
       params: the params, or anything with their tree and shapes.
       importance: of each kind of unit, in [0, 1].
       shared: what happens to params that belong to no single unit: `free` (mask 1, as in the paper), `frozen`
-        (mask 0), or `mean` (1 minus the mean importance of the layer's units, or of all layers).
+        (mask 0), or `mean` (1 minus the mean importance of the layer's units, or of all layers, those of a tower and
+        a connector included).
 
     Returns:
       The params' tree with arrays that broadcast to the params, float32.
@@ -70,16 +77,20 @@ def soft_masks(
       >>> masks["up"].tolist(), masks["norm"].tolist()
       ([[[1.0, 0.75, 0.0]]], 1.0)
     """
-    layer_means = jnp.mean(jnp.stack([jnp.mean(importance[kind], axis=-1) for kind in importance]), axis=0)
+    stacks: dict[str, list[Array]] = {}
+    for kind, values in importance.items():
+        stacks.setdefault(_stack(kind), []).append(jnp.mean(values, axis=-1))
+    layer_means = {stack: jnp.mean(jnp.stack(means), axis=0) for stack, means in stacks.items()}
+    mean_of_all = jnp.mean(jnp.concatenate(list(layer_means.values())))
 
     def mask(path: Any, leaf: Any, unit: Unit | None) -> Array:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if unit is None:
-            return _shared_mask(shared, jnp.mean(layer_means))
-        if unit.kind == LAYER:
-            mean = (
-                layer_means.reshape(-1, *[1] * (len(leaf.shape) - 1)) if unit.layer is None else layer_means[unit.layer]
-            )
+            return _shared_mask(shared, mean_of_all)
+        stack = _stack(unit.kind)
+        if unit.kind == stack + LAYER and stack in layer_means:
+            means = layer_means[stack]
+            mean = means.reshape(-1, *[1] * (len(leaf.shape) - 1)) if unit.layer is None else means[unit.layer]
             return _shared_mask(shared, mean)
         if unit.kind not in importance:
             raise ValueError(f"soft_masks: param {name}: no importance of {unit.kind}, only of {', '.join(importance)}")
@@ -145,6 +156,11 @@ def masked_optimizer(
         return optax.with_extra_args_support(optax.chain(clip, precondition, weight_decay, soft_mask(), learning_rate))
     decay = masked_decay(weight_decay)
     return optax.with_extra_args_support(optax.chain(clip, soft_mask(), precondition, decay, learning_rate))
+
+
+def _stack(kind: str) -> str:
+    """Which layers a kind of unit belongs to: how it begins, or nothing for the model's own."""
+    return next((start for start in (TOWER, CONNECTOR) if kind.startswith(start)), "")
 
 
 def _along(importance: Float[Array, "layers units"], leaf: Any, unit: Unit, name: str) -> Float[Array, "..."]:

@@ -24,7 +24,7 @@ from jaxcl.functional.terms import Term, Terms
 from jaxcl.methods.base import Method, Params, State, Task
 from jaxcl.methods.options import MethodOptions
 from jaxcl.models.batch import Batch
-from jaxcl.models.lora import adapted, fold
+from jaxcl.models.lora import adapted, fold, stacked
 from jaxcl.models.network import ModelConfig
 from jaxcl.models.trainable import overlay
 
@@ -94,4 +94,5 @@ def overlap(a: Float[Array, "layers ... rank"], past: Float[Array, "tasks layers
 
 
 def _directions(params: Params) -> Directions:
-    return {path: leaves["lora_a"] for path, leaves in adapted(params)}
+    """By path of the projection, the first factor of its adapter, with an axis of layers."""
+    return {path: leaves["lora_a"] if stacked(leaves) else leaves["lora_a"][None] for path, leaves in adapted(params)}

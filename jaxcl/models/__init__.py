@@ -10,7 +10,7 @@ with epy.lazy_api_imports(globals()):
     from jaxcl.models.batch import Batch
     from jaxcl.models.compute import Compute
     from jaxcl.models.deberta import DebertaConfig
-    from jaxcl.models.gates import EarlyGates, Gates
+    from jaxcl.models.gates import EarlyGates, Gates, SeeingGates
     from jaxcl.models.generation import Generator
     from jaxcl.models.images import Images
     from jaxcl.models.llama import LlamaConfig
@@ -38,6 +38,7 @@ __all__ = [
     "Params",
     "Probe",
     "RobertaConfig",
+    "SeeingGates",
     "Tap",
     "VisionConfig",
     "overlay",

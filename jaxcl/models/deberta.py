@@ -25,7 +25,7 @@ from jaxcl.models.compute import Compute
 from jaxcl.models.encoder_shape import UnwindowedShape
 from jaxcl.models.layer import Context, LayerKind, Noise
 from jaxcl.models.layers import Embedding, LayerNorm
-from jaxcl.models.lora import LoraConfig
+from jaxcl.models.lora import VISION_TARGETS, LoraConfig, check_targets
 from jaxcl.models.quantised import Quantise
 from jaxcl.models.roberta import Classifier, MaskedHead, RobertaBlock, RobertaConfig
 from jaxcl.schema import Schema
@@ -59,8 +59,7 @@ class DebertaConfig(UnwindowedShape, Schema):
     def _check(self) -> DebertaConfig:
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size ({self.hidden_size}) must be a multiple of num_heads ({self.num_heads})")
-        if self.lora is not None and "gate" in self.lora.targets:
-            raise ValueError("lora.targets: an encoder has no gate; allowed are query, key, value, out, up, down")
+        check_targets(self.lora, "an encoder", ("gate", *VISION_TARGETS))
         if self.position_buckets % 2 or 0 < self.position_buckets < 4:
             raise ValueError(f"position_buckets must be 0 or an even number from 4 on, got {self.position_buckets}")
         return self

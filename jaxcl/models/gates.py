@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +57,75 @@ class Gates:
     def after_activation(self) -> Float[Array, "*batch mlp"] | None:
         """A layer's factor on what the activation gave."""
         return self.intermediate
+
+    @property
+    def decoder(self) -> Gates:
+        """The gates of the layers that read tokens: all."""
+        return self
+
+    @property
+    def vision(self) -> VisionGates | None:
+        """The gates of tower and connector; none."""
+        return None
+
+
+class VisionGates(NamedTuple):
+    """Gates of what makes states of images.
+
+    Attributes:
+      tower: gates of the tower's layers.
+      connector: factor on each unit of the connector's output; its axis of layers has size 1.
+    """
+
+    tower: Gates
+    connector: Float[Array, "1 ... embed"]
+
+    def per_image(self, images: int) -> VisionGates:
+        """Gates with a batch axis, once for each of the `images` of a row; others as they are."""
+
+        def repeat(factor: Array) -> Array:
+            return factor if factor.ndim == 2 else jnp.repeat(factor, images, axis=1)
+
+        return jax.tree.map(repeat, self)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SeeingGates(Gates):
+    """Gates of a model that sees: on the units of its tower and its connector as well.
+
+    Attributes:
+      tower_heads: as `heads`, of the tower's layers.
+      tower_intermediate: as `intermediate`, of the tower's layers.
+      tower_output: as `output`, of the tower's layers.
+      connector_output: factor on each unit of the states of images that the decoder reads. One layer.
+    """
+
+    tower_heads: Float[Array, "tower_layers ... heads"]
+    tower_intermediate: Float[Array, "tower_layers ... mlp"]
+    tower_output: Float[Array, "tower_layers ... embed"]
+    connector_output: Float[Array, "1 ... embed"]
+
+    @classmethod
+    def around(cls, decoder: Gates, vision: VisionGates) -> SeeingGates:
+        """Gates of the parts, put together.
+
+        Args:
+          decoder: of the layers that read tokens.
+          vision: of tower and connector.
+        """
+        tower = {f"tower_{kind}": factor for kind, factor in vars(vision.tower).items()}
+        return cls(**vars(decoder), **tower, connector_output=vision.connector)
+
+    @property
+    def decoder(self) -> Gates:
+        """The gates of the layers that read tokens."""
+        return Gates(self.heads, self.intermediate, self.output)
+
+    @property
+    def vision(self) -> VisionGates | None:
+        """The gates of tower and connector."""
+        return VisionGates(Gates(self.tower_heads, self.tower_intermediate, self.tower_output), self.connector_output)
 
 
 @jax.tree_util.register_dataclass

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxcl.models.axes import constrain
+
 NO_IMAGE = -1
 """Entry of `Images.index` for a position that is not an image token."""
 
@@ -47,4 +49,5 @@ class Images:
         """
         is_image = (self.index != NO_IMAGE)[..., None]
         placed = jnp.take_along_axis(states, jnp.maximum(self.index, 0)[..., None], axis=1)
+        words, placed = (constrain(part, "batch", "length", "embed") for part in (words, placed))
         return jnp.where(is_image, placed.astype(words.dtype), words)

@@ -21,7 +21,7 @@ from jaxcl.models.axes import constrain
 from jaxcl.models.batch import Batch
 from jaxcl.models.compute import recomputed
 from jaxcl.models.experts import LlamaExperts
-from jaxcl.models.gates import Gates, gate
+from jaxcl.models.gates import Gates, VisionGates, gate
 from jaxcl.models.layer import Context, LayerKind, Noise
 from jaxcl.models.layers import Embedding, Linear, RMSNorm
 from jaxcl.models.llama_config import LlamaConfig, Rope
@@ -166,7 +166,7 @@ class Llama(nnx.Module):
         self.head = Linear(rngs, embed, vocab, bias=False, std=c.init_std, compute=c.compute) if untied else None
         self.classifier = Classifier(c, rngs) if c.num_labels else None
         # Drawn last: the rest of the network is the same with and without them.
-        self.vision = None if c.vision is None else Vision(c.vision, c.hidden_size, c.compute, rngs)
+        self.vision = None if c.vision is None else Vision(c.vision, c.hidden_size, c.lora, c.compute, rngs)
         self.soft_tokens = _soft_tokens(c, rngs) if c.soft_tokens else None
 
     def context(self, batch: Batch) -> Context:
@@ -192,7 +192,9 @@ class Llama(nnx.Module):
         which = jnp.array(c.windowed) if len(windowed) > 1 else None
         return None if rotary is None and which is None else LayerKind(rotary, which)
 
-    def start(self, batch: Batch, noise: Noise | None) -> Float[Array, "batch length embed"]:
+    def start(
+        self, batch: Batch, noise: Noise | None, gates: VisionGates | None = None
+    ) -> Float[Array, "batch length embed"]:
         """Token embeddings, and the states of images in their places; see `soft_tokens` for negative ids."""
         x = self._vectors(batch.tokens)
         scale = self.config.embedding_scale
@@ -201,7 +203,7 @@ class Llama(nnx.Module):
             return x
         if self.vision is None:
             raise ValueError("images: expected a config with vision, got none")
-        return batch.images.place(x, self.vision(batch.images))
+        return batch.images.place(x, self.vision(batch.images, gates))
 
     def _vectors(self, tokens: Array) -> Array:
         if self.soft_tokens is None:

@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from jaxcl.models.activation import Activation
 from jaxcl.models.compute import Compute
-from jaxcl.models.lora import LoraConfig
+from jaxcl.models.lora import VISION_TARGETS, LoraConfig, check_targets
 from jaxcl.models.quantised import Quantise, check_quantise
 from jaxcl.models.rotary import RopeScaling
 from jaxcl.models.vision_config import VisionConfig
@@ -134,6 +134,8 @@ class LlamaConfig(Schema):
         if self.soft_tokens > self.vocab_size:  # each starts as a word of its own
             raise ValueError(f"soft_tokens ({self.soft_tokens}) must be at most vocab_size ({self.vocab_size})")
         self._resolve_experts()
+        if self.vision is None:
+            check_targets(self.lora, "a model without vision", VISION_TARGETS)
         sizes = {name: getattr(self, name) for name in ("hidden_size", "head_dim", "intermediate_size")}
         check_quantise(self.quantise, self.lora, **sizes)
         if self.attention_out_bias == self.attention_bias:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,26 @@ from pydantic import Field
 from jaxcl.models.trainable import ADAPTER_NAMES, Params
 from jaxcl.schema import Schema
 
-Target = Literal["query", "key", "value", "out", "gate", "up", "down"]
+Target = Literal[
+    "query",
+    "key",
+    "value",
+    "out",
+    "gate",
+    "up",
+    "down",
+    "tower_query",
+    "tower_key",
+    "tower_value",
+    "tower_out",
+    "tower_up",
+    "tower_down",
+    "connector",
+]
+
+
+VISION_TARGETS = tuple(target for target in get_args(Target) if target.startswith(("tower_", "connector")))
+"""Targets of models that see."""
 
 
 class LoraConfig(Schema):
@@ -32,7 +51,8 @@ class LoraConfig(Schema):
         ("query", "value"),
         min_length=1,
         description="projections of every layer that get one: query, key, value, out of attention; "
-        "gate (where there is one), up, down of the feed-forward part",
+        "gate (where there is one), up, down of the feed-forward part; of a model that sees also tower_query, "
+        "tower_key, tower_value, tower_out, tower_up, tower_down of every layer of the tower, and connector",
     )
 
     @property
@@ -44,6 +64,33 @@ class LoraConfig(Schema):
 def adapter_for(config: LoraConfig | None, target: Target) -> LoraConfig | None:
     """The adapter of a projection, `None` if it has none."""
     return config if config is not None and target in config.targets else None
+
+
+def check_targets(config: LoraConfig | None, model: str, lacking: Collection[str]) -> None:
+    """Refuses adapters of projections that a model lacks.
+
+    Args:
+      config: the adapters, if there are any.
+      model: what the message calls the model.
+      lacking: the projections.
+
+    Raises:
+      ValueError: one of them is a target.
+    """
+    found = [] if config is None else [target for target in config.targets if target in lacking]
+    if found:
+        allowed = [target for target in get_args(Target) if target not in lacking]
+        raise ValueError(f"lora.targets: {model} has no {', '.join(found)}; allowed are {', '.join(allowed)}")
+
+
+def target_of(path: str) -> str:
+    """The target that the projection at `path` is.
+
+    >>> [target_of(path) for path in ("blocks/mlp/up", "vision/tower/blocks/up", "vision/connector")]
+    ['up', 'tower_up', 'connector']
+    """
+    name = path.rpartition("/")[2]
+    return f"tower_{name}" if path.startswith("vision/tower/") else name
 
 
 def initial_std(inputs: tuple[int, ...]) -> float:
@@ -58,6 +105,15 @@ def initial_std(inputs: tuple[int, ...]) -> float:
 def product(a: Array, b: Array, scale: float) -> Array:
     """What an adapter adds to its kernel: `[inputs.., rank]`, `[rank, outputs..]` to `[inputs.., outputs..]`."""
     return scale * jnp.tensordot(a, b, axes=1)
+
+
+def stacked(leaves: Params) -> bool:
+    """Whether a projection's kernel and adapter have an axis of layers; the connector's have none.
+
+    Args:
+      leaves: arrays or shapes, by the names `kernel`, `lora_a`, `lora_b`.
+    """
+    return leaves["lora_a"].ndim + leaves["lora_b"].ndim == leaves["kernel"].ndim + 3
 
 
 def is_adapter(path: str) -> bool:
@@ -80,7 +136,7 @@ def adapted(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Pa
 
 
 def fold(params: Params, config: LoraConfig, key: Array) -> Params:
-    """Adds stacked adapters to their kernels and starts fresh ones; the network computes the same. Pure.
+    """Adds adapters to their kernels and starts fresh ones; the network computes the same. Pure.
 
     Args:
       params: of a whole network.
@@ -93,8 +149,9 @@ def fold(params: Params, config: LoraConfig, key: Array) -> Params:
     changed: Params = {}
     for number, (path, leaves) in enumerate(adapted(params)):
         kernel, a, b = (leaves[name] for name in ("kernel", *ADAPTER_NAMES))
-        added = jax.vmap(functools.partial(product, scale=config.scale))(a, b)
-        fresh = initial_std(a.shape[1:-1]) * jax.random.normal(jax.random.fold_in(key, number), a.shape, a.dtype)
+        layers, own = stacked(leaves), functools.partial(product, scale=config.scale)
+        added = (jax.vmap(own) if layers else own)(a, b)
+        fresh = initial_std(a.shape[layers:-1]) * jax.random.normal(jax.random.fold_in(key, number), a.shape, a.dtype)
         node = changed
         for name in path.split("/"):
             node = node.setdefault(name, {})

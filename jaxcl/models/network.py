@@ -17,7 +17,7 @@ from jaxcl.models.axes import constrain
 from jaxcl.models.batch import Batch
 from jaxcl.models.deberta import Deberta, DebertaConfig
 from jaxcl.models.experts import Load
-from jaxcl.models.gates import Gates
+from jaxcl.models.gates import Gates, SeeingGates, VisionGates
 from jaxcl.models.layer import Context, LayerKind, Noise, apply_block
 from jaxcl.models.layers import derive
 from jaxcl.models.llama import Llama, LlamaConfig
@@ -26,6 +26,7 @@ from jaxcl.models.probe import Probe, Tap
 from jaxcl.models.product import rematerialised
 from jaxcl.models.roberta import Roberta, RobertaConfig
 from jaxcl.models.trainable import Params
+from jaxcl.models.vision_config import vision_of
 
 AnyConfig = LlamaConfig | RobertaConfig | ModernBertConfig | DebertaConfig
 ModelConfig = Annotated[AnyConfig, Field(discriminator="architecture")]
@@ -208,10 +209,15 @@ class Network:
         return self._metadata("sides")
 
     def gates(self, batch: int | None = None) -> Gates:
-        """Gates of 1; see `Gates.ones`."""
-        c = self.config
+        """Gates of 1; see `Gates.ones`. Those of a model that sees are `SeeingGates`."""
+        c, vision = self.config, vision_of(self.config)
         sizes = {"heads": c.num_heads, "intermediate": self.intermediate_size, "output": c.hidden_size}
-        return Gates.ones(layers=c.num_layers, batch=batch, **sizes)
+        own = Gates.ones(layers=c.num_layers, batch=batch, **sizes)
+        if vision is None:
+            return own
+        sizes = {"heads": vision.num_heads, "intermediate": vision.intermediate_size, "output": vision.hidden_size}
+        tower = Gates.ones(layers=vision.num_layers, batch=batch, **sizes)
+        return SeeingGates.around(own, VisionGates(tower, jnp.ones_like(own.output[:1])))
 
     def _metadata(self, name: str) -> Params:
         state = nnx.to_flat_state(_abstract(self.config).state)
@@ -248,7 +254,8 @@ class Network:
         """
         keys = None if dropout_key is None else _split(dropout_key, self.num_layers + 1)
         context = self.context(batch)
-        x = self.embed(params, batch, dropout_key=None if keys is None else keys[0], dropout_rate=dropout_rate)
+        first = None if keys is None else keys[0]
+        x = self.embed(params, batch, gates=gates, dropout_key=first, dropout_rate=dropout_rate)
 
         def body(x: Array, layer: _PerLayer) -> tuple[Array, Any]:
             return self._block(
@@ -264,7 +271,7 @@ class Network:
 
         layers = _PerLayer(
             layer=self.blocks(params),
-            gates=gates,
+            gates=None if gates is None else gates.decoder,
             tap=None if tap is None else tap.inputs,
             probe=None if probe is None else probe.inputs,
             key=None if keys is None else keys[1:],
@@ -303,10 +310,21 @@ class Network:
 
     @jax.named_scope("embed")
     def embed(
-        self, params: Params, batch: Batch, *, dropout_key: Array | None = None, dropout_rate: float | None = None
+        self,
+        params: Params,
+        batch: Batch,
+        *,
+        gates: Gates | None = None,
+        dropout_key: Array | None = None,
+        dropout_rate: float | None = None,
     ) -> Float[Array, "batch length embed"]:
         """The input of the first layer, compute dtype; arguments as in `hidden`, see `Network.hidden`."""
-        x = self._merge(params).start(batch, self._noise(dropout_key, dropout_rate))
+        noise = self._noise(dropout_key, dropout_rate)
+        match self._merge(params):
+            case Llama() as model:
+                x = model.start(batch, noise, None if gates is None else gates.vision)
+            case model:
+                x = model.start(batch, noise)
         return constrain(x, "batch", "length", "embed")
 
     def blocks(self, params: Params) -> Layer:

@@ -22,7 +22,7 @@ from jaxcl.models.encoder_shape import UnwindowedShape
 from jaxcl.models.gates import Gates, gate
 from jaxcl.models.layer import Context, LayerKind, Noise
 from jaxcl.models.layers import Embedding, LayerNorm, Linear, constant
-from jaxcl.models.lora import LoraConfig, adapter_for
+from jaxcl.models.lora import VISION_TARGETS, LoraConfig, adapter_for, check_targets
 from jaxcl.models.quantised import Quantise, check_quantise
 from jaxcl.schema import Schema
 
@@ -64,8 +64,7 @@ class RobertaConfig(UnwindowedShape, Schema):
     def _check(self) -> RobertaConfig:
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size ({self.hidden_size}) must be a multiple of num_heads ({self.num_heads})")
-        if self.lora is not None and "gate" in self.lora.targets:
-            raise ValueError("lora.targets: an encoder has no gate; allowed are query, key, value, out, up, down")
+        check_targets(self.lora, "an encoder", ("gate", *VISION_TARGETS))
         sizes = {"hidden_size": self.hidden_size, "intermediate_size": self.intermediate_size}
         check_quantise(self.quantise, self.lora, **sizes, head_dim=self.head_dim)
         return self

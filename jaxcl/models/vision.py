@@ -17,12 +17,15 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxcl.functional.soft_masks import CONNECTOR, TOWER, Unit
 from jaxcl.models.activation import ACTIVATIONS
 from jaxcl.models.attention import attention
 from jaxcl.models.axes import constrain
 from jaxcl.models.compute import Compute, recomputed
+from jaxcl.models.gates import Gates, VisionGates, gate
 from jaxcl.models.images import Images
 from jaxcl.models.layers import Embedding, LayerNorm, Linear
+from jaxcl.models.lora import LoraConfig, adapter_for
 from jaxcl.models.product import rematerialised
 from jaxcl.models.vision_config import VisionConfig
 
@@ -32,7 +35,7 @@ _ALMOST_ONE = np.float32(1.0 - 1e-6)
 class TowerBlock(nnx.Module):
     """`x + attention(norm x)`, then `x + mlp(norm x)`; every patch sees all patches of its image."""
 
-    def __init__(self, config: VisionConfig, compute: Compute, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: VisionConfig, lora: LoraConfig | None, compute: Compute, rngs: nnx.Rngs) -> None:
         c = config
         layers = c.num_layers
         embed, mlp = {"embed": c.hidden_size}, {"mlp": c.intermediate_size}
@@ -40,14 +43,21 @@ class TowerBlock(nnx.Module):
         linear = partial(Linear, rngs, bias=True, std=c.init_std, compute=compute, layers=layers)
         norm = partial(LayerNorm, c.hidden_size, eps=c.layer_norm_eps, compute=compute, layers=layers)
         self.attention_norm = norm()
-        self.query, self.key, self.value = linear(embed, heads), linear(embed, heads), linear(embed, heads)
-        self.out = linear(heads, embed)
+        own = partial(adapter_for, lora)
+        self.query = linear(embed, heads, unit="heads", lora=own("tower_query"))
+        self.key = linear(embed, heads, unit="heads", lora=own("tower_key"))
+        self.value = linear(embed, heads, unit="heads", lora=own("tower_value"))
+        self.out = linear(heads, embed, unit="heads", lora=own("tower_out"))
         self.mlp_norm = norm()
-        self.up, self.down = linear(embed, mlp), linear(mlp, embed)
+        self.up = linear(embed, mlp, unit="intermediate", lora=own("tower_up"))
+        self.down = linear(mlp, embed, unit="output", lora=own("tower_down"))
         self.activation, self.kernel, self.scale = c.activation, compute.kernel, c.head_dim**-0.5
 
     def __call__(
-        self, x: Float[Array, "images patches embed"], seen: Bool[Array, "images patches"] | None
+        self,
+        x: Float[Array, "images patches embed"],
+        seen: Bool[Array, "images patches"] | None,
+        gates: Gates | None = None,
     ) -> Float[Array, "images patches embed"]:
         """One layer; patches that are not `seen` are read by none (`None`: all are seen)."""
         normed = self.attention_norm(x)
@@ -61,30 +71,39 @@ class TowerBlock(nnx.Module):
             else:
                 mask = seen[:, None, None, :]
                 attended = jax.nn.dot_product_attention(query, key, value, mask=mask, scale=self.scale)
-        x = x + self.out(attended)
-        activation = recomputed(lambda up: self.down(ACTIVATIONS[self.activation](up)))
+        x = x + self.out(attended if gates is None else gate(attended, gates.heads, axis=2))
+
+        @recomputed
+        def rest(up: Array, factor: Array | None) -> Array:
+            return self.down(gate(ACTIVATIONS[self.activation](up), factor, axis=2))
+
         with jax.named_scope("mlp"):
-            x = x + activation(constrain(self.up(self.mlp_norm(x)), "batch", "length", "mlp"))
+            up = constrain(self.up(self.mlp_norm(x)), "batch", "length", "mlp")
+            update = rest(up, None if gates is None else gates.intermediate)
+            x = x + (update if gates is None else gate(update, gates.output, axis=2))
         return constrain(x, "batch", "length", "embed")
 
 
 class Tower(nnx.Module):
     """Patches to vectors, positions, layers, a norm."""
 
-    def __init__(self, config: VisionConfig, compute: Compute, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: VisionConfig, lora: LoraConfig | None, compute: Compute, rngs: nnx.Rngs) -> None:
         c = config
         patch = {"height": c.patch_size, "width": c.patch_size, "channels": 3}
         sizes, axes = {"embed": c.hidden_size}, (None, None, None, "embed")
         self.patch = Linear(rngs, patch, sizes, bias=True, std=c.init_std, compute=compute, kernel_axes=axes)
         table = c.side**2, c.hidden_size
         self.position = Embedding(rngs, *table, axes=(None, "embed"), std=c.init_std, compute=compute)
-        self.blocks = TowerBlock(c, compute, rngs)
+        self.blocks = TowerBlock(c, lora, compute, rngs)
         self.norm = LayerNorm(c.hidden_size, eps=c.layer_norm_eps, compute=compute)
         self.config, self.remat = c, compute.remat
         _apart(self.blocks)
 
     def __call__(
-        self, pixels: Float[Array, "images height width 3"], seen: Bool[Array, "images rows columns"] | None
+        self,
+        pixels: Float[Array, "images height width 3"],
+        seen: Bool[Array, "images rows columns"] | None,
+        gates: Gates | None = None,
     ) -> Float[Array, "images rows columns embed"]:
         """States of all patches, compute dtype; what comes out at patches that are not seen is finite."""
         count, height, width, _ = pixels.shape
@@ -97,39 +116,60 @@ class Tower(nnx.Module):
         own = None if seen is None else seen.reshape(count, rows * columns)
         graph, state = nnx.split(self.blocks)
 
-        def body(x: Array, layer: Any) -> tuple[Array, None]:
-            return nnx.merge(graph, layer)(x, own), None
+        def body(x: Array, layer: tuple[Any, Gates | None]) -> tuple[Array, None]:
+            return nnx.merge(graph, layer[0])(x, own, layer[1]), None
 
-        x, _ = jax.lax.scan(rematerialised(body, self.remat), x, state)
+        x, _ = jax.lax.scan(rematerialised(body, self.remat), x, (state, gates))
         return self.norm(x).reshape(count, rows, columns, -1)
 
 
 class Vision(nnx.Module):
     """Tower and connector."""
 
-    def __init__(self, config: VisionConfig, embed: int, compute: Compute, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, config: VisionConfig, embed: int, lora: LoraConfig | None, compute: Compute, rngs: nnx.Rngs
+    ) -> None:
         c = config
-        self.tower = Tower(c, compute, rngs)
+        self.tower = Tower(c, lora, compute, rngs)
         inputs, outputs = {"features": c.hidden_size * c.shuffle**2}, {"embed": embed}
-        axes = (None, "embed")
-        std = c.init_std
-        self.connector = Linear(rngs, inputs, outputs, bias=False, std=std, compute=compute, kernel_axes=axes)
+        self.connector = Linear(
+            rngs,
+            inputs,
+            outputs,
+            bias=False,
+            std=c.init_std,
+            compute=compute,
+            kernel_axes=(None, "embed"),
+            lora=adapter_for(lora, "connector"),
+        )
+        for param in (self.connector.kernel, self.connector.lora_b):
+            if param is not None:
+                param.set_metadata(unit=Unit(f"{CONNECTOR}output", 1, layer=0))
         self.config = c
 
     @jax.named_scope("vision")
-    def __call__(self, images: Images) -> Float[Array, "batch tokens embed"]:
+    def __call__(self, images: Images, gates: VisionGates | None = None) -> Float[Array, "batch tokens embed"]:
         """The states of each row's image tokens, image after image.
 
+        Args:
+          images: those of a batch.
+          gates: factors on units.
+
         Raises:
-          ValueError: the images do not consist of whole squares of patches.
+          ValueError: patches do not make whole squares that are shuffled.
         """
         batch, count, height, width, _ = images.pixels.shape
-        square = self.config.patch_size * self.config.shuffle
-        if height % square or width % square:
-            raise ValueError(f"pixels: expected sides that are multiples of {square}, got {height} and {width}")
+        patch, shuffle = self.config.patch_size, self.config.shuffle
+        if height // patch % shuffle or width // patch % shuffle:
+            raise ValueError(
+                f"pixels: expected sides of {patch} pixels times a multiple of {shuffle}, got {height} and {width}"
+            )
         pixels = self._normalised(images.pixels).reshape(batch * count, height, width, 3)
         seen = None if images.seen is None else images.seen.reshape(batch * count, *images.seen.shape[2:])
-        states = self.connector(pixel_shuffle(self.tower(pixels, seen), self.config.shuffle))
+        own = None if gates is None else gates.per_image(count)
+        states = self.tower(pixels, seen, None if own is None else own.tower)
+        states = self.connector(pixel_shuffle(states, self.config.shuffle))
+        states = states if own is None else gate(states, own.connector[0], axis=2)
         return constrain(states.reshape(batch, -1, states.shape[-1]), "batch", "length", "embed")
 
     def _normalised(self, pixels: Array) -> Array:
@@ -189,8 +229,8 @@ def pixel_shuffle(x: Float[Array, "images rows columns embed"], scale: int) -> F
 
 
 def _apart(blocks: nnx.Module) -> None:
-    """Says of the params of a tower's layers that they are stacked along their own axis and not the decoder's units."""
+    """Says of the params of a tower's layers that they are stacked along their own axis and belong to its own units."""
     for _, node in nnx.iter_graph(blocks):
         if isinstance(node, nnx.Param):
-            axes = node.get_metadata()["axes"]
-            node.set_metadata(axes=("tower_layers", *axes[1:]), unit=None)
+            axes, unit = (node.get_metadata()[name] for name in ("axes", "unit"))
+            node.set_metadata(axes=("tower_layers", *axes[1:]), unit=unit._replace(kind=TOWER + unit.kind))

@@ -17,7 +17,10 @@ class VisionConfig(Schema):
     intermediate_size: int = Field(gt=0, description="feed-forward intermediate units per layer of the tower")
     num_layers: int = Field(gt=0, description="number of layers of the tower")
     num_heads: int = Field(gt=0, description="attention heads per layer of the tower")
-    image_size: int = Field(gt=0, description="height and width of an image or tile, in pixels")
+    image_size: int = Field(
+        gt=0,
+        description="height and width of an image or tile, in pixels; what is left beyond whole patches is not seen",
+    )
     patch_size: int = Field(gt=0, description="height and width of a patch, in pixels")
     shuffle: int = Field(1, gt=0, description="patches along each side that become one image token (scale_factor)")
     image_token_id: int = Field(ge=0, description="id of the image token")
@@ -29,9 +32,10 @@ class VisionConfig(Schema):
 
     @model_validator(mode="after")
     def _check(self) -> VisionConfig:
-        for name, part in (("hidden_size", "num_heads"), ("image_size", "patch_size")):
-            if getattr(self, name) % getattr(self, part):
-                raise ValueError(f"{name} ({getattr(self, name)}) must be a multiple of {part} ({getattr(self, part)})")
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size ({self.hidden_size}) must be a multiple of num_heads ({self.num_heads})")
+        if self.patch_size > self.image_size:
+            raise ValueError(f"patch_size ({self.patch_size}) must be at most image_size ({self.image_size})")
         if self.side % self.shuffle:
             raise ValueError(
                 f"shuffle ({self.shuffle}) must divide the patches along a side, image_size / patch_size ({self.side})"
@@ -40,7 +44,7 @@ class VisionConfig(Schema):
 
     @property
     def side(self) -> int:
-        """Patches along a side of an image."""
+        """Whole patches along a side of an image."""
         return self.image_size // self.patch_size
 
     @property

@@ -1,7 +1,8 @@
 """The cost of one call of a compiled program per chip: operations, memory traffic, traffic between chips.
 
 The compiler's own count takes the body of a loop once, whatever its trip count, and does not see into Pallas kernels.
-Here loops are multiplied by their trip counts, and splash attention is counted by its products. Of a grouped product
+Here loops are multiplied by their trip counts, and splash attention is counted by its products: half of them behind a
+causal mask, all of them in a vision tower (the scope that `jaxcl.models.vision` names). Of a grouped product
 (`jax.lax.ragged_dot`), in which some compilers write every group with all rows, each row is counted with its own
 group. Of layers of which only some have a window, each counts with its own attention
 (`jaxcl.models.attention.in_window` names the two).
@@ -31,6 +32,7 @@ _GROUPED = "grouped_product"  # the scope that the model names them by
 _RAGGED = "ragged-dot-none"  # what the compiler for v5p calls its kernel for them
 # Products per kernel, each 2 * rows * length * length * head_dim operations (Dao, 2023: FlashAttention-2, section 3).
 _SPLASH = {"fwd": 2, "dq": 3, "dkv": 4}
+_VISION = re.compile(r'op_name="[^"]*\bvision\)*/')
 _WINDOW = re.compile(r'op_name="[^"]*\bwindow_(\d+|none)\b')
 
 
@@ -53,11 +55,13 @@ class Cost(NamedTuple):
       flops: operations of matrix products and attention.
       bytes: bytes read from and written to main memory.
       collectives: collectives by kind.
+      vision_flops: those operations that a tower and a connector take.
     """
 
     flops: float
     bytes: float
     collectives: Mapping[str, Collective]
+    vision_flops: float = 0.0
 
     @property
     def sent(self) -> float:
@@ -79,13 +83,15 @@ def count_cost(
       window_share: share of the layers that attend to a window only. Any other branch counts as taken.
     """
     shares = {"window": window_share, "whole": 1.0 - window_share, None: 1.0}
-    flops = memory = 0.0
+    flops = memory = vision = 0.0
     collectives: dict[str, Collective] = defaultdict(lambda: Collective(0.0, 0.0))
     started = _started(program)
     for name, count, fused in times(program, loop_trips, lambda branch: shares[_attends(branch, program)]):
         computation = program.computations[name]
         for one in computation.values():
-            flops += count * _flops(one, computation, causal) / (experts if _GROUPED in one.text else 1)
+            sees = _VISION.search(one.text) is not None
+            own = count * _flops(one, computation, causal and not sees) / (experts if _GROUPED in one.text else 1)
+            flops, vision = flops + own, vision + own * sees
             if not fused:
                 memory += count * _traffic(one, computation, program, started)
             kind = _collective(one, name)
@@ -93,7 +99,7 @@ def count_cost(
                 continue
             before = collectives[kind]
             collectives[kind] = Collective(before.runs + count, before.bytes + count * _sent(kind, one, computation))
-    return Cost(flops, memory, dict(collectives))
+    return Cost(flops, memory, dict(collectives), vision)
 
 
 def _attends(branch: str, program: Program) -> str | None:

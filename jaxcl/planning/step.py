@@ -42,6 +42,7 @@ class StepPlan(Schema):
     activations: float | None = Field(None, description="temporaries among them; none if the compiler failed")
     arguments: dict[str, float] = Field(description="bytes of arguments and of other resident arrays, by part")
     flops: float | None = Field(None, description="operations of matrix products and attention")
+    vision_flops: float | None = Field(None, description="of them, those of a tower and a connector; none: no images")
     bytes: float | None = Field(None, description="bytes read from and written to main memory")
     collectives: dict[str, Traffic] = Field({}, description="collectives by kind")
     seconds: dict[str, float] = Field({}, description="lower bounds for compute, memory and interconnect, each alone")
@@ -112,6 +113,7 @@ def plan_step(
         activations=memory.temp_size_in_bytes,
         arguments=parts | residents,
         flops=cost.flops,
+        vision_flops=cost.vision_flops or None,
         bytes=cost.bytes,
         collectives={kind: Traffic(runs=one.runs, bytes=one.bytes) for kind, one in cost.collectives.items()},
         seconds=least,

@@ -49,6 +49,10 @@ def _milliseconds(value: float | None) -> str:
     return "" if value is None else f"{1000 * value:.2f} ms"
 
 
+def _share(part: float | None, whole: float | None) -> str:
+    return f"{100 * part / whole:.0f} %" if part and whole else ""
+
+
 def _traffic(one: StepPlan, kind: str) -> str:
     found = one.collectives.get(kind)
     return f"{found.runs:.0f} x, {_size(found.bytes)}" if found else ""
@@ -62,6 +66,7 @@ _ROWS = {
     "activations, temporaries": lambda one: _size(one.activations),
     "total": lambda one: _size(one.bytes_per_chip) + ("" if one.fits else " !"),
     "operations": lambda one: "" if one.flops is None else f"{one.flops / 1e12:.3g} T",
+    "tower and connector": lambda one: _share(one.vision_flops, one.flops),
     "memory traffic": lambda one: _size(one.bytes),
     "all-gather": lambda one: _traffic(one, "all-gather"),
     "reduce-scatter": lambda one: _traffic(one, "reduce-scatter"),

@@ -18,6 +18,7 @@ from jaxcl.reporting.style import (
     MUTED,
     grid,
     outer_labels,
+    panels,
     per_row,
     series_colour,
     series_dash,
@@ -123,7 +124,7 @@ def small_curves(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], 
 def histograms(values: Mapping[str, Float[np.ndarray, "..."]], label: str) -> str:
     """A histogram per kind of unit, of numbers between 0 and 1."""
     with styled("histograms"):
-        figure, axes = grid(len(values), 1, height=1.9, sharex=True)
+        figure, axes = panels(len(values), height=1.9, sharex=True)
         for axis, (title, numbers) in zip(axes, values.items(), strict=True):
             flat = np.asarray(numbers, float).ravel()
             counts, edges = np.histogram(flat, bins=20, range=(0, 1))

@@ -118,6 +118,15 @@ def per_row(count: int) -> int:
     return min((5, 4, 3), key=lambda columns: (-count % columns, -columns))
 
 
+def panels(count: int, *, height: float, **options: Any) -> tuple[Figure, list[Axes]]:
+    """A figure with `count` panels, in as many rows as it takes, and what is left of the last row empty; see `grid`."""
+    columns = per_row(count)
+    figure, axes = grid(columns, -(-count // columns), height=height, **options)
+    for axis in axes[count:]:
+        axis.set_visible(False)
+    return figure, axes[:count]
+
+
 def outer_labels(axes: Sequence[Axes], columns: int, count: int, x_label: str, y_label: str) -> None:
     """Labels the outer panels only; panels above an empty place are outer, too."""
     for index, axis in enumerate(axes[:count]):

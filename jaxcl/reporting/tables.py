@@ -23,6 +23,8 @@ from jaxcl.reporting.style import MINUS, Picture
 _NEEDED = 0.5  # importance above which a unit counts as needed
 _SINGLE = 96  # units per layer up to which maps are not sorted
 _NAMES = {"heads": "attention heads", "intermediate": "intermediate units", "output": "output units"}
+_NAMES |= {"tower_heads": "tower heads", "connector_output": "connector outputs"}
+_NAMES |= {f"tower_{kind}": f"tower {_NAMES[kind]}" for kind in ("intermediate", "output")}
 
 Draw = Callable[[Picture], str]
 Tables = Mapping[str, Shaped[np.ndarray, "..."]]

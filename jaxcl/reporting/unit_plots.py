@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jaxtyping import Float, Shaped
 
-from jaxcl.reporting.style import FAINT, INK, Picture, grid, series_colour, series_dash, short, styled, ticks
+from jaxcl.reporting.style import FAINT, INK, Picture, panels, per_row, series_colour, series_dash, short, styled, ticks
 
 _POINTS = 200  # largest number of points of a curve; more cannot be seen
 
@@ -29,7 +29,7 @@ def sorted_units(
       name: name of the figure.
     """
     with styled(name):
-        figure, axes = grid(len(domains), 1, height=2.5, sharey=True)
+        figure, axes = panels(len(domains), height=2.5, sharey=True)
         for axis, (kind, places) in zip(axes, domains.items(), strict=True):
             for place, (title, one) in enumerate(zip(names, places, strict=True)):
                 axis.plot(*_falling(one), color=series_colour(place), linestyle=series_dash(place), linewidth=1.3,
@@ -58,9 +58,9 @@ def needed_shares(
       name: name of the figure.
     """
     stages = np.arange(len(names))
-    room = 110 // len(own) // max(len(names), 1) - 1
+    room = 110 // per_row(len(own)) // max(len(names), 1) - 1
     with styled(name):
-        figure, axes = grid(len(own), 1, height=2.4, sharey=True)
+        figure, axes = panels(len(own), height=2.4, sharey=True)
         for axis, (kind, shares) in zip(axes, own.items(), strict=True):
             bars = axis.bar(stages, shares, width=0.62, color=series_colour(0), alpha=0.5, label="the domain itself")
             axis.bar_label(bars, [f"{share:.0f}" for share in shares], fontsize=7.5, padding=1, color=series_colour(0))

@@ -6,14 +6,14 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxcl.errors import UserError
-from jaxcl.models.lora import LoraConfig, is_adapter
+from jaxcl.models.lora import LoraConfig, Target, is_adapter, target_of
 from jaxcl.models.network import Network, Params
 from jaxcl.weights.axes import whole
 from jaxcl.weights.families import family_of
@@ -46,7 +46,7 @@ def read_lora(folder: str | os.PathLike[str], network: Network) -> LoraConfig:
     table = family_of(network.config).table
     with Safetensors(place / ADAPTER_FILE) as source:
         modules = {name for name in map(_module, source.shapes) if name}
-        targets = sorted({path.rpartition("/")[2] for path in _paths(table, modules, str(place), network.num_layers)})
+        targets = sorted(map(target_of, _paths(table, modules, str(place), network)))
         ranks = [
             shape[0] for name, shape in source.shapes.items() if name.endswith("lora_A.weight") and len(shape) == 2
         ]
@@ -86,12 +86,13 @@ def load_peft(folder: str | os.PathLike[str], network: Network) -> Params:
         for path, leaf in shapes.items():
             if not is_adapter(path):
                 continue
-            names = [table.row(path).name.format(layer=layer) for layer in range(leaf.shape[0])]
+            row = table.row(path)
+            names = [row.name.format(layer=layer) for layer in range(leaf.shape[0] if row.stacked else 1)]
             if lost := [name for name in names if name not in source.shapes]:
                 raise UserError(f"{source.where}: the tensor {lost[0]} is missing; see model.lora.targets")
             used.update(names)
             layers = [_layer(source, name, path, table, shapes, content, lora) for name in names]
-            flat[path] = jnp.asarray(np.stack(layers), leaf.dtype)
+            flat[path] = jnp.asarray(np.stack(layers) if row.stacked else layers[0], leaf.dtype)
         if extra := sorted(set(source.shapes) - used):
             raise UserError(f"{source.where}: the model has no adapter for the tensor {extra[0]}")
     return unflatten(flat)
@@ -108,7 +109,8 @@ def _layer(
 ) -> np.ndarray:
     """One layer of one part of an adapter."""
     projection, _, part = path.rpartition("/")
-    kernel, layout, inner = table.row(f"{projection}/kernel"), table.row(path).layout, shapes[path].shape[1:]
+    kernel, layout = table.row(f"{projection}/kernel"), table.row(path).layout
+    inner = shapes[path].shape[1:] if kernel.stacked else shapes[path].shape
     if len(source.shapes[name]) != 2:
         raise UserError(f"{source.where}: {name} has shape {list(source.shapes[name])}; expected two axes")
     value = source.read(name, whole(source.shapes[name])).astype(np.float32)
@@ -167,14 +169,16 @@ def _module(name: str) -> str:
     return next((bare.removesuffix(end) for end in (".lora_A.weight", ".lora_B.weight") if bare.endswith(end)), "")
 
 
-def _paths(table: Table, modules: set[str], where: str, layers: int) -> set[str]:
+def _paths(table: Table, modules: set[str], where: str, network: Network) -> set[str]:
     """Paths of the projections that modules are."""
     known: dict[str, set[str]] = {}
+    shapes = flatten(network.shapes())
     for row in table.rows:
-        if row.path.endswith("/kernel") and row.stacked and not row.by_expert:
-            for layer in range(layers):
+        projection = row.path.removesuffix("/kernel")
+        if row.path in shapes and not row.by_expert and target_of(projection) in get_args(Target):
+            for layer in range(shapes[row.path].shape[0] if row.stacked else 1):
                 name = row.name.format(layer=layer).removesuffix(".weight")
-                known.setdefault(name, set()).add(row.path.removesuffix("/kernel"))
+                known.setdefault(name, set()).add(projection)
     if unknown := sorted(modules - set(known)):
         raise UserError(f"{where}: the model has no module {unknown[0]} that could have an adapter")
     return set().union(*(known[module] for module in modules))

@@ -146,24 +146,23 @@ def _config(
         "rank_pattern": {name: lora.rank * count for name, count in parts.items() if count > 1},
         "alpha_pattern": {name: lora.alpha * count for name, count in parts.items() if count > 1},
         "lora_dropout": 0.0,
-        "target_modules": _modules(table, {path.rpartition("/")[0] for path in paths}, network.num_layers),
+        "target_modules": _modules(table, {path.rpartition("/")[0] for path in paths}, flatten(network.shapes())),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
 
 
-def _modules(table: Table, projections: set[str], layers: int) -> list[str]:
+def _modules(table: Table, projections: set[str], shapes: Mapping[str, jax.ShapeDtypeStruct]) -> list[str]:
     """Names by which PEFT finds the projections: their last word if it is unique to them, else their full names."""
-    kernels = {
-        row.path.removesuffix("/kernel"): row.name.removesuffix(".weight")
-        for row in table.rows
-        if row.path.endswith("/kernel")
-    }
-    chosen = {kernels[projection] for projection in projections}
+    kernels = {row.path.removesuffix("/kernel"): row for row in table.rows if row.path.endswith("/kernel")}
+    modules = {projection: row.name.removesuffix(".weight") for projection, row in kernels.items()}
+    chosen = {modules[projection] for projection in projections}
     names: set[str] = set()
-    for module in chosen:
+    for projection in projections:
+        module = modules[projection]
         word = module.rpartition(".")[2]
-        namesakes = {name for name in kernels.values() if name.rpartition(".")[2] == word}
-        names |= {word} if namesakes <= chosen else {module.format(layer=layer) for layer in range(layers)}
+        namesakes = {name for name in modules.values() if name.rpartition(".")[2] == word}
+        layers = range(shapes[f"{projection}/kernel"].shape[0]) if kernels[projection].stacked else (None,)
+        names |= {word} if namesakes <= chosen else {module.format(layer=layer) for layer in layers}
     return sorted(names)

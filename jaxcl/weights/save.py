@@ -158,9 +158,9 @@ def _merging(network: Network, flat: Mapping[str, Array]) -> Part:
 
     def part(path: str, layer: int | None) -> Array:
         array, projection = param_of(flat, path, layer), path.removesuffix("/kernel")
-        if lora is None or layer is None or f"{projection}/lora_a" not in flat:
+        if lora is None or f"{projection}/lora_a" not in flat:
             return array
-        a, b = (_layer(flat[f"{projection}/{name}"], layer) for name in ADAPTER_NAMES)
+        a, b = (param_of(flat, f"{projection}/{name}", layer) for name in ADAPTER_NAMES)
         return _add(array, a, b, lora.scale)
 
     return part

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,43 +11,18 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from jaxcl.models.batch import Batch
-from jaxcl.models.images import NO_IMAGE, Images
+from jaxcl.functional.soft_masks import LAYER, TOWER, Unit
+from jaxcl.models.images import Images
 from jaxcl.models.network import Network, Params
 from jaxcl.models.trainable import trained
 from jaxcl.models.vision import position_ids
 from jaxcl.models.vision_config import VisionConfig
 from jaxcl.sharding.rules import shardings
 from jaxcl.training.freeze import moving
-from tests.tiny.batches import batch_of
-from tests.tiny.networks import tiny_llama
-from tests.tiny.vision import VISION
+from tests.tiny.networks import init, tiny_llama
+from tests.tiny.seeing import IMAGE_TOKENS, SIZES, batch, images_of, seeing
 
-SIZES: dict[str, Any] = VISION | {"num_layers": 2, "patch_size": 2, "shuffle": 2, "init_std": 0.5}
-IMAGE_TOKENS = 4
-
-
-def seeing(**changes: Any) -> Network:
-    return tiny_llama(vision=VisionConfig(**SIZES | changes))
-
-
-def images_of(rows: list[list[int]], count: int, **fields: Any) -> Images:
-    """Random images for rows of image numbers: each has its tokens, after a token of text."""
-    pixels = np.random.default_rng(0).normal(size=(len(rows), count, 8, 8, 3)).astype(np.float32)
-    index = np.full((len(rows), 16), NO_IMAGE, np.int32)
-    for row, numbers in enumerate(rows):
-        for place, number in enumerate(numbers):
-            start = 1 + place * (IMAGE_TOKENS + 1)
-            index[row, start : start + IMAGE_TOKENS] = number * IMAGE_TOKENS + np.arange(IMAGE_TOKENS)
-    return Images(jnp.asarray(pixels), jnp.asarray(index), **fields)
-
-
-def batch(images: Images | None, rows: int = 2) -> Batch:
-    return batch_of(np.ones((rows, 16), np.int32), images=images)
-
-
-def params_of(network: Network) -> Params:
-    return jax.jit(network.init)(jax.random.key(0))
+SHARED = f"{TOWER}{LAYER}"
 
 
 def states(network: Network, params: Params, images: Images | None) -> np.ndarray:
@@ -69,7 +43,7 @@ def test_a_program_without_images_is_that_of_the_decoder_alone() -> None:
         return re.sub(r"@\w+", "@function", lowered)
 
     assert program(network, text.shapes()) == program(text, text.shapes())
-    start, alone = params_of(network), params_of(text)
+    start, alone = init(network), init(text)
     jax.tree.map(np.testing.assert_array_equal, {name: start[name] for name in alone}, alone)
 
 
@@ -84,7 +58,7 @@ def test_layers_of_the_tower_are_scanned() -> None:
 
 def test_an_image_changes_what_comes_after_it_in_its_own_row() -> None:
     network = seeing()
-    params = params_of(network)
+    params = init(network)
     images = images_of([[0, 1], [0, 1]], 2)
     base = states(network, params, images)
     other = dataclasses.replace(images, pixels=images.pixels.at[0, 1].add(1.0))
@@ -96,7 +70,7 @@ def test_an_image_changes_what_comes_after_it_in_its_own_row() -> None:
 
 def test_frames_that_nothing_points_at_and_the_order_of_images_change_nothing() -> None:
     network = seeing()
-    params = params_of(network)
+    params = init(network)
     two = images_of([[0, 1], [1, 0]], 2)
     base = states(network, params, two)
     filled = jnp.concatenate([two.pixels, jnp.full((2, 1, 8, 8, 3), jnp.nan)], axis=1)
@@ -111,7 +85,7 @@ def test_no_gradient_comes_from_frames_that_nothing_points_at() -> None:
 
     def loss(pixels: jax.Array) -> jax.Array:
         given = dataclasses.replace(images, pixels=pixels)
-        return jnp.sum(jnp.square(network.hidden(params_of(network), batch(given)).states))
+        return jnp.sum(jnp.square(network.hidden(init(network), batch(given)).states))
 
     slopes = np.abs(np.asarray(jax.jit(jax.grad(loss))(images.pixels))).max(axis=(2, 3, 4)) > 0
     np.testing.assert_array_equal(slopes, [[True, False], [False, True]])
@@ -119,7 +93,7 @@ def test_no_gradient_comes_from_frames_that_nothing_points_at() -> None:
 
 def test_raw_pixels_are_normalised() -> None:
     network = seeing(image_mean=(0.1, 0.2, 0.3), image_std=(0.5, 0.6, 0.7))
-    params, images = params_of(network), images_of([[0], [0]], 1)
+    params, images = init(network), images_of([[0], [0]], 1)
     raw = np.random.default_rng(1).integers(0, 256, images.pixels.shape).astype(np.uint8)
     normal = (raw / 255 - np.array([0.1, 0.2, 0.3])) / np.array([0.5, 0.6, 0.7])
     found, expected = (
@@ -140,7 +114,7 @@ def test_rematerialisation_changes_no_gradient() -> None:
         def loss(params: Params, network: Network = network) -> jax.Array:
             return jnp.sum(jnp.square(network.hidden(params, batch(images)).states))
 
-        slopes.append(jax.jit(jax.grad(loss))(params_of(network)))
+        slopes.append(jax.jit(jax.grad(loss))(init(network)))
     assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(slopes[0]["vision"])) > 0
     for other in slopes[1:]:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), slopes[0], other)
@@ -148,17 +122,23 @@ def test_rematerialisation_changes_no_gradient() -> None:
 
 def test_a_model_without_a_tower_refuses_images() -> None:
     with pytest.raises(ValueError, match="images: expected a config with vision"):
-        tiny_llama().embed(params_of(tiny_llama()), batch(images_of([[0], [0]], 1)))
+        tiny_llama().embed(init(tiny_llama()), batch(images_of([[0], [0]], 1)))
     images = images_of([[0], [0]], 1)
-    with pytest.raises(ValueError, match="multiples of 4, got 6 and 8"):
-        seeing().embed(params_of(seeing()), batch(dataclasses.replace(images, pixels=images.pixels[:, :, :6])))
+    with pytest.raises(ValueError, match="2 pixels times a multiple of 2, got 6 and 8"):
+        seeing().embed(init(seeing()), batch(dataclasses.replace(images, pixels=images.pixels[:, :, :6])))
 
 
 def test_params_of_the_tower_say_what_they_are() -> None:
     network = tiny_llama(vision=VisionConfig(**SIZES), lora={"rank": 2})
     axes, vision = network.axes(), network.shapes()["vision"]
     assert axes["vision"]["tower"]["blocks"]["query"]["kernel"] == ("tower_layers", "embed", "heads", "head_dim")
-    assert not jax.tree.leaves(network.units()["vision"])
+    units = network.units()["vision"]
+    assert units["tower"]["blocks"]["query"]["kernel"] == Unit("tower_heads", 2)
+    assert units["tower"]["blocks"]["out"]["kernel"] == Unit("tower_heads", 1)
+    assert units["tower"]["blocks"]["up"]["bias"] == Unit("tower_intermediate", 1)
+    assert units["tower"]["blocks"]["down"]["kernel"] == Unit("tower_output", 2)
+    assert units["tower"]["blocks"]["out"]["bias"] == units["tower"]["blocks"]["mlp_norm"]["scale"] == Unit(SHARED, 0)
+    assert units["connector"]["kernel"] == Unit("connector_output", 1, layer=0)
     assert "vision" not in trained(network.shapes())
     mesh = jax.sharding.AbstractMesh((2, 2), ("fsdp", "tensor"))
     placed = shardings(axes, network.shapes(), mesh)["vision"]["tower"]["blocks"]["up"]["kernel"]
@@ -173,13 +153,23 @@ def test_params_of_the_tower_say_what_they_are() -> None:
     ("change", "message"),
     [
         ({"num_heads": 3}, r"hidden_size \(8\) must be a multiple of num_heads \(3\)"),
-        ({"patch_size": 3}, r"image_size \(8\) must be a multiple of patch_size \(3\)"),
+        ({"patch_size": 9}, r"patch_size \(9\) must be at most image_size \(8\)"),
         ({"shuffle": 3}, r"shuffle \(3\) must divide the patches along a side, image_size / patch_size \(4\)"),
     ],
 )
 def test_a_tower_that_cannot_be_is_refused(change: dict[str, int], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         VisionConfig(**SIZES | change)
+
+
+def test_pixels_beyond_the_last_whole_patch_are_not_seen() -> None:
+    network = seeing(image_size=9)  # as SmolVLM-2.2B, whose images of 384 pixels have 27 patches of 14 along a side
+    assert network.config.vision is not None
+    assert network.config.vision.image_tokens == IMAGE_TOKENS
+    params, images = init(network), images_of([[0], [0]], 1)
+    wide = jnp.pad(images.pixels, ((0, 0), (0, 0), (0, 1), (0, 1), (0, 0)), constant_values=3.0)
+    found = states(network, params, dataclasses.replace(images, pixels=wide))
+    np.testing.assert_array_equal(found, states(network, params, images))
 
 
 @pytest.mark.parametrize("side", [1, 3, 4, 6, 7, 14, 26, 27, 32])

@@ -27,6 +27,7 @@ from jaxcl.methods.seekr import Seekr, SeekrOptions
 from jaxcl.models.llama import LlamaConfig
 from jaxcl.models.network import Network
 from jaxcl.models.roberta import RobertaConfig
+from jaxcl.models.vision_config import VisionConfig, vision_of
 from jaxcl.sharding.layout import Layout, put
 from jaxcl.sharding.mesh import MeshConfig, make_mesh
 from jaxcl.sharding.processes import initialize
@@ -35,6 +36,7 @@ from jaxcl.training.optimizer import OptimizerConfig
 from jaxcl.training.stored import Collate
 from jaxcl.training.task import RunningTask, signal_records
 from jaxcl.training.trainer import Trainer
+from tests.tiny.vision import VISION
 
 STEPS = 8, 12
 ROWS, LENGTH, PREDICT, VOCAB = 16, 8, 4, 32
@@ -44,6 +46,9 @@ MESHES = {
     "2x4": {"fsdp": 2, "tensor": 4},
     "2x2x2": {"data": 2, "fsdp": 2, "tensor": 2},
     "4": {"fsdp": 2, "tensor": 2},
+    "fsdp": {"fsdp": 8},
+    "4x2": {"data": 4, "tensor": 2},
+    "2x4 data": {"data": 2, "fsdp": 4},
 }
 SIZES: dict[str, Any] = {"vocab_size": VOCAB, "intermediate_size": 24, "num_layers": 2, "init_std": 0.2}
 ENCODER = RobertaConfig(**SIZES, hidden_size=16, num_heads=4, max_length=LENGTH)
@@ -58,12 +63,15 @@ EXPERTS = LlamaConfig(
     normalise_top_k=True,
     router_loss_weight=0.1,
 )
+TILES = 2  # images per row
+SEEING = DECODER.model_copy(update={"vision": VisionConfig(**VISION | {"init_std": 0.2})})
 UNEVEN = LlamaConfig(**SIZES, hidden_size=18, num_heads=9, num_kv_heads=3)
 # Codes of 8 bits would turn a last bit into a whole step, and the paper's weight makes it a thousand times larger.
 SEEKR = SeekrOptions(
     layer_budget=2, head_budget=3, query_budget=5, store_logits=8, store_attention="float32", attention_weight=10.0
 )
 SEEKR_ROWS = SEEKR.model_copy(update={"distil_heads": "rows"})
+SEEKR_SEES = SEEKR_ROWS.model_copy(update={"modality_budgets": (1, 2, 0, 0), "modality_weights": (1.0, 2.0, 0.5)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,11 +90,14 @@ CASES = {
     "seekr": Case(DECODER, Seekr, SEEKR),
     "seekr rows": Case(DECODER, Seekr, SEEKR_ROWS),
     "seekr uneven": Case(UNEVEN, Seekr, SEEKR_ROWS),
+    "das sees": Case(SEEING, Das, DasOptions(hold="both", targets="true")),
+    "das_paper sees": Case(SEEING, DasPaper, DasPaperOptions()),
+    "seekr sees": Case(SEEING, Seekr, SEEKR_SEES),
 }
 
 
-def make_rows(seed: int, task: int, real: int = ROWS) -> dict[str, Any]:
-    """This process's share of rows of uneven length, of which all but `real` only fill the batch."""
+def make_rows(seed: int, task: int, real: int = ROWS, *, images: bool = False) -> dict[str, Any]:
+    """This process's share of rows of uneven length, of which all but `real` only fill the batch; with `images`."""
     random = np.random.default_rng(seed)
     lengths = np.where(np.arange(ROWS) < real, random.integers(2, LENGTH + 1, ROWS), 0)[:, None]
     segments = (np.arange(LENGTH) < lengths).astype(np.int32)
@@ -100,6 +111,11 @@ def make_rows(seed: int, task: int, real: int = ROWS) -> dict[str, Any]:
         "task": np.full(ROWS, task),
         "example": np.where(lengths[:, 0] > 0, np.arange(ROWS), -1),
     }
+    if images:
+        place = np.arange(LENGTH) - 1  # of 4 image tokens, after one of text
+        shown = (segments == 1) & (place >= 0) & (place < 4)
+        rows["pixels"] = random.integers(0, 256, (ROWS, TILES, 8, 8, 3)).astype(np.uint8)
+        rows["image_index"] = np.where(shown, place + 4 * (np.arange(ROWS) % TILES)[:, None], -1)
     size = ROWS // jax.process_count()
     part = slice(jax.process_index() * size, (jax.process_index() + 1) * size)
     return {name: value[part] for name, value in rows.items()}
@@ -108,22 +124,22 @@ def make_rows(seed: int, task: int, real: int = ROWS) -> dict[str, Any]:
 class Examples:
     """A task's examples: a full batch and one that fillers complete."""
 
-    def __init__(self, task: int) -> None:
-        self.task = task
+    def __init__(self, task: int, images: bool) -> None:
+        self.task, self.images = task, images
 
     def once(self, limit: int | None, seed: int) -> Iterator[dict[str, Any]]:
-        yield make_rows(100 + self.task, self.task)
-        yield make_rows(200 + self.task, self.task, real=5)
+        yield make_rows(100 + self.task, self.task, images=self.images)
+        yield make_rows(200 + self.task, self.task, real=5, images=self.images)
 
 
 class Remembered:
     """The examples of a task that its memory keeps."""
 
-    def __init__(self, task: int) -> None:
-        self.task = task
+    def __init__(self, task: int, images: bool) -> None:
+        self.task, self.images = task, images
 
     def once(self, limit: int | None, seed: int) -> Iterator[dict[str, Any]]:
-        yield make_rows(300 + self.task, self.task, real=13)
+        yield make_rows(300 + self.task, self.task, real=13, images=self.images)
 
 
 class Run:
@@ -131,6 +147,7 @@ class Run:
 
     def __init__(self, case: Case, sizes: dict[str, int]) -> None:
         network = Network.create(case.config)
+        self.images = vision_of(case.config) is not None
         mesh = make_mesh(MeshConfig(**{"data": 1, **sizes}), jax.devices()[: math.prod(sizes.values())])
         self.layout = Layout.create(mesh, network.axes(), network.shapes())
         self.method = case.method(case.options, network, 2)
@@ -150,7 +167,7 @@ class Run:
         state = self.trainer.start_task(self.trainer.with_method_state(self.state, prepared), STEPS[index])
         memory = self._memory() if self.records else None
         for step in range(STEPS[index]):
-            rows = memory if memory is not None and step % 3 == 2 else make_rows(20 * index + step, index)
+            rows = memory if memory is not None and step % 3 == 2 else self._rows(20 * index + step, index)
             state, metrics = self.trainer.step(state, place_batch(rows, self.layout.batch))
             self.losses.append(float(metrics["loss"]))
             if self.gradients is None:  # Adam's first moment after the first step is 1 - b1 times the gradient
@@ -173,6 +190,9 @@ class Run:
             "compilations": self.trainer.jitted_step._cache_size(),
         }
 
+    def _rows(self, seed: int, index: int) -> dict[str, Any]:
+        return make_rows(seed, index, images=self.images)
+
     def _task(self, index: int, before: Any, stage: str) -> RunningTask:
         return RunningTask(
             index=index,
@@ -180,15 +200,15 @@ class Run:
             count=2,
             key=put(jax.random.key(10 * index + (stage == "after")), self.layout.replicated),
             seed=0,
-            pipeline=Examples(index),
-            memory=Remembered(index),
+            pipeline=Examples(index, self.images),
+            memory=Remembered(index, self.images),
             params_before=lambda: before,
             compiler=self.trainer.compile,
         )
 
     def _memory(self) -> dict[str, Any]:
         """The first task's remembered rows, with what was stored beside them."""
-        rows = next(Remembered(0).once(None, 0))
+        rows = next(Remembered(0, self.images).once(None, 0))
         records = [self.records.get(int(example)) for example in rows["example"]]
         target = self.trainer.target
         teacher = Collate(self.method, target.params, target.method_state)(records, Shape(LENGTH, PREDICT))

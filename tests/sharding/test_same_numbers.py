@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.tiny.devices import flags
+from tests.tiny.devices import host_devices
 
 # One mesh for each method is always tried, the others by `make test-slow`.
 PAIRS = ["das:2x4", "seekr:2x4"]
@@ -29,12 +29,7 @@ SPLIT = {"seekr:2x4": "(None, 'fsdp', 'tensor')"}
 
 
 def start(output: Path, pairs: list[str], devices: int, **settings: str) -> subprocess.Popen[bytes]:
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": flags(devices),
-        **settings,
-    }
+    environment = {**os.environ, **host_devices(devices), **settings}
     command = [sys.executable, str(Path(__file__).with_name("same_numbers_script.py")), str(output), *pairs]
     with open(output.with_suffix(".err"), "wb") as errors:
         return subprocess.Popen(command, env=environment, stderr=errors)
@@ -67,9 +62,8 @@ def more_results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return finish({output: start(output, on_one_device(SLOW) + SLOW + TWO_PROCESSES, devices=8)})[0]
 
 
-@pytest.fixture(scope="module")
-def processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("processes")
+def on_two_processes(folder: Path, pairs: list[str]) -> list[dict[str, Any]]:
+    """What each of them found, on two devices each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -77,8 +71,13 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     for index in range(2):
         settings = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(index)}
         output = folder / f"process{index}.json"
-        running[output] = start(output, TWO_PROCESSES, devices=2, **settings)
+        running[output] = start(output, pairs, devices=2, **settings)
     return finish(running)
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return on_two_processes(tmp_path_factory.mktemp("processes"), TWO_PROCESSES)
 
 
 def check_same(got: dict[str, Any], expected: dict[str, Any]) -> None:

@@ -30,11 +30,11 @@ SEEING: dict[str, dict[str, Any]] = {
         "vision_config": _TOWER | {"model_type": "smolvlm_vision"},
         **_WHOLE,
     },
-    # Sides that are not a power of 2, whose reciprocals are rounded.
+    # Sides that are not a power of 2, whose reciprocals are rounded, and pixels beyond the last whole patch.
     "idefics3": {
         "model_type": "idefics3",
         "text_config": _TEXT | {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "head_dim": 16},
-        "vision_config": _TOWER | {"model_type": "idefics3_vision", "image_size": 42, "layer_norm_eps": 1e-3},
+        "vision_config": _TOWER | {"model_type": "idefics3_vision", "image_size": 45, "layer_norm_eps": 1e-3},
         **_WHOLE,
         "scale_factor": 3,
         "tie_word_embeddings": True,

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.tiny.devices import flags
+from tests.tiny.devices import host_devices
 
 
 def trained(*arguments: str) -> dict[str, Any]:
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags(8)}
+    environment = {**os.environ, **host_devices(8)}
     command = [sys.executable, str(Path(__file__).with_name("devices_script.py")), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
