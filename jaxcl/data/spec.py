@@ -28,8 +28,8 @@ TEMPLATES: dict[str, str] = {
 
 
 _SOURCE = (
-    "`scheme:rest`: json, jsonl, text, csv, tsv or parquet and a file, folder, glob or URL; tfds:NAME, hf:NAME or "
-    "stdlib:NAME"
+    "`scheme:rest`: json, jsonl, text, csv, tsv or parquet and a file, folder, glob or URL; tfds:NAME, hf:NAME, "
+    "stdlib:NAME or drawn:NAME"
 )
 
 
