@@ -34,6 +34,7 @@ def test_there_are_the_papers_settings_and_the_quickstarts() -> None:
         "quickstart_seekr",
         "quickstart_das",
         "quickstart_federated",
+        "quickstart_vision",
         "seekr_smollm2_superni",
         "das_roberta_base",
         "seekr_llama2_7b_trace",

@@ -189,21 +189,21 @@ def _predictions(folder: Path, problems: list[str]) -> dict[tuple[int, str], lis
 def _thumbnails(folder: Path, problems: list[str]) -> dict[str, bytes]:
     found: dict[str, bytes] = {}
     for path in sorted(folder.glob("*.npz")):
-        found |= {name: array.tobytes() for name, array in _arrays(path, problems).items()}
+        found |= {name: array.tobytes() for name, array in _arrays(path, "thumbnails", problems).items()}
     return found
 
 
 def _tables(folder: Path, problems: list[str]) -> dict[str, Shaped[np.ndarray, "..."]]:
     # Latest first; the file from before any training comes last.
     files = sorted(folder.glob("*.npz"), key=lambda path: (path.name.startswith("after"), path.name), reverse=True)
-    return next(filter(None, (_arrays(path, problems) for path in files)), {})
+    return next(filter(None, (_arrays(path, "importance", problems) for path in files)), {})
 
 
-def _arrays(path: Path, problems: list[str]) -> dict[str, Shaped[np.ndarray, "..."]]:
+def _arrays(path: Path, folder: str, problems: list[str]) -> dict[str, Shaped[np.ndarray, "..."]]:
     try:
         # Opened here, because numpy does not close a file that is not an archive.
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
             return {name: stored[name] for name in stored.files}
     except Exception as error:  # zipfile, zlib and numpy have no error type for damaged files
-        problems.append(f"{path.parent.name}/{path.name}: cannot be read: {str(error) or type(error).__name__}")
+        problems.append(f"{folder}/{path.name}: cannot be read: {str(error) or type(error).__name__}")
         return {}

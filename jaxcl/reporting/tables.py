@@ -187,8 +187,8 @@ def _by_block(array: Float[np.ndarray, "blocks layers heads"], draw: Draw) -> st
     return section(
         "Heads by block of attention",
         figure(draw(heat_maps.heat_maps(maps, "head", "importance blocks")), f"Shares: {', '.join(shares)}."),
-        note="How much heads matter for what one kind of token takes from the other, per pair of tokens: for words that "
-        "look at images, and so on.",
+        note="How much heads matter by what looks at what, per pair of tokens. Words on images: queries of words, keys "
+        "of images.",
     )
 
 
