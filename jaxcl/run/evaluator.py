@@ -204,11 +204,13 @@ class Evaluator:
             self.metrics[index],
             batch_size=self.settings.batch_size,
         )
-        rows, images = [], {}
+        rows: list[dict[str, Any]] = []
+        images: dict[str, bytes] = {}
         for row in scored.rows:
             found = image_keys(row["prompt"])
-            images |= found
-            rows.append({**row, "prompt": shown(row["prompt"])} | ({"images": [*found]} if found else {}))
+            images.update(found)
+            names = {"images": [name for name, _ in found]} if found else {}
+            rows.append({**row, "prompt": shown(row["prompt"]), **names})
         return Evaluation(Score(scored.score), {}, rows, images)
 
     def _pairs(self, index: int, split: str) -> list[dict[str, str]]:

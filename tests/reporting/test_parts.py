@@ -244,7 +244,7 @@ def test_overlap_of_selected_heads_is_counted() -> None:
     chosen_heads[1, 0, 2:4] = True  # one in common of four
     shown = "".join(table_sections({"selected_heads": chosen_heads}, ["a", "b"], 2))
     assert ">25%<" in shown
-    assert "1 a: 3 heads in 1 layers" in shown
+    assert "1 a: 3 in 1 layer<" in shown
 
 
 def mask_tables(general: bool) -> dict[str, np.ndarray]:

@@ -17,9 +17,9 @@ from jaxcl.data.images.reference import take_out
 SIDE = 96
 
 
-def image_keys(text: str) -> dict[str, bytes]:
-    """The images of a text, in order: the file of each by a name that follows from its bytes."""
-    return {hashlib.sha256(one.content).hexdigest()[:16]: one.content for one in take_out(text, "image")[1]}
+def image_keys(text: str) -> list[tuple[str, bytes]]:
+    """The images of a text, in order: a name that follows from the bytes of its file, and these."""
+    return [(hashlib.sha256(one.content).hexdigest()[:16], one.content) for one in take_out(text, "image")[1]]
 
 
 def thumbnail(content: bytes, where: str) -> bytes:
