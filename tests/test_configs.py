@@ -125,6 +125,7 @@ SHAPES = {
     "quickstart_das": (96, None),
     "quickstart_federated": (80, 16),
     "quickstart_seekr": (80, 16),
+    "quickstart_vision": (36, 8),
     "seekr_llama2_7b_superni": (1536, 512),
     "seekr_llama2_7b_trace": (1536, 512),
     "seekr_smollm2_superni": (448, 64),

@@ -23,6 +23,7 @@ from jaxcl.data.spec import ImageConfig
 from jaxcl.errors import UserError
 from jaxcl.models.images import Images
 from jaxcl.models.vision_config import VisionConfig
+from jaxcl.reporting.report import write_report
 from jaxcl.run import sequence
 from jaxcl.run.images import image_processor
 from jaxcl.run.model import load_model
@@ -94,7 +95,7 @@ def test_the_report_shows_the_images_that_were_asked_about(runs: dict[str, Path]
     # Of the test rows with one image each, those of one colour share a picture.
     assert {name for row in rows for name in row["images"]} == small.keys()
     assert all(tuple(small[row["images"][0]][0, 0]) == COLOURS[row["answer"]] for row in rows)
-    assert (folder / "report.html").read_text().count('class="thumbnail"') == 2 * len(rows)
+    assert write_report(folder).read_text().count('class="thumbnail"') == 2 * len(rows)
 
 
 def test_an_answer_depends_on_the_image(runs: dict[str, Path]) -> None:

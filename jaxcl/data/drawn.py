@@ -70,6 +70,7 @@ def read_drawn(name: str) -> Embedded:
 
     >>> row = read_drawn("shape").splits["train"][0]
     >>> row["prompt"], row["answer"], row["image"].shape
+    ('What is white?', 'cross', (24, 24, 3))
     """
     if name not in _SOURCES:
         near = difflib.get_close_matches(name, _SOURCES, n=1, cutoff=0.0)[0]

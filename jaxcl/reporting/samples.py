@@ -42,7 +42,7 @@ def samples_of(run: RunData, index: int) -> list[Sample]:
     if learned_at is None:
         return [Sample(None, row) for row in end]
     # Test sets may repeat a prompt: its n-th example is the n-th in both evaluations.
-    earlier: dict[tuple[str, str], list[Row]] = {}
+    earlier: dict[tuple[str, ...], list[Row]] = {}
     for row in run.predictions[learned_at, task]:
         earlier.setdefault(_key(row), []).append(row)
     return [Sample(rows.pop(0) if (rows := earlier.get(_key(row), [])) else None, row) for row in end]
@@ -94,7 +94,7 @@ def _spread(rows: Sequence[Sample], count: int) -> list[Sample]:
     return [rows[place * len(rows) // count] for place in range(count)]
 
 
-def _key(row: Row) -> tuple[str, str, str]:
+def _key(row: Row) -> tuple[str, ...]:
     return str(row.get("prompt")), str(row.get("answer")), str(row.get("images"))
 
 

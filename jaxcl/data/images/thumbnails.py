@@ -50,9 +50,9 @@ def write_thumbnails(path: Path, images: Mapping[str, bytes]) -> None:
     """
     if set(images) <= set(_names(path)):
         return
-    found = {name: np.frombuffer(thumbnail(content, f"image {name}"), np.uint8) for name, content in images.items()}
+    found = {name: thumbnail(content, f"image {name}") for name, content in images.items()}
     with replacing(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, **found)
+        np.savez(file, allow_pickle=False, **{name: np.frombuffer(one, np.uint8) for name, one in found.items()})
 
 
 def _names(path: Path) -> Iterable[str]:
