@@ -221,7 +221,7 @@ def _load(
         raise UserError(
             f"task {name}: image_field is for prompts and conversations; the rows of {spec.source} are {found}"
         )
-    reader = RowReader(found, names, template, spec.image_field or raw.images)
+    reader = RowReader(found, names, template, spec.image_field or raw.images, spec.image_folder)
     read: dict[str, ListRows] = {}
     opened: dict[str, Rows] = {}
     for given, records in raw.splits.items():

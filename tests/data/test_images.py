@@ -212,6 +212,14 @@ def test_a_source_reads_images_beside_its_file(tmp_path: Path, monkeypatch: pyte
     chat = load_source(f"jsonl:{tmp_path}/chats.jsonl")
     assert chat.kind == "chat"
     assert json.loads(chat.train[0]["prompt"])[0]["content"].startswith(of(RED, "pictures/a.png"))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "pictures").rename(tmp_path / "elsewhere" / "pictures")
+    for name, given in (("rows", {"image_field": "image"}), ("chats", {})):
+        with pytest.raises(UserError, match=r"cannot read the image pictures/a\.png"):
+            load_source(f"jsonl:{tmp_path}/{name}.jsonl", **given)
+        moved = load_source(f"jsonl:{tmp_path}/{name}.jsonl", image_folder=f"{tmp_path}/elsewhere", **given)
+        assert list(moved.train) == list({"rows": found, "chats": chat}[name].train)
+    (tmp_path / "elsewhere" / "pictures").rename(tmp_path / "pictures")
     (tmp_path / "pictures" / "a.png").unlink()
     with pytest.raises(UserError, match=r"rows.jsonl line 1: field 'image': cannot read the image pictures/a.png"):
         load_source(f"jsonl:{tmp_path}/rows.jsonl", image_field="image")
