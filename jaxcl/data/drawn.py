@@ -211,7 +211,7 @@ def _glyph(letter: str) -> Bool[np.ndarray, "height width"]:
         raise UserError("source drawn:glyphs needs the package pillow: pip install 'jaxcl[vision]'") from error
     mask = ImageFont.load_default_imagefont().getmask(letter)
     covered = np.array(mask, np.uint8).reshape(mask.size[::-1]) > 0
-    rows, columns = covered.any(axis=1).nonzero()[0], covered.any(axis=0).nonzero()[0]
+    rows, columns = (np.flatnonzero(np.any(covered, axis=axis)) for axis in (1, 0))
     return covered[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
 

@@ -92,7 +92,9 @@ def source_kind(spec: SourceSpec) -> Kind | None:
         from jaxcl.data.stdlib import stdlib_kind
 
         return stdlib_kind(rest)
-    return {"text": "text", "drawn": "pairs"}.get(scheme)
+    if scheme == "drawn":
+        return "pairs"
+    return "text" if scheme == "text" else None
 
 
 def expected_kind(spec: TaskSpec | GeneralSpec) -> Kind:

@@ -432,7 +432,7 @@ class Seekr(Method[SeekrOptions]):
         how: HeadImportance = "product_of_sums" if self.options.importance == "random" else self.options.importance
         blocks = {name: state[name] for name in ("block_sensitivity", "block_forgettability") if name in state}
         if blocks:
-            blocks["importance_blocks"] = combine(*blocks.values(), how)
+            blocks["importance_blocks"] = combine(state["block_sensitivity"], state["block_forgettability"], how)
         return blocks | {
             "sensitivity": state["sensitivity"],
             "forgettability": state["forgettability"],
