@@ -1,5 +1,6 @@
 """Questions about pictures that are drawn on the spot: scenes of simple forms, scikit-learn's digits, glyphs of a font.
 
+What a question is about is its last word: small models learn from scratch to look for what they have just read.
 Every row follows from its number alone, and a hash of what it shows and asks decides its split, so both are the same on
 every machine.
 """
@@ -26,7 +27,7 @@ _ROWS = 4000
 # Scenes are grids of places, as many along each side, and of cells of pixels.
 _SIDE, _CELL = 3, 8
 # Pixels along each side of the picture of a letter.
-_CANVAS = 16
+_CANVAS = 12
 # Greys of grounds are below this, far from all colours.
 _DARK = 64
 
@@ -70,7 +71,7 @@ def read_drawn(name: str) -> Embedded:
 
     >>> row = read_drawn("shape").splits["train"][0]
     >>> row["prompt"], row["answer"], row["image"].shape
-    ('What is white?', 'cross', (24, 24, 3))
+    ('Name the form in white', 'cross', (24, 24, 3))
     """
     if name not in _SOURCES:
         near = difflib.get_close_matches(name, _SOURCES, n=1, cutoff=0.0)[0]
@@ -153,24 +154,24 @@ def _two(draws: _Draws) -> list[Form]:
 
 def _colour(draws: _Draws) -> tuple[list[Form], str, str]:
     forms = _two(draws)
-    return forms, f"What colour is the {forms[0].shape}?", forms[0].colour
+    return forms, f"Name the colour of the {forms[0].shape}", forms[0].colour
 
 
 def _shape(draws: _Draws) -> tuple[list[Form], str, str]:
     forms = _two(draws)
-    return forms, f"What is {forms[0].colour}?", forms[0].shape
+    return forms, f"Name the form in {forms[0].colour}", forms[0].shape
 
 
 def _position(draws: _Draws) -> tuple[list[Form], str, str]:
     forms = _two(draws)
-    return forms, f"Where is the {forms[0].colour} form?", PLACES[forms[0].place]
+    return forms, f"Find the form in {forms[0].colour}", PLACES[forms[0].place]
 
 
 def _count(draws: _Draws) -> tuple[list[Form], str, str]:
     count = 1 + draws.below(len(COUNTS))
     places = draws.some(range(len(PLACES)), count)
     forms = [Form(draws.some(SHAPES, 1)[0], draws.some(tuple(COLOURS), 1)[0], place) for place in places]
-    return forms, "How many forms are there?", COUNTS[count - 1]
+    return forms, "Count the forms", COUNTS[count - 1]
 
 
 # ---------------------------------------------------------------- characters
@@ -183,13 +184,13 @@ def _digits() -> list[Row]:
     found = load_digits()
     greys = (255 - np.rint(found.images * (255 / 16))).astype(np.uint8)
     return [
-        {"prompt": "Which digit is this?", "answer": str(digit), "image": np.repeat(grey[..., None], 3, axis=-1)}
+        {"prompt": "Read the digit", "answer": str(digit), "image": np.repeat(grey[..., None], 3, axis=-1)}
         for grey, digit in zip(greys, found.target, strict=True)
     ]
 
 
 def _glyphs() -> list[Row]:
-    """Letters of the font that comes with Pillow, in one of `COLOURS`, somewhere in 16 by 16 pixels."""
+    """Letters of the font that comes with Pillow, in one of `COLOURS`, about the middle of 12 by 12 pixels."""
     shapes = {letter: _glyph(letter) for letter in LETTERS}
     rows = []
     for number in range(_ROWS):
@@ -197,9 +198,9 @@ def _glyphs() -> list[Row]:
         letter, colour = draws.some(LETTERS, 1)[0], draws.some(tuple(COLOURS.values()), 1)[0]
         image = np.full((_CANVAS, _CANVAS, 3), draws.below(_DARK), np.uint8)
         height, width = shapes[letter].shape
-        top, left = draws.below(_CANVAS - height + 1), draws.below(_CANVAS - width + 1)
+        top, left = ((_CANVAS - side) // 2 + draws.below(3) - 1 for side in (height, width))
         image[top : top + height, left : left + width][shapes[letter]] = colour
-        rows.append({"prompt": "Which letter is this?", "answer": letter, "image": image})
+        rows.append({"prompt": "Read the letter", "answer": letter, "image": image})
     return rows
 
 
