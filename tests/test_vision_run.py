@@ -14,6 +14,7 @@ import pytest
 
 from jaxcl.cli import main
 from jaxcl.config import parse_config
+from jaxcl.data.images.decode import decode
 from jaxcl.data.images.processor import ImageProcessor
 from jaxcl.data.images.reference import Reference
 from jaxcl.data.images.tokens import image_index
@@ -22,6 +23,7 @@ from jaxcl.data.spec import ImageConfig
 from jaxcl.errors import UserError
 from jaxcl.models.images import Images
 from jaxcl.models.vision_config import VisionConfig
+from jaxcl.reporting.report import write_report
 from jaxcl.run import sequence
 from jaxcl.run.images import image_processor
 from jaxcl.run.model import load_model
@@ -83,6 +85,17 @@ def test_predictions_name_images(runs: dict[str, Path]) -> None:
     text = file.read_text()
     assert "[image one" in text or "[image two" in text
     assert "iVBOR" not in text  # how PNG files begin, in base 64
+
+
+def test_the_report_shows_the_images_that_were_asked_about(runs: dict[str, Path]) -> None:
+    folder = runs["replay"]
+    rows = [json.loads(line) for line in (folder / "predictions" / "after01_task00.jsonl").read_text().splitlines()]
+    with np.load(folder / "thumbnails" / "task00.npz") as stored:
+        small = {name: decode(stored[name].tobytes(), name) for name in stored.files}
+    # Of the test rows with one image each, those of one colour share a picture.
+    assert {name for row in rows for name in row["images"]} == small.keys()
+    assert all(tuple(small[row["images"][0]][0, 0]) == COLOURS[row["answer"]] for row in rows)
+    assert write_report(folder).read_text().count('class="thumbnail"') == 2 * len(rows)
 
 
 def test_an_answer_depends_on_the_image(runs: dict[str, Path]) -> None:

@@ -32,7 +32,12 @@ class RowReader:
     """
 
     def __init__(
-        self, kind: Kind, names: Mapping[str, str], template: str | None, image_field: str | None = None
+        self,
+        kind: Kind,
+        names: Mapping[str, str],
+        template: str | None,
+        image_field: str | None = None,
+        image_folder: str | None = None,
     ) -> None:
         """Chooses fields.
 
@@ -41,12 +46,16 @@ class RowReader:
           names: field of the record by field of the row.
           template: prompt from fields of the record; none: its prompt field.
           image_field: field that holds images; none: there is none.
+          image_folder: where paths of images start; none: in the folder of the file that names them.
         """
         self.kind = kind
         self._image_field = image_field
+        self._image_folder = None if image_folder is None else Path(image_folder)
         self.key: dict[str, Any] = {"kind": kind, "names": dict(names), "template": template}
         if image_field is not None:
             self.key["images"] = image_field
+        if image_folder is not None:
+            self.key["image_folder"] = image_folder
         self._names = dict(names)
         self._template = template
         self._parts = list(string.Formatter().parse(template)) if template else []
@@ -60,7 +69,7 @@ class RowReader:
         """
         images = self._images(place, record)
         if self.kind == "chat":
-            messages = read_messages(record, str(place), images, _folder(place))
+            messages = read_messages(record, str(place), images, self._folder(place))
             *before, last = up_to_last_answer(messages, str(place))
             return {"prompt": json.dumps(before, ensure_ascii=False), "answer": last["content"]}
         for field in (*self._names.values(), *self._wanted):
@@ -81,13 +90,14 @@ class RowReader:
             return []
         if field not in record:
             raise UserError(f"{place}: no field {field!r}; its fields are {', '.join(map(str, record)) or 'none'}")
-        return read_images(record[field], f"{place}: field {field!r}", _folder(place))
+        return read_images(record[field], f"{place}: field {field!r}", self._folder(place))
 
-
-def _folder(place: object) -> Path | None:
-    """The folder of the file that a record is in; none for one behind a URL, or in no file."""
-    path = place[0].path if isinstance(place, Where) else ""
-    return Path(path).parent if Path(path).is_file() else None
+    def _folder(self, place: object) -> Path | None:
+        """The folder of images: by default that of the record's file; none for one behind a URL, or in no file."""
+        if self._image_folder is not None:
+            return self._image_folder
+        path = place[0].path if isinstance(place, Where) else ""
+        return Path(path).parent if Path(path).is_file() else None
 
 
 def held_out(given: str, splits: Mapping[str, Any]) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from jaxcl.data.cache import Cache
+from jaxcl.data.embedded import Embedded
 from jaxcl.data.formats.base import ListRecords, Record, Records
 from jaxcl.data.formats.find import SCHEMES, find_records
 from jaxcl.data.hubs import hub_records, read_hf, read_tfds
@@ -57,11 +58,19 @@ class TaskData:
 
 
 class Raw(NamedTuple):
-    """What a scheme finds: records by split, where each split came from, class names that the source orders."""
+    """What a scheme finds.
+
+    Attributes:
+      splits: records by split.
+      where: where each split came from.
+      labels: class names that the source orders.
+      images: field that holds images, of a source that has one whatever the configuration says.
+    """
 
     splits: dict[str, Records]
     where: dict[str, str]
     labels: tuple[str, ...] = ()
+    images: str | None = None
 
 
 def source_kind(spec: SourceSpec) -> Kind | None:
@@ -83,6 +92,8 @@ def source_kind(spec: SourceSpec) -> Kind | None:
         from jaxcl.data.stdlib import stdlib_kind
 
         return stdlib_kind(rest)
+    if scheme == "drawn":
+        return "pairs"
     return "text" if scheme == "text" else None
 
 
@@ -212,7 +223,7 @@ def _load(
         raise UserError(
             f"task {name}: image_field is for prompts and conversations; the rows of {spec.source} are {found}"
         )
-    reader = RowReader(found, names, template, spec.image_field)
+    reader = RowReader(found, names, template, spec.image_field or raw.images, spec.image_folder)
     read: dict[str, ListRows] = {}
     opened: dict[str, Rows] = {}
     for given, records in raw.splits.items():
@@ -287,19 +298,29 @@ def _read_files(scheme: str) -> Callable[[str, SourceSpec], Raw]:
 def _read_stdlib(rest: str, spec: SourceSpec) -> Raw:
     from jaxcl.data.stdlib import read_stdlib
 
-    found = read_stdlib(rest)
+    return _embedded(read_stdlib(rest), spec)
+
+
+def _read_drawn(rest: str, spec: SourceSpec) -> Raw:
+    from jaxcl.data.drawn import read_drawn
+
+    return _embedded(read_drawn(rest), spec)._replace(images=spec.image_field or "image")
+
+
+def _embedded(found: Embedded, spec: SourceSpec) -> Raw:
     # The embedded sources have fixed field names: rename them to those that the user configured.
     rename = {
         "prompt": spec.prompt_field,
         "answer": spec.answer_field,
         "text": spec.text_field,
         "label": spec.label_field,
+        "image": spec.image_field or "image",
     }
     splits: dict[str, Records] = {
-        split: ListRecords([{rename.get(k, k): value for k, value in row.items()} for row in rows], f"stdlib:{rest}")
+        split: ListRecords([{rename[k]: value for k, value in row.items()} for row in rows], spec.source)
         for split, rows in found.splits.items()
     }
-    return Raw(splits, dict.fromkeys((*SPLITS, "all"), f"stdlib:{rest}"), found.labels)
+    return Raw(splits, dict.fromkeys((*SPLITS, "all"), spec.source), found.labels)
 
 
 def _read_hub(read: Callable[..., Any], scheme: str) -> Callable[[str, SourceSpec], Raw]:
@@ -322,6 +343,7 @@ _SCHEMES: dict[str, Callable[[str, SourceSpec], Raw]] = {
     "tfds": _read_hub(read_tfds, "tfds"),
     "hf": _read_hub(read_hf, "hf"),
     "stdlib": _read_stdlib,
+    "drawn": _read_drawn,
 }
 
 

@@ -28,8 +28,8 @@ TEMPLATES: dict[str, str] = {
 
 
 _SOURCE = (
-    "`scheme:rest`: json, jsonl, text, csv, tsv or parquet and a file, folder, glob or URL; tfds:NAME, hf:NAME or "
-    "stdlib:NAME"
+    "`scheme:rest`: json, jsonl, text, csv, tsv or parquet and a file, folder, glob or URL; tfds:NAME, hf:NAME, "
+    "stdlib:NAME or drawn:NAME"
 )
 
 
@@ -67,6 +67,9 @@ class SourceSpec(Schema):
         description="field that holds an image or a list of images (paths from the file's folder, or bytes); they take "
         "the place of <image> in a prompt or conversation, or come before it",
     )
+    image_folder: str | None = Field(
+        None, description="folder that paths of images start from; none: the folder of the file that names them"
+    )
     heldout: float = Field(
         0.05,
         gt=0,
@@ -87,7 +90,7 @@ class SourceSpec(Schema):
         files = scheme in SCHEMES
         return f"{scheme}:{place(rest)}" if colon and (files or rest.startswith("~")) else value
 
-    @field_validator("data_dir")
+    @field_validator("data_dir", "image_folder")
     @classmethod
     def _is_place(cls, value: str | None) -> str | None:
         return value and place(value)

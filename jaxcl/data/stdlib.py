@@ -10,7 +10,6 @@ import ast
 import difflib
 import errno
 import functools
-import hashlib
 import html.entities
 import http
 import importlib.util
@@ -24,13 +23,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from jaxcl.data.embedded import Embedded, Row, rank, split_rows
 from jaxcl.data.spec import Kind
 from jaxcl.errors import UserError
 
-Row = dict[str, str]
-
-# Share of examples in dev and in test.
-_DEV, _TEST = 0.1, 0.1
 # Largest number of examples per class of a table, so that no class dominates; smaller classes than _FEWEST are dropped.
 _MOST, _FEWEST = 300, 25
 # End tasks: largest number of classes, and smallest and largest number of passages per class.
@@ -40,13 +36,6 @@ _TOPIC_FEWEST = 14
 _FILES = 700
 # Characters per passage: shorter docstrings are skipped; paragraphs of topics are joined up to the second number.
 _SHORTEST, _PASSAGE = 80, 400
-
-
-class Embedded(NamedTuple):
-    """An embedded source: rows by split, class names of a labelled one."""
-
-    splits: dict[str, list[Row]]
-    labels: tuple[str, ...] = ()
 
 
 class _Source(NamedTuple):
@@ -101,19 +90,6 @@ def names() -> list[str]:
     return [*_SOURCES, *(f"{name}:PACKAGE" for name in _PACKAGE_SOURCES)]
 
 
-def _rank(text: str) -> float:
-    """A number in [0, 1) that depends only on `text`."""
-    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:6]) / 2**48
-
-
-def _splits(rows: Iterable[Row], key: Callable[[Row], str]) -> dict[str, list[Row]]:
-    found: dict[str, list[Row]] = {"train": [], "dev": [], "test": []}
-    for row in rows:
-        rank = _rank("split " + key(row))
-        found["test" if rank < _TEST else "dev" if rank < _TEST + _DEV else "train"].append(row)
-    return found
-
-
 def _balanced(pairs: Iterable[tuple[str, str]], most: int, fewest: int) -> list[tuple[str, str]]:
     """(text, class) pairs, at most `most` per class, without classes that have fewer than `fewest`."""
     classes: dict[str, list[str]] = defaultdict(list)
@@ -123,7 +99,7 @@ def _balanced(pairs: Iterable[tuple[str, str]], most: int, fewest: int) -> list[
         (text, label)
         for label, texts in sorted(classes.items())
         if len(texts) >= fewest
-        for text in sorted(sorted(texts, key=_rank)[:most])
+        for text in sorted(sorted(texts, key=rank)[:most])
     ]
 
 
@@ -184,7 +160,7 @@ def _characters() -> tuple[tuple[str, str], ...]:
 def _unicode_table(question: str, answer: Callable[[str], str | None]) -> Embedded:
     pairs = [(name, found) for character, name in _characters() if (found := answer(character)) is not None]
     rows = [{"prompt": f"{name}\n{question}:", "answer": found} for name, found in _balanced(pairs, _MOST, _FEWEST)]
-    return Embedded(_splits(rows, lambda row: row["prompt"]))
+    return Embedded(split_rows(rows, lambda row: row["prompt"]))
 
 
 def _numeric(character: str) -> str | None:
@@ -211,7 +187,7 @@ def _html_entity() -> Embedded:
         name = unicodedata.name(text, "") if len(text) == 1 else ""
         if entity.endswith(";") and name:
             rows.append({"prompt": f"&{entity}\nCharacter:", "answer": name.lower()})
-    return Embedded(_splits(rows, lambda row: row["prompt"]))
+    return Embedded(split_rows(rows, lambda row: row["prompt"]))
 
 
 # ---------------------------------------------------------------- tables of facts
@@ -225,7 +201,7 @@ def _facts(facts: Iterable[tuple[str, str]], wordings: Sequence[str]) -> Embedde
     """
     splits: dict[str, list[Row]] = {"train": [], "dev": [], "test": []}
     for thing, answer in facts:
-        prompts = sorted((wording.format(thing) for wording in wordings), key=_rank)
+        prompts = sorted((wording.format(thing) for wording in wordings), key=rank)
         for number, prompt in enumerate(prompts):
             split = ("test", "dev")[number] if number < 2 else "train"
             splits[split].append({"prompt": prompt, "answer": answer})
@@ -274,7 +250,7 @@ def _errno() -> Embedded:
 
 
 def _text(passages: Iterable[str]) -> Embedded:
-    return Embedded(_splits(({"text": passage} for passage in passages), lambda row: row["text"]))
+    return Embedded(split_rows(({"text": passage} for passage in passages), lambda row: row["text"]))
 
 
 def _labelled(passages: Iterable[tuple[str, str]], what: str, fewest: int) -> Embedded:
@@ -287,7 +263,7 @@ def _labelled(passages: Iterable[tuple[str, str]], what: str, fewest: int) -> Em
     if len(labels) < 2:
         raise UserError(f"{what}: fewer than two labels have {fewest} passages")
     rows = [{"text": passage, "label": label} for passage, label in kept]
-    return Embedded(_splits(rows, lambda row: row["text"]), labels)
+    return Embedded(split_rows(rows, lambda row: row["text"]), labels)
 
 
 @functools.cache

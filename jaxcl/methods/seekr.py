@@ -420,14 +420,20 @@ class Seekr(Method[SeekrOptions]):
         return {"heads": heads.astype(jnp.int16), "queries": queries, **self.attention.named(arrays), **outputs}
 
     def tables(self, state: State) -> dict[str, Array]:
-        """Both measures by task, importance over the tasks so far, and the heads selected by task."""
+        """Both measures by task, importance over the tasks so far, and the heads selected by task.
+
+        With `modality_budgets` also both measures by block, and `importance_blocks` `[blocks, layers, heads]`.
+        """
         selected = jnp.zeros(state["sensitivity"].shape, bool)
         task = jnp.arange(self.num_tasks)[:, None]
         layer, head = state["heads"][..., 0], state["heads"][..., 1]
         layer = jnp.where(layer < 0, self.network.num_layers, layer)
         # Where heads are drawn, what would have been chosen otherwise is worth a picture.
         how: HeadImportance = "product_of_sums" if self.options.importance == "random" else self.options.importance
-        return {
+        blocks = {name: state[name] for name in ("block_sensitivity", "block_forgettability") if name in state}
+        if blocks:
+            blocks["importance_blocks"] = combine(state["block_sensitivity"], state["block_forgettability"], how)
+        return blocks | {
             "sensitivity": state["sensitivity"],
             "forgettability": state["forgettability"],
             "importance_heads": combine(state["sensitivity"], state["forgettability"], how),

@@ -80,7 +80,8 @@ def selected(maps: Mapping[str, Shaped[np.ndarray, "layers heads"]], name: str =
             axis.set_ylim(0.5, layers + 0.5)
             for one_layer, one_head in zip(layer + 0.5, head + 0.5, strict=True):
                 axis.add_patch(_square(one_head, one_layer, series_colour(0)))
-            _map_axis(axis, f"{title}: {mask.sum()} heads in {mask.any(axis=1).sum()} layers", len(maps), columns)
+            wide = mask.any(axis=1).sum()
+            _map_axis(axis, f"{title}: {mask.sum()} in {wide} layer{'' if wide == 1 else 's'}", len(maps), columns)
             axis.spines[:].set_visible(True)
         for axis in axes[len(maps) :]:
             axis.set_visible(False)

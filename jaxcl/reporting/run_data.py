@@ -30,6 +30,7 @@ class RunData:
       metrics: rows of `metrics.jsonl`.
       rounds: rows of `rounds.jsonl`, which a federated run has.
       predictions: rows of all files in `predictions/`, by `(after, task)`.
+      thumbnails: PNG files of the images that predictions name.
       tables: arrays of the latest file in `importance/`, by name.
       problems: one line per file that could not be read.
     """
@@ -40,6 +41,7 @@ class RunData:
     metrics: list[dict[str, Any]]
     rounds: list[dict[str, Any]]
     predictions: dict[tuple[int, str], list[dict[str, Any]]]
+    thumbnails: dict[str, bytes]
     tables: dict[str, Shaped[np.ndarray, "..."]]
     problems: list[str]
 
@@ -69,6 +71,7 @@ def read_run(folder: Path) -> RunData:
         metrics=_json_lines(folder / "metrics.jsonl", problems),
         rounds=_json_lines(folder / "rounds.jsonl", problems),
         predictions=_predictions(folder / "predictions", problems),
+        thumbnails=_thumbnails(folder / "thumbnails", problems),
         tables=_tables(folder / "importance", problems),
         problems=problems,
     )
@@ -183,14 +186,24 @@ def _predictions(folder: Path, problems: list[str]) -> dict[tuple[int, str], lis
     return found
 
 
+def _thumbnails(folder: Path, problems: list[str]) -> dict[str, bytes]:
+    found: dict[str, bytes] = {}
+    for path in sorted(folder.glob("*.npz")):
+        found |= {name: array.tobytes() for name, array in _arrays(path, "thumbnails", problems).items()}
+    return found
+
+
 def _tables(folder: Path, problems: list[str]) -> dict[str, Shaped[np.ndarray, "..."]]:
     # Latest first; the file from before any training comes last.
     files = sorted(folder.glob("*.npz"), key=lambda path: (path.name.startswith("after"), path.name), reverse=True)
-    for path in files:
-        try:
-            # Opened here, because numpy does not close a file that is not an archive.
-            with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
-                return {name: stored[name] for name in stored.files}
-        except Exception as error:  # zipfile, zlib and numpy have no error type for damaged files
-            problems.append(f"importance/{path.name}: cannot be read: {str(error) or type(error).__name__}")
-    return {}
+    return next(filter(None, (_arrays(path, "importance", problems) for path in files)), {})
+
+
+def _arrays(path: Path, folder: str, problems: list[str]) -> dict[str, Shaped[np.ndarray, "..."]]:
+    try:
+        # Opened here, because numpy does not close a file that is not an archive.
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
+            return {name: stored[name] for name in stored.files}
+    except Exception as error:  # zipfile, zlib and numpy have no error type for damaged files
+        problems.append(f"{folder}/{path.name}: cannot be read: {str(error) or type(error).__name__}")
+        return {}

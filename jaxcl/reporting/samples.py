@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import base64
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxcl.reporting.page import details, number, table, text
@@ -11,6 +13,8 @@ from jaxcl.reporting.style import DASH
 
 _SHOWN = {"forgotten": 4, "wrong": 2, "right": 3}
 _CHARACTERS = 600
+# How predictions name an image in a prompt.
+_IMAGE = re.compile(r"\[image(?: [^\]]*)?\]")
 
 Row = dict[str, Any]
 
@@ -38,7 +42,7 @@ def samples_of(run: RunData, index: int) -> list[Sample]:
     if learned_at is None:
         return [Sample(None, row) for row in end]
     # Test sets may repeat a prompt: its n-th example is the n-th in both evaluations.
-    earlier: dict[tuple[str, str], list[Row]] = {}
+    earlier: dict[tuple[str, ...], list[Row]] = {}
     for row in run.predictions[learned_at, task]:
         earlier.setdefault(_key(row), []).append(row)
     return [Sample(rows.pop(0) if (rows := earlier.get(_key(row), [])) else None, row) for row in end]
@@ -67,7 +71,7 @@ def task_samples(run: RunData, index: int, *, opened: bool) -> str:
     heads = ["Prompt", "Expected", *(["Right after learning", "At the end"] if both else ["Answer"])]
     rows = []
     for sample in chosen(samples):
-        cells = [_said(sample.end.get("prompt"), "prompt"), _said(sample.end.get("answer"))]
+        cells = [_prompt(sample.end, run.thumbnails), _said(sample.end.get("answer"))]
         if both:
             cells.append(_answer(sample.learned) if sample.learned else DASH)
         rows.append([*cells, _answer(sample.end)])
@@ -90,8 +94,31 @@ def _spread(rows: Sequence[Sample], count: int) -> list[Sample]:
     return [rows[place * len(rows) // count] for place in range(count)]
 
 
-def _key(row: Row) -> tuple[str, str]:
-    return str(row.get("prompt")), str(row.get("answer"))
+def _key(row: Row) -> tuple[str, ...]:
+    return str(row.get("prompt")), str(row.get("answer")), str(row.get("images"))
+
+
+def _prompt(row: Row, thumbnails: Mapping[str, bytes]) -> str:
+    """What was asked, with thumbnails in place of the names of images, or before it if not all names are left."""
+    words = _shortened(row.get("prompt"))
+    keys = row.get("images")
+    images = [_image(thumbnails.get(str(key))) for key in keys] if isinstance(keys, list) else []
+    names = _IMAGE.findall(words)
+    if not all(images) or not images:
+        return _said(words, "prompt")
+    if len(names) != len(images):
+        return "".join(images) + _said(words, "prompt")
+    parts = _IMAGE.split(words)
+    shown = text(parts[0])
+    for image, name, part in zip(images, names, parts[1:], strict=True):
+        shown += image.replace("<img", f'<img alt="{text(name)}" title="{text(name)}"') + text(part)
+    return f'<bdi class="said prompt">{shown}</bdi>'
+
+
+def _image(content: bytes | None) -> str:
+    if content is None:
+        return ""
+    return f'<img class="thumbnail" src="data:image/png;base64,{base64.b64encode(content).decode()}">'
 
 
 def _answer(row: Row) -> str:
@@ -106,9 +133,14 @@ def _answer(row: Row) -> str:
 
 
 def _said(value: object, kind: str = "") -> str:
-    words = "" if value is None else str(value)
-    if len(words) > _CHARACTERS:
-        # The model answers the end of a prompt, so more of the end is kept.
-        words = f"{words[: _CHARACTERS // 3]} … {words[-2 * _CHARACTERS // 3 :]}"
+    words = _shortened(value)
     shown = text(words) if words.strip() else '<span class="muted">(nothing)</span>'
     return f'<bdi class="said {kind}">{shown}</bdi>'
+
+
+def _shortened(value: object) -> str:
+    words = "" if value is None else str(value)
+    if len(words) <= _CHARACTERS:
+        return words
+    # The model answers the end of a prompt, so more of the end is kept.
+    return f"{words[: _CHARACTERS // 3]} … {words[-2 * _CHARACTERS // 3 :]}"

@@ -97,6 +97,10 @@ table.samples { width: 100%; table-layout: fixed; }
 table.samples td { font-size: 13.5px; }
 table.samples .said { white-space: pre-wrap; overflow-wrap: anywhere; display: block; unicode-bidi: isolate; }
 table.samples .prompt { color: var(--muted); max-height: 12em; overflow: auto; }
+img.thumbnail { display: block; height: 64px; max-width: 128px; object-fit: contain; image-rendering: pixelated;
+  border: 1px solid var(--line); border-radius: 4px; margin-bottom: 4px; }
+.said:has(.thumbnail ~ .thumbnail) .thumbnail { display: inline-block; height: 40px; margin: 2px;
+  vertical-align: middle; }
 .verdict { display: inline-block; border-radius: 5px; padding: 0 6px; font-size: 12px; font-weight: 600;
   margin-bottom: 2px; }
 .verdict.right { background: var(--good-wash); color: var(--good); }

@@ -5,6 +5,7 @@ Name and number of axes decide how an array is shown:
 - `importance_X` `[layers, X]`: importance of units so far. Together with `domains_X` `[1 + tasks, layers, X]` (index 0:
   general knowledge) it is between 0 and 1 and defines a soft mask, or what one of this importance would be; the
   remaining capacity is shown as well.
+- `importance_blocks` `[blocks, layers, heads]`: importance of heads by block of attention.
 - `selected_X` `[tasks, layers, X]`, true or false: selected units per task.
 - any other `[layers, units]` or `[tasks, layers, units]`: heat maps.
 """
@@ -26,6 +27,8 @@ _NAMES = {"heads": "attention heads", "intermediate": "intermediate units", "out
 _NAMES |= {"tower_heads": "tower heads", "connector_output": "connector outputs"}
 _NAMES |= {f"tower_{kind}": f"tower {_NAMES[kind]}" for kind in ("intermediate", "output")}
 
+_BLOCKS = ("words on words", "words on images", "images on words", "images on images")
+
 Draw = Callable[[Picture], str]
 Tables = Mapping[str, Shaped[np.ndarray, "..."]]
 
@@ -40,6 +43,7 @@ def table_sections(tables: Tables, tasks: Sequence[str], learned: int, draw: Dra
       draw: turns a picture into an SVG element.
     """
     tables = {name: array for name, array in tables.items() if array.size and array.ndim in (2, 3)}
+    blocks = tables.pop("importance_blocks", None)
     kinds = [
         name.removeprefix("importance_")
         for name in tables
@@ -56,6 +60,7 @@ def table_sections(tables: Tables, tasks: Sequence[str], learned: int, draw: Dra
     return [
         *(_Masks(masks, domains, names, draw).sections() if masks else ()),
         section("Importance", *(_maps(name, array, names, draw) for name, array in rest.items())),
+        "" if blocks is None else _by_block(np.asarray(blocks, float), draw),
         *(_selected(name, array, names, draw) for name, array in chosen.items() if array.ndim == 3),
     ]
 
@@ -172,6 +177,20 @@ def _selected(name: str, array: np.ndarray, names: list[str], draw: Draw) -> str
         ]
     return section(
         "Heads selected by each task", *parts, note="Heads whose attention is distilled on the task's memory."
+    )
+
+
+def _by_block(array: Float[np.ndarray, "blocks layers heads"], draw: Draw) -> str:
+    """Heads by block of attention; a block that nothing was measured of is left out."""
+    maps = {name: one for name, one in zip(_BLOCKS, array, strict=True) if one.any()}
+    if not maps:
+        return ""
+    shares = [f"{name} {100 * one.sum() / array.sum():.0f}%" for name, one in maps.items()]
+    return section(
+        "Heads by block of attention",
+        figure(draw(heat_maps.heat_maps(maps, "head", "importance blocks")), f"Shares: {', '.join(shares)}."),
+        note="How much heads matter by what looks at what, per pair of tokens. Words on images: queries of words, keys "
+        "of images.",
     )
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jaxcl.data.chat_rows import encode_openings
 from jaxcl.data.images.reference import has_images, shown
+from jaxcl.data.images.thumbnails import image_keys
 from jaxcl.data.pairs import EncodedPrompts, encode_answers, encode_prompts
 from jaxcl.data.pipeline import LabelledPipeline
 from jaxcl.data.rows import HostBatch
@@ -45,12 +46,14 @@ class Evaluation(NamedTuple):
     Attributes:
       score: of the task's metric; `None` if that is an end task that is not due.
       further: other measures of the same task, by name.
-      rows: one per example, for `predictions/`.
+      rows: one per example, for `predictions/`; `images` are the names of those that its prompt has.
+      images: the files of these images by name.
     """
 
     score: Score | None
     further: dict[str, Score]
     rows: list[dict[str, Any]]
+    images: Mapping[str, bytes] = {}
 
 
 class Evaluator:
@@ -201,8 +204,14 @@ class Evaluator:
             self.metrics[index],
             batch_size=self.settings.batch_size,
         )
-        rows = [{**row, "prompt": shown(row["prompt"])} for row in scored.rows]
-        return Evaluation(Score(scored.score), {}, rows)
+        rows: list[dict[str, Any]] = []
+        images: dict[str, bytes] = {}
+        for row in scored.rows:
+            found = image_keys(row["prompt"])
+            images.update(found)
+            names = {"images": [name for name, _ in found]} if found else {}
+            rows.append({**row, "prompt": shown(row["prompt"]), **names})
+        return Evaluation(Score(scored.score), {}, rows, images)
 
     def _pairs(self, index: int, split: str) -> list[dict[str, str]]:
         """The rows of a task that are scored, which are read once."""

@@ -77,6 +77,7 @@ class RunFolder:
     tensorboard = property(lambda self: self.path / "tensorboard")
     metrics = property(lambda self: self.path / "metrics.jsonl")
     predictions = property(lambda self: self.path / "predictions")
+    thumbnails = property(lambda self: self.path / "thumbnails")
     importance = property(lambda self: self.path / "importance")
     checkpoints = property(lambda self: self.path / "checkpoints")
     rounds = property(lambda self: self.path / "rounds.jsonl")
@@ -126,7 +127,7 @@ class RunFolder:
 
     def _remove_temporaries(self) -> None:
         """Removes what a killed process of this run was writing (`replacing`); nobody else writes these files."""
-        own = [folder.glob(".*.tmp") for folder in (self.examples, self.predictions, self.importance)]
+        own = [folder.glob(".*.tmp") for folder in (self.examples, self.predictions, self.thumbnails, self.importance)]
         named = [self.path.glob(f".{file.name}.*.tmp") for file in (self.results, self.memory, self.rounds)]
         for path in itertools.chain(*own, *named):
             path.unlink(missing_ok=True)

@@ -43,13 +43,17 @@ def open_general(config: ExperimentConfig, cache: Cache) -> TaskData | None:
 
 
 def rooted(spec: Spec, root: str) -> Spec:
-    """A source's section with a relative path resolved from the folder `root`.
+    """A source's section with relative paths resolved from the folder `root`.
 
     >>> rooted(SourceSpec(source="json:FOMC"), "data/TRACE").source
     'json:data/TRACE/FOMC'
     >>> rooted(SourceSpec(source="parquet:hf://datasets/x/y/*.parquet"), "data").source
     'parquet:hf://datasets/x/y/*.parquet'
+    >>> rooted(SourceSpec(source="json:train.json", image_folder="images"), "data").image_folder
+    'data/images'
     """
+    if spec.image_folder is not None:
+        spec = spec.model_copy(update={"image_folder": str(Path(root) / spec.image_folder)})
     scheme, _, rest = spec.source.partition(":")
     if scheme not in SCHEMES or is_url(rest):
         return spec

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from jaxcl.data.images.thumbnails import write_thumbnails
 from jaxcl.evaluation.results import Measure, Results, installed_versions, measure, write_predictions
 from jaxcl.functional.matrix import ContinualMatrix
 from jaxcl.models.trainable import Params
@@ -63,6 +64,8 @@ class Scoreboard:
             if self.main and evaluation.rows:
                 name = self.parts.tasks[index].name
                 write_predictions(self.folder.predictions, after, index, name, evaluation.rows)
+            if self.main and evaluation.images:
+                write_thumbnails(self.folder.thumbnails / f"task{index:02d}.npz", evaluation.images)
 
     def evaluate_dev(self, params_for: Callable[[int], Params]) -> None:
         """Scores the dev rows of all tasks whose data is not gone, once they are learned.

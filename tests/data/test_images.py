@@ -17,10 +17,12 @@ from jaxcl.data.chat_rows import ChatRows, encode_openings
 from jaxcl.data.conversations import encode_conversations
 from jaxcl.data.examples import ExampleTable, read_shards, write_shards
 from jaxcl.data.images import decode as decoding
+from jaxcl.data.images import thumbnails
 from jaxcl.data.images.decode import MAX_PIXELS, check, decode
 from jaxcl.data.images.processor import ImageProcessor
 from jaxcl.data.images.reference import MARK, Reference, put_in, read_image, read_images, shown, take_out
 from jaxcl.data.images.seen import look
+from jaxcl.data.images.thumbnails import image_keys, thumbnail, write_thumbnails
 from jaxcl.data.images.tokens import see
 from jaxcl.data.messages import read_messages
 from jaxcl.data.pairs import PairRows
@@ -210,6 +212,14 @@ def test_a_source_reads_images_beside_its_file(tmp_path: Path, monkeypatch: pyte
     chat = load_source(f"jsonl:{tmp_path}/chats.jsonl")
     assert chat.kind == "chat"
     assert json.loads(chat.train[0]["prompt"])[0]["content"].startswith(of(RED, "pictures/a.png"))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "pictures").rename(tmp_path / "elsewhere" / "pictures")
+    for name, given in (("rows", {"image_field": "image"}), ("chats", {})):
+        with pytest.raises(UserError, match=r"cannot read the image pictures/a\.png"):
+            load_source(f"jsonl:{tmp_path}/{name}.jsonl", **given)
+        moved = load_source(f"jsonl:{tmp_path}/{name}.jsonl", image_folder=f"{tmp_path}/elsewhere", **given)
+        assert list(moved.train) == list({"rows": found, "chats": chat}[name].train)
+    (tmp_path / "elsewhere" / "pictures").rename(tmp_path / "pictures")
     (tmp_path / "pictures" / "a.png").unlink()
     with pytest.raises(UserError, match=r"rows.jsonl line 1: field 'image': cannot read the image pictures/a.png"):
         load_source(f"jsonl:{tmp_path}/rows.jsonl", image_field="image")
@@ -366,3 +376,33 @@ def test_processors_that_cannot_be_are_refused(content: dict[str, Any], message:
 def test_what_a_processor_writes_it_reads() -> None:
     for one in (IMAGES, IMAGES._replace(split=False, resample=3)):
         assert ImageProcessor.read(one.content(), one.tile, one.image_tokens, "x") == one
+
+
+# ---------------------------------------------------------------- thumbnails
+
+
+def test_thumbnails_are_small_and_keep_their_shape() -> None:
+    wide = png(COLOURS["red"], 200, 400)
+    small = decode(thumbnail(wide, "x"), "x")
+    assert small.shape == (48, 96, 3)
+    assert (small == COLOURS["red"]).all()
+    assert decode(thumbnail(png(COLOURS["blue"], 4, 8), "x"), "x").shape == (4, 8, 3)  # not enlarged
+
+
+def test_thumbnails_are_written_once_by_names_of_their_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = image_keys(f"a {of(RED, 'one')} b {of(BLUE)} c {of(RED, 'two')}")
+    assert [content for _, content in keys] == [RED, BLUE, RED]
+    assert keys[0][0] == keys[2][0] != keys[1][0]
+    path = tmp_path / "task00.npz"
+    write_thumbnails(path, dict(keys[:1]))
+    write_thumbnails(path, dict(keys))  # more than there are
+    with np.load(path) as stored:
+        assert set(stored.files) == set(dict(keys))
+        assert (decode(stored[keys[1][0]].tobytes(), "x") == COLOURS["blue"]).all()
+    monkeypatch.setattr(thumbnails, "thumbnail", lambda *_: pytest.fail("it was made again"))
+    write_thumbnails(path, dict(keys))
+    monkeypatch.undo()
+    path.write_bytes(b"PK damaged")
+    write_thumbnails(path, dict(keys))
+    with np.load(path) as stored:
+        assert set(stored.files) == set(dict(keys))

@@ -33,7 +33,7 @@ from jaxcl.methods.seekr import Seekr, SeekrOptions
 from jaxcl.models.images import Images
 from jaxcl.models.mask import visible
 from jaxcl.models.probe import Probe, Tap
-from tests.tiny.batches import make_batch
+from tests.tiny.batches import StandInTask, make_batch
 from tests.tiny.networks import init, llama_config, perturbed, tiny_llama
 from tests.tiny.vision import VISION
 
@@ -321,6 +321,52 @@ def test_clients_that_measure_alike_choose_the_same_heads() -> None:
         f"{block}{name}" for block in ("", "block_") for name in ("sensitivity", "forgettability")
     }
     np.testing.assert_array_equal(method.merge(state, method.share(state))["heads"], state["heads"])
+
+
+def test_importance_by_block_is_shown_where_heads_are_rated_so() -> None:
+    method, plain = (Seekr(SeekrOptions(**OPTIONS | one), SEEING, 2) for one in (BUDGETS, {}))
+    params, batch = init(SEEING), shown_batch()
+    sums = [method.add_sensitivity(method.no_sums(), params, batch)]
+    sums.append(method.add_forgettability(method.no_sums(), params, perturbed(params, 0.3), batch))
+    tables = method.tables(method.select(method.init(params), *sums, jnp.int32(0)))
+    measures = [tables[f"block_{name}"][0] for name in ("sensitivity", "forgettability")]
+    np.testing.assert_allclose(tables["importance_blocks"], measures[0] * measures[1], rtol=1e-6)
+    np.testing.assert_allclose(measures[1], sums[1].mean(), rtol=1e-6)
+    assert "importance_blocks" not in plain.tables(plain.init(params))
+
+
+def test_heads_that_look_at_images_are_taught_on_the_new_tasks_images() -> None:
+    """With `distil_on: task`, by whole maps: the spread over images, at heads chosen for words on images."""
+    options = {"distil_on": "task", "modality_budgets": (0, 3, 0, 0), "modality_weights": (0, 0, 1), "head_budget": 8}
+    method, batch, before = Seekr(SeekrOptions(**OPTIONS | options), SEEING, 2), shown_batch(), init(SEEING)
+    sums = [method.add_sensitivity(method.no_sums(), before, batch)]
+    sums.append(method.add_forgettability(method.no_sums(), before, perturbed(before, 0.2), batch))
+    state = method.select(method.init(before), *sums, jnp.int32(0))
+    by_block = np.asarray(sums[0].mean() / sums[0].mean().sum(axis=-1, keepdims=True) * sums[1].mean())
+    heads = state["heads"][0].tolist()
+    assert heads == select_by_block(by_block[1:2], 2, (3,), 4).tolist()
+
+    known = perturbed(before, 0.1)
+    state = method.prepare(known, state, StandInTask([batch], index=1))
+    student = perturbed(before, 0.3, seed=5)
+    term = jax.jit(method.loss)(student, state, batch, jax.random.key(0))["attention"]
+
+    def maps(params: Any) -> np.ndarray:
+        return np.asarray(SEEING.hidden(params, batch, probe=Probe(lambda view, _: attention_maps(view))).probed)
+
+    theirs, own = maps(known), maps(student)
+    modality, real = np.asarray(batch.modality), np.asarray(batch.segments) > 0
+    rows = []
+    for row in range(2):
+        layers: dict[int, list[float]] = {}
+        for (layer, head), at in itertools.product(heads, np.flatnonzero(real[row])):
+            there = (modality[row] == 1) & real[row] & (np.arange(7) <= at)
+            p, q = theirs[layer, row, head, at, there], own[layer, row, head, at, there]
+            divergence = np.sum(p * np.log((p / p.sum()) / (q / q.sum()))) if there.any() else 0.0
+            layers.setdefault(layer, []).append(divergence)
+        rows.append(np.mean([np.mean(one) for one in layers.values()]))
+    assert min(rows) > 0
+    np.testing.assert_allclose(term.sum / term.count, np.mean(rows), rtol=1e-3)
 
 
 @pytest.mark.parametrize(

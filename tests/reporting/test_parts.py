@@ -140,7 +140,7 @@ def test_metrics_of_different_scale_are_coloured_apart() -> None:
 
 def run_of(**parts: Any) -> RunData:
     lists = {"metrics": [], "rounds": [], "problems": []}
-    empty = {"results": results(), "config": "", **lists, "predictions": {}, "tables": {}}
+    empty = {"results": results(), "config": "", **lists, "predictions": {}, "thumbnails": {}, "tables": {}}
     return RunData(folder=Path(), **{**empty, **parts})
 
 
@@ -184,6 +184,53 @@ def test_a_long_prompt_keeps_its_end() -> None:
     assert "(nothing)" in shown
 
 
+@pytest.mark.parametrize(
+    ("prompt", "keys", "shown"),
+    [
+        ("[image a.png]What? <b>", ["k"], "IMAGE a.png|What? &lt;b&gt;"),
+        ("See [image]and [image x]", ["k", "l"], "See IMAGE |and IMAGE x|"),
+        ("See [image]", ["lost"], "See [image]"),  # no thumbnail
+        ("See [image]and [image]", ["k"], "IMAGE |See [image]and [image]"),  # which is it?
+        ("See [image]", None, "See [image]"),
+        ("Without", [], "Without"),
+    ],
+)
+def test_images_of_prompts_are_seen_in_their_places(prompt: str, keys: list[str] | None, shown: str) -> None:
+    one = row(prompt, "yes", True) | ({} if keys is None else {"images": keys})
+    run = run_of(predictions={(1, "a"): [one]}, thumbnails={"k": b"PNG", "l": b"PNG2"})
+    cell = re.search(r'<td class="long">(.*?)</td>', task_samples(run, 0, opened=True))
+    assert cell is not None
+    picture = r'<img(?: alt="(.*?)" title=".*?")? class="thumbnail" src="data:image/png;base64,\w+=*">'
+    found = re.sub(picture, r"{\1}", cell[1])
+    found = re.sub(r"\{(?:\[image ?(.*?)\])?\}", r"IMAGE \1|", found)
+    assert re.sub(r"</?bdi.*?>", "", found) == shown
+
+
+def test_the_same_question_about_another_image_is_another_sample() -> None:
+    learned = [row("[image]q", "yes", True) | {"images": ["a"]}, row("[image]q", "no", False) | {"images": ["b"]}]
+    end = [row("[image]q", "no", False) | {"images": ["b"]}, row("[image]q", "yes", True) | {"images": ["a"]}]
+    run = run_of(predictions={(0, "a"): learned, (1, "a"): end})
+    assert [sample.forgotten for sample in samples_of(run, 0)] == [False, False]
+    assert all(sample.learned is not None for sample in samples_of(run, 0))
+
+
+def test_heads_are_shown_by_block_of_attention() -> None:
+    blocks = np.zeros((4, 2, 3))
+    blocks[1, 0, 0], blocks[3, 1, 2] = 3.0, 1.0
+    drawn: list[Picture] = []
+
+    def draw(picture: Picture) -> str:
+        drawn.append(picture)
+        return picture.svg()
+
+    shown = "".join(table_sections({"importance_blocks": blocks}, ["a"], 1, draw))
+    assert "Shares: words on images 75%, images on images 25%." in shown
+    (picture,) = drawn
+    words = re.findall(r">([^<>]+)</text>", picture.svg())
+    assert [word for word in words if " on " in word] == ["words on images", "images on images"]
+    assert "".join(table_sections({"importance_blocks": 0 * blocks}, ["a"], 1)) == ""
+
+
 def test_arrays_of_unknown_shape_are_left_out() -> None:
     tables = {"scalar": np.float32(1), "flat": np.ones(3), "deep": np.ones((2, 2, 2, 2)), "empty": np.ones((0, 4))}
     assert "".join(table_sections(tables, ["a", "b"], 2)) == ""
@@ -197,7 +244,7 @@ def test_overlap_of_selected_heads_is_counted() -> None:
     chosen_heads[1, 0, 2:4] = True  # one in common of four
     shown = "".join(table_sections({"selected_heads": chosen_heads}, ["a", "b"], 2))
     assert ">25%<" in shown
-    assert "1 a: 3 heads in 1 layers" in shown
+    assert "1 a: 3 in 1 layer<" in shown
 
 
 def mask_tables(general: bool) -> dict[str, np.ndarray]:

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 _VOID = {"meta", "br", "img", "input", "link", "hr"}
 _ALLOWED = (
     " html head meta title style body main header footer section h1 h2 h3 p div span b i small a bdi table thead tbody "
-    "tfoot tr th td figure figcaption details summary pre ul li svg g path text tspan defs use clippath rect image "
+    "tfoot tr th td figure figcaption details summary pre ul li img svg g path text tspan defs use clippath rect image "
 )
 
 
