@@ -62,7 +62,7 @@ BLOCKS = {"modality_budgets": (2, 2, 2, 2)}  # as many heads as head_budget
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, weight_decay=0.01, schedule="constant")
 
 
-def rows(count: int, images: int, seed: int) -> dict[str, Any]:
+def rows(count: int, images: int, seed: int) -> Any:
     """Words after images, which are noise."""
     random = np.random.default_rng(seed)
     tokens = random.integers(7, VOCAB, (count, LENGTH + 1))
@@ -110,7 +110,7 @@ class Bench:
 
     def batch(self, **changes: Any) -> Batch:
         """The rows on the devices, with other fields."""
-        fields = {name: value for name, value in {**self.rows, **changes}.items() if value is not None}
+        fields: Any = {name: value for name, value in {**self.rows, **changes}.items() if value is not None}
         return place_batch(fields, self.layout.batch)
 
     def selected(self, method: Seekr) -> Any:
