@@ -84,6 +84,7 @@ class RunFolder:
     rounds = property(lambda self: self.path / "rounds.jsonl")
     tokenizer = property(lambda self: self.path / "tokenizer")
     memory = property(lambda self: self.path / "memory.json")
+    mirror = property(lambda self: self.path / ".mirror.json")
     examples = property(lambda self: self.path / "memory")
     teacher = property(lambda self: self.path / "teacher")
 
@@ -128,7 +129,9 @@ class RunFolder:
     def _remove_temporaries(self) -> None:
         """Removes what a killed process of this run was writing (`replacing`); nobody else writes these files."""
         own = [folder.glob(".*.tmp") for folder in (self.examples, self.predictions, self.importance)]
-        named = [self.path.glob(f".{file.name}.*.tmp") for file in (self.results, self.memory, self.rounds)]
+        named = [
+            self.path.glob(f".{file.name}.*.tmp") for file in (self.results, self.memory, self.rounds, self.mirror)
+        ]
         for path in itertools.chain(*own, *named):
             path.unlink(missing_ok=True)
 
@@ -195,7 +198,9 @@ class RunFolder:
 
 def _is_ours(name: str) -> bool:
     """Whether a start that ended before there was a `config.yaml` leaves such a file."""
-    return name in (".lock", ".mirror", ".mirror.json") or (name.startswith(".config.yaml.") and name.endswith(".tmp"))
+    return name.startswith((".lock", ".mirror", "..mirror")) or (
+        name.startswith(".config.yaml.") and name.endswith(".tmp")
+    )
 
 
 def _completed(content: dict[str, Any]) -> dict[str, Any]:

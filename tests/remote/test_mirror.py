@@ -30,7 +30,12 @@ def read(folder: Path) -> dict[str, str]:
     return {name: (folder / name).read_text() for name in names_in(folder)}
 
 
-FIRST = {"config.yaml": "config", "metrics.jsonl": "1\n", "checkpoints/0/params/a": "zero", "checkpoints/0/.zarray": "z"}
+FIRST = {
+    "config.yaml": "config",
+    "metrics.jsonl": "1\n",
+    "checkpoints/0/params/a": "zero",
+    "checkpoints/0/.zarray": "z",
+}
 SECOND = {"config.yaml": "config", "metrics.jsonl": "1\n2\n", "checkpoints/1/params/a": "one", "memory/x": "rows"}
 THIRD = {"config.yaml": "config", "metrics.jsonl": "1\n2\n3\n", "checkpoints/2/params/a": "two", "memory/x": "rows"}
 
@@ -55,8 +60,8 @@ def opened(local: Path, url: str = URL) -> Iterator[Mirror]:
         mirror.close()
 
 
-def put(local: Path, files: dict[str, str]) -> None:
-    with opened(local) as mirror:
+def put(local: Path, files: dict[str, str], url: str = URL) -> None:
+    with opened(local, url) as mirror:
         become(local, files)
         mirror.upload(mirror.stage())
 
@@ -80,14 +85,29 @@ def test_the_folder_before_the_checkpoint_is_what_is_kept(storage: Storage, tmp_
     with opened(local) as mirror:
         become(local, FIRST)
         stage = mirror.stage()
-        become(local, {**THIRD, ".hidden": "x", "results.json.partial": "x", "checkpoints/3.orbax-checkpoint-tmp/a": "x"})
+        become(
+            local,
+            {
+                **THIRD,
+                ".memory.json.x.tmp": "x",
+                "results.json.partial": "x",
+                "checkpoints/3.orbax-checkpoint-tmp/a": "x",
+            },
+        )
         mirror.add(stage, 2)
         mirror.upload(stage)
         assert not stage.exists()
     assert taken_down(tmp_path / "two") == {**FIRST, "checkpoints/2/params/a": "two"}
+    with opened(local) as mirror:
+        mirror.upload(mirror.stage())
+    assert taken_down(tmp_path / "three") == THIRD  # nothing that is not finished
 
 
-def test_killed_at_any_write_what_is_there_is_one_of_two_whole_states(storage: Storage, tmp_path: Path) -> None:
+def test_killed_at_any_write_what_is_there_is_one_of_two_whole_states(
+    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claim, "_lives", lambda process: False)  # who was killed
+    monkeypatch.setattr(claim.Claim, "_renew", lambda self: None)  # so that the number of writes is the same each time
     put(tmp_path / "begin", FIRST)
     put(tmp_path / "begin", SECOND)
     before = {place: file.getvalue() for place, file in storage.store.items()}
@@ -97,9 +117,9 @@ def test_killed_at_any_write_what_is_there_is_one_of_two_whole_states(storage: S
     assert writes >= 4  # the claim, two files and the state
     found = []
     for number in range(1, writes + 1):
-        for arrived in (None, 3, 10**6):
+        for arrived in (None, 3) if number < writes else (None, 3, 10**6):
             storage.reset()
-            FaultySystem(skip_instance_cache=True).pipe({place: content for place, content in before.items()})
+            FaultySystem(skip_instance_cache=True).pipe(before)
             storage.writes.clear()
             local = tmp_path / f"{number}-{arrived}"
 
@@ -109,9 +129,7 @@ def test_killed_at_any_write_what_is_there_is_one_of_two_whole_states(storage: S
 
             storage.fault = staticmethod(die)
             with pytest.raises(Killed):
-                with opened(local) as mirror:
-                    become(local, THIRD)
-                    mirror.upload(mirror.stage())
+                put(local, THIRD)
             storage.fault = staticmethod(lambda number, place: None)
             found.append(taken_down(tmp_path / f"{local.name}-after"))
             assert found[-1] in (SECOND, THIRD)
@@ -128,7 +146,9 @@ def test_killed_at_any_write_what_is_there_is_one_of_two_whole_states(storage: S
 def test_leftovers_and_old_states_are_removed(storage: Storage, tmp_path: Path) -> None:
     for files in (FIRST, SECOND):
         put(tmp_path / "one", files)
-    FaultySystem(skip_instance_cache=True).pipe_file("/bucket/run/files/checkpoints/9/a.00", b"of a run that was killed")
+    FaultySystem(skip_instance_cache=True).pipe_file(
+        "/bucket/run/files/checkpoints/9/a.00", b"of a run that was killed"
+    )
     put(tmp_path / "one", THIRD)
     names = sorted(place.removeprefix("/bucket/run/") for place in storage.store)
     assert [name.rpartition(".")[0] for name in names if name.startswith("files/")] == [
@@ -213,8 +233,7 @@ def test_a_folder_of_something_else_is_not_touched(storage: Storage, tmp_path: P
     with pytest.raises(UserError, match="contains files that are not from faulty://bucket/run"):
         taken_down(tmp_path / "two")
     with pytest.raises(UserError, match="is the local folder of faulty://bucket/run; name another local_output"):
-        with opened(tmp_path / "one", "faulty://bucket/other"):
-            pass
+        put(tmp_path / "one", THIRD, "faulty://bucket/other")
     assert read(tmp_path / "two") == {"thesis.tex": "years of work"}
 
 
@@ -233,8 +252,13 @@ def test_a_download_that_was_killed_is_done_again(storage: Storage, tmp_path: Pa
 
 
 def test_faults_that_pass_are_not_noticed(storage: Storage, tmp_path: Path) -> None:
-    storage.fault = staticmethod(lambda number, place: int(number % 3 == 0) if number % 3 else None)
-    failed: set[str] = set()
+    failed, cut = set[str](), set[str]()
+
+    def shorten(number: int, place: str) -> int | None:
+        if place in cut:
+            return None
+        cut.add(place)
+        return 0
 
     def hesitate(place: str) -> None:
         if place not in failed:
@@ -242,7 +266,7 @@ def test_faults_that_pass_are_not_noticed(storage: Storage, tmp_path: Path) -> N
             raise OSError(errno.ECONNRESET, "connection reset")
 
     mirror = Mirror(URL, tmp_path / "one")
-    storage.reading = staticmethod(hesitate)
+    storage.fault, storage.reading, storage.latency = staticmethod(shorten), staticmethod(hesitate), 0.01
     mirror.open()
     become(tmp_path / "one", THIRD)
     mirror.upload(mirror.stage())
@@ -285,6 +309,13 @@ def test_two_runs_at_one_url(storage: Storage, tmp_path: Path, monkeypatch: pyte
         with pytest.raises(UserError, match=r"output faulty://bucket/run: process \d+ on .* is running here"):
             taken_down(tmp_path / "two")
     assert "claim.json" not in " ".join(storage.store)
+
+
+def test_half_a_claim_is_not_that_of_another_run(storage: Storage, tmp_path: Path) -> None:
+    with opened(tmp_path / "one") as mirror:
+        mirror._claim._stop.set()
+        storage.change("claim.json", b'{"ident')
+        mirror._claim.check()
 
 
 def test_a_claim_that_is_not_renewed_is_taken_over(

@@ -24,7 +24,7 @@ class FaultySystem(MemoryFileSystem):
     """Objects in memory.
 
     Attributes:
-      fault: called before each write with its number, from 1, and its place. It may raise, or say how many bytes arrive.
+      fault: called before each write with its number, from 1, and its place; may raise, or say how many bytes arrive.
       reading: called before each read with its place; may raise.
       latency: seconds that each write takes.
       writes: the places that were written, in order.

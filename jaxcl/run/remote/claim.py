@@ -62,7 +62,8 @@ class Claim:
           UserError: it cannot be read.
         """
         found = self._read()
-        if found is not None and _fields(found).get("identity") != self._identity:
+        # Half a claim is one that is being renewed, where storage does not write in one piece.
+        if found is not None and _fields(found).get("identity", self._identity) != self._identity:
             raise self._refusal(found)
 
     def release(self) -> None:
