@@ -47,7 +47,7 @@ from jaxcl.run.streams import task_stream, total_steps
 from jaxcl.run.synthesis import Writer, write_samples
 from jaxcl.run.tasks import Stage, running_task
 from jaxcl.run.trunk import back_to_trunk, check_phases, starts_anew
-from jaxcl.sharding.processes import initialize, of_all_processes, on_first, wait_for_all
+from jaxcl.sharding.processes import initialize, of_all_processes, on_each, on_first, wait_for_all
 from jaxcl.training.checkpoint import Checkpoints, Saved
 from jaxcl.training.compile import enable_compilation_cache
 from jaxcl.training.kept import START_MARK, mark_after, mark_before_decay
@@ -146,11 +146,15 @@ def _run(
 
 
 def _check_shared(folder: RunFolder, output: str) -> None:
-    """Checks that this process sees the files of process 0: all read checkpoints, memory and teacher store."""
+    """Checks that all processes see the files of process 0: all read checkpoints, memory and teacher store."""
     own = folder.token.encode()[:_TOKEN_BYTES].ljust(_TOKEN_BYTES)
     first = of_all_processes(np.frombuffer(own, np.uint8))[0].tobytes().decode(errors="replace")
+    on_each(lambda: _find_shared(folder, output, first))
+
+
+def _find_shared(folder: RunFolder, output: str, token: str) -> None:
     for _ in range(_VISIBLE_SECONDS):
-        if folder.is_run and folder.token == first:  # not a folder of the same name on another machine
+        if folder.is_run and folder.token == token:  # not a folder of the same name on another machine
             return
         time.sleep(1.0)  # network file systems may be slow
     remedy = "set local_output to" if is_url(output) else "choose"
