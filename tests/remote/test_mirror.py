@@ -13,6 +13,8 @@ import pytest
 from jaxcl.errors import UserError
 from jaxcl.run.remote import claim
 from jaxcl.run.remote.mirror import Mirror
+from jaxcl.run.remote.objects import Objects
+from jaxcl.run.remote.reading import read_states
 from jaxcl.run.remote.state import File, State, names_in
 from tests.tiny.storage import FaultySystem, Killed
 
@@ -66,8 +68,8 @@ def put(local: Path, files: dict[str, str], url: str = URL) -> None:
         mirror.upload(mirror.stage())
 
 
-def taken_down(local: Path) -> dict[str, str]:
-    with opened(local):
+def taken_down(local: Path, url: str = URL) -> dict[str, str]:
+    with opened(local, url):
         return read(local)
 
 
@@ -77,6 +79,16 @@ def test_a_folder_that_is_lost_comes_back_whole(storage: Storage, tmp_path: Path
     (tmp_path / "one/.lock").touch()
     assert taken_down(tmp_path / "two") == SECOND
     assert (tmp_path / "two/metrics.jsonl").stat().st_mtime == (tmp_path / "one/metrics.jsonl").stat().st_mtime
+
+
+@pytest.mark.parametrize("scheme", ["file", "memory"])
+def test_it_works_on_file_systems_of_fsspec(scheme: str, storage: Storage, tmp_path: Path) -> None:
+    url = f"{scheme}://{tmp_path}/bucket/run/"
+    for files in (FIRST, SECOND, THIRD):
+        put(tmp_path / "one", files, url)
+    assert taken_down(tmp_path / "two", url) == THIRD
+    assert [state.number for state in read_states(Objects(url)).states] == [3, 2]
+    assert "claim.json" not in Objects(url).names("")
 
 
 def test_the_folder_before_the_checkpoint_is_what_is_kept(storage: Storage, tmp_path: Path) -> None:

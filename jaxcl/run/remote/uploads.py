@@ -62,7 +62,7 @@ class Uploads:
             return
         with self._changed:
             if kind is not None and (self._busy or self._waiting is not None):
-                print(f"the last checkpoint is uploaded to {self._mirror.url}", file=sys.stderr)
+                print(f"uploading the last checkpoint to {self._mirror.url}", file=sys.stderr)
             self._closing = True
             self._changed.notify_all()
         self._thread.join()
