@@ -100,8 +100,7 @@ class Campaign:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._phase = ""
         self._context = multiprocessing.get_context("forkserver")
-        # Imports take longer than such a run; they are done once, in the process that all others are forks of.
-        self._context.set_forkserver_preload(["tests.chaos.member", "jaxcl.run.sequence"])
+        self._context.set_forkserver_preload(["tests.chaos.preload"])
 
     def run(self, kills: int, seed: int, done: Callable[[Tally], object] = lambda one: None) -> Tally:
         """Kills that many times; the same seed draws the same points, which times on a machine blur.
