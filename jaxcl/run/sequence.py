@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxcl.config import ExperimentConfig
 from jaxcl.config.file import read_yaml
-from jaxcl.data.formats.storage import is_url
+from jaxcl.data.formats.storage import file_system, is_url
 from jaxcl.data.pipeline import Stream
 from jaxcl.data.teacher_store import write_records
 from jaxcl.errors import UserError
@@ -101,6 +101,7 @@ def run(config: ExperimentConfig, *, grown_from: ExperimentConfig | None = None,
     try:
         with Uploads() as uploads:
             if remote:
+                on_first(lambda: file_system(config.output))  # whether its driver is installed, before anything is made
                 on_first(folder.lock)
                 on_first(lambda: uploads.open(config.output, folder.path))
             on_first(lambda: folder.claim((grown_from or config).plain()))
