@@ -51,7 +51,8 @@ def main() -> int:
         about = {"method": method, "processes": count, "storage": storage, "seed": options.seed + number}
 
         def record(one: Tally, about: dict[str, object] = about) -> None:
-            append(options.record, {**about, **one.plain()})
+            if one.kills or one.wrong:
+                append(options.record, {**about, **one.plain()})
 
         name = _name(about)
         tallies[name] = campaign.run(kills, options.seed + number, record)

@@ -98,7 +98,8 @@ class Campaign:
         self._method, self._processes, self._reports, self._remote = method, processes, reports, remote
         self._folder = folder.resolve()
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._phase = ""
+        self._phase, self._seconds = "", 0.0
+        self._operations: list[int] = []
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["tests.chaos.preload"])
 
@@ -116,10 +117,10 @@ class Campaign:
         if any(codes := self._start(whole, None)):
             tally.wrong.append(f"the undisturbed run ended with {codes}: {self._said()}")
             return tally
-        seconds = time.monotonic() - started
-        operations = int((self._folder / "note0").read_text())
+        self._seconds = time.monotonic() - started
+        self._operations = [int((self._folder / f"note{index}").read_text()) for index in range(self._processes)]
         while tally.kills < kills and not tally.wrong:
-            one = self._killed(chance, self._folder / f"run{tally.runs + 1}", kills - tally.kills, operations, seconds)
+            one = self._killed(chance, self._folder / f"run{tally.runs + 1}", kills - tally.kills)
             one.wrong += [] if one.wrong else self._differences(whole, self._folder / f"run{tally.runs + 1}")
             if not one.wrong:
                 shutil.rmtree(self._folder / f"run{tally.runs + 1}")
@@ -127,14 +128,16 @@ class Campaign:
             done(one)
         return tally
 
-    def _killed(self, chance: random.Random, folder: Path, kills: int, operations: int, seconds: float) -> Tally:
+    def _killed(self, chance: random.Random, folder: Path, kills: int) -> Tally:
         """Starts one run until it ends, with so many kills at most."""
         one, started = Tally(runs=1), time.monotonic()
         while True:
-            doom = _draw(chance, operations, seconds) if one.kills < kills else None
-            victim = chance.randrange(self._processes)
+            victim, began = chance.randrange(self._processes), time.monotonic()
+            doom = _draw(chance, self._operations[victim], self._seconds) if one.kills < kills else None
             codes = self._start(folder, doom, victim, one)
             if codes[victim] != -9:
+                # The first life has also compiled; a kill after the end of a life is none.
+                self._seconds = min(self._seconds, time.monotonic() - began)
                 break
             one.kills += 1
             one.phases[self._phase] += 1
