@@ -136,8 +136,8 @@ class Campaign:
             doom = _draw(chance, self._operations[victim], self._seconds) if one.kills < kills else None
             codes = self._start(folder, doom, victim, one)
             if codes[victim] != -9:
-                # The first life has also compiled; a kill after the end of a life is none.
-                self._seconds = min(self._seconds, time.monotonic() - began)
+                if not one.kills:  # a whole life, which did not compile as the first one did
+                    self._seconds = min(self._seconds, time.monotonic() - began)
                 break
             one.kills += 1
             one.phases[self._phase] += 1
