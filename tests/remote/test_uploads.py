@@ -72,6 +72,28 @@ def test_a_state_that_waits_gives_way_to_a_newer_one(storage: Storage, tmp_path:
     assert not any((tmp_path / ".mirror").iterdir())
 
 
+def test_a_checkpoint_that_waits_for_its_upload_may_be_removed(storage: Storage, tmp_path: Path) -> None:
+    slow, go_on = threading.Event(), threading.Event()
+
+    def wait(number: int, place: str) -> None:
+        if "checkpoints/0/a" in place:
+            slow.set()
+            go_on.wait(60)
+
+    storage.fault = staticmethod(wait)
+    with Uploads() as uploads:
+        uploads.open(URL, tmp_path)
+        for number in (0, 1):
+            uploads.stage()
+            uploads.submit(number)
+            checkpoint(tmp_path, number)
+            assert slow.wait(60)
+        uploads.stage()
+        checkpoint(tmp_path, 2, removed=1)  # before it is submitted, and it never is
+        go_on.set()
+    assert names()[0] == {"checkpoints/0/a", "checkpoints/1/a"}
+
+
 def test_a_checkpoint_that_never_comes_is_not_waited_for(storage: Storage, tmp_path: Path) -> None:
     with Uploads() as uploads:
         uploads.open(URL, tmp_path)
