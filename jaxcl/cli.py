@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
@@ -24,6 +25,15 @@ def _say(result: object) -> None:
 
     if is_first():
         print(result)
+
+
+def _local(place: str) -> str:
+    """The local folder of a run that is given by a path or a URL."""
+    if "://" not in place:
+        return place
+    from jaxcl.run.remote.reading import local_copy
+
+    return str(local_copy(place))
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -76,7 +86,7 @@ def _importance(args: argparse.Namespace) -> None:
 def _teacher(args: argparse.Namespace) -> None:
     from jaxcl.commands.teacher import describe_teacher
 
-    _say(describe_teacher(Path(args.run), trust=args.trust))
+    _say(describe_teacher(Path(_local(args.run)), trust=args.trust))
 
 
 def _compare(args: argparse.Namespace) -> None:
@@ -109,7 +119,7 @@ def _plan(args: argparse.Namespace) -> None:
 def _convert(args: argparse.Namespace) -> None:
     from jaxcl.commands.convert import convert
 
-    print(convert(args.source, Path(args.destination), args.format, args.dtype, trust=args.trust))
+    print(convert(_local(args.source), Path(args.destination), args.format, args.dtype, trust=args.trust))
 
 
 def _generate(args: argparse.Namespace) -> None:
@@ -117,7 +127,7 @@ def _generate(args: argparse.Namespace) -> None:
 
     print(
         generate_text(
-            args.model,
+            _local(args.model),
             args.prompt,
             max_new_tokens=args.max_new_tokens,
             temperature=args.temperature,
@@ -150,19 +160,29 @@ def _report(args: argparse.Namespace) -> None:
     from jaxcl.reporting.rebuild import rebuild
 
     for folder in args.runs:
-        print(rebuild(Path(folder)))
+        print(rebuild(Path(_local(folder))))
 
 
 def _show(args: argparse.Namespace) -> None:
     from jaxcl.commands.show import show
 
-    print(show(Path(args.run)))
-    if args.params:
-        # The table is computed from shapes: no accelerator is needed, and a run may be using this one.
-        os.environ.setdefault("JAX_PLATFORMS", "cpu")
-        from jaxcl.commands.params_table import params_table
+    with contextlib.ExitStack() as stack:
+        folder, url = Path(args.run), None
+        if "://" in args.run:
+            from jaxcl.run.remote.reading import sketch
 
-        print(f"\n{params_table(Path(args.run), trust=args.trust)}")
+            folder, url = stack.enter_context(sketch(args.run)), args.run
+        print(show(folder, url))
+        if args.params:
+            _show_params(folder, args.trust)
+
+
+def _show_params(folder: Path, trust: bool) -> None:
+    # The table is computed from shapes: no accelerator is needed, and a run may be using this one.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from jaxcl.commands.params_table import params_table
+
+    print(f"\n{params_table(folder, trust=trust)}")
 
 
 def _configs(args: argparse.Namespace) -> None:

@@ -73,15 +73,17 @@ def test_bad_configuration_is_exit_code_2(tmp_path: Path, capsys: pytest.Capture
     assert capsys.readouterr().err == f"jaxcl run: {tmp_path}/no.yaml: No such file or directory\n"
 
 
-def test_a_url_as_output_is_refused_before_anything_is_made(
+def test_a_url_without_its_driver_is_refused_before_anything_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["run", "quickstart_seekr", "output=gs://bucket/run"]) == 2
+    monkeypatch.setenv("XDG_CACHE_HOME", "cache")
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    assert main(["run", "quickstart_seekr", "output=gs://bucket/run"]) == 1
     error = capsys.readouterr().err
-    assert "output: is a URL, which is not supported yet" in error
+    assert "gs://bucket/run needs the package gcsfs" in error
     assert error.count("\n") == 1
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.rglob("*run*"))
 
 
 @pytest.mark.parametrize(

@@ -16,16 +16,18 @@ from tests.test_identity import TINY, shuffle, write_data
 pytestmark = pytest.mark.slow
 
 
-def start(folder: Path, copies: list[Path]) -> list[tuple[int, str]]:
-    """Starts a process for each copy of the data; their exit codes and last lines."""
+def start(folder: Path, copies: list[Path], *, apart: bool = False) -> list[tuple[int, str]]:
+    """Starts a process for each copy of the data, perhaps in that folder; their exit codes and last lines."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    common = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    here = {"PYTHONPATH": str(Path(__file__).parents[1]), "JAX_PLATFORMS": "cpu"}
+    common = {**os.environ, **here, "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
     running = [
         subprocess.Popen(
             [sys.executable, "-m", "jaxcl", "run", str(folder / "config.yaml")],
             env={**common, "JAX_PROCESS_ID": str(index), "JAXCL_DATA": str(copy)},
+            cwd=copy if apart else None,
             stderr=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             text=True,
@@ -62,3 +64,18 @@ def start_again(folder: Path, copies: list[Path]) -> list[tuple[int, str]]:
     content = yaml.safe_load((folder / "config.yaml").read_text())
     (folder / "config.yaml").write_text(yaml.safe_dump({**content, "output": str(folder / "run")}))
     return start(folder, copies[::-1])
+
+
+def test_processes_with_folders_of_their_own_are_told_so(tmp_path: Path) -> None:
+    """Folders of the same name on two machines: the first process's is a new run, the other one's an old copy of it."""
+    copies = [write_data(tmp_path / name) for name in ("first", "second")]
+    content = {**TINY, "tasks": TINY["tasks"][:2], "training": {"batch_size": 8, "steps": 1}, "method": "sequential"}
+    places = {"output": f"file://{tmp_path}/bucket", "local_output": "here"}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**content, **places}))
+    for copy in copies:
+        (copy / "here").mkdir()
+    (copies[1] / "here/config.yaml").write_text("seed: 0")
+    for code, error in start(tmp_path, copies, apart=True):
+        assert code == 1
+        assert "output here: process 1 does not see what process 0 wrote there; set local_output to a folder" in error
+    assert not (copies[0] / "here/checkpoints").exists()

@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxcl.config import ExperimentConfig, load_config, parse_config
 from jaxcl.config.experiment import override
+from jaxcl.data.formats.storage import is_url
 from jaxcl.data.memory import Memory
 from jaxcl.errors import UserError
 from jaxcl.evaluation.results import write_arrays
@@ -67,6 +68,7 @@ def measure_importance(source: str, overrides: Sequence[str], out: Path | None, 
     initialize()
     with tempfile.TemporaryDirectory() as scratch:
         config, subject = _subject(source, overrides, Path(scratch), trust)
+        out = _beside(config.output) if out is None else out
         method = find_method(config.method.name)
         if method.tables is Method.tables:
             able = ", ".join(name for name in METHODS if find_method(name).tables is not Method.tables)
@@ -81,11 +83,16 @@ def measure_importance(source: str, overrides: Sequence[str], out: Path | None, 
             config = config.model_copy(update={"method": section})
         parts = build(config, subject.folder)
         tables = importance_tables(parts, subject.params(parts), subject.before)
-    out = Path(f"{config.output}_importance") if out is None else out
     if jax.process_index() == 0:
         write_arrays(out / "importance.npz", tables)
         write_importance(out, tables, parts.names, title=f"{config.method.name} on {subject.words}", note=note)
     return out / "importance.html"
+
+
+def _beside(output: str) -> Path:
+    if is_url(output):
+        raise UserError(f"output {output}: is a URL; name a folder for the arrays and the page by --out", exit_code=2)
+    return Path(f"{output}_importance")
 
 
 def importance_tables(

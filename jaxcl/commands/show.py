@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from jaxcl.data.formats.storage import is_url
 from jaxcl.errors import UserError
 from jaxcl.reporting.goodput import goodput
 from jaxcl.reporting.run_data import directions, read_results, scores, watched
@@ -37,11 +38,12 @@ class Checkpoint(NamedTuple):
     size: int
 
 
-def show(folder: Path) -> str:
+def show(folder: Path, url: str | None = None) -> str:
     """The summary of a run, finished or not.
 
     Args:
       folder: the run folder.
+      url: where the run is, if the folder is a copy of what a URL holds.
 
     Returns:
       Lines for a terminal.
@@ -53,7 +55,7 @@ def show(folder: Path) -> str:
     results = read_results(folder) if (folder / "results.json").is_file() else None
     kept = checkpoints(folder / "checkpoints")
     sections = [
-        [*_head(folder, config, results), *_whereabouts(folder, config, results, kept)],
+        [*_head(url or folder, config, results), *_whereabouts(folder, config, results, kept, url)],
         [] if results is None else list(_scores(results)),
         [] if results is None else watched(results),
         list(_stored(folder, kept)),
@@ -114,7 +116,7 @@ def _config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read as the configuration of a run") from None
 
 
-def _head(folder: Path, config: Mapping[str, Any], results: Mapping[str, Any] | None) -> Iterator[str]:
+def _head(folder: Path | str, config: Mapping[str, Any], results: Mapping[str, Any] | None) -> Iterator[str]:
     count = len(config["names"])
     yield f"{folder}: {config['method']}, seed {config['seed']}, {count} task{'s' if count > 1 else ''}"
     if results is not None and results.get("parameters"):
@@ -123,7 +125,11 @@ def _head(folder: Path, config: Mapping[str, Any], results: Mapping[str, Any] | 
 
 
 def _whereabouts(
-    folder: Path, config: Mapping[str, Any], results: Mapping[str, Any] | None, kept: Sequence[Checkpoint]
+    folder: Path,
+    config: Mapping[str, Any],
+    results: Mapping[str, Any] | None,
+    kept: Sequence[Checkpoint],
+    url: str | None,
 ) -> Iterator[str]:
     if results is not None and results.get("finished") and results["tasks"] == config["names"]:
         steps = sum((results.get("steps") or {}).values())
@@ -138,11 +144,15 @@ def _whereabouts(
         where = f"task {row['task'] + 1} of {len(config['names'])} ({_name(config, row['task'])}), {step}"
     written = (folder / name for name in ("config.yaml", "metrics.jsonl", "results.json", "checkpoints"))
     latest = max((path for path in written if path.exists()), key=lambda path: path.stat().st_mtime)
+    if url is not None:  # who is working is not known here
+        yield f"not finished: {where}; last written {_time(latest)}"
+        return
     running = _in_use(folder)
     yield f"{'running' if running else 'interrupted'}: {where}; last written {_time(latest)}"
     if not running:
         begin = "the beginning" if newest is None else f"checkpoint {newest.number}"
-        moved = "" if Path(config["output"]).resolve() == folder.resolve() else f" output={folder}"
+        here = is_url(config["output"]) or Path(config["output"]).resolve() == folder.resolve()
+        moved = "" if here else f" output={folder}"
         yield f"`jaxcl run {folder / 'config.yaml'}{moved}` goes on from {begin}"
 
 

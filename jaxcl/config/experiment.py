@@ -6,10 +6,19 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from jaxcl.config.catalogue import find_config
 from jaxcl.config.file import ConfigError, apply_overrides, read_yaml, takes_text, validate
+from jaxcl.data.formats.storage import is_url
 from jaxcl.data.places import place
 from jaxcl.data.spec import DataConfig, TaskSpec, TokenizerConfig
 from jaxcl.errors import UserError
@@ -50,7 +59,14 @@ class ExperimentConfig(Schema):
     """Everything that determines a run."""
 
     seed: int = Field(0, ge=0, description="seed of everything random: params, order of examples, dropout, memory")
-    output: str = Field(min_length=1, description="the run folder; `~` is the home folder, here and in all paths")
+    output: str = Field(
+        min_length=1,
+        description="the run folder; `~` is the home folder, here and in all paths; or a URL (`gs://`, `s3://`, ...)",
+    )
+    local_output: str | None = Field(
+        None,
+        description="for an output at a URL: the local folder that is kept there; none: one in the user's cache folder",
+    )
     data_root: str = Field(
         ".", description="folder for relative paths in task sources; the environment variable JAXCL_DATA replaces it"
     )
@@ -80,10 +96,18 @@ class ExperimentConfig(Schema):
     mesh: MeshConfig = Field(default_factory=MeshConfig, description="how the devices are split")
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="what is measured, and how")
 
-    @field_validator("output", "data_root", "weights")
+    @field_validator("output", "local_output", "data_root", "weights")
     @classmethod
-    def _is_place(cls, value: str | None) -> str | None:
+    def _is_place(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if info.field_name == "output" and is_url(str(value)):
+            return value
         return value and place(value)
+
+    @model_validator(mode="after")
+    def _local_output_serves_a_url(self) -> ExperimentConfig:
+        if self.local_output is not None and not is_url(self.output):
+            raise ValueError(f"local_output: output is a folder already ({self.output!r}); local_output is for URLs")
+        return self
 
     @model_validator(mode="after")
     def _task_names_differ(self) -> ExperimentConfig:

@@ -14,6 +14,7 @@ import jax
 
 from jaxcl.config import ExperimentConfig
 from jaxcl.data.clients import task_of_client
+from jaxcl.data.formats.storage import is_url
 from jaxcl.data.sources import TaskData
 from jaxcl.errors import UserError
 from jaxcl.evaluation.results import Results
@@ -164,6 +165,8 @@ def check_federated(config: ExperimentConfig) -> FederatedConfig:
         raise refused("federated: the section is missing; it needs clients, rounds and steps")
     if jax.process_count() > 1:
         raise refused("federated: allowed in one process only")
+    if is_url(config.output):
+        raise refused(f"output {config.output}: with federated, name a folder, not a URL")
     training, optimizer = config.training, config.optimizer
     if training.steps is not None or training.epochs is not None:
         raise refused("training.steps, training.epochs: with federated, rounds times steps say how long a task is")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import itertools
 import os
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -18,6 +19,7 @@ from jaxcl.errors import UserError
 # Keys that may change when a run is resumed: they do not affect results.
 _FREE_KEYS = (
     "output",
+    "local_output",
     "data_root",  # the same data at another place: compared by content, see jaxcl.run.fingerprints
     "data.cache",
     "training.log_every",
@@ -69,7 +71,7 @@ class RunFolder:
         """
         content = read_yaml(self.config_file)
         check_trust(content, str(self.config_file), trust=trust)
-        return {**content, "output": str(self.path)}
+        return {**content, "output": str(self.path), "local_output": None}
 
     config_file = property(lambda self: self.path / "config.yaml")
     report = property(lambda self: self.path / "report.html")
@@ -83,6 +85,7 @@ class RunFolder:
     rounds = property(lambda self: self.path / "rounds.jsonl")
     tokenizer = property(lambda self: self.path / "tokenizer")
     memory = property(lambda self: self.path / "memory.json")
+    mirror = property(lambda self: self.path / ".mirror.json")
     examples = property(lambda self: self.path / "memory")
     teacher = property(lambda self: self.path / "teacher")
 
@@ -115,8 +118,7 @@ class RunFolder:
             raise UserError(
                 f"output {self.path}: contains files but no run (no config.yaml); name an empty or new folder"
             )
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._take_lock()
+        self.lock()
         if self.is_run:
             self._check_same(resolved)
             self._remove_temporaries()
@@ -127,8 +129,10 @@ class RunFolder:
 
     def _remove_temporaries(self) -> None:
         """Removes what a killed process of this run was writing (`replacing`); nobody else writes these files."""
-        own = [folder.glob(".*.tmp") for folder in (self.examples, self.predictions, self.thumbnails, self.importance)]
-        named = [self.path.glob(f".{file.name}.*.tmp") for file in (self.results, self.memory, self.rounds)]
+        folders = (self.examples, self.predictions, self.thumbnails, self.importance)
+        files = (self.results, self.memory, self.rounds, self.mirror)
+        own = [folder.glob(".*.tmp") for folder in folders]
+        named = [self.path.glob(f".{file.name}.*.tmp") for file in files]
         for path in itertools.chain(*own, *named):
             path.unlink(missing_ok=True)
 
@@ -143,7 +147,15 @@ class RunFolder:
             self._lock.close()
             self._lock = None
 
-    def _take_lock(self) -> None:
+    def lock(self) -> None:
+        """Creates the folder and locks it; does nothing if this object holds the lock.
+
+        Raises:
+          UserError: another process holds it, or it cannot be opened.
+        """
+        if self._lock is not None:
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
         place = self.path / ".lock"
         try:
             # Not through a link, whose target would be opened; held for the life of the run.
@@ -155,6 +167,17 @@ class RunFolder:
         except BlockingIOError:
             self.release()
             raise UserError(f"output {self.path}: another process is running here; name another folder") from None
+        self._lock.truncate(0)
+        self._lock.write(uuid.uuid4().hex)
+        self._lock.flush()
+
+    @property
+    def token(self) -> str:
+        """What the process that holds the lock wrote into it, by which others know that they see the same folder."""
+        try:
+            return (self.path / ".lock").read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            return ""
 
     def _check_same(self, resolved: Mapping[str, Any]) -> None:
         content = read_yaml(self.config_file)
@@ -176,7 +199,9 @@ class RunFolder:
 
 def _is_ours(name: str) -> bool:
     """Whether a start that ended before there was a `config.yaml` leaves such a file."""
-    return name == ".lock" or (name.startswith(".config.yaml.") and name.endswith(".tmp"))
+    return name.startswith((".lock", ".mirror", "..mirror")) or (
+        name.startswith(".config.yaml.") and name.endswith(".tmp")
+    )
 
 
 def _completed(content: dict[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxcl.config import ExperimentConfig
 from jaxcl.config.file import read_yaml
+from jaxcl.data.formats.storage import file_system, is_url
 from jaxcl.data.pipeline import Stream
 from jaxcl.data.teacher_store import write_records
 from jaxcl.errors import UserError
@@ -37,6 +38,8 @@ from jaxcl.run.remembering import (
     save_kept,
     text_of,
 )
+from jaxcl.run.remote.reading import local_folder
+from jaxcl.run.remote.uploads import Uploads
 from jaxcl.run.rewinding import may_go_back, noted_after, order_seed, spent_on, watch_of
 from jaxcl.run.scoreboard import Scoreboard
 from jaxcl.run.stopwatch import Stopwatch
@@ -44,7 +47,7 @@ from jaxcl.run.streams import task_stream, total_steps
 from jaxcl.run.synthesis import Writer, write_samples
 from jaxcl.run.tasks import Stage, running_task
 from jaxcl.run.trunk import back_to_trunk, check_phases, starts_anew
-from jaxcl.sharding.processes import initialize, of_all_processes, on_first, wait_for_all
+from jaxcl.sharding.processes import initialize, of_all_processes, on_each, on_first, wait_for_all
 from jaxcl.training.checkpoint import Checkpoints, Saved
 from jaxcl.training.compile import enable_compilation_cache
 from jaxcl.training.kept import START_MARK, mark_after, mark_before_decay
@@ -58,6 +61,7 @@ from jaxcl.training.watch import NotFinite, Watch
 
 # Seconds that a file may take to become visible on another machine.
 _VISIBLE_SECONDS = 30
+_TOKEN_BYTES = 32
 
 
 class Outcome(NamedTuple):
@@ -91,45 +95,73 @@ def run(config: ExperimentConfig, *, grown_from: ExperimentConfig | None = None,
     initialize()
     started = time.monotonic()
     _keep_compiled_programs()
-    folder = RunFolder(Path(config.output))
+    remote = is_url(config.output)
+    folder = RunFolder(local_folder(config.output, config.local_output) if remote else Path(config.output))
     on_first(lambda: check_sinks(config.training.sinks))
     try:
-        on_first(lambda: folder.claim((grown_from or config).plain()))
-        _check_shared(folder)
-        names = [task.name for task in config.tasks]
-        # Of data at another place the content is compared, even at the end; a process may have a copy of its own.
-        moved = of_all_processes(np.array(read_yaml(folder.config_file).get("data_root") != config.data_root)).any()
-        if not moved and folder.results.is_file():
-            results = Results.read(folder.results)
-            if results.finished and results.tasks == names and _at_the_end(folder, config):
-                return Outcome(results, _report(folder))
-        parts = build(config, folder)
-        keep = config.training.keep, config.training.keep_tasks
-        with Checkpoints(folder.checkpoints, keep=keep[0], keep_marked=keep[1]) as checkpoints:
-            sequence = TaskSequence(parts, folder, checkpoints, data_changed=data_changed)
-            sequence.board.evaluator.check()
-            sequence.check_schedule()
-            if grown_from is not None:
-                sequence.check_finished(grown_from)
-            if grown_from is not None:
-                # Only after the new task has been checked.
-                on_first(lambda: folder.describe(config.plain()))
-            sequence.stopwatch.add("startup", time.monotonic() - started)
-            results = sequence.run()
-        return Outcome(results, _report(folder))
+        with Uploads() as uploads:
+            if remote:
+                on_first(lambda: file_system(config.output))  # whether its driver is installed, before anything is made
+                on_first(folder.lock)
+                on_first(lambda: uploads.open(config.output, folder.path))
+            on_first(lambda: folder.claim((grown_from or config).plain()))
+            _check_shared(folder, config.output)
+            outcome = _run(config, folder, uploads, started, grown_from=grown_from, data_changed=data_changed)
+            on_first(uploads.finish)
+            return outcome
     finally:
         folder.release()
 
 
-def _check_shared(folder: RunFolder) -> None:
-    """Checks that this process sees the files of process 0: all read checkpoints, memory and teacher store."""
+def _run(
+    config: ExperimentConfig,
+    folder: RunFolder,
+    uploads: Uploads,
+    started: float,
+    *,
+    grown_from: ExperimentConfig | None,
+    data_changed: bool,
+) -> Outcome:
+    """The run in a folder that it has claimed."""
+    names = [task.name for task in config.tasks]
+    # Of data at another place the content is compared, even at the end; a process may have a copy of its own.
+    moved = of_all_processes(np.array(read_yaml(folder.config_file).get("data_root") != config.data_root)).any()
+    if not moved and folder.results.is_file():
+        results = Results.read(folder.results)
+        if results.finished and results.tasks == names and _at_the_end(folder, config):
+            return Outcome(results, _report(folder))
+    parts = build(config, folder)
+    keep = config.training.keep, config.training.keep_tasks
+    with Checkpoints(folder.checkpoints, keep=keep[0], keep_marked=keep[1]) as checkpoints:
+        sequence = TaskSequence(parts, folder, checkpoints, uploads, data_changed=data_changed)
+        sequence.board.evaluator.check()
+        sequence.check_schedule()
+        if grown_from is not None:
+            sequence.check_finished(grown_from)
+        if grown_from is not None:
+            # Only after the new task has been checked.
+            on_first(lambda: folder.describe(config.plain()))
+        sequence.stopwatch.add("startup", time.monotonic() - started)
+        results = sequence.run()
+    return Outcome(results, _report(folder))
+
+
+def _check_shared(folder: RunFolder, output: str) -> None:
+    """Checks that all processes see the files of process 0: all read checkpoints, memory and teacher store."""
+    own = folder.token.encode()[:_TOKEN_BYTES].ljust(_TOKEN_BYTES)
+    first = of_all_processes(np.frombuffer(own, np.uint8))[0].tobytes().decode(errors="replace")
+    on_each(lambda: _find_shared(folder, output, first))
+
+
+def _find_shared(folder: RunFolder, output: str, token: str) -> None:
     for _ in range(_VISIBLE_SECONDS):
-        if folder.is_run:
+        if folder.is_run and folder.token == token:  # not a folder of the same name on another machine
             return
         time.sleep(1.0)  # network file systems may be slow
+    remedy = "set local_output to" if is_url(output) else "choose"
     raise UserError(
         f"output {folder.path}: process {jax.process_index()} does not see what process 0 wrote there; "
-        "choose a folder on storage that all processes share"
+        f"{remedy} a folder on storage that all processes share"
     )
 
 
@@ -160,12 +192,19 @@ class TaskSequence:
     """One run through the tasks. The run folder contains all that is needed to resume it."""
 
     def __init__(
-        self, parts: Components, folder: RunFolder, checkpoints: Checkpoints, *, data_changed: bool = False
+        self,
+        parts: Components,
+        folder: RunFolder,
+        checkpoints: Checkpoints,
+        uploads: Uploads | None = None,
+        *,
+        data_changed: bool = False,
     ) -> None:
         self.parts = parts
         self.config = parts.config
         self.folder = folder
         self.checkpoints = checkpoints
+        self.uploads = uploads or Uploads()
         self.saved = checkpoints.latest_whole()
         self.fingerprints = take_fingerprints(parts, self.saved, data_changed=data_changed)
         self.kept = load_kept(folder, self.config.seed, self.saved)
@@ -482,7 +521,11 @@ class TaskSequence:
             }
             if watch is not None:
                 progress["watch"] = watch.plain()
-            return self.checkpoints.save(state, progress=progress, data=data, mark=mark)
+            self.checkpoints.wait()
+            self.uploads.stage()
+            number = self.checkpoints.save(state, progress=progress, data=data, mark=mark)
+            self.uploads.submit(number)
+            return number
 
     def _seconds_after(self, state: TrainState) -> float:
         """Seconds of the logged steps after a state, which are made again."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import multiprocessing
 import os
 import random
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.process import BaseProcess
@@ -18,7 +19,9 @@ from typing import Any
 
 from benchmarks.same_runs import differences
 from jaxcl.config.file import dump_yaml
-from tests.chaos.member import Doom, member, run
+from jaxcl.run.remote.objects import Objects
+from jaxcl.run.remote.reading import bring_down, read_states
+from tests.chaos.member import BUCKET, LOCAL, Doom, member, run
 from tests.tiny.devices import flags
 from tests.tiny.runs import PAIRS, SEEKR
 
@@ -49,6 +52,7 @@ class Tally:
       runs: runs that were killed and ended in the end.
       phases: where the kills fell.
       alone: processes that ended by themselves after the other one was killed.
+      seconds: what it took, without the undisturbed run.
       wrong: what differs, or how a run ended that did not.
     """
 
@@ -56,7 +60,25 @@ class Tally:
     runs: int = 0
     phases: collections.Counter[str] = field(default_factory=collections.Counter)
     alone: int = 0
+    seconds: float = 0.0
     wrong: list[str] = field(default_factory=list)
+
+    def add(self, other: Tally) -> None:
+        """Adds what came of other kills."""
+        self.kills, self.runs, self.alone = self.kills + other.kills, self.runs + other.runs, self.alone + other.alone
+        self.seconds += other.seconds
+        self.phases.update(other.phases)
+        self.wrong += other.wrong
+
+    def plain(self) -> dict[str, Any]:
+        """Its values for a record."""
+        return {**dataclasses.asdict(self), "phases": dict(self.phases), "seconds": round(self.seconds, 1)}
+
+    @classmethod
+    def of(cls, line: Mapping[str, Any]) -> Tally:
+        """The tally of a line of a record."""
+        phases = collections.Counter(line["phases"])
+        return cls(line["kills"], line["runs"], phases, line["alone"], line["seconds"], list(line["wrong"]))
 
 
 class Campaign:
@@ -66,51 +88,87 @@ class Campaign:
       method: a name of `METHODS`.
       processes: how many processes a run has.
       folder: where the runs go.
+      remote: whether the output is a URL, and the local folder is lost with each kill, as with a machine.
       reports: whether they write reports.
     """
 
-    def __init__(self, method: str, processes: int, folder: Path, *, reports: bool = False) -> None:
-        self._method, self._processes, self._reports = method, processes, reports
+    def __init__(
+        self, method: str, processes: int, folder: Path, *, remote: bool = False, reports: bool = False
+    ) -> None:
+        self._method, self._processes, self._reports, self._remote = method, processes, reports, remote
         self._folder = folder.resolve()
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._phase = ""
+        self._phase, self._seconds = "", 0.0
+        self._operations: list[int] = []
         self._context = multiprocessing.get_context("forkserver")
-        # Imports take longer than such a run; they are done once, in the process that all others are forks of.
-        self._context.set_forkserver_preload(["tests.chaos.member", "jaxcl.run.sequence"])
+        self._context.set_forkserver_preload(["tests.chaos.preload"])
 
-    def run(self, kills: int, seed: int) -> Tally:
-        """Kills that many times; the same seed draws the same points, which times on a machine blur."""
+    def run(self, kills: int, seed: int, done: Callable[[Tally], object] = lambda one: None) -> Tally:
+        """Kills that many times; the same seed draws the same points, which times on a machine blur.
+
+        Args:
+          kills: how many times.
+          seed: of the points.
+          done: gets what came of each run when it has ended.
+        """
         chance, tally = random.Random(seed), Tally()
         whole = self._folder / "whole"
         started = time.monotonic()
         if any(codes := self._start(whole, None)):
             tally.wrong.append(f"the undisturbed run ended with {codes}: {self._said()}")
             return tally
-        seconds = time.monotonic() - started
-        operations = int((self._folder / "note0").read_text())
+        self._seconds = time.monotonic() - started
+        self._operations = [int((self._folder / f"note{index}").read_text()) for index in range(self._processes)]
         while tally.kills < kills and not tally.wrong:
-            tally.runs += 1
-            folder = self._folder / f"run{tally.runs}"
-            while True:
-                doom = _draw(chance, operations, seconds) if tally.kills < kills else None
-                victim = chance.randrange(self._processes)
-                codes = self._start(folder, doom, victim, tally)
-                if codes[victim] != -9:
-                    break
-                tally.kills += 1
-                tally.phases[self._phase] += 1
-            if any(codes):
-                tally.wrong.append(f"{folder.name} ended with {codes}: {self._said()}")
-            else:
-                tally.wrong += [f"{folder.name}: {line}" for line in compare(whole, folder)]
-            if not tally.wrong:
-                shutil.rmtree(folder)
+            one = self._killed(chance, self._folder / f"run{tally.runs + 1}", kills - tally.kills)
+            one.wrong += [] if one.wrong else self._differences(whole, self._folder / f"run{tally.runs + 1}")
+            if not one.wrong:
+                shutil.rmtree(self._folder / f"run{tally.runs + 1}")
+            tally.add(one)
+            done(one)
         return tally
+
+    def _killed(self, chance: random.Random, folder: Path, kills: int) -> Tally:
+        """Starts one run until it ends, with so many kills at most."""
+        one, started = Tally(runs=1), time.monotonic()
+        while True:
+            victim, began = chance.randrange(self._processes), time.monotonic()
+            doom = _draw(chance, self._operations[victim], self._seconds) if one.kills < kills else None
+            codes = self._start(folder, doom, victim, one)
+            if codes[victim] != -9:
+                if not one.kills:  # a whole life, which did not compile as the first one did
+                    self._seconds = min(self._seconds, time.monotonic() - began)
+                break
+            one.kills += 1
+            one.phases[self._phase] += 1
+            if self._remote:
+                shutil.rmtree(folder / LOCAL, ignore_errors=True)
+        if any(codes):
+            one.wrong.append(f"{folder.name} ended with {codes}: {self._said()}")
+        one.seconds = time.monotonic() - started
+        return one
+
+    def _differences(self, whole: Path, folder: Path) -> list[str]:
+        undisturbed = next(self._left(whole))
+        return [f"{folder.name}: {line}" for left in self._left(folder) for line in compare(undisturbed, left)]
+
+    def _left(self, folder: Path) -> Iterator[Path]:
+        """The folder that a run leaves, and for one at a URL also what another machine brings down from there."""
+        if not self._remote:
+            yield folder
+            return
+        yield folder / LOCAL
+        objects = Objects(_url(folder))
+        bring_down(objects, folder / "after", read_states(objects))
+        yield folder / "after"
 
     def _start(self, folder: Path, doom: Doom | None, victim: int = 0, tally: Tally | None = None) -> list[int]:
         """Starts all processes once; their exit codes."""
         config = self._folder / f"{folder.name}.yaml"
-        config.write_text(dump_yaml({**CONTENT, "method": METHODS[self._method], "output": str(folder)}))
+        places = {"output": str(folder)}
+        if self._remote:
+            places = {"output": _url(folder), "local_output": str(folder / LOCAL)}
+        config.write_text(dump_yaml({**CONTENT, "method": METHODS[self._method], **places}))
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -148,6 +206,10 @@ class Campaign:
         return " | ".join(path.read_text()[-800:] for path in sorted(self._folder.glob("note*.log")))
 
 
+def _url(folder: Path) -> str:
+    return f"file://{folder / BUCKET}"
+
+
 def _draw(chance: random.Random, operations: int, seconds: float) -> Doom:
     """Half of the kills are at file operations, where most can go wrong, the others at any time."""
     if chance.random() < 0.5:
@@ -179,11 +241,15 @@ def environment(folder: Path) -> dict[str, str]:
     }
 
 
-def table(tallies: dict[str, Tally], say: Callable[[str], object] = print) -> None:
+def table(tallies: Mapping[str, Tally], say: Callable[[str], object] = print) -> None:
     """Prints where kills fell, and what came of them."""
     phases = sorted({phase for tally in tallies.values() for phase in tally.phases})
-    say("| run | kills | runs ended | ended alone | " + " | ".join(phases) + " | differences |")
-    say("|" + "---|" * (len(phases) + 5))
-    for name, tally in tallies.items():
+    say("| run | kills | runs ended | ended alone | " + " | ".join(phases) + " | differences | kills per minute |")
+    say("|" + "---|" * (len(phases) + 6))
+    total = Tally()
+    for tally in tallies.values():
+        total.add(tally)
+    for name, tally in [*tallies.items(), *([("all", total)] if len(tallies) > 1 else [])]:
         fell = " | ".join(str(tally.phases[phase]) for phase in phases)
-        say(f"| {name} | {tally.kills} | {tally.runs} | {tally.alone} | {fell} | {len(tally.wrong)} |")
+        rate = f"{60 * tally.kills / tally.seconds:.1f}" if tally.seconds else ""
+        say(f"| {name} | {tally.kills} | {tally.runs} | {tally.alone} | {fell} | {len(tally.wrong)} | {rate} |")

@@ -21,6 +21,9 @@ PHASES = {
     "_forget_unneeded": "memory",
     "_save": "checkpoint",
     "wait": "checkpoint",
+    "bring_down": "download",
+    "stage": "upload",
+    "finish": "upload",
     "latest_whole": "resuming",
     "_restore": "resuming",
     "_open_sinks": "resuming",
@@ -32,6 +35,8 @@ PHASES = {
     "claim": "start-up",
     "build": "start-up",
 }
+# In the folder of a run whose output is a URL: what stands for the storage, and the local folder.
+BUCKET, LOCAL = "bucket", "local"
 _EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.truncate", "shutil.rmtree"}
 
 
@@ -59,7 +64,7 @@ class _Fate:
             return
         self.count += 1
         if self._doom is not None and self._doom.kind == "file" and self.count >= self._doom.at:
-            self._die("checkpoint" if path.startswith(f"{self._folder}checkpoints/") else None)
+            self._die(_phase_of(path.removeprefix(self._folder)))
 
     def _wait(self) -> None:
         assert self._doom is not None
@@ -67,13 +72,19 @@ class _Fate:
         self._die()
 
     def _die(self, phase: str | None = None) -> None:
-        if phase is None:
-            frame = sys._current_frames().get(threading.main_thread().ident or 0)
-            while frame is not None and frame.f_code.co_name not in PHASES:
-                frame = frame.f_back
-            phase = PHASES[frame.f_code.co_name] if frame is not None else "start-up"
-        self._note.write_text(phase)
+        frame = sys._current_frames().get(threading.main_thread().ident or 0)
+        while frame is not None and frame.f_code.co_name not in PHASES:
+            frame = frame.f_back
+        doing = PHASES[frame.f_code.co_name] if frame is not None else "start-up"
+        self._note.write_text(doing if phase is None or doing == "download" else phase)
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _phase_of(name: str) -> str | None:
+    """What a file is written or read for, whatever the main thread does meanwhile; `None` if that is what counts."""
+    if name.startswith((f"{BUCKET}/", f"{LOCAL}/.mirror/")):
+        return "upload"
+    return "checkpoint" if name.removeprefix(f"{LOCAL}/").startswith("checkpoints/") else None
 
 
 def member(

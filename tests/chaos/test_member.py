@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
 import pytest
 
+from tests.chaos.__main__ import summed
+from tests.chaos.campaign import Tally, table
 from tests.chaos.member import Doom, member
+from tests.records import append
 
 
 # Three operations, since the folder above is missing at first, then ten, then ten more.
@@ -58,3 +63,23 @@ def test_it_dies_before_a_file_operation_or_after_a_time(
     assert process.exitcode == code, (tmp_path / "note.log").read_text()
     assert (tmp_path / "note").read_text() == note
     assert (len(list((folder / "checkpoints").iterdir())), len(list(folder.iterdir()))) == files
+
+
+def test_kills_of_several_rounds_add_up(tmp_path: Path) -> None:
+    about = {"method": "das", "processes": 2, "storage": "url", "seed": 1}
+    one = Tally(kills=3, runs=1, phases=Counter({"upload": 2, "training": 1}), alone=1, seconds=30.0, wrong=[])
+    other = Tally(kills=1, runs=1, phases=Counter({"upload": 1}), seconds=30.0, wrong=["run2: metrics.jsonl"])
+    for tally in (one, other):
+        append(tmp_path, {**about, **tally.plain()})
+    append(tmp_path, {**about, "processes": 1, "storage": "folder", **one.plain()})
+    said: list[str] = []
+    table(summed(tmp_path), said.append)
+    assert said[0] == (
+        "| run | kills | runs ended | ended alone | training | upload | differences | kills per minute |"
+    )
+    assert said[2:] == [
+        "| das, 1 process, folder | 3 | 1 | 1 | 1 | 2 | 0 | 6.0 |",
+        "| das, 2 processes, url | 4 | 2 | 1 | 1 | 3 | 1 | 4.0 |",
+        "| all | 7 | 3 | 2 | 2 | 5 | 1 | 4.7 |",
+    ]
+    assert json.loads(next(tmp_path.glob("*.jsonl")).read_text().splitlines()[0])["commit"]

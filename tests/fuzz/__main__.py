@@ -2,7 +2,8 @@
 
 Coverage guides it if atheris is installed (`pip install -e '.[fuzz]'`); otherwise inputs are mutations of the seeds.
 Each reader has a process and a folder of its own: `OUT/READER/crashes` keeps inputs that crash it, `OUT/READER/corpus`
-those that reach new code, with which the next call begins.
+those that reach new code, with which the next call begins. Counts are added to `benchmarks/records/fuzz`, which
+`--summary` sums up.
 """
 
 from __future__ import annotations
@@ -14,8 +15,12 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+from tests.records import RECORDS, append, lines
+
+ALL = "all"
 GUIDED = importlib.util.find_spec("atheris") is not None
 # The harness ends an input by the process's own time; this is for code that never comes back to Python.
 _STUCK, _MEGABYTES = 60, 4096
@@ -28,8 +33,13 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10.0, help="for all readers together")
     parser.add_argument("--out", type=Path, default=Path("build/fuzz"))
     parser.add_argument("--seed", type=int, default=0, help="of the mutations; 0: by the clock")
+    parser.add_argument("--record", type=Path, default=RECORDS / "fuzz", help="folder of the records")
+    parser.add_argument("--summary", action="store_true", help="only print the sums of all records")
     parser.add_argument("--one", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.summary:
+        print(*summed(options.record), sep="\n")
+        return 0
     if options.one is not None:
         return _one(options.targets[0], options.one, options.out, options.seed)
     from tests.fuzz.targets import TARGETS
@@ -48,15 +58,34 @@ def main() -> int:
         note.unlink(missing_ok=True)
         with open(options.out / name / "log.txt", "w") as log:
             code = subprocess.run([*command, "--seed", str(seed)], stdout=log, stderr=log).returncode
-        counts = json.loads(note.read_text()) if note.exists() else {"inputs": 0, "line": name, "crashes": []}
+        none = {"inputs": 0, "read": 0, "seconds": 0.0, "line": name, "crashes": []}
+        counts = json.loads(note.read_text()) if note.exists() else none
         ended = "" if code in (0, 1) else f"  ended with {code}, see {log.name}"
         print(counts["line"] + ended, flush=True)
+        del counts["line"]
+        append(options.record, {"reader": name, **counts, "guided": GUIDED, "seed": seed, "ended": ended.strip()})
         for crash in counts["crashes"]:
             print(f"    {crash}", flush=True)
         total += counts["inputs"]
         failed += bool(counts["crashes"] or ended)
     print(f"{total:,} inputs, {failed} of {len(names)} readers with crashes; seed {seed}")
     return int(failed > 0)
+
+
+def summed(folder: Path) -> Iterator[str]:
+    """The lines of a table: what came of all recorded inputs, by reader."""
+    sums: dict[str, dict[str, float]] = {}
+    for line in lines(folder):
+        counts = {key: line[key] for key in ("inputs", "read", "seconds")} | {"crashes": len(line["crashes"])}
+        counts["crashes"] += bool(line["ended"])
+        for name in (line["reader"], ALL):
+            known = sums.setdefault(name, dict.fromkeys(counts, 0))
+            sums[name] = {key: known[key] + value for key, value in counts.items()}
+    yield "| reader | inputs | read | crashes | inputs per second of a core |"
+    yield "|---|---|---|---|---|"
+    for name, one in sorted(sums.items(), key=lambda pair: (pair[0] == ALL, pair[0])):
+        rate = one["inputs"] / one["seconds"] if one["seconds"] else 0.0
+        yield f"| {name} | {one['inputs']:,} | {one['read']:,} | {one['crashes']} | {rate:,.0f} |"
 
 
 def _one(name: str, seconds: float, out: Path, seed: int) -> int:
@@ -74,6 +103,7 @@ def _one(name: str, seconds: float, out: Path, seed: int) -> int:
     target, counts, until = targets.TARGETS[name], Counts(), time.monotonic() + seconds
     corpus, crashes = out / name / "corpus", out / name / "crashes"
     corpus.mkdir(parents=True, exist_ok=True)
+    started = time.process_time()
     for content in target.seeds():
         (corpus / hashlib.sha256(content).hexdigest()[:16]).write_bytes(content)
 
@@ -85,8 +115,10 @@ def _one(name: str, seconds: float, out: Path, seed: int) -> int:
             (crashes / hashlib.sha256(content).hexdigest()[:16]).write_bytes(content)
         # atheris ends the process: what is known by then is in the file.
         if len(counts.crashes) > known or counts.inputs % 100 == 0 or time.monotonic() > until:
-            content_of = {"inputs": counts.inputs, "line": counts.line(name), "crashes": list(counts.crashes)}
-            (out / name / "counts.json").write_text(json.dumps(content_of))
+            # The process's own time: what else the machine does changes no rate.
+            seconds_used = round(time.process_time() - started, 1)
+            found = {"inputs": counts.inputs, "read": counts.read, "seconds": seconds_used, "line": counts.line(name)}
+            (out / name / "counts.json").write_text(json.dumps({**found, "crashes": list(counts.crashes)}))
 
     if GUIDED:
         limits = [f"-max_total_time={int(seconds) + 1}", f"-timeout={_STUCK}", f"-rss_limit_mb={_MEGABYTES}"]

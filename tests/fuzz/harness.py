@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import tempfile
 import traceback
@@ -16,6 +17,8 @@ from jaxcl.errors import UserError
 
 #: Seconds of this process's own time that an input may take: a busy machine changes nothing.
 SECONDS = 2.0
+# On a disk, removing the folder of an input can take longer than reading it.
+_MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def feed(target: Target, content: bytes, counts: Counts) -> None:
     """Reads one input and counts what came of it."""
     counts.inputs += 1
     try:
-        with tempfile.TemporaryDirectory(prefix="fuzz") as folder, warnings.catch_warnings(), limited():
+        with tempfile.TemporaryDirectory(prefix="fuzz", dir=_MEMORY) as folder, warnings.catch_warnings(), limited():
             warnings.simplefilter("ignore")
             target.read(content, Path(folder))
             counts.read += 1

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from itertools import islice
+from pathlib import Path
 
 import pytest
 
+from tests.fuzz.__main__ import summed
 from tests.fuzz.harness import Counts, Target, feed
 from tests.fuzz.mutate import mutants
 from tests.fuzz.targets import TARGETS
+from tests.records import append
 
 INPUTS = 200
 
@@ -35,6 +38,20 @@ def test_a_crash_and_a_hang_are_noticed() -> None:
         feed(Target(read, lambda: []), content, counts)
     assert (counts.inputs, counts.read) == (4, 1)
     assert sorted(counts.crashes) == ["Hang at outside", "KeyError at outside"]
+
+
+def test_inputs_of_several_rounds_add_up(tmp_path: Path) -> None:
+    line = {"read": 1, "crashes": [], "seconds": 2.0, "ended": ""}
+    for inputs in (10, 30):
+        append(tmp_path, {"reader": "gguf", "inputs": inputs, **line})
+    append(
+        tmp_path, {"reader": "chat", "inputs": 5_000, **line, "crashes": ["KeyError at x"], "ended": "ended with 77"}
+    )
+    assert list(summed(tmp_path))[2:] == [
+        "| chat | 5,000 | 1 | 2 | 2,500 |",
+        "| gguf | 40 | 2 | 0 | 10 |",
+        "| all | 5,040 | 3 | 2 | 840 |",
+    ]
 
 
 def test_mutants_follow_from_the_seed() -> None:

@@ -74,7 +74,7 @@ def what_is(path: str) -> Literal["file", "folder"] | None:
     """Whether a path or URL is a file, a folder, or nothing; for a URL that is nothing, an error says so."""
     with naming(path):
         if is_url(path):
-            system, inner = _system(path)
+            system, inner = file_system(path)
             return "folder" if system.info(inner)["type"] == "directory" else "file"
         return "folder" if os.path.isdir(path) else "file" if os.path.exists(path) else None
 
@@ -83,7 +83,7 @@ def entries(folder: str) -> list[Entry]:
     """What a folder holds, sorted by name; hidden files and those whose name begins with an underscore are left out."""
     with naming(folder):
         if is_url(folder):
-            system, inner = _system(folder)
+            system, inner = file_system(folder)
             # Object stores also list the folder itself, if there is an empty object of its name.
             infos = (info for info in system.ls(inner, detail=True) if info["name"].strip("/") != inner.strip("/"))
             found = [_entry(system, info) for info in infos]
@@ -96,7 +96,7 @@ def matches(pattern: str) -> list[Entry]:
     """What a glob matches (`*`, `?`, `[...]`, and `**` for any folders), sorted by path."""
     with naming(pattern):
         if is_url(pattern):
-            system, inner = _system(pattern)
+            system, inner = file_system(pattern)
             found = [_entry(system, info) for info in system.glob(inner, detail=True).values()]
         else:
             paths = glob.glob(pattern, recursive=True)
@@ -108,7 +108,7 @@ def stat(path: str) -> Stat:
     """Size and change stamp of a file."""
     with naming(path):
         if is_url(path):
-            system, inner = _system(path)
+            system, inner = file_system(path)
             info = system.info(inner)
             stamp = next((f"{name} {info[name]}" for name in _STAMPS if info.get(name)), "")
             return Stat(int(info["size"]), stamp)
@@ -120,7 +120,7 @@ def open_binary(path: str) -> BinaryIO:
     """Opens a file to read bytes."""
     with naming(path):
         if is_url(path):
-            system, inner = _system(path)
+            system, inner = file_system(path)
             return cast(BinaryIO, system.open(inner, "rb"))
         return open(path, "rb")
 
@@ -130,8 +130,12 @@ def join(folder: str, name: str) -> str:
     return f"{folder.rstrip('/')}/{name}" if is_url(folder) else os.path.join(folder, name)
 
 
-def _system(url: str) -> tuple[Any, str]:
-    """The file system of a URL, and the path in it."""
+def file_system(url: str) -> tuple[Any, str]:
+    """The file system of a URL, and the path in it.
+
+    Raises:
+      UserError: the driver of its scheme is not installed, or there is none.
+    """
     from fsspec.core import url_to_fs
     from fsspec.registry import known_implementations
 

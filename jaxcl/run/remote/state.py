@@ -1,0 +1,137 @@
+"""A state of a run folder: what belongs to it, by size and SHA-256."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from jaxcl.errors import UserError
+
+FOLDER, FILES = "states", "files"
+_FORMAT = 1
+_CHUNK = 2**20
+# What is being written, and what belongs to one machine.
+_UNFINISHED = (".tmp", ".partial")
+_TEMPORARY = "orbax-checkpoint-tmp"
+
+
+class Damaged(UserError):
+    """What is at the URL is not what was written there."""
+
+
+class File(NamedTuple):
+    """A file of a state.
+
+    Attributes:
+      size: bytes.
+      digest: SHA-256 of its content, in hexadecimal digits.
+      changed: when it was written, in seconds since 1970.
+    """
+
+    size: int
+    digest: str
+    changed: float
+
+    def place(self, name: str) -> str:
+        """The object that holds its content: another content has another one."""
+        return f"{FILES}/{name}.{self.digest[:32]}"
+
+
+class State(NamedTuple):
+    """A state of a run folder.
+
+    Attributes:
+      number: its number, increasing.
+      identity: tells it from other states of the same number.
+      files: the folder's files by name, with `/` between its parts.
+    """
+
+    number: int
+    identity: str
+    files: Mapping[str, File]
+
+    @property
+    def name(self) -> str:
+        """The object that holds it."""
+        return f"{FOLDER}/{self.number:08d}.json"
+
+    def encode(self) -> bytes:
+        """Its content as an object, with a checksum."""
+        content = json.dumps({**self._asdict(), "format": _FORMAT, "files": dict(self.files)}, indent=0).encode()
+        return hashlib.sha256(content).hexdigest().encode() + b"\n" + content
+
+    @classmethod
+    def decode(cls, content: bytes, where: str) -> State:
+        """A state from an object.
+
+        Raises:
+          Damaged: it is not as it was written.
+          UserError: it is of a later version, or names files outside a run folder.
+        """
+        digest, _, rest = content.partition(b"\n")
+        if digest.decode(errors="replace") != hashlib.sha256(rest).hexdigest():
+            raise Damaged(f"{where} is damaged")
+        try:
+            read = json.loads(rest)
+            if read["format"] != _FORMAT:
+                raise UserError(f"{where} was written by another version of jaxcl")
+            files = {
+                str(name): File(int(one[0]), str(one[1]), float(one[2]))
+                for name, one in read["files"].items()
+                if _check_name(name, where)
+            }
+            return cls(int(read["number"]), str(read["identity"]), files)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            raise Damaged(f"{where} is damaged") from None
+
+
+def number_of(name: str) -> int:
+    """The number in the name of a state's object; -1 for another object.
+
+    >>> number_of("states/00000012.json"), number_of("states/notes.txt")
+    (12, -1)
+    """
+    digits = name.removeprefix(f"{FOLDER}/").removesuffix(".json")
+    return int(digits) if digits.isascii() and digits.isdecimal() else -1
+
+
+def measure(path: Path) -> File:
+    """Size, digest and time of a local file."""
+    digest, size = hashlib.sha256(), 0
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+            size += len(chunk)
+    return File(size, digest.hexdigest(), path.stat().st_mtime)
+
+
+def names_in(folder: Path, under: str = "") -> Iterator[str]:
+    """The names of a run folder's files, without those that are being written and those of this machine alone.
+
+    Args:
+      folder: the run folder.
+      under: only those in this folder of it.
+    """
+    for parent, folders, files in os.walk(folder / under):
+        inner = Path(parent).relative_to(folder)
+        if not inner.parts:
+            folders[:] = [name for name in folders if not name.startswith(".")]
+        for file in sorted(files):
+            name = (inner / file).as_posix()
+            if not (name.startswith(".") or _is_unfinished(name) or Path(parent, file).is_symlink()):
+                yield name
+
+
+def _is_unfinished(name: str) -> bool:
+    return name.endswith(_UNFINISHED) or _TEMPORARY in name
+
+
+def _check_name(name: str, where: str) -> bool:
+    parts = name.split("/")
+    if name.startswith(".") or "\0" in name or "\\" in name or any(part in ("", ".", "..") for part in parts):
+        raise UserError(f"{where} names {name!r}, which is not a file of a run folder")
+    return True
