@@ -153,8 +153,8 @@ def _two(draws: _Draws) -> list[Form]:
 
 
 def _colour(draws: _Draws) -> tuple[list[Form], str, str]:
-    forms = _two(draws)
-    return forms, f"Name the colour of the {forms[0].shape}", forms[0].colour
+    forms = _two(draws)[:1]
+    return forms, "Name the colour", forms[0].colour
 
 
 def _shape(draws: _Draws) -> tuple[list[Form], str, str]:
