@@ -134,7 +134,7 @@ def test_a_search_compiles_as_many_as_it_is_told(
     monkeypatch.setattr("jaxcl.planning.table.as_table", lambda _: "table")
     words = ["plan", "c.yaml", "--topology", "v5e:4x4", "--search", "train"]
     assert main(words) == main([*words, "--tries", "1"]) == 0
-    assert seen == [("config", "v5e:4x4", "train", tries) for tries in (3, 1)]
+    assert seen == [("config", "v5e:4x4", "train", tries, None) for tries in (3, 1)]
     with pytest.raises(SystemExit, match="2"):
         main([*words, "--tries", "0"])
     assert "--tries: expected a whole number above 0, got '0'" in capsys.readouterr().err
