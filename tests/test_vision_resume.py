@@ -13,6 +13,7 @@ import yaml
 from jaxcl.config import parse_config
 from jaxcl.evaluation.results import Results
 from jaxcl.run import sequence
+from jaxcl.run.model import load_model
 from tests.test_family_runs import stored
 from tests.test_identity_processes import start
 from tests.test_vision_run import content
@@ -69,5 +70,5 @@ def test_two_processes_end_where_one_does(tmp_path: Path) -> None:
     losses = [[row["loss"] for row in numbers(tmp_path / name) if "loss" in row] for name in ("alone", "two")]
     assert len(losses[0]) > 4
     np.testing.assert_allclose(*losses, rtol=1e-4)
-    one, two = (stored(tmp_path / name)[0] for name in ("alone", "two"))
+    one, two = (load_model(str(tmp_path / name)).params for name in ("alone", "two"))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), one, two)
