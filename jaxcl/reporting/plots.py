@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from jaxcl.reporting.page import number
 from jaxcl.reporting.style import (
@@ -299,3 +299,6 @@ def _log_if_wide(axis: Axes, curves: Sequence[Sequence[float]]) -> None:
     values = values[np.isfinite(values)]
     if len(values) and values.min() > 0 and values.max() / values.min() > 100:
         axis.set_yscale("log")
+        # By default powers are written in TeX, which stays as it is where text stays text.
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter(NullFormatter())

@@ -71,6 +71,12 @@ def test_pictures_are_the_same_every_time(drawn: dict[str, str]) -> None:
     assert plots.retention(NAMES, LOWER, "%") == drawn["retention"]
 
 
+def test_powers_of_ten_are_numbers() -> None:
+    drawn = plots.loss({"a": ([1, 2, 3, 4], [5.0, 0.5, 0.05, 0.005])}, [(0, "first")], "loss", "loss")
+    assert ">0.01<" in drawn
+    assert "mathdefault" not in drawn
+
+
 def test_retention_writes_the_last_score_of_each_task(drawn: dict[str, str]) -> None:
     words = [element.text for element in ElementTree.fromstring(drawn["retention"]).iter() if element.text]
     for score in ("50.0", "65.0", "90.0"):
