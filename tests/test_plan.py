@@ -417,7 +417,7 @@ def searched(monkeypatch: pytest.MonkeyPatch, answer: Any) -> Any:
     """Search on 4 chips, where `answer` stands for the compiler: from (number of the attempt) to a time or an error."""
     attempts: list[int] = []
 
-    def compiled(config: Any, topology: str, steps: Any) -> Plan:
+    def compiled(config: Any, topology: str, steps: Any, *_: object) -> Plan:
         attempts.append(len(attempts))
         seconds = answer(attempts[-1])
         step = StepPlan(fits=True, bytes_per_chip=1.0, arguments={}, compile_seconds=0.0, roofline_seconds=seconds)

@@ -58,7 +58,7 @@ def test_a_stored_configuration_imports_nothing(
     command: str, method: Any, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write(method)
-    monkeypatch.setattr("jaxcl.commands.show.show", lambda folder: "")
+    monkeypatch.setattr("jaxcl.commands.show.show", lambda *_: "")
     assert cli.main(COMMANDS[command]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith(f"jaxcl {command}: dl/config.yaml: method.name: dl.evil:Mine is code outside jaxcl")
@@ -78,7 +78,7 @@ def test_nor_does_a_source(source: str, place: str, here: Path) -> None:
 def test_with_trust_it_is_imported_but_not_from_the_current_folder(
     command: str, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("jaxcl.commands.show.show", lambda folder: "")
+    monkeypatch.setattr("jaxcl.commands.show.show", lambda *_: "")
     path = list(sys.path)
     assert cli.main([*COMMANDS[command], "--trust"]) == 2
     assert "cannot be imported: No module named 'dl'; the current folder is not searched" in capsys.readouterr().err
