@@ -90,7 +90,7 @@ def without_features(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LlamaBlock, "project", llama_project)
     monkeypatch.setattr(LlamaBlock, "complete", llama_complete)
     monkeypatch.setattr(Llama, "context", llama_context)
-    monkeypatch.setattr(Llama, "start", lambda self, batch, noise: self.embed(batch.tokens))
+    monkeypatch.setattr(Llama, "start", lambda self, batch, *_: self.embed(batch.tokens))
     monkeypatch.setattr(Llama, "logits", lambda self, states: self.head.in_float32(states))
     monkeypatch.setattr(RMSNorm, "__call__", rms_norm)
     monkeypatch.setattr(RobertaMlp, "__call__", roberta_mlp)
