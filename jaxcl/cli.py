@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 
 from jaxcl.commands.parser import EXIT_USAGE, build_parser
+from jaxcl.data.formats.storage import is_url
 from jaxcl.errors import UserError
 
 EXIT_FAILURE, EXIT_INTERRUPTED = 1, 130
@@ -29,7 +30,7 @@ def _say(result: object) -> None:
 
 def _local(place: str) -> str:
     """The local folder of a run that is given by a path or a URL."""
-    if "://" not in place:
+    if not is_url(place):
         return place
     from jaxcl.run.remote.reading import local_copy
 
@@ -168,7 +169,7 @@ def _show(args: argparse.Namespace) -> None:
 
     with contextlib.ExitStack() as stack:
         folder, url = Path(args.run), None
-        if "://" in args.run:
+        if is_url(args.run):
             from jaxcl.run.remote.reading import sketch
 
             folder, url = stack.enter_context(sketch(args.run)), args.run

@@ -229,9 +229,9 @@ def unit_means(values: PyTree, units: PyTree, sizes: Mapping[str, tuple[int, int
         others = tuple(axis for axis in range(leaf.ndim) if axis not in own)
         units, groups = sizes[unit.kind][1], math.prod(leaf.shape[axis] for axis in along)
         sums = jnp.repeat(jnp.sum(leaf, axis=others).reshape(-1, groups), units // groups, axis=1)
-        layer = slice(None) if unit.layer is None else unit.layer
-        total[unit.kind] += sums if unit.layer is None else jnp.zeros_like(total[unit.kind]).at[layer].set(sums[0])
-        count[unit.kind][layer] += math.prod(leaf.shape[axis] for axis in others)
+        layers = slice(None) if unit.layer is None else slice(unit.layer, unit.layer + 1)
+        total[unit.kind] = total[unit.kind].at[layers].add(sums)
+        count[unit.kind][layers] += math.prod(leaf.shape[axis] for axis in others)
 
     jax.tree.map(add, values, units)
     return {kind: total[kind] / np.maximum(count[kind], 1.0)[:, None] for kind in sizes}

@@ -16,6 +16,9 @@ from jaxcl.config.trust import check_trust, named_code
 from jaxcl.data.files import reason, replacing
 from jaxcl.errors import UserError
 
+MIRROR = ".mirror.json"
+"""The file that says of which URL a folder is a copy, and of which of its states; see `jaxcl.run.remote`."""
+
 # Keys that may change when a run is resumed: they do not affect results.
 _FREE_KEYS = (
     "output",
@@ -85,7 +88,7 @@ class RunFolder:
     rounds = property(lambda self: self.path / "rounds.jsonl")
     tokenizer = property(lambda self: self.path / "tokenizer")
     memory = property(lambda self: self.path / "memory.json")
-    mirror = property(lambda self: self.path / ".mirror.json")
+    mirror = property(lambda self: self.path / MIRROR)
     examples = property(lambda self: self.path / "memory")
     teacher = property(lambda self: self.path / "teacher")
 

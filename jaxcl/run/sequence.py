@@ -138,7 +138,6 @@ def _run(
         sequence.check_schedule()
         if grown_from is not None:
             sequence.check_finished(grown_from)
-        if grown_from is not None:
             # Only after the new task has been checked.
             on_first(lambda: folder.describe(config.plain()))
         sequence.stopwatch.add("startup", time.monotonic() - started)
@@ -521,7 +520,7 @@ class TaskSequence:
             }
             if watch is not None:
                 progress["watch"] = watch.plain()
-            self.checkpoints.wait()
+            self.checkpoints.wait()  # what is staged includes the one before, whole
             self.uploads.stage()
             number = self.checkpoints.save(state, progress=progress, data=data, mark=mark)
             self.uploads.submit(number)

@@ -129,7 +129,7 @@ class Campaign:
         return tally
 
     def _killed(self, chance: random.Random, folder: Path, kills: int) -> Tally:
-        """Starts one run until it ends, with so many kills at most."""
+        """Starts one run until it ends, with at most this many kills."""
         one, started = Tally(runs=1), time.monotonic()
         while True:
             victim, began = chance.randrange(self._processes), time.monotonic()

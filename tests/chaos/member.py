@@ -35,7 +35,7 @@ PHASES = {
     "claim": "start-up",
     "build": "start-up",
 }
-# In the folder of a run whose output is a URL: what stands for the storage, and the local folder.
+# In the folder of a run whose output is a URL: the folder that plays the storage, and the local one.
 BUCKET, LOCAL = "bucket", "local"
 _EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.truncate", "shutil.rmtree"}
 

@@ -20,7 +20,7 @@ from jaxcl.methods.passes.losses import example_losses
 from jaxcl.models.batch import Batch
 from jaxcl.models.gates import SeeingGates
 from jaxcl.models.network import Network, Params
-from jaxcl.weights.tree import flatten
+from jaxcl.weights.tree import flatten, unflatten
 from tests.tiny.batches import take_rows
 from tests.tiny.networks import params_of
 from tests.tiny.seeing import batch, images_of, seeing
@@ -115,18 +115,7 @@ def scaled(params: Params, kind: str, layer: int, unit: int, factor: float) -> P
             place[0] = layer
         own[tuple(place)] *= factor
         flat[path] = jnp.asarray(own)
-    return nested(flat)
-
-
-def nested(flat: dict[str, Any]) -> Params:
-    tree: Params = {}
-    for path, leaf in flat.items():
-        node = tree
-        *parents, name = path.split("/")
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
-    return tree
+    return unflatten(flat)
 
 
 @pytest.fixture(scope="module")

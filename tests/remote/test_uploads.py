@@ -48,15 +48,21 @@ def test_a_state_waits_for_its_checkpoint(storage: Storage, tmp_path: Path) -> N
     assert not any((tmp_path / ".mirror").iterdir())
 
 
-def test_a_state_that_waits_gives_way_to_a_newer_one(storage: Storage, tmp_path: Path) -> None:
-    slow, go_on = threading.Event(), threading.Event()
+def slowed(storage: Storage) -> tuple[threading.Event, threading.Event]:
+    """Lets the first checkpoint's upload wait; the first event says that it does, the second lets it go on."""
+    waits, go_on = threading.Event(), threading.Event()
 
     def wait(number: int, place: str) -> None:
         if "checkpoints/0/a" in place:
-            slow.set()
+            waits.set()
             go_on.wait(60)
 
     storage.fault = staticmethod(wait)
+    return waits, go_on
+
+
+def test_a_state_that_waits_gives_way_to_a_newer_one(storage: Storage, tmp_path: Path) -> None:
+    slow, go_on = slowed(storage)
     with Uploads() as uploads:
         uploads.open(URL, tmp_path)
         uploads.stage()
@@ -73,14 +79,7 @@ def test_a_state_that_waits_gives_way_to_a_newer_one(storage: Storage, tmp_path:
 
 
 def test_a_checkpoint_that_waits_for_its_upload_may_be_removed(storage: Storage, tmp_path: Path) -> None:
-    slow, go_on = threading.Event(), threading.Event()
-
-    def wait(number: int, place: str) -> None:
-        if "checkpoints/0/a" in place:
-            slow.set()
-            go_on.wait(60)
-
-    storage.fault = staticmethod(wait)
+    slow, go_on = slowed(storage)
     with Uploads() as uploads:
         uploads.open(URL, tmp_path)
         for number in (0, 1):

@@ -9,15 +9,16 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from jaxcl.errors import UserError
+from jaxcl.run.folder import MIRROR
 from jaxcl.run.remote.claim import Claim
 from jaxcl.run.remote.objects import Objects, each
-from jaxcl.run.remote.reading import RECORD, WORK, bring_down, read_record, read_states, write_record
+from jaxcl.run.remote.reading import WORK, bring_down, read_record, read_states, write_record
 from jaxcl.run.remote.state import FILES, FOLDER, File, State, measure, names_in, number_of
 
 _KEPT = 2
 # Never changed once they are there, so that a second name is as good as a copy.
 _LASTING = ("checkpoints/", "teacher/", "memory/")
-_OWN = {RECORD, WORK, ".lock"}
+_OWN = {MIRROR, WORK, ".lock"}
 
 
 class Mirror:

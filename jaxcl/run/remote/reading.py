@@ -15,14 +15,11 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from jaxcl.data.files import write_json
-from jaxcl.data.formats.storage import is_url
 from jaxcl.errors import UserError
-from jaxcl.run.folder import RunFolder
+from jaxcl.run.folder import MIRROR, RunFolder
 from jaxcl.run.remote.objects import Objects, each
 from jaxcl.run.remote.state import FOLDER, Damaged, File, State, measure, number_of
 
-RECORD = ".mirror.json"
-"""The file in a local folder that says of which URL it is a copy, and of which of its states."""
 WORK = ".mirror"
 """The folder in a local folder for what is on its way."""
 _REMEMBERED = 64
@@ -110,7 +107,7 @@ def read_record(local: Path) -> dict[str, Any] | None:
     Raises:
       UserError: its record cannot be used.
     """
-    path = local / RECORD
+    path = local / MIRROR
     if not path.is_file():
         return None
     try:
@@ -122,21 +119,19 @@ def read_record(local: Path) -> dict[str, Any] | None:
 
 def write_record(local: Path, url: str, states: Sequence[str], *, whole: bool) -> None:
     """Notes of which URL and states a folder is a copy; see `read_record`."""
-    write_json(local / RECORD, {"url": url, "states": list(states)[-_REMEMBERED:], "whole": whole})
+    write_json(local / MIRROR, {"url": url, "states": list(states)[-_REMEMBERED:], "whole": whole})
 
 
-def local_copy(name: str) -> Path:
-    """The local folder of a run, for commands that read it: brought down first if it is at a URL.
+def local_copy(url: str) -> Path:
+    """The local folder of a run at a URL, for commands that read it; its newest whole state is brought down first.
 
     Args:
-      name: a path, or the URL of a run.
+      url: the URL of a run.
 
     Raises:
       UserError: there is no run at the URL, or it cannot be read.
     """
-    if not is_url(name):
-        return Path(name)
-    objects, local = Objects(name), local_folder(name)
+    objects, local = Objects(url), local_folder(url)
     folder = RunFolder(local)
     try:
         folder.lock()
@@ -163,16 +158,13 @@ def local_copy(name: str) -> Path:
 
 
 @contextmanager
-def sketch(name: str) -> Iterator[Path]:
-    """A folder to summarise a run from: for a URL a temporary one, in which large files are holes of the right size.
+def sketch(url: str) -> Iterator[Path]:
+    """A temporary folder to summarise a run at a URL from, in which large files are holes of the right size.
 
     Raises:
       UserError: there is no run at the URL, or it cannot be read.
     """
-    if not is_url(name):
-        yield Path(name)
-        return
-    objects = Objects(name)
+    objects = Objects(url)
     with TemporaryDirectory(prefix="jaxcl") as folder:
         state = _some(objects).states[0]
 
