@@ -165,7 +165,10 @@ def encode_rows(rows: Float[Array, "... length"]) -> CodedRows:
 
 
 def decode_rows(coded: CodedRows) -> Float[Array, "... length"]:
-    """What `encode_rows` coded, summing to 1 again; rows of zeros stay."""
+    """What `encode_rows` coded, summing to 1 again; rows of zeros stay.
+
+    The others' sum is what the largest leaves of 1: less than float32 resolves there (6e-8) comes back as 0.
+    """
     first = coded.codes == _LARGEST
     others = jnp.where(first, 0.0, jnp.square(coded.codes.astype(jnp.float32)))
     total = jnp.sum(others, axis=-1, keepdims=True)
