@@ -12,8 +12,11 @@ from jaxcl.run import sequence
 from tests.tiny.devices import FAST
 
 # A program is compiled once for all tests, however small it is, where a folder for compiled programs is set, as
-# `make test` does. What tests start as programs of their own reads the environment.
+# `make test` does. What tests start as programs of their own reads the environment, and imports from `tests`.
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]).strip(
+    os.pathsep
+)
 os.environ |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 # Flags are read when the first program is compiled. The compiler for TPUs reads them again, and ends at this one.
 with pytest.MonkeyPatch.context() as patched:

@@ -23,7 +23,7 @@ from jaxcl.run.folder import RunFolder
 from jaxcl.training.checkpoint import Checkpoints
 from tests.tiny import runs
 from tests.tiny.faults import killed_at_save
-from tests.tiny.runs import DECODER, ENCODER, SEEKR
+from tests.tiny.runs import DECODER, ENCODER, SEEKR, arrays
 
 # Neither tokenizer nor row lengths are given by the tasks: both would know the third one from the start.
 PAIRS: dict[str, Any] = {
@@ -92,15 +92,13 @@ def content_of(folder: Path) -> dict[str, Any]:
     results = Results.read(RunFolder(folder).results).model_dump()
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     with Checkpoints(folder / "checkpoints") as checkpoints:
-        saved = checkpoints.latest()
-        assert saved is not None
-        stored = checkpoints._manager.restore(saved.number)
+        params, state = arrays(checkpoints, checkpoints.latest())
     kept = ("tasks", "metric", "matrix", "initial", "op", "bwt", "fwt", "gain", "further", "finished", "steps", "data")
     return {
         "results": {name: results[name] for name in kept},
         "rows": [{key: value for key, value in row.items() if "second" not in key} for row in rows],
-        "params": stored["params"],
-        "state": stored["state"],
+        "params": params,
+        "state": state,
         "config": {k: v for k, v in yaml.safe_load((folder / "config.yaml").read_text()).items() if k != "output"},
     }
 

@@ -15,7 +15,7 @@ from jaxcl.planning.plan import plan
 from jaxcl.run.folder import RunFolder
 from jaxcl.training.checkpoint import Checkpoints
 from tests.tiny.faults import killed_at_save
-from tests.tiny.runs import DECODER, ENCODER, PAIRS, SEEKR, TEXT, numbers, run
+from tests.tiny.runs import DECODER, ENCODER, PAIRS, SEEKR, TEXT, arrays, numbers, run
 
 DAS = {"name": "das", "importance_examples": 8}
 MIXTURE: dict[str, Any] = {
@@ -52,10 +52,7 @@ SLOW = {"modernbert, das", "mixture, das", "deberta, das", "deberta, seekr"}
 def stored(folder: Path) -> Any:
     """Params and state of the last checkpoint."""
     with Checkpoints.reading(RunFolder(folder).checkpoints) as checkpoints:
-        saved = checkpoints.latest()
-        assert saved is not None
-        found = checkpoints._manager.restore(saved.number)
-    return found["params"], found["state"]
+        return arrays(checkpoints, checkpoints.latest())
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.slow] * (case in SLOW)) for case in CASES])

@@ -6,9 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import orbax.checkpoint as ocp
+
 from jaxcl.config import parse_config
 from jaxcl.evaluation.results import Results
 from jaxcl.run import sequence
+from jaxcl.training.checkpoint import Checkpoints, Saved
 
 DECODER: dict[str, Any] = {
     "architecture": "llama",
@@ -62,3 +65,11 @@ def numbers(folder: Path) -> list[dict[str, Any]]:
     """The logged rows without what depends on the clock."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in row.items() if "second" not in key} for row in rows]
+
+
+def arrays(checkpoints: Checkpoints, saved: Saved | None) -> tuple[Any, Any]:
+    """Params and state of a checkpoint, as nested dicts, read without a target."""
+    assert saved is not None
+    with ocp.StandardCheckpointer() as reader:
+        params, state = (reader.restore(checkpoints.folder / str(saved.number) / item) for item in ("params", "state"))
+    return params, state

@@ -85,6 +85,14 @@ def test_clocks_without_a_decay_are_written_as_before_there_was_one(tmp_path: Pa
     assert sorted(stored["clock"]) == ["step", "total", "warmup"]
 
 
+def test_arrays_are_not_compressed(tmp_path: Path) -> None:
+    """Processor time beside the training is dearer than bytes."""
+    zeros = jnp.zeros(1_000_000)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(trained(make_trainer()).replace(method_state={"zeros": zeros}), progress={})
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) > zeros.nbytes
+
+
 def test_large_arrays_are_copied_before_the_next_step_reuses_them(tmp_path: Path) -> None:
     """Donation on the CPU writes into the same memory; a checkpoint written later must not see it."""
     trainer = make_trainer()
