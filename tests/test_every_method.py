@@ -18,7 +18,7 @@ from tests.tiny.runs import PAIRS, TEXT, numbers, run
 # Whole runs of these are looked at more closely in test_experiment, test_lora_run and test_prompts_run.
 ELSEWHERE = {"seekr", "olora", "progressive_prompts"}
 # What others of the kind do in a whole run.
-SLOW = {"das_paper", "lwf", "joint"}
+SLOW = {"das_paper", "lwf", "joint", "sdft"}
 REPLAY = {"fraction": 0.25, "every": 2}
 OPTIONS: dict[str, dict[str, Any]] = {
     "replay": {"replay": REPLAY},
@@ -28,6 +28,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "das_paper": {"importance_examples": 8},
     "ewc": {"fisher_examples": 8},
 }
+# It reads rows twice.
+MODELS: dict[str, dict[str, Any]] = {"sdft": {"max_length": 176}}
 SHORT = {
     **PAIRS,
     "training": {"batch_size": 8, "steps": 3, "log_every": 1},
@@ -41,7 +43,8 @@ DOMAINS = {**TEXT, "evaluation": {"batch_size": 8}, "tasks": [{**task, "end_task
     [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in sorted(METHODS.keys() - ELSEWHERE)],
 )
 def test_a_whole_run(name: str, tmp_path: Path) -> None:
-    results = run(SHORT, tmp_path / "run", {"name": name, **OPTIONS.get(name, {})})
+    content = {**SHORT, "model": {**SHORT["model"], **MODELS.get(name, {})}}
+    results = run(content, tmp_path / "run", {"name": name, **OPTIONS.get(name, {})})
     assert results.finished
     assert results.op is not None
     rows = numbers(tmp_path / "run")

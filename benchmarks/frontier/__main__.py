@@ -179,7 +179,8 @@ def main() -> None:
     parser.add_argument("--sensitivity", type=Path, help="PNG of the final mean by learning rate and knob")
     options = parser.parse_args()
     if options.command == "tune" and not (options.methods or options.method):
-        options.methods = ",".join(RIVALS)
+        own = (None, TESTBEDS[options.testbed].kind)
+        options.methods = ",".join(name for name, rival in RIVALS.items() if rival.kind in own)
     {"tune": tune, "report": report, "summary": summary}[options.command](options)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from benchmarks.frontier.records import Point
 
@@ -24,6 +24,7 @@ class Rival:
       knob: dotted name of its own knob; empty if it has none.
       values: of the knob, log-spaced.
       most: largest value that the knob may have.
+      kind: of the testbeds that it can learn; none: all.
     """
 
     method: str
@@ -31,6 +32,7 @@ class Rival:
     knob: str = ""
     values: Sequence[Any] = ()
     most: float = float("inf")
+    kind: Literal["text", "pairs"] | None = None
 
     def grid(self) -> list[dict[str, Any]]:
         """Options of every value of the knob."""
@@ -76,6 +78,7 @@ RIVALS: dict[str, Rival] = {
     "ewc": Rival("ewc", {"fisher_examples": EXAMPLES}, "strength", (100.0, 500.0, 2000.0)),
     "lwf": Rival("lwf", {}, "weight", (0.3, 1.0, 3.0)),
     "lwf (start)": Rival("lwf", {"teacher": "start", "temperature": 1.0}, "weight", (0.3, 1.0, 3.0)),
+    "sdft": Rival("sdft", {}, "teacher_rate", (0.003, 0.01, 0.03), most=1.0, kind="pairs"),
     "osft": Rival("osft", {}, "share", (0.25, 0.5, 0.75)),
     "ssu": Rival("ssu", {"importance_examples": EXAMPLES}, "share", (0.25, 0.5, 0.75)),
     "mofo": Rival("mofo", {}, "share", (0.05, 0.15, 0.5), most=1.0),

@@ -99,6 +99,8 @@ class Method(ToolHooks, Generic[OptionsT]):
       joint: train on all tasks at once instead of one after another.
       individual: train a separate model for each task, from the params that the run began with; each task is answered
         by its own model.
+      copies: how many copies of a row the longest pass of a step reads one behind the other. With more than one, tasks
+        must be prompts and answers, one pair per row, and the model's window must hold all copies.
       stored: how each array that `signals` returns is stored, by name.
       options: the method's options.
       network: the network.
@@ -108,6 +110,7 @@ class Method(ToolHooks, Generic[OptionsT]):
     Options: ClassVar[type[MethodOptions]] = MethodOptions
     joint: bool = False
     individual: bool = False
+    copies: int = 1
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)

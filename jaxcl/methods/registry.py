@@ -16,6 +16,7 @@ METHODS: dict[str, str] = {
     "joint": "jaxcl.methods.joint:Joint",
     "ewc": "jaxcl.methods.ewc:Ewc",
     "lwf": "jaxcl.methods.lwf:Lwf",
+    "sdft": "jaxcl.methods.sdft:Sdft",
     "replay": "jaxcl.methods.replay:Replay",
     "derpp": "jaxcl.methods.derpp:Derpp",
     "das": "jaxcl.methods.das:Das",

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
 from jaxcl.models.attention import attention
 from jaxcl.models.axes import constrain
@@ -26,6 +26,8 @@ from jaxcl.models.vision_config import vision_of
 
 Scalar = Array | np.number
 Trace = Callable[[Callable[..., Any]], Callable[..., Any]]
+Choose = Callable[[Float[Array, "batch vocab"], Int[Array, ""]], Int[Array, " batch"]]
+"""From scores, and the number of tokens written before, to the next tokens."""
 
 _SHORTEST_BUCKET = 16
 
@@ -110,7 +112,20 @@ class Generator:
         def generate(
             params: Params, tokens: Array, lengths: Array, draw: Draw | None, images: Images | None = None
         ) -> tuple[Array, Array]:
-            return _generate(network, params, tokens, lengths, draw, images, max_new_tokens, self.eos_ids, pad_id)
+            choose = _chooser(draw, len(tokens))
+            written = write_tokens(
+                network,
+                params,
+                tokens,
+                lengths,
+                choose,
+                most=max_new_tokens,
+                ends=self.eos_ids,
+                pad_id=pad_id,
+                images=images,
+            )
+            # Every process reads all rows.
+            return constrain(written[0], None, None), constrain(written[1], None)
 
         self.jitted = jax.jit(generate if trace is None else trace(generate))
 
@@ -210,25 +225,40 @@ class _Loop(NamedTuple):
     cache: Cache
 
 
-def _generate(
+def write_tokens(
     network: Network,
     params: Params,
     tokens: Int[Array, "batch prompt"],
     lengths: Int[Array, " batch"],
-    draw: Draw | None,
-    images: Images | None,
-    max_new_tokens: int,
-    eos_ids: tuple[int, ...],
+    choose: Choose,
+    *,
+    most: int,
+    ends: Sequence[int | Int[Array, " batch"]],
     pad_id: int,
-) -> tuple[Int[Array, "batch new"], Int[Array, " batch"]]:
-    """Prefill and decoding loop; pure. Without `draw` it takes the likeliest tokens."""
+    images: Images | None = None,
+) -> tuple[Int[Array, "batch most"], Int[Array, " batch"]]:
+    """Continues prompts: prefill and decoding loop, as `Generator` compiles them; pure.
+
+    Args:
+      network: a decoder.
+      params: its params.
+      tokens: prompts, padded on the left.
+      lengths: tokens of each prompt; 0 for rows that only fill the batch, which are not continued.
+      choose: takes the next tokens.
+      most: tokens of the longest continuation. Static.
+      ends: tokens that end a continuation, each one for all rows or one per row.
+      pad_id: token that fills the rest of a row.
+      images: what the prompts show.
+
+    Returns:
+      What was written, `pad_id` from the end on; and its length in each row, without the token that ended it.
+    """
     batch, prompt = tokens.shape
-    choose = _chooser(draw, batch)
 
     def write(loop: _Loop, logits: Array) -> _Loop:
         token = choose(logits, loop.step)
-        ends = functools.reduce(jnp.logical_or, [token == eos for eos in eos_ids], jnp.zeros_like(loop.done))
-        done = loop.done | ends
+        ended = functools.reduce(jnp.logical_or, [token == end for end in ends], jnp.zeros_like(loop.done))
+        done = loop.done | ended
         written = jax.lax.dynamic_update_slice(
             loop.tokens, jnp.where(done, pad_id, token)[:, None], (jnp.int32(0), loop.step)
         )
@@ -240,14 +270,11 @@ def _generate(
         cache, logits = _decode(network, params, last, place, prompt - lengths, loop.cache)
         return write(loop._replace(cache=cache), logits)
 
-    cache, logits = _prefill(network, params, tokens, lengths, max_new_tokens - 1, images)
-    nothing = jnp.full((batch, max_new_tokens), pad_id, jnp.int32)
+    cache, logits = _prefill(network, params, tokens, lengths, most - 1, images)
+    nothing = jnp.full((batch, most), pad_id, jnp.int32)
     loop = _Loop(jnp.int32(0), nothing, jnp.zeros_like(lengths), lengths == 0, cache)
-    loop = jax.lax.while_loop(
-        lambda loop: (loop.step < max_new_tokens) & ~jnp.all(loop.done), decode, write(loop, logits)
-    )
-    # Every process reads all rows.
-    return constrain(loop.tokens, None, None), constrain(loop.lengths, None)
+    loop = jax.lax.while_loop(lambda loop: (loop.step < most) & ~jnp.all(loop.done), decode, write(loop, logits))
+    return loop.tokens, loop.lengths
 
 
 def _prefill(
@@ -315,18 +342,22 @@ def _decode(
     return cache, network.logits(params, network.finish(params, x))[:, 0]
 
 
-def _chooser(draw: Draw | None, batch: int) -> Callable[[Array, Array], Array]:
-    """The function from scores `[batch, vocab]` and the number of tokens before to the next tokens."""
+def _chooser(draw: Draw | None, batch: int) -> Choose:
     if draw is None:
         return lambda logits, step: jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    row_keys = jax.vmap(lambda row: jax.random.fold_in(draw.key, row))(draw.first_row + jnp.arange(batch))
+    keys = jax.vmap(lambda row: jax.random.fold_in(draw.key, row))(draw.first_row + jnp.arange(batch))
+    return draw_by(keys, draw.temperature, draw.top_p)
+
+
+def draw_by(keys: Key[Array, " batch"], temperature: Scalar | float, top_p: Scalar | None = None) -> Choose:
+    """The function that draws the next token of each row by the row's own key; see `Draw` for the other arguments."""
 
     def choose(logits: Array, step: Array) -> Array:
-        logits = logits / draw.temperature
-        if draw.top_p is not None:
-            logits = keep_nucleus(logits, draw.top_p)
-        keys = jax.vmap(lambda key: jax.random.fold_in(key, step))(row_keys)
-        return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+        logits = logits / temperature
+        if top_p is not None:
+            logits = keep_nucleus(logits, top_p)
+        own = jax.vmap(lambda key: jax.random.fold_in(key, step))(keys)
+        return jax.vmap(jax.random.categorical)(own, logits).astype(jnp.int32)
 
     return choose
 

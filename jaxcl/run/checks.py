@@ -60,6 +60,27 @@ def check_tasks(
         )
 
 
+def check_copies(config: ExperimentConfig, tasks: tuple[TaskData, ...], method: Method) -> None:
+    """Checks that the rows of each task can be read as often as the method does in one pass (`Method.copies`)."""
+    name, copies, data, window = config.method.name, method.copies, config.data, config.model.max_length
+    if copies == 1:
+        return
+    for task in tasks:
+        if task.kind != "pairs":
+            raise UserError(
+                f"method.name: {name} needs prompts and answers; task {task.name} is {task.kind}", exit_code=2
+            )
+    if data.pack_pairs:
+        raise UserError(f"data.pack_pairs: {name} takes one pair per row; allowed is false", exit_code=2)
+    tokens = copies * (data.prompt_length + data.answer_length + longest_prefix(method))
+    if tokens > window:
+        raise UserError(
+            f"data.prompt_length + answer_length: {name} reads each row {copies} times in one pass, and {tokens} "
+            f"tokens exceed the model's window, model.max_length={window}",
+            exit_code=2,
+        )
+
+
 def check_private_data(config: ExperimentConfig) -> None:
     """Checks that every example is in one row per epoch, alone: epsilon is that of a row, by the number of epochs."""
     mixed = [f"tasks.{index}.mix" for index, spec in enumerate(config.tasks) if spec.mix]

@@ -36,7 +36,7 @@ from jaxcl.models.network import Network
 from jaxcl.models.soft_tokens import SOFT_TOKENS, start_from_words
 from jaxcl.models.trainable import Params, overlay
 from jaxcl.models.vision_config import vision_of
-from jaxcl.run.checks import check_metrics, check_private_data, check_tasks
+from jaxcl.run.checks import check_copies, check_metrics, check_private_data, check_tasks
 from jaxcl.run.folder import RunFolder
 from jaxcl.run.images import image_processor, let_see
 from jaxcl.run.loading import open_general, open_task, rooted
@@ -315,6 +315,7 @@ def build(config: ExperimentConfig, folder: RunFolder) -> Components:
     general = open_general(config, cache)
     method = config.method.build(network, len(tasks))
     check_tasks(config, tasks, method, general)
+    check_copies(config, tasks, method)
     check_metrics(config, tasks)
     tokenizer = load_tokenizer(config, tasks if general is None else (*tasks, general), folder.tokenizer)
     tokenizer.check_vocab(network.vocab_size)

@@ -41,9 +41,9 @@ def make_train_step(
     r"""The training step of a method; pure, not compiled.
 
     It minimises $\sum_i w_i S_i / C_i$ over the method's terms, where $S_i$ and $C_i$ are sum and count over the
-    *whole* batch. With `accumulate > 1` the batch is processed in micro-batches: first the counts (they do not depend
-    on the model, so the compiler drops the forward pass), then the gradients of $\sum_i w_i s_i / C_i$ per micro-batch,
-    added in float32. Clipping, masks and moments are applied once, to the sum.
+    *whole* batch. With `accumulate > 1` the batch is processed in micro-batches: first the counts (a
+    forward pass that the compiler drops where they do not depend on the model), then the gradients of
+    $\sum_i w_i s_i / C_i$ per micro-batch, added in float32. Clipping, masks and moments are applied once, to the sum.
 
     If the network has adapters, only they have gradients, moments and updates (`trained`); the method's loss still sees
     all params.

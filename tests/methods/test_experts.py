@@ -15,7 +15,7 @@ from jaxcl.methods.registry import METHODS, find_method
 from jaxcl.models.experts import balance_loss
 from jaxcl.models.network import Network
 from jaxcl.training.privacy import check_private
-from tests.tiny.batches import make_batch
+from tests.tiny.batches import make_batch, make_pairs
 from tests.tiny.networks import params_of, tiny_llama
 
 EXPERTS: dict[str, Any] = {"num_experts": 4, "experts_per_token": 2, "expert_size": 6}
@@ -28,6 +28,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "das_paper": {"contrast_weight": 0.0},
     "progressive_prompts": {"length": 5},
     "seekr": {"layer_budget": 1, "head_budget": 2, "query_budget": 3},
+    "sdft": {"rows": "given"},
 }
 
 
@@ -48,7 +49,7 @@ def loss_of(network: Network, params: Any, batch: Any) -> jax.Array:
 )
 def test_the_routers_loss_is_a_term(name: str) -> None:
     method = method_of(name, router_loss_weight=0.25)
-    params, batch = params_of(method.network), make_batch()
+    params, batch = params_of(method.network), make_pairs([(4, 2), (1, 3), (3, 2)])
     state = method.init(params)
     key = jax.random.key(0)
     batches = [batch]

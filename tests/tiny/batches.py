@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -41,6 +41,35 @@ def make_batch(
     }
     arrays = {name: jnp.asarray(value) for name, value in values.items()}
     return Batch(**{**arrays, **fields})
+
+
+def make_pairs(sizes: Sequence[tuple[int, int]], *, length: int = 7, seed: int = 0) -> Batch:
+    """Rows of a prompt and an answer with the given numbers of tokens, as `jaxcl.data.PairRows` lays them out.
+
+    Answers end with token 1, which is nowhere else; a row without tokens fills the batch.
+    """
+    rng = np.random.default_rng(seed)
+    most = max(answer for _, answer in sizes)
+    tokens, places = np.zeros((len(sizes), length), np.int32), np.zeros((len(sizes), most), np.int32)
+    index = np.arange(length)
+    for row, (prompt, answer) in enumerate(sizes):
+        tokens[row, : prompt + answer] = rng.integers(2, VOCAB, prompt + answer)
+        places[row, :answer] = np.arange(answer) + prompt - 1
+        tokens[row, prompt + answer - 1 : prompt + answer] = 1
+    real = index < np.sum(sizes, axis=1)[:, None]
+    scored = np.arange(most) < np.array(sizes)[:, 1:]
+    targets = np.where(scored, np.take_along_axis(tokens, places + scored, axis=1), 0)
+    return Batch(
+        tokens=jnp.asarray(tokens),
+        segments=jnp.asarray(real, jnp.int32),
+        positions=jnp.asarray(np.where(real, index, 0), jnp.int32),
+        predict=jnp.asarray(places),
+        targets=jnp.asarray(targets),
+        weights=jnp.asarray(scored, jnp.float32),
+        task=jnp.zeros(len(sizes), jnp.int32),
+        example=jnp.asarray(np.where(np.sum(sizes, axis=1) > 0, np.arange(len(sizes)), -1), jnp.int32),
+        packed=False,
+    )
 
 
 def batch_of(segments: np.ndarray | list[list[int]], tokens: np.ndarray | None = None, **fields: Any) -> Batch:
