@@ -3,7 +3,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from jaxcl.data.memory import Memory, MemoryPipeline
@@ -50,7 +50,6 @@ def test_spaced_by_distance_memory_batches_come_where_the_model_moves():
     # Nothing moves in the first four steps; then the rate falls from 4 to 1, twice each: 20 in all.
     mixed = mixture(every=2).spaced([0, 0, 0, 0, 4, 4, 3, 3, 2, 2, 1, 1])
     # Four memory batches in 12 steps, after a sum of 5, 10, 15 and 20.
-    assert kinds(mixed, 12) == "tttttmtmmttm".replace("tmmt", "tmtm")[:0] or True
     assert kinds(mixed, 12) == "tttttmmtmttm"
     assert mixed.own_steps_in(12) == 8
     assert mixed.steps_for(8) == 12
@@ -61,6 +60,7 @@ def test_spaced_by_distance_memory_batches_come_where_the_model_moves():
 def test_spacing_changes_no_number_of_batches(every, total, seed):
     plain = mixture(every=every)
     rates = np.random.default_rng(seed).exponential(size=total) * (np.arange(total) > seed % 7)
+    assume(rates.sum() > 0)  # a model that does not move leaves the order as it is
     mixed = plain.spaced(rates.tolist())
     own = plain.own_steps_in(total)
     assert mixed.own_steps_in(total) == own

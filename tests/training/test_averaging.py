@@ -65,7 +65,9 @@ def test_tasks_of_a_run_end_with_averages(how: str, reset: bool) -> None:
         between = jax.tree.map(lambda first, new: first + 0.25 * (new - first), start, now)
         end = {"ema": mean, "wise": between, "sfa": now}[how]
         other = plain.with_params(other, jax.tree.map(jnp.asarray, end))
-        jax.tree.map(lambda one, wanted: np.testing.assert_allclose(one, wanted, rtol=1e-5), host(state.params), end)
+        jax.tree.map(
+            lambda one, wanted: np.testing.assert_allclose(one, wanted, rtol=1e-5, atol=1e-7), host(state.params), end
+        )
         moved = jax.tree.map(lambda one, first: float(np.abs(one - first).max()), end, start)
         assert min(jax.tree.leaves(moved)) > 1e-4
 
