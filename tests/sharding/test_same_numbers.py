@@ -88,10 +88,14 @@ def check_same(got: dict[str, Any], expected: dict[str, Any]) -> None:
         assert got[kind].keys() == expected[kind].keys()
         for name, values in expected[kind].items():
             size = np.abs(values).max(initial=0)
-            if kind != "state" and name.endswith("key/bias"):  # softmax cancels it: what it has is rounding
+            # Softmax cancels it: what it has is rounding, and so have copies of it.
+            if name.endswith("key/bias") and (kind != "state" or name.startswith("anchor/")):
                 assert max(size, np.abs(got[kind][name]).max()) < 1e-6
                 continue
-            np.testing.assert_allclose(got[kind][name], values, rtol=1e-5, atol=1e-5 * size, err_msg=f"{kind} {name}")
+            atol = 1e-5 * size
+            if kind == "params":  # 20 steps by at most the gradient's error: learning rate and epsilon are 0.01 each
+                atol += 20 * 1e-5 * np.abs(expected["gradients"].get(name, 0.0)).max()
+            np.testing.assert_allclose(got[kind][name], values, rtol=1e-5, atol=atol, err_msg=f"{kind} {name}")
 
 
 @pytest.mark.parametrize("pair", PAIRS)
