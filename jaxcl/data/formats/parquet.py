@@ -81,5 +81,7 @@ def _opened(path: str) -> Iterator[pq.ParquetFile]:
             # Columns are read through a buffer of this size instead of whole.
             with pq.ParquetFile(file, buffer_size=2**20, pre_buffer=False) as opened:
                 yield opened
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is a damaged parquet file: its text is not UTF-8") from error
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{path} is a damaged parquet file: {error}") from error

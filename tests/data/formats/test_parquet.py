@@ -111,6 +111,18 @@ def test_damaged_files_are_named(path, rows, change, message):
         rows("parquet", path)
 
 
+@pytest.mark.parametrize("where", ["value", "name"])
+def test_text_that_is_not_utf_8_is_damage(tmp_path, rows, where):
+    value = b"\xff" if where == "value" else b"x"
+    column = pa.array([value], "binary").view("string")
+    pq.write_table(pa.table({"question": column}), tmp_path / "a.parquet", store_schema=False)
+    if where == "name":
+        content = (tmp_path / "a.parquet").read_bytes()
+        (tmp_path / "a.parquet").write_bytes(content.replace(b"question", b"\xff" * 8))
+    with pytest.raises(UserError, match=r"a\.parquet is a damaged parquet file: its text is not UTF-8"):
+        rows("parquet", tmp_path / "a.parquet")
+
+
 def test_parquet_is_compressed_inside(path, rows):
     path.rename(path.with_name("a.parquet.gz"))
     with pytest.raises(UserError, match=r"a\.parquet\.gz: a parquet file is compressed inside"):
