@@ -52,14 +52,12 @@ class Testbed:
       methods: options of each method.
       content: the configuration's plain values, for a folder that may get rows.
       rounds: per task.
-      steps: per round.
       rows: training rows per task, of all clients together; None: all.
     """
 
     methods: dict[str, dict[str, Any]]
     content: Callable[[Path], dict[str, Any]]
     rounds: int
-    steps: int
     rows: int | None
 
 
@@ -86,7 +84,6 @@ TESTBEDS = {
         },
         tables,
         rounds=8,
-        steps=20,
         rows=1200,
     ),
     "files": Testbed(
@@ -98,7 +95,6 @@ TESTBEDS = {
         },
         files,
         rounds=5,
-        steps=20,
         rows=None,
     ),
 }
@@ -222,7 +218,7 @@ def main() -> None:
     parser.add_argument("--ways", default=",".join(WAYS))
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--rounds", type=int, help="per task; default: 8 for tables, 5 for files")
-    parser.add_argument("--steps", type=int, help="per round; default: 20")
+    parser.add_argument("--steps", type=int, default=20, help="per round")
     parser.add_argument(
         "--rows",
         type=int,
@@ -235,8 +231,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/federated"), help="folder for runs")
     options = parser.parse_args()
     testbed = TESTBEDS[options.testbed]
-    for name in ("rounds", "steps", "rows"):
-        setattr(options, name, getattr(options, name) or getattr(testbed, name))
+    options.rounds = options.rounds or testbed.rounds
+    options.rows = options.rows or testbed.rows
     {"run": run, "summary": summary}[options.what](options)
 
 

@@ -54,12 +54,12 @@ def last_arrays(checkpoints: Path) -> dict[str, Any]:
     )
     found = {}
     for item in sorted(folder for folder in last.iterdir() if (folder / "_METADATA").exists()):
-        for path, leaf in jax.tree_util.tree_leaves_with_path(_restored(item.resolve())):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(restored(item.resolve())):
             found[item.name + jax.tree_util.keystr(path)] = np.asarray(leaf)
     return found
 
 
-def _restored(item: Path) -> Any:
+def restored(item: Path) -> Any:
     """The arrays of a checkpoint on the host, whatever devices they were on."""
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         shapes = checkpointer.metadata(item).item_metadata.tree

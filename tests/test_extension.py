@@ -20,10 +20,9 @@ from jaxcl.evaluation.results import Results
 from jaxcl.reporting.report import write_report
 from jaxcl.run import sequence
 from jaxcl.run.folder import RunFolder
-from jaxcl.training.checkpoint import Checkpoints
 from tests.tiny import runs
 from tests.tiny.faults import killed_at_save
-from tests.tiny.runs import DECODER, ENCODER, SEEKR, arrays
+from tests.tiny.runs import DECODER, ENCODER, SEEKR, stored
 
 # Neither tokenizer nor row lengths are given by the tasks: both would know the third one from the start.
 PAIRS: dict[str, Any] = {
@@ -91,8 +90,7 @@ def content_of(folder: Path) -> dict[str, Any]:
     """What a finished run holds that does not depend on the clock or its place."""
     results = Results.read(RunFolder(folder).results).model_dump()
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    with Checkpoints(folder / "checkpoints") as checkpoints:
-        params, state = arrays(checkpoints, checkpoints.latest())
+    params, state = stored(folder)
     kept = ("tasks", "metric", "matrix", "initial", "op", "bwt", "fwt", "gain", "further", "finished", "steps", "data")
     return {
         "results": {name: results[name] for name in kept},

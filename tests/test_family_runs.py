@@ -12,10 +12,8 @@ import pytest
 from jaxcl.config import parse_config
 from jaxcl.evaluation.results import Results
 from jaxcl.planning.plan import plan
-from jaxcl.run.folder import RunFolder
-from jaxcl.training.checkpoint import Checkpoints
 from tests.tiny.faults import killed_at_save
-from tests.tiny.runs import DECODER, ENCODER, PAIRS, SEEKR, TEXT, arrays, numbers, run
+from tests.tiny.runs import DECODER, ENCODER, PAIRS, SEEKR, TEXT, numbers, run, stored
 
 DAS = {"name": "das", "importance_examples": 8}
 MIXTURE: dict[str, Any] = {
@@ -47,12 +45,6 @@ CASES = {
     "deberta, seekr": (DOMAINS, "deberta", SEEKR),
 }
 SLOW = {"modernbert, das", "mixture, das", "deberta, das", "deberta, seekr"}
-
-
-def stored(folder: Path) -> Any:
-    """Params and state of the last checkpoint."""
-    with Checkpoints.reading(RunFolder(folder).checkpoints) as checkpoints:
-        return arrays(checkpoints, checkpoints.latest())
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.slow] * (case in SLOW)) for case in CASES])

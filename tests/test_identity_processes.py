@@ -21,8 +21,7 @@ def start(folder: Path, copies: list[Path], *, apart: bool = False) -> list[tupl
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    here = {"PYTHONPATH": str(Path(__file__).parents[1]), "JAX_PLATFORMS": "cpu"}
-    common = {**os.environ, **here, "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    common = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
     running = [
         subprocess.Popen(
             [sys.executable, "-m", "jaxcl", "run", str(folder / "config.yaml")],

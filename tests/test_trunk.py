@@ -23,7 +23,7 @@ from jaxcl.training.kept import mark_after, mark_before_decay
 from jaxcl.training.trainer import Trainer
 from tests.tiny.devices import flags
 from tests.tiny.faults import killed_at_save
-from tests.tiny.runs import DECODER, PAIRS, TOKENIZER, arrays, numbers, run
+from tests.tiny.runs import DECODER, PAIRS, TOKENIZER, numbers, run, stored
 
 WSD = {"learning_rate": 1e-2, "schedule": "wsd", "warmup": 1, "decay": 3, "final": 0.1}
 INFINITE = {**WSD, "schedule": "infinite", "cooldown": 1, "warm_moments": 1}
@@ -54,12 +54,6 @@ def starts() -> Iterator[list[Any]]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(Trainer, "start_task", start_task)
         yield found
-
-
-def stored(folder: Path, mark: str) -> Any:
-    """Params and state of a checkpoint, as nested dicts."""
-    with Checkpoints.reading(folder / "checkpoints") as checkpoints:
-        return arrays(checkpoints, checkpoints.find(mark))
 
 
 def leaves(tree: Any) -> list[np.ndarray]:

@@ -14,11 +14,10 @@ from jaxcl.config import parse_config
 from jaxcl.evaluation.results import Results
 from jaxcl.run import sequence
 from jaxcl.run.model import load_model
-from tests.test_family_runs import stored
 from tests.test_identity_processes import start
 from tests.test_vision_run import content
 from tests.tiny.faults import killed_at_save
-from tests.tiny.runs import numbers
+from tests.tiny.runs import numbers, stored
 
 pytestmark = pytest.mark.slow
 

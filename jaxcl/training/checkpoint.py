@@ -148,7 +148,7 @@ class Checkpoints:
         )
         handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
         for item in ("params", "state"):
-            # Random bits hardly compress: it took twice the processor time of writing for 8% of the bytes.
+            # Random bits hardly compress, and compressing takes processor time beside the training.
             arrays = ocp.PyTreeCheckpointHandler(use_compression=False)
             handlers.add(item, ocp.args.PyTreeSave, arrays)
             handlers.add(item, ocp.args.PyTreeRestore, arrays)

@@ -19,11 +19,10 @@ from jaxcl.models.batch import Batch
 from jaxcl.models.images import NO_IMAGE, Images
 from jaxcl.models.network import Network
 from jaxcl.models.trainable import trained
-from tests.test_family_runs import stored
 from tests.tiny.batches import StandInTask, batch_of, make_pairs, pad_batch, take_rows
 from tests.tiny.faults import killed_at_save
 from tests.tiny.networks import VOCAB, init, log_softmax, named, perturbed, tiny_llama, tiny_roberta
-from tests.tiny.runs import PAIRS, TEXT, numbers, run
+from tests.tiny.runs import PAIRS, TEXT, numbers, run, stored
 from tests.tiny.seeing import IMAGE_TOKENS, seeing
 
 # Prompts of 4, 1 and 2 tokens, answers of 2, 4 and 3 with their end tokens, and a row that fills the batch.

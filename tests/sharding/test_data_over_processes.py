@@ -44,7 +44,7 @@ def encode_with(count: int, folder: Path) -> list[dict[str, Any]]:
     script = Path(__file__).with_name("data_script.py")
     running = []
     for index in range(count):
-        settings = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
+        settings = {"JAX_PLATFORMS": "cpu"}
         if count > 1:
             settings |= {
                 "JAX_COORDINATOR_ADDRESS": address,

@@ -93,7 +93,7 @@ def check_same(got: dict[str, Any], expected: dict[str, Any]) -> None:
                 assert max(size, np.abs(got[kind][name]).max()) < 1e-6
                 continue
             atol = 1e-5 * size
-            if kind == "params":  # 20 steps by at most the gradient's error: learning rate and epsilon are 0.01 each
+            if kind == "params":  # 20 steps by the error of the first moment: learning rate and epsilon are 0.01 each
                 atol += 20 * 1e-5 * np.abs(expected["gradients"].get(name, 0.0)).max()
             np.testing.assert_allclose(got[kind][name], values, rtol=1e-5, atol=atol, err_msg=f"{kind} {name}")
 

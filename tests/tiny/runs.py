@@ -6,12 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import orbax.checkpoint as ocp
-
+from benchmarks.same_runs import restored
 from jaxcl.config import parse_config
 from jaxcl.evaluation.results import Results
 from jaxcl.run import sequence
-from jaxcl.training.checkpoint import Checkpoints, Saved
+from jaxcl.training.checkpoint import Checkpoints
 
 DECODER: dict[str, Any] = {
     "architecture": "llama",
@@ -67,9 +66,10 @@ def numbers(folder: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if "second" not in key} for row in rows]
 
 
-def arrays(checkpoints: Checkpoints, saved: Saved | None) -> tuple[Any, Any]:
-    """Params and state of a checkpoint, as nested dicts, read without a target."""
-    assert saved is not None
-    with ocp.StandardCheckpointer() as reader:
-        params, state = (reader.restore(checkpoints.folder / str(saved.number) / item) for item in ("params", "state"))
-    return params, state
+def stored(folder: Path, mark: str | None = None) -> tuple[Any, Any]:
+    """Params and state of a run's last checkpoint, or the last one with a mark, as nested dicts."""
+    with Checkpoints.reading(folder / "checkpoints") as checkpoints:
+        saved = checkpoints.latest() if mark is None else checkpoints.find(mark)
+        assert saved is not None, mark
+        place = checkpoints.folder / str(saved.number)
+    return restored(place / "params"), restored(place / "state")
