@@ -6,6 +6,7 @@ import hashlib
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,9 +23,9 @@ def main(folder: Path) -> None:
     made: list[str] = []
     write = encode.write_shards
 
-    def recorded(path: Path, *args: object) -> None:
+    def recorded(path: Path, *args: object, **options: Any) -> None:
         made.append(f"{path.parent.name}/{path.name.split('.')[1]}")
-        write(path, *args)  # type: ignore[arg-type]
+        write(path, *args, **options)  # type: ignore[arg-type]
 
     encode.write_shards, lines.RANGE = recorded, 2000  # type: ignore[assignment]
     processes.initialize(timeout=60)
