@@ -85,13 +85,16 @@ def in_jax(sizes: Sizes, dtype: str) -> Callable[[], None]:
     return run
 
 
-def in_torch(sizes: Sizes, dtype: str) -> Callable[[], None]:
+def in_torch(sizes: Sizes, dtype: str, device: str = "cpu") -> Callable[[], None]:
     """The same by torch."""
     import torch
 
     def placed(linear: list[tuple[int, int]], attention: bool) -> list[tuple[Any, ...]]:
         kind = getattr(torch, dtype)
-        return [tuple(torch.from_numpy(one).to(kind) for one in triple) for triple in arrays(sizes, linear, attention)]
+        return [
+            tuple(torch.from_numpy(one).to(device, kind) for one in triple)
+            for triple in arrays(sizes, linear, attention)
+        ]
 
     def factors(triples: list[tuple[Any, ...]]) -> list[tuple[Any, Any, Any]]:
         pairs = [pair for x, kernel, dy in triples for pair in ((x, kernel), (dy, kernel.mT), (x.mT, dy))]
@@ -104,6 +107,8 @@ def in_torch(sizes: Sizes, dtype: str) -> Callable[[], None]:
         with torch.no_grad():
             for one, other, into in products:
                 torch.matmul(one, other, out=into)
+            if device == "cuda":
+                torch.cuda.synchronize()
 
     return run
 

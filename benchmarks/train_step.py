@@ -1,6 +1,6 @@
-"""How long a training step takes in jaxcl and in torch: the same model, weights, data and optimizer on the same CPU.
+"""How long a training step takes in jaxcl and in torch: the same model, weights, data and optimizer on one device.
 
-    python -m benchmarks.train_step [--rounds 15] [--batch 4] [--packed] [--dtype bfloat16]
+    python -m benchmarks.train_step [--rounds 15] [--batch 4] [--packed] [--dtype bfloat16] [--device cuda]
 
 Prints one JSON object. Each side runs in a process of its own and does one step at a time, in turn, so that both see
 the same moods of the machine; `ratio` is the median over the rounds of (jaxcl's seconds / torch's seconds).
@@ -9,8 +9,9 @@ median of one over the other: what jaxcl's own code makes of the products that i
 largest relative difference between the two sides' losses over the first steps: it says that both do the same thing.
 
 `--dtype bfloat16` lets both sides compute in bfloat16 (torch by autocast), which is faster where the processor has AMX.
+`--device cuda` puts both on a GPU, with a larger model.
 
-Needs torch (a CPU build) as well as jaxcl's own dependencies.
+Needs torch (for a CPU, its CPU build) as well as jaxcl's own dependencies.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +36,28 @@ import numpy as np
 
 from benchmarks.step_products import Sizes, in_jax, in_torch, operations, processor
 
-VOCAB, LENGTH = 8192, 512
-HIDDEN, INTERMEDIATE, LAYERS, HEADS = 256, 688, 8, 8
+# By device: the larger one has enough work in each kernel for a GPU.
+SIZES = {
+    "cpu": Sizes(batch=4, length=512, vocab=8192, hidden=256, intermediate=688, layers=8, heads=8),
+    "cuda": Sizes(batch=8, length=1024, vocab=32768, hidden=1024, intermediate=2816, layers=12, heads=16),
+}
 LEARNING_RATE, WEIGHT_DECAY, BETAS, EPS, CLIP = 1e-3, 0.1, (0.9, 0.95), 1e-8, 1.0
 COMPARED_STEPS = 5
 
 
-def tokens(batch: int) -> np.ndarray:
-    """`[batch, LENGTH + 1]`, each a little above its predecessor, so that there is something to learn."""
+def sizes_of(options: argparse.Namespace) -> Sizes:
+    """Of the device's model, with the rows that were asked for."""
+    sizes = SIZES[options.device]
+    return sizes if options.batch is None else sizes._replace(batch=options.batch)
+
+
+def tokens(sizes: Sizes) -> np.ndarray:
+    """`[batch, length + 1]`, each a little above its predecessor, so that there is something to learn."""
     random = np.random.default_rng(0)
-    steps = random.integers(0, 8, (batch, LENGTH + 1))
-    return ((random.integers(0, VOCAB, (batch, 1)) + np.cumsum(steps, axis=1)) % VOCAB).astype(np.int64)
+    steps = random.integers(0, 8, (sizes.batch, sizes.length + 1))
+    return ((random.integers(0, sizes.vocab, (sizes.batch, 1)) + np.cumsum(steps, axis=1)) % sizes.vocab).astype(
+        np.int64
+    )
 
 
 def jaxcl_step(options: argparse.Namespace, folder: Path) -> tuple[Callable[[], float], dict[str, Any]]:
@@ -62,9 +75,17 @@ def jaxcl_step(options: argparse.Namespace, folder: Path) -> tuple[Callable[[], 
     from jaxcl.training.trainer import Trainer
     from jaxcl.weights import save_hf
 
-    shape = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "num_layers": LAYERS}
+    sizes = sizes_of(options)
     network = Network.create(
-        LlamaConfig(**shape, num_heads=HEADS, max_length=LENGTH, compute=Compute(dtype=options.dtype))
+        LlamaConfig(
+            vocab_size=sizes.vocab,
+            hidden_size=sizes.hidden,
+            intermediate_size=sizes.intermediate,
+            num_layers=sizes.layers,
+            num_heads=sizes.heads,
+            max_length=sizes.length,
+            compute=Compute(dtype=options.dtype),
+        )
     )
     layout = Layout.create(make_mesh(MeshConfig()), network.axes(), network.shapes())
     optimizer = OptimizerConfig(
@@ -81,14 +102,14 @@ def jaxcl_step(options: argparse.Namespace, folder: Path) -> tuple[Callable[[], 
     params = jax.jit(network.init)(jax.random.key(0))
     save_hf(folder, network, params)
     state = trainer.start_task(trainer.init(params), 1000)
-    text = tokens(options.batch)
-    rows = np.zeros(options.batch, np.int32)
+    text = tokens(sizes)
+    rows, ones = np.zeros(sizes.batch, np.int32), np.ones((sizes.batch, sizes.length))
     fields: Any = {
         "tokens": text[:, :-1],
         "targets": text[:, 1:],
-        "segments": np.ones((options.batch, LENGTH)),
-        "positions": np.tile(np.arange(LENGTH), (options.batch, 1)),
-        "weights": np.ones((options.batch, LENGTH)),
+        "segments": ones,
+        "positions": np.tile(np.arange(sizes.length), (sizes.batch, 1)),
+        "weights": ones,
         "task": rows,
         "example": rows,
         "packed": options.packed,
@@ -118,17 +139,17 @@ def torch_step(options: argparse.Namespace, folder: Path) -> tuple[Callable[[], 
 
     torch.set_num_threads(os.cpu_count() or 1)
     model = LlamaForCausalLM.from_pretrained(folder, attn_implementation="sdpa", use_cache=False, dtype=torch.float32)
-    model.train()
+    model.to(options.device).train()
     kernels = [param for param in model.parameters() if param.ndim > 1]
     scales = [param for param in model.parameters() if param.ndim == 1]
     groups = [{"params": kernels, "weight_decay": WEIGHT_DECAY}, {"params": scales, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=BETAS, eps=EPS, fused=True)
-    text = torch.from_numpy(tokens(options.batch))
+    text = torch.from_numpy(tokens(sizes_of(options))).to(options.device)
     inputs, targets = text[:, :-1].contiguous(), text[:, 1:].contiguous()
 
     def step() -> float:
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast("cpu", torch.bfloat16, enabled=options.dtype == "bfloat16"):
+        with torch.autocast(options.device, torch.bfloat16, enabled=options.dtype == "bfloat16"):
             loss = model(input_ids=inputs, labels=targets, shift_labels=targets).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
@@ -140,11 +161,12 @@ def torch_step(options: argparse.Namespace, folder: Path) -> tuple[Callable[[], 
 
 def work(options: argparse.Namespace) -> None:
     """Does what each line asks for, `step` or `products`; says how long it took, on the clock and in processor time."""
-    make, products = {"jaxcl": (jaxcl_step, in_jax), "torch": (torch_step, in_torch)}[options.worker]
+    make: Callable[..., Any] = jaxcl_step if options.worker == "jaxcl" else torch_step
+    products = in_jax if options.worker == "jaxcl" else partial(in_torch, device=options.device)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints
     step, facts = make(options, Path(options.folder))
-    run_products = products(_sizes(options), options.dtype)
+    run_products = products(sizes_of(options), options.dtype)
     print(json.dumps(facts), file=answers, flush=True)
     for line in sys.stdin:
         before, started = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
@@ -153,10 +175,6 @@ def work(options: argparse.Namespace) -> None:
         processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         answer = {"seconds": seconds, "processor": processor, "faults": after.ru_minflt - before.ru_minflt}
         print(json.dumps({**answer, "loss": loss}), file=answers, flush=True)
-
-
-def _sizes(options: argparse.Namespace) -> Sizes:
-    return Sizes(options.batch, LENGTH, VOCAB, HIDDEN, INTERMEDIATE, LAYERS, HEADS)
 
 
 class Worker:
@@ -172,12 +190,15 @@ class Worker:
             "--folder",
             folder,
             "--batch",
-            str(options.batch),
+            str(sizes_of(options).batch),
             "--dtype",
             options.dtype,
+            "--device",
+            options.device,
         ]
         command += ["--packed"] if options.packed else []
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+        # Both sides are on one GPU, so jax may not reserve most of its memory.
+        environment = {**os.environ, "JAX_PLATFORMS": options.device, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
@@ -237,14 +258,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 "processor_seconds": statistics.median(s["processor"] for s in rows),
                 "page_faults": statistics.median(s["faults"] for s in rows),
                 "products_seconds": statistics.median(alone[side]),
-                "products_gigaflops": operations(_sizes(options)) / statistics.median(alone[side]) / 1e9,
+                "products_gigaflops": operations(sizes_of(options)) / statistics.median(alone[side]) / 1e9,
                 **workers[side].facts,
             }
             for side, rows in taken.items()
         },
         "losses": losses,
-        "settings": {"batch": options.batch, "length": LENGTH, "packed": options.packed, "rounds": options.rounds}
-        | {"dtype": options.dtype},
+        "settings": {**sizes_of(options)._asdict(), "packed": options.packed, "rounds": options.rounds}
+        | {"dtype": options.dtype, "device": options.device},
         "cores": os.cpu_count(),
         "processor": processor(),
         "machine": platform.machine(),
@@ -257,7 +278,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15, help="pairs of steps that are measured")
-    parser.add_argument("--batch", type=int, default=4, help="rows")
+    parser.add_argument("--batch", type=int, help="rows; default: 4, on a GPU 8")
+    parser.add_argument("--device", choices=tuple(SIZES), default="cpu")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="of activations and products"
     )

@@ -1,6 +1,7 @@
 """A run goes on only with the data, tokenizer, weights and files that it was started with."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -413,16 +414,30 @@ def test_what_a_killed_process_was_writing_is_removed_when_the_run_goes_on(tmp_p
     folder.claim({"seed": 0})
     folder.release()
     folder.examples.mkdir()
-    places = (folder.examples / "task00.arrow", folder.predictions / "a.jsonl", folder.results, folder.memory)
+    folder.tokenizer.mkdir()
+    places = [folder.examples / "task00.arrow", folder.predictions / "a.jsonl", folder.tokenizer / "tokenizer.json"]
+    places += [folder.results, folder.memory, folder.metrics, folder.config_file]
     gone = [place.with_name(f".{place.name}.{'0a' * 16}.tmp") for place in places]
+    gone.append(tmp_path / f".report.html.{'0b' * 16}.tmp")
     # Another program may be writing a report at this moment.
     kept = [folder.examples / "task00.arrow", tmp_path / f".report.html.{'0a' * 16}.tmp"]
     for path in (*gone, *kept):
         path.touch()
+    os.utime(gone[-1], (0, 0))
     folder.claim({"seed": 0})
     folder.release()
     assert not [path for path in gone if path.exists()]
     assert all(path.exists() for path in kept)
+
+
+def test_what_a_start_without_a_configuration_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    left = tmp_path / f".config.yaml.{'0a' * 16}.tmp"
+    left.touch()
+    folder.claim({"seed": 0})
+    folder.release()
+    assert folder.is_run
+    assert not left.exists()
 
 
 def test_unfinished_stores_of_a_killed_attempt_are_removed(tmp_path: Path) -> None:

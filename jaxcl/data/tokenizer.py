@@ -184,10 +184,11 @@ class Tokenizer:
             settings["chat_template"] = [{"name": name, "template": t} for name, t in self.chat_template.items()]
         elif self.chat_template is not None:
             settings["chat_template"] = self.chat_template
-        with replacing(folder / "tokenizer.json") as temporary:
-            temporary.write_text(self.backend.to_str(pretty=False), encoding="utf-8")
         write_json(folder / "tokenizer_config.json", settings)
         write_end_ids(folder, self.end_ids, {"bos_token_id": self.bos_id, "pad_token_id": self.pad_id})
+        # Last: a folder with this file is taken for a whole tokenizer when a killed run goes on.
+        with replacing(folder / "tokenizer.json") as temporary:
+            temporary.write_text(self.backend.to_str(pretty=False), encoding="utf-8")
 
     def frame_texts(self, masked: bool) -> None:
         """Makes `backend` put the special tokens around a text that the model expects, for `transformers`.

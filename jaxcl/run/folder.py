@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import itertools
 import os
+import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -19,6 +21,8 @@ from jaxcl.errors import UserError
 MIRROR = ".mirror.json"
 """The file that says of which URL a folder is a copy, and of which of its states; see `jaxcl.run.remote`."""
 
+# Seconds after which a report that is still being written is taken for that of a killed process.
+_LONGEST_REPORT = 3600.0
 # Keys that may change when a run is resumed: they do not affect results.
 _FREE_KEYS = (
     "output",
@@ -124,20 +128,25 @@ class RunFolder:
         self.lock()
         if self.is_run:
             self._check_same(resolved)
-            self._remove_temporaries()
+        self._remove_temporaries()
+        if self.is_run:
             return
         self.describe(resolved)
         for folder in (self.predictions, self.importance):
             folder.mkdir(exist_ok=True)
 
     def _remove_temporaries(self) -> None:
-        """Removes what a killed process of this run was writing (`replacing`); nobody else writes these files."""
-        folders = (self.examples, self.predictions, self.thumbnails, self.importance)
-        files = (self.results, self.memory, self.rounds, self.mirror)
-        own = [folder.glob(".*.tmp") for folder in folders]
-        named = [self.path.glob(f".{file.name}.*.tmp") for file in files]
-        for path in itertools.chain(*own, *named):
-            path.unlink(missing_ok=True)
+        """Removes what killed processes of this run were writing (`replacing`).
+
+        Nobody else writes these files, except that another program may be writing a report at this moment: it is taken
+        for dead after an hour.
+        """
+        folders = (self.path, self.tokenizer, self.examples, self.predictions, self.thumbnails, self.importance)
+        for path in itertools.chain.from_iterable(folder.glob(".*.tmp") for folder in folders):
+            with contextlib.suppress(FileNotFoundError):  # the report has just been finished
+                recent = time.time() - path.stat().st_mtime < _LONGEST_REPORT
+                if not (recent and path.name.startswith(f".{self.report.name}.")):
+                    path.unlink()
 
     def describe(self, resolved: Mapping[str, Any]) -> None:
         """Writes `config.yaml`, atomically."""

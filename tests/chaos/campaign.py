@@ -211,10 +211,14 @@ def _url(folder: Path) -> str:
 
 
 def _draw(chance: random.Random, operations: int, seconds: float) -> Doom:
-    """Half of the kills are at file operations, where most can go wrong, the others at any time."""
+    """Half of the kills are at file operations, where most can go wrong, the others at any time.
+
+    Any point of a whole life can be drawn, early ones more often, since a life that goes on from a checkpoint is short.
+    """
+    at = chance.random() ** 2
     if chance.random() < 0.5:
-        return Doom("file", chance.randint(1, operations))
-    return Doom("time", chance.uniform(0, seconds))
+        return Doom("file", 1 + int(at * operations))
+    return Doom("time", at * seconds)
 
 
 def compare(whole: Path, other: Path) -> Iterator[str]:

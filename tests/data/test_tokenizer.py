@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -237,6 +238,36 @@ def deberta_files() -> tuple[Backend, dict[str, Any]]:
     backend.add_special_tokens([*vocabulary[:4], "[MASK]"])
     names = {"bos": "CLS", "eos": "SEP", "cls": "CLS", "sep": "SEP", "pad": "PAD", "unk": "UNK", "mask": "MASK"}
     return backend, {f"{role}_token": f"[{name}]" for role, name in names.items()}
+
+
+@pytest.mark.parametrize("writes", range(3))
+def test_a_tokenizer_that_was_written_in_part_is_written_again(tmp_path, monkeypatch, writes):
+    """A run that is killed after any of the files leaves the same files in the end."""
+    config = TokenizerConfig(vocab_size=300)
+
+    def prepare(folder):
+        return prepare_tokenizer(config, lambda: ["a few words", "and more words"], folder)
+
+    whole = prepare(tmp_path / "whole")
+    replace, done = Path.replace, []
+
+    def dies(self, target):
+        if len(done) == writes:
+            raise KeyboardInterrupt
+        done.append(target)
+        return replace(self, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", dies)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(tmp_path / "killed")
+    assert prepare(tmp_path / "killed").fingerprint == whole.fingerprint
+    left = {
+        folder: {file.name: file.read_bytes() for file in (tmp_path / folder).iterdir()}
+        for folder in ("whole", "killed")
+    }
+    assert len(left["whole"]) == 3
+    assert left["killed"] == left["whole"]
 
 
 @pytest.mark.parametrize("files", [modernbert_files, deberta_files])
