@@ -96,7 +96,8 @@ def _compare(args: argparse.Namespace) -> None:
     swept = [key for key, _ in args.sweep]
     if repeated := sorted({key for key in swept if swept.count(key) > 1}):
         raise UserError(f"--sweep {repeated[0]}: given twice; give all its values at once", exit_code=EXIT_USAGE)
-    _say(compare(args.config, args.overrides, args.methods, args.seeds, Path(args.out), dict(args.sweep), args.jobs))
+    sweeps, out = dict(args.sweep), Path(args.out)
+    _say(compare(args.config, args.overrides, args.methods, args.seeds, out, sweeps, args.jobs, args.budget))
 
 
 def _plan(args: argparse.Namespace) -> None:

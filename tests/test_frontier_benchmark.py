@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import io
 import json
 import os
 import subprocess
@@ -17,13 +18,15 @@ import pytest
 from benchmarks.frontier import __main__ as driver
 from benchmarks.frontier import point as points
 from benchmarks.frontier import records as records_module
+from benchmarks.frontier import worker
 from benchmarks.frontier.data import write_domain, write_task
 from benchmarks.frontier.figures import around, draw_frontier, draw_sensitivity
-from benchmarks.frontier.methods import RIVALS, Rival, beyond, cross, tuning_points
+from benchmarks.frontier.methods import RIVALS, Rival, beyond, cross, option_of, tuning_points, with_option
 from benchmarks.frontier.records import Point, Record, append, file_of, read
 from benchmarks.frontier.summary import best_settings, tables
 from benchmarks.frontier.testbeds import TESTBEDS
 from jaxcl.config import parse_config
+from jaxcl.methods.registry import find_method
 from jaxcl.models.batch import Batch
 from jaxcl.run import sequence
 from jaxcl.training.feed import place_batch
@@ -160,9 +163,39 @@ def test_what_is_recorded_is_known_by_all_that_results_depend_on(
     assert found[0].point.key == EWC.key
     changed = [{"seed": 2}, {"learning_rate": 0.1}, {"options": {"strength": 1.0}}, {"order": "B"}, {"name": "x"}]
     assert len({EWC.key, *(dataclasses.replace(EWC, **one).key for one in changed)}) == 6
+    monkeypatch.setattr(find_method("ewc").Options.model_fields["fisher_examples"], "default", 7)
+    find_method("ewc").Options.model_rebuild(force=True)
+    assert list(read(tmp_path)) == []  # of other defaults
+    monkeypatch.undo()
+    find_method("ewc").Options.model_rebuild(force=True)
+    assert len(list(read(tmp_path))) == 2
     longer = dataclasses.replace(TESTBEDS["text"], steps=1000)
     monkeypatch.setitem(records_module.TESTBEDS, "text", longer)
     assert list(read(tmp_path)) == []  # of another testbed
+
+
+def test_points_of_other_programs_are_not_run_as_those_of_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    points = [EWC.plain(), {**EWC.plain(), "name": "mine", "options": {"strength": 20.0}}]
+    monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps(points)))
+    monkeypatch.setattr("sys.argv", ["worker", "--records", str(tmp_path), "--work", str(tmp_path)])
+    with pytest.raises(SystemExit, match="points of one process share programs: mine differ from ewc in"):
+        worker.main()
+
+
+@pytest.mark.parametrize("group", sorted(path.name for path in records_module.RECORDS.iterdir()))
+def test_committed_records_are_of_the_methods_that_they_name(group: str) -> None:
+    """The options of a rival, and all defaults, are those that its records were made with."""
+    count = 0
+    for record in read():
+        point, rival = record.point, RIVALS.get(record.point.name)
+        if f"{point.testbed}-{point.order}" == group and rival is not None:
+            value = option_of(point.options, rival.knob) if rival.knob else None
+            options = with_option(rival.options, rival.knob, value) if rival.knob else rival.options
+            assert (point.method, dict(point.options)) == (rival.method, options), point
+            count += 1
+    assert count == sum(len(path.read_text().splitlines()) for path in (records_module.RECORDS / group).iterdir())
 
 
 def test_a_record_is_in_a_file_of_its_method(tmp_path: Path) -> None:
@@ -294,14 +327,14 @@ def test_cheap_points_are_run_first_and_recorded_ones_never(tmp_path: Path, monk
     plain = dataclasses.replace(EWC, name="sequential", method="sequential", options={})
     append(seeds[0], results(seconds={"cpu": 90.0}), tmp_path)
     append(dataclasses.replace(plain, order="B"), results(seconds={"cpu": 30.0}), tmp_path)
-    options = argparse.Namespace(records=tmp_path, work=tmp_path, processes=1, minutes=1.0)
+    options = argparse.Namespace(records=tmp_path, work=tmp_path, processes=1, until=float("inf"))
     driver.run_points([*seeds, plain], options)
     assert [[(one.name, one.seed) for one in group] for group in given] == [
         [("sequential", 0)],
         [("ewc", 1), ("ewc", 2)],  # share a process, and what it compiles
     ]
     given.clear()
-    driver.run_points([plain], argparse.Namespace(**{**vars(options), "minutes": -1.0}))
+    driver.run_points([plain], argparse.Namespace(**{**vars(options), "until": 0.0}))
     assert given == []  # the time is over
 
 

@@ -45,6 +45,35 @@ def test_methods_without_a_swept_option_have_one_run_for_all_its_values() -> Non
     assert [one.config.method.options.replay.fraction for one in runs[-2:]] == [0.1, 0.2]
 
 
+def test_a_key_after_a_methods_name_concerns_that_method_alone() -> None:
+    sweeps = {"optimizer.learning_rate": ["1e-3", "1e-2"], "das:method.strength": ["10", "40"]}
+    runs = planned(
+        {**sweeps, "das:optimizer.learning_rate": ["3e-3"], "ewc:method.strength": ["500"]}, "das,ewc,replay"
+    )
+    assert [folder_name(one.method, one.setting, one.seed) for one in runs] == [
+        *(f"das-learning_rate=0.003-strength={value}-seed0" for value in (10, 40)),
+        *(f"ewc-learning_rate={rate}-strength=500-seed0" for rate in (0.001, 0.01)),
+        *(f"replay-learning_rate={rate}-seed0" for rate in (0.001, 0.01)),
+    ]
+    assert [one.config.method.options.strength for one in runs[:4]] == [10, 40, 500, 500]
+    assert runs[0].config.optimizer.learning_rate == 3e-3
+
+
+def test_a_budget_is_the_same_number_of_settings_for_every_method() -> None:
+    sweeps = {"optimizer.learning_rate": ["1", "2", "3", "4"], "ewc:method.strength": ["1", "2", "3"]}
+    whole = [one.title for one in planned(sweeps, "sequential,ewc", (0, 1))]
+
+    def within(budget: int) -> list[str]:
+        runs = plan_runs(BASE, "c.yaml", ["sequential", "ewc"], (0, 1), sweeps, Path("out"), budget)
+        return [one.title for one in runs]
+
+    assert len(whole) == 2 * (4 + 12)
+    assert within(12) == whole
+    some = within(3)
+    assert some == within(3) == [title for title in whole if title in some]
+    assert [title.split(",")[0] for title in some] == ["sequential"] * 6 + ["ewc"] * 6
+
+
 def test_one_value_written_in_two_ways_is_one_run() -> None:
     assert len(planned({"optimizer.learning_rate": ["1e-3", "0.001", "0.002"]}, "ewc")) == 2
     assert len(planned({"evaluation.before": ["true", "True", "false"]}, "ewc")) == 2
@@ -60,7 +89,10 @@ def test_a_sweep_leaves_the_configuration_as_it_was() -> None:
     ("sweeps", "words"),
     [
         ({"method.strengh": ["1", "2"]}, "none of the methods sequential, ewc, replay has this option"),
+        ({"ewc:method.strengh": ["1", "2"]}, "--sweep ewc:method.strengh: ewc does not have this option"),
+        ({"das:method.strength": ["1", "2"]}, "das is none of the methods sequential, ewc, replay"),
         ({"seed": ["1", "2"]}, "--sweep seed: give --seeds instead"),
+        ({"ewc:seed": ["1", "2"]}, "--sweep ewc:seed: give --seeds instead"),
         ({"optimizer.learning_rate": ["1", "x"]}, "c.yaml with sequential learning_rate=x: optimizer.learning_rate"),
         ({"evaluation.text_metric": ["perplexity", "/", "?"]}, "evaluation.text_metric"),
     ],
@@ -76,7 +108,7 @@ def test_values_are_split_at_commas_outside_brackets_and_quotes(monkeypatch: pyt
     monkeypatch.setattr("jaxcl.commands.compare.compare", lambda *arguments: seen.extend(arguments) or "page")
     words = ["compare", "c", "--methods", "a", "--out", "o", "--jobs", "3"]
     assert main([*words, "--sweep", "x.y=[1,2],[3]", "--sweep", 'z="a,b",c', "k=v"]) == 0
-    assert seen == ["c", ["k=v"], ["a"], None, Path("o"), {"x.y": ["[1,2]", "[3]"], "z": ['"a,b"', "c"]}, 3]
+    assert seen == ["c", ["k=v"], ["a"], None, Path("o"), {"x.y": ["[1,2]", "[3]"], "z": ['"a,b"', "c"]}, 3, None]
 
 
 @pytest.mark.parametrize("sweep", [["x"], ["x=1"], ["=1,2"], ["x=1,,2"], ["x=1,2", "--sweep", "x=3,4"]])

@@ -23,7 +23,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -44,13 +44,12 @@ def run_points(points: Iterable[Point], options: argparse.Namespace) -> None:
             groups[point.program].append(point)
     costs = _costs(records)
     ordered = sorted(groups.values(), key=lambda group: costs.get(group[0].name, 0.0))
-    until = time.time() + 60 * options.minutes
     print(f"{sum(map(len, ordered))} points without a record, in {len(ordered)} groups", file=sys.stderr, flush=True)
 
     def work(group: list[Point]) -> int:
-        if time.time() > until:
+        if time.time() > options.until:
             return 0
-        command = [sys.executable, "-m", "benchmarks.frontier.worker", "--until", str(until)]
+        command = [sys.executable, "-m", "benchmarks.frontier.worker", "--until", str(options.until)]
         command += ["--records", str(options.records), "--work", str(options.work)]
         content = json.dumps([point.plain() for point in group])
         return subprocess.run(command, input=content.encode(), env=_environment(options.processes)).returncode
@@ -101,17 +100,34 @@ def tune(options: argparse.Namespace) -> None:
         for point in tuning_points(options.testbed, name, rival, order=order, learning_rates=rates, seeds=seeds)
     ]
     run_points(points, options)
-    for further in [beyond] * options.extensions + [cross]:
-        tuned = _records(options, order)
-        more = [
-            dataclasses.replace(point, seed=seed)
-            for name, best in best_settings(tuned).items()
-            if name in rivals
-            for point in further(best, rivals[name], [one.point for one in tuned if one.point.name == name])
-            for seed in seeds
-        ]
+    for _ in range(options.extensions):
+        run_points(_further(beyond, rivals, options, order, seeds), options)
+    # A point of the cross may be better than the one that it is around.
+    while more := _further(cross, rivals, options, order, seeds):
         run_points(more, options)
+        if time.time() > options.until:
+            break
     summary(options)
+
+
+def _further(
+    choose: Callable[[Point, Rival, list[Point]], list[Point]],
+    rivals: Mapping[str, Rival],
+    options: argparse.Namespace,
+    order: str,
+    seeds: Sequence[int],
+) -> list[Point]:
+    """The points around the best one of each method that have no record."""
+    tuned = _records(options, order)
+    known = {one.point.key for one in tuned}
+    points = [
+        dataclasses.replace(point, seed=seed)
+        for name, best in best_settings(tuned).items()
+        if name in rivals
+        for point in choose(best, rivals[name], [one.point for one in tuned if one.point.name == name])
+        for seed in seeds
+    ]
+    return [point for point in points if point.key not in known]
 
 
 def report(options: argparse.Namespace) -> None:
@@ -181,6 +197,7 @@ def main() -> None:
     if options.command == "tune" and not (options.methods or options.method):
         own = (None, TESTBEDS[options.testbed].kind)
         options.methods = ",".join(name for name, rival in RIVALS.items() if rival.kind in own)
+    options.until = time.time() + 60 * options.minutes
     {"tune": tune, "report": report, "summary": summary}[options.command](options)
 
 

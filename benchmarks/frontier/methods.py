@@ -64,7 +64,8 @@ def option_of(options: Mapping[str, Any], name: str) -> Any:
 
 _DAS = {"importance_examples": EXAMPLES, "evenness": 0.1}
 _PAPER = {"importance_examples": EXAMPLES}
-_SEEKR = {"layer_budget": 0.75, "head_budget": 0.5, "query_budget": 24, "store_logits": 64, "replay": REPLAY}
+_BUDGETS = {"layer_budget": 0.75, "head_budget": 0.5, "query_budget": 24, "store_logits": 64, "replay": REPLAY}
+_SEEKR = _BUDGETS | {"distil_heads": "rows", "logit_weight": 0.5}  # as in the paper
 _ROWS = _SEEKR | {"attention_weight": "auto"}
 _VALUES = _ROWS | {"distil_heads": "values", "logit_weight": 0.75}
 _PULLS, _SHARES = (10.0, 40.0, 160.0), (0.1, 0.3, 1.0)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.frontier.testbeds import TESTBEDS
+from jaxcl.methods.registry import find_method
 
 RECORDS = Path(__file__).parents[1] / "records" / "frontier"
 
@@ -92,17 +93,28 @@ def append(point: Point, results: Mapping[str, Any], folder: Path = RECORDS) -> 
     path = file_of(point, folder)
     path.parent.mkdir(parents=True, exist_ok=True)
     hardware = f"{os.cpu_count()} cores, {platform.machine()}"
-    line = json.dumps({"point": point.plain(), "how": how(point.testbed), "hardware": hardware, "results": results})
+    content = {"point": point.plain(), "how": how(point.testbed), "all_options": all_options(point)}
+    line = json.dumps({**content, "hardware": hardware, "results": results})
     with path.open("a", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.write(line + "\n")
 
 
+def all_options(point: Point) -> dict[str, Any]:
+    """The method's options, defaults included, as plain values."""
+    options = find_method(point.method).Options.model_validate(dict(point.options))
+    plain: dict[str, Any] = options.model_dump(mode="json")
+    return plain
+
+
 def read(folder: Path = RECORDS) -> Iterator[Record]:
-    """All records that fit the testbeds as they are now."""
+    """All records that fit the testbeds, and the methods' defaults, as they are now."""
     for path in sorted(folder.glob("*/*.jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines():
             content = json.loads(line)
             point = Point(**content["point"])
-            if point.testbed in TESTBEDS and content["how"] == how(point.testbed):
+            if point.testbed not in TESTBEDS or content["how"] != how(point.testbed):
+                continue
+            known = content.get("all_options", {})  # older records have none
+            if not known or known.items() <= all_options(point).items():
                 yield Record(point, content["results"])

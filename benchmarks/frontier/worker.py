@@ -26,6 +26,11 @@ def main() -> None:
     points = [point for one in json.load(sys.stdin) if (point := Point(**one)).key not in known]
     if not points or time.time() > options.until:
         return
+    if others := {point.name for point in points if point.program != points[0].program}:
+        raise SystemExit(
+            f"points of one process share programs: {', '.join(sorted(others))} differ from {points[0].name} "
+            "in testbed, order, method or options"
+        )
 
     from benchmarks.frontier.point import Setting, measure
     from jaxcl.errors import UserError

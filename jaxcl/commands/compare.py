@@ -27,6 +27,7 @@ def compare(
     out: Path,
     sweeps: Mapping[str, Sequence[str]] | None = None,
     jobs: int = 1,
+    budget: int | None = None,
 ) -> Path:
     """Runs every method with every setting and seed, each in its own run folder, and compares the results.
 
@@ -42,8 +43,9 @@ def compare(
       methods: names of methods.
       seeds: seeds; `None`: that of the configuration.
       out: folder for a run folder `METHOD-SETTING-seedN` per run, `comparison.json` and an HTML page.
-      sweeps: values of a grid, by dotted key.
+      sweeps: values of a grid, by dotted key; see `jaxcl.commands.sweep.plan_runs`.
       jobs: number of runs at once, each in a process of its own; 1: one after another in this process.
+      budget: most settings per method, drawn from its grid; `None`: all.
 
     Returns:
       The page.
@@ -58,7 +60,7 @@ def compare(
     sweeps = sweeps or {}
     content = override(read_yaml(find_config(config)), [*overrides, *(["evaluation.dev=true"] if sweeps else [])])
     seeds = [int(content.get("seed", 0))] if seeds is None else seeds
-    planned = plan_runs(content, config, methods, seeds, sweeps, out)
+    planned = plan_runs(content, config, methods, seeds, sweeps, out, budget)
     failed = _run_all(planned, jobs, out / "jobs", keep_going=bool(sweeps))
     done = [one for one in planned if one.title not in failed]
     if not done:

@@ -247,7 +247,7 @@ def _compare(commands: _Commands) -> None:
         "run the same sequence with several methods, settings and seeds, and compare the results",
         "jaxcl compare quickstart_seekr --methods sequential,replay,seekr --seeds 0,1 --out runs/compare\n"
         "  jaxcl compare quickstart_das --methods sequential,ewc --sweep optimizer.learning_rate=3e-4,1e-3,3e-3 "
-        "--sweep method.strength=100,1000 --jobs 2 --out runs/sweep",
+        "--sweep ewc:method.strength=100,1000 --jobs 2 --out runs/sweep",
     )
     _configured(compare, "as for `run`", overrides="for all runs")
     compare.add_argument(
@@ -263,9 +263,12 @@ def _compare(commands: _Commands) -> None:
         type=_sweep,
         action="append",
         default=[],
-        metavar="KEY=A,B,C",
-        help="values of a key, for each of which all methods that have it are run; several make a grid. A setting is "
-        "chosen for each method by its dev rows, see docs/choosing.md",
+        metavar="[NAME:]KEY=A,B,C",
+        help="values of a key, for each of which all methods that have it are run, or only the method NAME; several "
+        "make a grid. A setting is chosen for each method by its dev rows, see docs/choosing.md",
+    )
+    compare.add_argument(
+        "--budget", type=_count, metavar="N", help="most settings per method, drawn from its grid; default: all"
     )
     compare.add_argument(
         "--jobs", type=_count, default=1, metavar="N", help="number of runs at once, on CPUs; default 1"

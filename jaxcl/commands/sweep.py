@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import itertools
 import json
+import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -56,11 +57,13 @@ def plan_runs(
     seeds: Sequence[int],
     sweeps: Mapping[str, Sequence[str]],
     out: Path,
+    budget: int | None = None,
 ) -> list[PlannedRun]:
     """The runs of a grid, methods in the given order.
 
     The method of the configuration keeps its options; the others share its options of the same name. A swept key
-    `method.X` concerns the methods that have an option X: the others have one run for all its values.
+    `method.X` concerns the methods that have an option X: the others have one run for all its values. A key after the
+    name of a method, `NAME:KEY`, concerns that method alone, and stands there for the same key without a name.
 
     Args:
       content: the configuration's plain values, with the overrides for all runs.
@@ -69,22 +72,19 @@ def plan_runs(
       seeds: seeds.
       sweeps: values by dotted key.
       out: folder for the run folders.
+      budget: most settings per method. Of a larger grid, so many are drawn, the same ones each time.
 
     Raises:
       UserError: a configuration is invalid, a key has an option of its own, or no method has the option.
     """
-    for key in sweeps:
-        if key in _OWN_OPTIONS:
-            raise ConfigError(f"--sweep {key}: give {_OWN_OPTIONS[key]} instead")
     options = {method: _options(method) for method in dict.fromkeys(methods)}
-    for key in sweeps:
-        if not any(_concerns(key, known) for known in options.values()):
-            raise ConfigError(f"--sweep {key}: none of the methods {', '.join(options)} has this option")
+    for name in sweeps:
+        _check_key(name, options)
     runs: dict[str, PlannedRun] = {}
     folders: dict[str, str] = {}
     for method, known in options.items():
-        own = {key: values for key, values in sweeps.items() if _concerns(key, known)}
-        for setting, seed in itertools.product(grid(own), dict.fromkeys(seeds)):
+        settings = drawn(list(grid(_own(sweeps, method, known))), budget)
+        for setting, seed in itertools.product(settings, dict.fromkeys(seeds)):
             folder = out / folder_name(method, setting, seed)
             config = _configure(content, origin, method, known, setting, seed, folder)
             same = json.dumps({**config.plain(), "output": ""}, sort_keys=True)
@@ -103,6 +103,17 @@ def grid(sweeps: Mapping[str, Sequence[str]]) -> Iterator[Setting]:
     """
     for values in itertools.product(*sweeps.values()):
         yield dict(zip(sweeps, values, strict=True))
+
+
+def drawn(settings: Sequence[Setting], budget: int | None) -> list[Setting]:
+    """At most so many of the settings, in their order, drawn without replacement; the same ones each time.
+
+    >>> [one["a"] for one in drawn(list(grid({"a": "123456789"})), 3)]
+    ['1', '7', '9']
+    """
+    if budget is None or budget >= len(settings):
+        return list(settings)
+    return [settings[index] for index in sorted(random.Random(0).sample(range(len(settings)), budget))]
 
 
 def label(setting: Setting) -> dict[str, str]:
@@ -140,6 +151,25 @@ def _options(method: str) -> set[str]:
         return set(find_method(method).Options.model_fields)
     except ValueError as error:
         raise ConfigError(f"--methods: {error}") from None
+
+
+def _check_key(name: str, options: Mapping[str, set[str]]) -> None:
+    method, _, key = name.rpartition(":")
+    if key in _OWN_OPTIONS:
+        raise ConfigError(f"--sweep {name}: give {_OWN_OPTIONS[key]} instead")
+    if method and method not in options:
+        raise ConfigError(f"--sweep {name}: {method} is none of the methods {', '.join(options)}")
+    if method and not _concerns(key, options[method]):
+        raise ConfigError(f"--sweep {name}: {method} does not have this option")
+    if not any(_concerns(key, known) for known in options.values()):
+        raise ConfigError(f"--sweep {key}: none of the methods {', '.join(options)} has this option")
+
+
+def _own(sweeps: Mapping[str, Sequence[str]], method: str, options: set[str]) -> dict[str, Sequence[str]]:
+    """The values of the keys that concern a method, without its name."""
+    parts = {name: name.rpartition(":") for name in sweeps}
+    shared = {key: sweeps[name] for name, (of, _, key) in parts.items() if not of and _concerns(key, options)}
+    return shared | {key: sweeps[name] for name, (of, _, key) in parts.items() if of == method}
 
 
 def _concerns(key: str, options: set[str]) -> bool:
