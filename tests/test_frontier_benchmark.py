@@ -315,6 +315,11 @@ def test_every_rival_has_a_grid_of_its_own_knob() -> None:
         assert {point.order for point in grid} == {"A"}
 
 
+def test_names_of_rivals_may_have_commas() -> None:
+    assert driver._names(",".join(RIVALS)) == [*RIVALS]
+    assert any("," in name for name in RIVALS)
+
+
 def test_cheap_points_are_run_first_and_recorded_ones_never(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[list[Point]] = []
 

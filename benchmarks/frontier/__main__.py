@@ -19,6 +19,7 @@ import argparse
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -84,7 +85,7 @@ def _rivals(options: argparse.Namespace) -> dict[str, Rival]:
         return {
             options.name or options.method: Rival(options.method, json.loads(options.options), options.knob, values)
         }
-    names = options.methods.split(",")
+    names = _names(options.methods)
     if unknown := set(names) - set(RIVALS):
         raise SystemExit(f"--methods: {', '.join(sorted(unknown))}; allowed: {', '.join(RIVALS)}, or use --method")
     return {name: RIVALS[name] for name in names}
@@ -133,7 +134,7 @@ def _further(
 def report(options: argparse.Namespace) -> None:
     """The chosen setting of each method, on the order that nothing was chosen on."""
     tuned = _records(options, "A")
-    names = set(options.methods.split(",")) if options.methods else None
+    names = set(_names(options.methods)) if options.methods else None
     chosen = [point for name, point in best_settings(tuned).items() if names is None or name in names]
     seeds = _seeds(options.seeds or "0,1,2,3,4")
     run_points([_at(point, options.order or "B", seed) for point in chosen for seed in seeds], options)
@@ -147,7 +148,7 @@ def summary(options: argparse.Namespace) -> None:
     if not records:
         raise SystemExit(f"no records of testbed {options.testbed}, order {order}")
     if options.methods:
-        shown = {*options.methods.split(","), options.reference}
+        shown = {*_names(options.methods), options.reference}
         records = [one for one in records if one.point.name in shown]
     print(tables(records, reference=options.reference))
     if options.picture:
@@ -162,6 +163,11 @@ def _records(options: argparse.Namespace, order: str) -> list[Record]:
 
 def _at(point: Point, order: str, seed: int) -> Point:
     return dataclasses.replace(point, order=order, seed=seed)
+
+
+def _names(text: str) -> list[str]:
+    """Names between commas, which may have commas in brackets themselves."""
+    return re.split(r",(?![^(]*\))", text)
 
 
 def _floats(text: str) -> list[float]:

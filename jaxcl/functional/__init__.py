@@ -3,7 +3,7 @@
 Importing it loads jax, optax and jaxtyping, and nothing else of jaxcl.
 
 - DAS, the paper's version: `gate_gradients`, `ImportanceSums`, `normalise`, `accumulate`, `soft_masks`,
-  `masked_optimizer`, `pool`, `contrast`
+  `masked_optimizer`, `clip_by_what_moves`, `pool`, `contrast`
 - DAS, second version: `RowColumn`, `Sides`, `select`, `importance_masks`, `elastic_optimizer`
 - SEEKR: `watch`, `HeadSums`, `combine`, `select_heads`, `sample_queries`, `selected_rows`, `attention_maps`,
   `attention_divergence`
@@ -103,7 +103,15 @@ from jaxcl.functional.projection import (
 )
 from jaxcl.functional.row_column import RowColumn, Sides, importance_masks, select, unit_means
 from jaxcl.functional.secure_sum import add_pair_masks, from_fixed_point, to_fixed_point, unmasked_sum
-from jaxcl.functional.soft_masks import LAYER, Unit, masked_decay, masked_optimizer, soft_mask, soft_masks
+from jaxcl.functional.soft_masks import (
+    LAYER,
+    Unit,
+    clip_by_what_moves,
+    masked_decay,
+    masked_optimizer,
+    soft_mask,
+    soft_masks,
+)
 from jaxcl.functional.terms import Term, Terms
 
 __all__ = [
@@ -139,6 +147,7 @@ __all__ = [
     "attention_maps",
     "averaged",
     "block_squares",
+    "clip_by_what_moves",
     "clip_update",
     "combine",
     "combine_shared",

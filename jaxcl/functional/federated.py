@@ -23,6 +23,8 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, PyTree
 
+from jaxcl.functional.norm import global_norm
+
 Combine = Literal["mean", "maximum"]
 
 # How far rounding may lift the norm of an update that its client has clipped.
@@ -214,7 +216,7 @@ def clip_update(update: PyTree, limit: float) -> tuple[PyTree, Float[Array, ""]]
       >>> [f"{value:.2f}" for value in clipped], norm.item()
       (['0.60', '0.80'], 5.0)
     """
-    norm = jnp.sqrt(sum((jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(update)), 0.0))
+    norm = global_norm(update)
     return jax.tree.map(lambda leaf: leaf * (limit / jnp.maximum(norm, limit)).astype(leaf.dtype), update), norm
 
 

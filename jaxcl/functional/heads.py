@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-HeadImportance = Literal["product_of_sums", "sum_of_products", "sensitivity", "forgettability", "random"]
+HeadImportance = Literal[
+    "product_of_sums", "product_of_shares", "sum_of_products", "sensitivity", "forgettability", "random"
+]
 Heads = Float[Array, "layers heads"]
 
 
@@ -91,8 +93,10 @@ def combine(
     Args:
       sensitivity: normalised, by task; zeros for tasks to come.
       forgettability: by task; zeros for tasks to come. Over all queries; the authors' code takes the sampled ones.
-      how: `product_of_sums` is the paper's, `sum_of_products` that of the authors' code; `sensitivity` and
-        `forgettability` take one of the two alone; `random` draws from [0, 1) and looks at neither.
+      how: `product_of_sums` is the paper's, `sum_of_products` that of the authors' code. `product_of_shares` is the
+        paper's with each task's forgettability scaled to sum to 1 over all heads: it is a mean over keys, so with the
+        sum of the unscaled the tasks with the shortest rows decide. `sensitivity` and `forgettability` take one of the
+        two alone; `random` draws from [0, 1) and looks at neither.
       key: what `random` draws from.
 
     Raises:
@@ -105,6 +109,7 @@ def combine(
     """
     rules: dict[str, Callable[[], Heads]] = {
         "product_of_sums": lambda: jnp.sum(sensitivity, axis=0) * jnp.sum(forgettability, axis=0),
+        "product_of_shares": lambda: jnp.sum(sensitivity, axis=0) * jnp.sum(_shares(forgettability), axis=0),
         "sum_of_products": lambda: jnp.sum(sensitivity * forgettability, axis=0),
         "sensitivity": lambda: jnp.sum(sensitivity, axis=0),
         "forgettability": lambda: jnp.sum(forgettability, axis=0),
@@ -114,6 +119,12 @@ def combine(
             raise ValueError("key: random importance needs one to draw from")
         return jax.random.uniform(key, sensitivity.shape[1:])
     return rules[how]()
+
+
+def _shares(values: Float[Array, "*tasks layers heads"]) -> Float[Array, "*tasks layers heads"]:
+    """Scaled so that each task's sum to 1; those of a task to come stay 0."""
+    total = jnp.sum(values, axis=(-2, -1), keepdims=True)
+    return values / jnp.where(total == 0, 1.0, total)
 
 
 def resolve_budget(budget: int | float, total: int) -> int:

@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree
 
+from jaxcl.functional.norm import global_norm
+
 MaskOn = Literal["update", "gradient"]
 Shared = Literal["free", "mean", "frozen"]
 
@@ -116,6 +118,32 @@ def soft_mask() -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
+def clip_by_what_moves(clip: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Scales the whole gradient as `clip` scales what its masks let through.
+
+    Params that masks hold cannot descend, so their gradients stay large and fill the norm of a plain clip: the others
+    then move less. This clip leaves them out of the norm.
+
+    Args:
+      clip: one that scales a gradient as a whole, such as `optax.clip_by_global_norm`.
+
+    Examples:
+      >>> transform = clip_by_what_moves(optax.clip_by_global_norm(1.0))
+      >>> gradient, masks = jnp.array([10.0, 0.5]), jnp.array([0.0, 1.0])
+      >>> transform.update(gradient, transform.init(gradient), masks=masks)[0].tolist()
+      [10.0, 0.5]
+    """
+
+    def update(gradient: PyTree, state: PyTree, params: PyTree = None, *, masks: PyTree, **_: Any) -> Any:
+        moving = _times(gradient, masks)
+        clipped, state = clip.update(moving, state, params)
+        before, after = global_norm(moving), global_norm(clipped)
+        factor = jnp.where(before == 0, 1.0, after / jnp.where(before == 0, 1.0, before))
+        return jax.tree.map(lambda leaf: leaf * factor.astype(leaf.dtype), gradient), state
+
+    return optax.GradientTransformationExtraArgs(clip.init, update)
+
+
 def masked_decay(decay: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """Weight decay that sees masked params, so that it does not move what the mask protects."""
     inner = optax.with_extra_args_support(decay)
@@ -146,7 +174,8 @@ def masked_optimizer(
     outlive a task (`optimizer.reset_optimizer: false`) go on moving what has become important since.
 
     Args:
-      clip: clips the gradient before it is masked: it sees what plain training would see.
+      clip: clips the gradient before it is masked: it sees what plain training would see, unless it is
+        `clip_by_what_moves`.
       precondition: Adam's, for example.
       weight_decay: adds the decay.
       learning_rate: scales and negates.

@@ -28,6 +28,7 @@ from pydantic import Field
 from jaxcl.functional.elastic_pull import elastic_optimizer
 from jaxcl.functional.federated import Combine
 from jaxcl.functional.row_column import Accumulation, RowColumn, Selection, Sides, importance_masks, select, unit_means
+from jaxcl.functional.soft_masks import clip_by_what_moves
 from jaxcl.methods.base import Method, OptimizerParts, Params, State, Task
 from jaxcl.methods.options import MethodOptions
 from jaxcl.methods.passes.squares import add_row_squares, drawn_squares
@@ -51,6 +52,10 @@ class DasOptions(MethodOptions):
     )
     mask_strength: float = Field(
         1.0, ge=0, description="c of the mask 1 / (1 + c F / mean F), with the importance F of a param; 0: no mask"
+    )
+    clip_masked: bool = Field(
+        False,
+        description="with hold mask or both: clip by the norm of what masks let through, not of the whole gradient",
     )
     keep_mean: bool = Field(
         False,
@@ -147,6 +152,8 @@ class Das(Method[DasOptions]):
         """See `Method.transform`."""
         # The scale of the pull is taken by rows and columns, whatever the resolution of the importance is.
         sides = trained(self.network.sides())
+        if self.masks and self.options.clip_masked:
+            parts = parts._replace(clip=clip_by_what_moves(parts.clip))
         return elastic_optimizer(**parts._asdict(), sides=sides, mask=self.masks, pull=self.pulls)
 
     def update_args(self, params: Params, state: State, batch: Batch, key: Array) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from pydantic import Field
 from jaxcl.functional.contrastive import contrast, pool
 from jaxcl.functional.federated import Combine
 from jaxcl.functional.importance import ImportanceSums, Normalisation, accumulate, normalise
-from jaxcl.functional.soft_masks import MaskOn, Shared, masked_optimizer, soft_masks
+from jaxcl.functional.soft_masks import MaskOn, Shared, clip_by_what_moves, masked_optimizer, soft_masks
 from jaxcl.functional.terms import Term, Terms
 from jaxcl.methods.base import Method, OptimizerParts, Params, State, Task
 from jaxcl.methods.options import MethodOptions
@@ -76,6 +76,11 @@ class DasPaperOptions(MethodOptions):
         "free",
         description="params that belong to no unit (embeddings, norms, output heads); free: not masked; "
         "mean: masked by their layer's mean importance; frozen: not trained",
+    )
+    clip_masked: bool = Field(
+        False,
+        description="clip by the norm of what masks let through; false: by that of the whole gradient, to which params "
+        "that masks hold add for good",
     )
     contrast_weight: float = Field(
         1.0, ge=0, description="factor on the contrastive loss; 0: none, without its forward passes"
@@ -154,6 +159,8 @@ class DasPaper(Method[DasPaperOptions]):
 
     def transform(self, parts: OptimizerParts) -> optax.GradientTransformationExtraArgs:
         """See `Method.transform`."""
+        if self.options.clip_masked:
+            parts = parts._replace(clip=clip_by_what_moves(parts.clip))
         return masked_optimizer(**parts._asdict(), mask_on=self.options.mask_on)
 
     def update_args(self, params: Params, state: State, batch: Batch, key: Array) -> dict[str, Any]:

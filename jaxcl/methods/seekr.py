@@ -85,7 +85,8 @@ class SeekrOptions(ReplayOptions):
     importance: HeadImportance = Field(
         "product_of_sums",
         description="importance of a head over tasks, from sensitivity S and forgettability F; product_of_sums: "
-        "sum of S times sum of F (the paper); sum_of_products: sum of S times F (the authors' code); "
+        "sum of S times sum of F (the paper); product_of_shares: the same with each task's F scaled to sum to 1, so "
+        "that tasks with short rows do not decide; sum_of_products: sum of S times F (the authors' code); "
         "sensitivity, forgettability: one of them alone; random: heads drawn anew for every task",
     )
     logit_weight: float = Field(
@@ -390,6 +391,8 @@ class Seekr(Method[SeekrOptions]):
         query_key, offset_key = jax.random.split(key)
         heads = state["heads"][batch.task]
         queries = sample_queries(batch.keys(query_key), batch.segments, self.options.query_budget)
+        if self.options.attention_weight == 0:  # nothing would read it: room for one head and query, and none there
+            heads, queries = (jnp.full_like(places[:, :1], -1) for places in (heads, queries))
         return self.read(params, batch, heads, queries, offset_key)
 
     def read(self, params: Params, batch: Batch, heads: Array, queries: Array, key: Array) -> dict[str, Array]:

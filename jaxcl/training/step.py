@@ -11,6 +11,7 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from jaxcl.errors import UserError
+from jaxcl.functional.norm import global_norm
 from jaxcl.functional.terms import Term, Terms
 from jaxcl.methods.base import Method
 from jaxcl.models.batch import Batch
@@ -151,12 +152,6 @@ def _own(state: PyTree) -> PyTree:
 def _where(usable: Array, new: PyTree, old: PyTree) -> PyTree:
     """The new arrays if they are usable, else the old ones; what a step never changes is left out of the program."""
     return jax.tree.map(lambda one, other: other if one is other else jnp.where(usable, one, other), new, old)
-
-
-def global_norm(tree: PyTree) -> Float[Array, ""]:
-    """Euclidean norm over all leaves, summed in float32."""
-    squares = [jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)]
-    return jnp.sqrt(sum(squares, jnp.float32(0)))
 
 
 def weighted_loss(terms: Terms, counts: Sums) -> Float[Array, ""]:

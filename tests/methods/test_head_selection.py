@@ -166,12 +166,20 @@ def test_importance_over_tasks() -> None:
     s, f = rng.uniform(size=(2, 3, 2, 4)).astype(np.float32)
     expected = {
         "product_of_sums": s.sum(0) * f.sum(0),
+        "product_of_shares": s.sum(0) * sum(task / task.sum() for task in f),
         "sum_of_products": (s * f).sum(0),
         "sensitivity": s.sum(0),
         "forgettability": f.sum(0),
     }
     for how, value in expected.items():
         np.testing.assert_allclose(combine(jnp.asarray(s), jnp.asarray(f), how), value, rtol=1e-6)  # type: ignore[arg-type]
+
+
+def test_shares_let_no_task_decide_alone_and_wait_for_those_to_come() -> None:
+    s = jnp.array([[[1.0, 1.0, 1.0]]] * 3)
+    f = jnp.array([[[0.07, 0.02, 0.01]], [[0.0001, 0.0006, 0.0003]], [[0.0, 0.0, 0.0]]])
+    assert combine(s, f, "product_of_sums").argmax() == 0
+    np.testing.assert_allclose(combine(s, f, "product_of_shares")[0], 3 * np.array([0.8, 0.8, 0.4]), rtol=1e-5)
 
 
 def test_budgets() -> None:

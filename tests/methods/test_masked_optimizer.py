@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxcl.functional.soft_masks import masked_decay, masked_optimizer, soft_mask
+from jaxcl.functional.soft_masks import clip_by_what_moves, masked_decay, masked_optimizer, soft_mask
 from jaxcl.methods.base import OptimizerParts
 from jaxcl.methods.passes.losses import language_model_terms
 from tests.tiny.batches import make_batch
@@ -137,3 +137,25 @@ def test_masks_keep_low_precision() -> None:
     found = single_update(soft_mask(), low, PARAMS, masks=jax.tree.map(jnp.ones_like, MASKS))
     jax.tree.map(np.testing.assert_array_equal, found, low)
     assert found["a"].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("mask_on", ["update", "gradient"])
+def test_clipping_may_see_what_moves_alone(mask_on: str) -> None:
+    """Gradient norms of 10 where the mask is 0 and of 0.1 elsewhere: a clip to 1 does not concern the latter."""
+    gradients = {"held": jnp.array([6.0, 8.0]), "free": jnp.array([0.1])}
+    params, masks = jax.tree.map(jnp.zeros_like, gradients), {"held": jnp.zeros(2), "free": jnp.ones(1)}
+    parts = make_parts(weight_decay=0.0, clip=1.0)._replace(precondition=optax.identity())
+    plain = single_update(masked(parts, mask_on), gradients, params, masks=masks)
+    np.testing.assert_allclose(plain["free"], -0.01 * 0.1 / np.sqrt(100.01), rtol=1e-5)
+    parts = parts._replace(clip=clip_by_what_moves(parts.clip))
+    found = single_update(masked(parts, mask_on), gradients, params, masks=masks)
+    np.testing.assert_allclose(found["free"], -0.01 * 0.1, rtol=1e-6)
+    np.testing.assert_array_equal(found["held"], [0.0, 0.0])
+    half = {"held": jnp.full(2, 0.5), "free": jnp.ones(1)}
+    found = single_update(masked(parts, mask_on), gradients, params, masks=half)
+    norm = np.sqrt(3**2 + 4**2 + 0.1**2)
+    np.testing.assert_allclose(found["held"], -0.01 * np.array([3.0, 4.0]) / norm, rtol=1e-5)
+    nothing = jax.tree.map(jnp.zeros_like, masks)
+    np.testing.assert_array_equal(
+        single_update(masked(parts, mask_on), gradients, params, masks=nothing)["free"], [0.0]
+    )

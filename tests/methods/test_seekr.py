@@ -193,6 +193,28 @@ def test_weights_are_a_and_b(exact: tuple[Batch, Any, Any]) -> None:
     assert sorted(terms_of(make_method(attention_weight=0.0), after, batch)) == ["logits", "loss"]
 
 
+@pytest.mark.parametrize("heads", ["rows", "values"])
+def test_without_an_attention_term_nothing_of_heads_is_stored(params: Any, heads: Any) -> None:
+    with_term, without = (
+        records_of(make_method(distil_heads=heads, attention_weight=weight), params, BATCH) for weight in (1.0, 0.0)
+    )
+    for more, less in zip(with_term, without, strict=True):
+        assert all(np.all(less[name] == -1) for name in ("heads", "queries"))
+        assert sum(less[name].size for name in (heads, "heads", "queries")) < more[heads].size
+        np.testing.assert_array_equal(less["scores"], more["scores"])
+    after = perturbed(params, 0.1)
+    found, expected = (
+        terms_of(make_method(attention_weight=0.0, distil_heads=heads), after, batch)
+        for batch in (
+            dataclasses.replace(
+                BATCH, origin="memory", teacher=teacher_of(make_method(distil_heads=heads), params, records)
+            )
+            for records in (without, with_term)
+        )
+    )
+    assert found == expected
+
+
 def test_auto_keeps_the_attention_term_in_proportion_to_the_others(exact: tuple[Batch, Any, Any]) -> None:
     batch, after, _ = exact
     method = make_method(logit_weight=0.2, attention_weight="auto", attention_share=3.0, attention_limit=50.0)
