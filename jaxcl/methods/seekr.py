@@ -19,12 +19,11 @@ compared by KL divergence instead of cross-entropy, which differs by a constant.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
-from pydantic import Field, NonNegativeFloat, NonNegativeInt
 
 from jaxcl.errors import UserError
 from jaxcl.functional.attention_distillation import example_divergence, heads_of_layers
@@ -42,98 +41,18 @@ from jaxcl.functional.losses import gated_losses, over_positions, scored_states
 from jaxcl.functional.modalities import BLOCKS, PartWeights, select_by_block
 from jaxcl.functional.terms import Term, Terms
 from jaxcl.methods.base import Method, Params, State, Stored, Task
-from jaxcl.methods.options import ReplayConfig, ReplayOptions
+from jaxcl.methods.options import ReplayConfig
 from jaxcl.methods.passes.blocks import add_block_forgettability, add_block_sensitivity, no_block_sums, whole
 from jaxcl.methods.passes.heads import add_forgettability, add_sensitivity
 from jaxcl.methods.passes.losses import router_terms
 from jaxcl.methods.passes.stored_attention import AttentionStore, RowStore, ValueStore
 from jaxcl.methods.passes.stored_outputs import OutputStore
+from jaxcl.methods.seekr_options import SeekrOptions, check_options
 from jaxcl.methods.tool_hooks import Exact
 from jaxcl.models.batch import Batch
 from jaxcl.models.network import ModelConfig, Network
 from jaxcl.models.probe import Probe
 from jaxcl.models.trainable import overlay, trained
-from jaxcl.models.vision_config import vision_of
-
-
-class SeekrOptions(ReplayOptions):
-    """Options of `seekr`.
-
-    Budgets are the paper's for LLaMA-2-7B. What is distilled of heads, and the weights, are what was best in
-    `docs/results.md`; the paper has `distil_heads: rows`, `attention_weight: 1000` and `logit_weight: 0.5`.
-    """
-
-    distil_on: Literal["memory", "task"] = Field(
-        "memory",
-        description="rows that are distilled; memory: remembered ones; task: those of the task at hand, by the model "
-        "as it was before it: no example is kept",
-    )
-    importance_examples: int = Field(
-        64, gt=0, description="examples of a task that heads are rated on where none is kept (distil_on: task)"
-    )
-    layer_budget: int | float = Field(24, gt=0, description="layers that are distilled: a number, or a share up to 1.0")
-    head_budget: int | float = Field(
-        128,
-        gt=0,
-        description="heads that are distilled, in all layers together: a number, or a share of all heads; "
-        "1.0 with layer_budget 1.0 distils all",
-    )
-    heads_per_layer: int = Field(
-        0, ge=0, description="most heads that are distilled in one layer, which spreads them over layers; 0: no limit"
-    )
-    query_budget: int = Field(100, ge=0, description="query positions of an example that are distilled; 0: all")
-    importance: HeadImportance = Field(
-        "product_of_sums",
-        description="importance of a head over tasks, from sensitivity S and forgettability F; product_of_sums: "
-        "sum of S times sum of F (the paper); product_of_shares: the same with each task's F scaled to sum to 1, so "
-        "that tasks with short rows do not decide; sum_of_products: sum of S times F (the authors' code); "
-        "sensitivity, forgettability: one of them alone; random: heads drawn anew for every task",
-    )
-    logit_weight: float = Field(
-        0.75,
-        ge=0,
-        le=1,
-        description="a: weight of output distillation, 0.5 in the paper; cross-entropy of remembered rows gets 1 - a",
-    )
-    attention_weight: NonNegativeFloat | Literal["auto"] = Field(
-        "auto",
-        description="b: weight of attention distillation, 1000 in the paper, for a learning rate of 1e-5; auto: what "
-        "keeps the attention term at `attention_share` of the other terms of remembered rows, from running means, "
-        "whatever the learning rate",
-    )
-    attention_share: float = Field(
-        1.0, gt=0, description="with attention_weight auto: the weighted attention term over the other terms"
-    )
-    attention_limit: float = Field(1000.0, gt=0, description="with attention_weight auto: largest weight")
-    modality_budgets: tuple[NonNegativeInt, NonNegativeInt, NonNegativeInt, NonNegativeInt] | None = Field(
-        None,
-        description="where the model sees: heads that are distilled for each block of attention, by what they matter "
-        "there: words on words, words on images, images on words, images on images; head_budget is not used. None: "
-        "head_budget, for all blocks together",
-    )
-    modality_weights: tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat] = Field(
-        (1.0, 1.0, 1.0),
-        description="where the model sees: weights of the parts of an attention row's divergence: of what goes to "
-        "words and to images, of how it is spread within words, and within images; 1, 1, 1 is the divergence itself",
-    )
-    store_logits: int = Field(512, ge=0, description="number of tokens whose scores are stored per position; 0: all")
-    store_drawn: float = Field(
-        0.125,
-        ge=0,
-        lt=1,
-        description="share of the stored tokens that is drawn at random; the others are the likeliest. On average the "
-        "divergence is then that of all tokens; 0: none are drawn, and tokens that are not stored count as one",
-    )
-    store_attention: Literal["uint8", "float32"] = Field(
-        "uint8",
-        description="stored attention rows: roots of the weights in 8 bits, or exact; with distil_heads values: in the "
-        "compute dtype, or exact",
-    )
-    distil_heads: Literal["rows", "values"] = Field(
-        "values",
-        description="what of a selected head is distilled; rows: its attention weights, a number per token and query "
-        "(the paper); values: what they make of the values, `head_dim` numbers per query, by squared distance",
-    )
 
 
 class Seekr(Method[SeekrOptions]):
@@ -142,8 +61,9 @@ class Seekr(Method[SeekrOptions]):
     State: `sensitivity` (normalised) and `forgettability` `[tasks, layers, heads]`, zeros for tasks to come; `heads`
     `[tasks, selected, 2]`, the (layer, head) pairs selected when each task was learned, -1 for tasks to come. With
     `distil_on: task` also `teacher`, the trained params before the task at hand, and `learned`, the tasks before it;
-    with `attention_weight: auto` also `balance`, the running means of the terms (`jaxcl.functional.Balance`); with
-    `modality_budgets` also `block_sensitivity` and `block_forgettability` `[tasks, blocks, layers, heads]`.
+    with `attention_weight: auto` also `balance`, the running means of the terms (`jaxcl.functional.Balance`), and with
+    `logit_weight: auto` `output_balance`; with `modality_budgets` also `block_sensitivity` and `block_forgettability`
+    `[tasks, blocks, layers, heads]`.
 
     What is stored with remembered rows and comes back as `batch.teacher` (a teacher made by hand must hold the same):
 
@@ -184,36 +104,7 @@ class Seekr(Method[SeekrOptions]):
     @classmethod
     def check(cls, options: Any, model: ModelConfig) -> None:
         """See `Method.check`."""
-        sizes = {"layer_budget": model.num_layers, "head_budget": model.num_layers * model.num_heads}
-        if options.modality_budgets is not None:
-            del sizes["head_budget"]
-        budgets = {}
-        for name, size in sizes.items():
-            try:
-                budgets[name] = resolve_budget(getattr(options, name), size)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from None
-        if options.distil_on == "memory":
-            options.replay.check()
-        if options.distil_heads == "values" and tuple(options.modality_weights) != PartWeights():
-            raise ValueError(
-                "modality_weights: what is weighted are parts of attention rows; allowed with distil_heads rows"
-            )
-        if options.heads_per_layer > model.num_heads:
-            raise ValueError(f"heads_per_layer: {options.heads_per_layer} is over the model's {model.num_heads}")
-        room = budgets["layer_budget"] * (options.heads_per_layer or model.num_heads)
-        if (blocks := options.modality_budgets) is not None:
-            if vision_of(model) is None:
-                raise ValueError("modality_budgets: the model does not see (model.vision is none); allowed is none")
-            if not 0 < sum(blocks) <= room:
-                raise ValueError(
-                    f"modality_budgets: together {sum(blocks)}; allowed are 1 to {room}, the heads of "
-                    f"{budgets['layer_budget']} layers"
-                )
-        elif budgets["head_budget"] > room:
-            raise ValueError(
-                f"head_budget: {options.head_budget} is over the {room} heads of {budgets['layer_budget']} layers"
-            )
+        check_options(options, model)
 
     @classmethod
     def without_training(cls, options: Any) -> tuple[Any, str]:
@@ -247,19 +138,27 @@ class Seekr(Method[SeekrOptions]):
             state |= {"teacher": trained(params), "learned": jnp.int32(0)}
         if self.options.attention_weight == "auto":
             state["balance"] = Balance.zero()
+        if self.options.logit_weight == "auto":
+            state["output_balance"] = Balance.zero()
         return state
 
     def track(
         self, params: Params, state: State, before: Params, gradient: Params, means: Mapping[str, Array]
     ) -> State:
-        """With `attention_weight: auto`, the running means of the terms of remembered rows."""
-        attention = next((name for name in ("attention", "memory_attention") if name in means), None)
-        if attention is None or self.options.attention_weight != "auto":
+        """The running means of the terms of remembered rows whose weights are `auto`."""
+        prefix = next((prefix for prefix in ("", "memory_") if f"{prefix}logits" in means), None)
+        if prefix is None:
             return state
-        loss, outputs = (means[attention.replace("attention", name)] for name in ("loss", "logits"))
-        a = self.options.logit_weight
-        own = 1.0 if self.options.distil_on == "task" else 1 - a
-        return state | {"balance": state["balance"].add(means[attention], own * loss + a * outputs)}
+        loss, outputs, attention = (means.get(f"{prefix}{name}") for name in ("loss", "logits", "attention"))
+        assert loss is not None
+        assert outputs is not None
+        if self.options.logit_weight == "auto":
+            state = state | {"output_balance": state["output_balance"].add(outputs, loss)}
+        if self.options.attention_weight == "auto" and attention is not None:
+            own = 1.0 if self.options.distil_on == "task" else self._loss_weight
+            rest = own * loss + self._output_weight(state) * outputs
+            state = state | {"balance": state["balance"].add(attention, rest)}
+        return state
 
     def prepare(self, params: Params, state: State, task: Task) -> State:
         """With `distil_on: task`, the model as it is becomes the teacher."""
@@ -357,9 +256,20 @@ class Seekr(Method[SeekrOptions]):
         inputs = (scored_states(hidden.states, batch.predict), batch.targets, outputs)
         sums = [jnp.sum(one * batch.weights) for one in over_positions(scores, inputs, self.options.loss_chunk)]
         count = jnp.sum(batch.weights)
-        terms["loss"] = Term(sums[0], count, 1.0 - self.options.logit_weight)
-        terms["logits"] = Term(sums[1], count, self.options.logit_weight)
+        terms["loss"] = Term(sums[0], count, self._loss_weight)
+        terms["logits"] = Term(sums[1], count, self._output_weight(state))
         return terms | router_terms(self.network, hidden, batch)
+
+    @property
+    def _loss_weight(self) -> float:
+        a = self.options.logit_weight
+        return 1.0 if a == "auto" else 1.0 - a
+
+    def _output_weight(self, state: State) -> float | Array:
+        if self.options.logit_weight != "auto":
+            return self.options.logit_weight
+        weight: Array = state["output_balance"].weight(self.options.logit_share, self.options.logit_limit)
+        return weight
 
     def _attention_weight(self, state: State) -> float | Array:
         options = self.options

@@ -236,6 +236,33 @@ def test_auto_keeps_the_attention_term_in_proportion_to_the_others(exact: tuple[
     assert float(limited.loss(after, state, batch, jax.random.key(0))["attention"].weight) == 50.0
 
 
+def test_auto_keeps_the_outputs_in_proportion_to_the_cross_entropy(exact: tuple[Batch, Any, Any]) -> None:
+    batch, after, _ = exact
+    method = make_method(
+        logit_weight="auto", logit_share=2.0, logit_limit=30.0, attention_weight="auto", attention_share=0.5
+    )
+    state = method.init(after)
+    values = [(2.0, 1.0, 0.5), (4.0, 0.5, 0.1)]
+    rest = 0.0
+    for age, one in zip((1, 0), values, strict=True):
+        means = {name: jnp.float32(x) for name, x in zip(("loss", "logits", "attention"), one, strict=True)}
+        state = method.track(after, state, after, after, means)
+        # What outputs weigh is what they weigh from now on.
+        seen = values[: 2 - age]
+        scale = [0.1 * 0.9**back for back in range(len(seen))][::-1]
+        ratio = sum(w * c for w, (c, _, _) in zip(scale, seen, strict=True))
+        weight = 2 * ratio / sum(w * o for w, (_, o, _) in zip(scale, seen, strict=True))
+        rest = 0.9 * rest + 0.1 * (one[0] + weight * one[1])
+    found = method.loss(after, state, batch, jax.random.key(0))
+    assert found["loss"].weight == 1.0
+    assert float(found["logits"].weight) == pytest.approx(weight, rel=1e-5)
+    term = 0.1 * (0.9 * 0.5 + 0.1)
+    assert float(found["attention"].weight) == pytest.approx(0.5 * rest / term, rel=1e-5)
+    tiny = {"loss": jnp.float32(1.0), "logits": jnp.float32(1e-6), "attention": jnp.float32(1.0)}
+    state = method.track(after, method.init(after), after, after, tiny)
+    assert float(method.loss(after, state, batch, jax.random.key(0))["logits"].weight) == 30.0
+
+
 def test_what_says_nothing_changes_no_balance() -> None:
     balance = Balance.zero().add(jnp.float32(0.5), jnp.float32(2.0))
     for term, rest in ((0.0, 1.0), (np.nan, 1.0), (1.0, np.inf)):
