@@ -49,7 +49,7 @@ from jaxcl.run.tasks import Stage, running_task
 from jaxcl.run.trunk import back_to_trunk, check_phases, starts_anew
 from jaxcl.sharding.processes import initialize, of_all_processes, on_each, on_first, wait_for_all
 from jaxcl.training.checkpoint import Checkpoints, Saved
-from jaxcl.training.compile import enable_compilation_cache
+from jaxcl.training.compile import enable_compilation_cache, programs_folder
 from jaxcl.training.kept import START_MARK, mark_after, mark_before_decay
 from jaxcl.training.keys import run_key
 from jaxcl.training.loop import train_task
@@ -182,9 +182,8 @@ def _report(folder: RunFolder) -> Path:
 def _keep_compiled_programs() -> None:
     """Caches compiled programs for later runs in the user's cache folder, unless jax has another one configured."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jaxcl"
         with contextlib.suppress(UserError):  # without a writable home, programs are compiled again
-            enable_compilation_cache(cache)
+            enable_compilation_cache(programs_folder())
 
 
 class TaskSequence:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import inspect
 import os
+import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,6 +100,24 @@ class Compiler:
         if (function, use) not in self._compiled:
             self._compiled[function, use] = build()
         return self._compiled[function, use]
+
+
+def programs_folder() -> Path:
+    """Where compiled programs are kept by default: in the user's cache folder, by processor and number of usable cores.
+
+    What XLA makes for a CPU depends on both, but jax's cache does not ask for them. A program that was compiled for
+    fewer cores rounds otherwise in the last bit. The first process of a run would load it where the others compile
+    anew (their keys differ), and what should be the same in all of them would not be.
+    """
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    about = sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})
+    digest = hashlib.sha256("\n".join([platform.processor(), *about]).encode()).hexdigest()[:12]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return cache / "jaxcl" / "programs" / f"{platform.machine()}-{digest}-{cores}"
 
 
 def enable_compilation_cache(folder: str | os.PathLike[str] | None) -> None:
