@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import json
+import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from jaxcl.errors import UserError
 
 FILE = "checksums.json"
 _CHUNK = 2**20
+# Seconds between attempts to read a file: storage that is busy or starts again mends itself.
+_WAITS = (0.1, 0.5, 2.0)
+# What it means that a file is not there, or something else is in its place.
+_GONE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+
+T = TypeVar("T")
+
+
+class Damaged(UserError):
+    """A checkpoint is not as it was written: a file is missing, has other content, or does not belong to it."""
 
 
 def write_checksums(folder: Path) -> None:
@@ -30,27 +42,46 @@ def check_checksums(folder: Path) -> None:
       folder: the checkpoint's folder.
 
     Raises:
-      UserError: a file is missing, has other content, or does not belong to the checkpoint; names it.
+      Damaged: a file is missing, has other content, or does not belong to the checkpoint; names it.
+      UserError: a file cannot be read, which says nothing about what it holds.
     """
+    content = read_again(folder / FILE, Path.read_bytes)
     try:
-        sums = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        expected = {str(name): tuple(pair) for name, pair in sums.items()}
-    except OSError as error:
-        raise UserError(f"{folder / FILE}: {error.strerror or error}") from None
+        expected = {str(name): tuple(pair) for name, pair in json.loads(content).items()}
     except (ValueError, AttributeError, TypeError, RecursionError):
-        raise UserError(f"{folder / FILE} is damaged") from None
-    found = dict(_files(folder))
+        raise Damaged(f"{folder / FILE} is damaged") from None
+    found = dict(read_again(folder, lambda folder: list(_files(folder))))
     for name in sorted(expected.keys() | found.keys()):
         if name not in found:
-            raise UserError(f"{folder / name} is missing")
+            raise Damaged(f"{folder / name} is missing")
         if name not in expected:
-            raise UserError(f"{found[name]} does not belong there")
+            raise Damaged(f"{found[name]} does not belong there")
+        if read_again(found[name], _measure) != expected[name]:
+            raise Damaged(f"{found[name]} is damaged (other content than when it was written)")
+
+
+def read_again(path: Path, read: Callable[[Path], T]) -> T:
+    """Reads a file of a checkpoint; if the storage fails, a few times.
+
+    Args:
+      path: the file.
+      read: reads it as a whole.
+
+    Raises:
+      Damaged: it is missing.
+      UserError: the storage still fails.
+    """
+    for wait in (*_WAITS, None):
         try:
-            measured = _measure(found[name])
+            return read(path)
+        except _GONE:
+            raise Damaged(f"{path} is missing") from None
         except OSError as error:
-            raise UserError(f"{found[name]}: {error.strerror or error}") from None
-        if measured != expected[name]:
-            raise UserError(f"{found[name]} is damaged (other content than when it was written)")
+            if wait is None:
+                words = f"{path} cannot be read: {error.strerror or error} ({len(_WAITS) + 1} attempts)"
+                raise UserError(f"{words}; nothing was removed, try again when the storage works") from None
+            time.sleep(wait)
+    raise AssertionError
 
 
 def _files(folder: Path) -> Iterator[tuple[str, Path]]:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from jaxcl.errors import UserError
+from jaxcl.training import checksums
 from jaxcl.training.checkpoint import Checkpoints
 from jaxcl.training.checksums import write_checksums
 from jaxcl.training.feed import place_batch
@@ -278,6 +279,42 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
         again = checkpoints.find("mark 1")
         assert again is not None
         assert again.progress == {"index": 2}
+    assert numbers(folder) == [0, 1]
+
+
+@pytest.mark.parametrize("where", ["an array", "the note", "the checksums"])
+@pytest.mark.parametrize("lasting", [False, True])
+def test_a_read_that_fails_is_tried_again_and_removes_nothing(
+    two_checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, lasting: bool
+) -> None:
+    folder = Path(shutil.copytree(two_checkpoints, tmp_path / "checkpoints"))
+    place = {"an array": "params", "the note": "progress/metadata", "the checksums": "checksums.json"}[where]
+    left, waited = 99 if lasting else 1, list[float]()
+
+    def failing(read: Any) -> Any:
+        def reads(path: Path, *arguments: Any) -> Any:
+            nonlocal left
+            if left and str(path).startswith(str(folder / "1" / place)):
+                left -= 1
+                raise OSError(errno.ESTALE, "Stale file handle")
+            return read(path, *arguments)
+
+        return reads
+
+    monkeypatch.setattr(checksums, "_measure", failing(checksums._measure))
+    monkeypatch.setattr(Path, "read_bytes", failing(Path.read_bytes))
+    monkeypatch.setattr("time.sleep", waited.append)
+    if lasting:
+        words = rf"/1/{place}.* cannot be read: Stale file handle \(4 attempts\); nothing was removed"
+        with pytest.raises(UserError, match=words) as caught, Checkpoints(folder, keep=2) as checkpoints:
+            checkpoints.latest_whole()
+        assert "\n" not in str(caught.value)
+        assert len(waited) == 3
+    else:
+        with Checkpoints(folder, keep=2) as checkpoints:
+            saved = checkpoints.latest_whole()
+        assert saved is not None
+        assert (saved.number, left, len(waited)) == (1, 0, 1)
     assert numbers(folder) == [0, 1]
 
 
