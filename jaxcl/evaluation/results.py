@@ -80,6 +80,16 @@ class Results(Measure):
         """The matrix, to be continued by a resumed run."""
         return ContinualMatrix.from_lists(self.matrix, self.initial, self.higher_is_better, joint=self.joint)
 
+    def check_matrices(self) -> None:
+        """Checks the shapes of all matrices.
+
+        Raises:
+          ValueError: one does not fit the number of tasks.
+        """
+        for part in (self, *self.further.values()):
+            for rows, initial in ((part.matrix, part.initial), (part.deviation or [], part.initial_deviation)):
+                ContinualMatrix.from_lists(rows, initial, part.higher_is_better, joint=self.joint)
+
     def plain(self) -> dict[str, Any]:
         """The content of the file as plain values."""
         content: dict[str, Any] = _plain(self.model_dump())
@@ -98,9 +108,7 @@ class Results(Measure):
         """
         try:
             found = cls.model_validate_json(path.read_text(encoding="utf-8"))
-            for part in (found, *found.further.values()):
-                for rows, initial in ((part.matrix, part.initial), (part.deviation or [], part.initial_deviation)):
-                    ContinualMatrix.from_lists(rows, initial, part.higher_is_better, joint=found.joint)
+            found.check_matrices()
             return found
         except OSError as error:
             raise UserError(f"{path}: {error.strerror or error}") from None

@@ -27,7 +27,7 @@ class Scoreboard:
       results: all results so far.
     """
 
-    def __init__(self, parts: Components, folder: RunFolder, noted: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, parts: Components, folder: RunFolder, noted: Results | None = None) -> None:
         """Reads the results so far.
 
         Args:
@@ -40,7 +40,7 @@ class Scoreboard:
         self.folder = folder
         self.evaluator = Evaluator(parts)
         self.main = jax.process_index() == 0
-        self.results = self._so_far(None if noted is None else Results.model_validate(noted))
+        self.results = self._so_far(noted)
 
     def missing(self, after: int) -> list[int]:
         """Indices of the tasks that are due after task `after` (-1: before any training) and have no score yet."""
@@ -48,12 +48,15 @@ class Scoreboard:
         due = scored_tasks(self.parts, after)
         return [index for index in due if not any(_has(one, after, index) for one in measures)]
 
-    def evaluate(self, params_for: Callable[[int], Params], after: int) -> None:
+    def evaluate(
+        self, params_for: Callable[[int], Params], after: int, scored: Callable[[], None] = lambda: None
+    ) -> None:
         """Scores the tasks that are due after a task and have no score yet.
 
         Args:
           params_for: returns the params for a task, by its index.
           after: index of the task learned last; -1 before any training.
+          scored: called after each task, so that what is scored can be written and need not be scored again.
         """
         missing = self.missing(after)
         if missing and self.parts.method.individual and after > 0:
@@ -66,6 +69,7 @@ class Scoreboard:
                 write_predictions(self.folder.predictions, after, index, name, evaluation.rows)
             if self.main and evaluation.images:
                 write_thumbnails(self.folder.thumbnails / f"task{index:02d}.npz", evaluation.images)
+            scored()  # after its predictions, which are not written again
 
     def evaluate_dev(self, params_for: Callable[[int], Params]) -> None:
         """Scores the dev rows of all tasks whose data is not gone, once they are learned.
