@@ -87,6 +87,7 @@ class Client(TaskSequence):
         else:
             self._wake_from(self.saved)
         self._open_sinks(self._logged)
+        self._note_attempt(self._logged)
 
     def _wake_from(self, saved: Saved) -> None:
         parts = self.parts

@@ -1,7 +1,8 @@
-"""What follows the training of a task: what is remembered of it, what the method consolidates, what is stored."""
+"""What comes before and after the steps of a task: where they start, what is remembered, consolidated and stored."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from functools import partial
 from typing import Any
@@ -24,11 +25,13 @@ from jaxcl.run.remembering import (
     save_kept,
     text_of,
 )
+from jaxcl.run.stopwatch import Stopwatch
 from jaxcl.run.stores import StorePrints, written_stores
 from jaxcl.run.synthesis import Writer, write_samples
 from jaxcl.run.tasks import Stage, running_task
+from jaxcl.run.trunk import back_to_trunk, starts_anew
 from jaxcl.sharding.processes import on_first, wait_for_all
-from jaxcl.training.checkpoint import Checkpoints
+from jaxcl.training.checkpoint import Checkpoints, Saved
 from jaxcl.training.kept import START_MARK, mark_after
 from jaxcl.training.keys import run_key
 from jaxcl.training.state import TrainState
@@ -38,7 +41,7 @@ _STEPS = ("consolidate", "final_params", "signals", "tables")
 
 
 class Consolidation:
-    """The part of a run between the last step of a task and its checkpoint.
+    """The part of a run between the steps of its tasks.
 
     Attributes:
       parts: the parts of the run.
@@ -47,6 +50,7 @@ class Consolidation:
       kept: what is remembered.
       stores: digests of what is stored with it.
       main: whether this is process 0.
+      stopwatch: takes the time.
     """
 
     parts: Components
@@ -55,6 +59,11 @@ class Consolidation:
     kept: Kept
     stores: StorePrints
     main: bool
+    stopwatch: Stopwatch
+
+    def _timed(self, part: str) -> contextlib.AbstractContextManager[None]:
+        """Adds the seconds of a block to a part of the run's time; see `Stopwatch.part`."""
+        return self.stopwatch.part(part)
 
     @property
     def _concludes(self) -> bool:
@@ -62,6 +71,30 @@ class Consolidation:
         method = self.parts.method
         own = any(getattr(type(method), name) is not getattr(Method, name) for name in _STEPS)
         return own or (method.replay is not None and not method.joint)
+
+    def _prepare(self, state: TrainState, index: int) -> TrainState:
+        """What a task's training starts from, but for schedule and moments; the method sees the model before it."""
+        parts = self.parts
+        if parts.method.individual and index > 0:
+            with self._timed("setup"):
+                state = self._restart(state)
+        consolidated = state.method_state
+        with self._timed("method"):
+            prepared = parts.method.prepare(state.params, consolidated, self._task(index, stage="before"))
+        state = parts.trainer.with_method_state(state, prepared)
+        if starts_anew(parts, index) or not parts.config.optimizer.goes_on_before_decay:
+            return state
+        with self._timed("checkpoints"):
+            return back_to_trunk(
+                parts, self.checkpoints, state, self._task(index - 1, stage="after"), consolidated=consolidated
+            )
+
+    def _restart(self, state: TrainState) -> TrainState:
+        """The initial state of the run, except that the count of steps continues."""
+        step = state.step
+        # The old arrays are deleted before the new ones are created, so that memory never holds both.
+        jax.tree.map(lambda leaf: leaf.delete(), (state.params, state.opt_state, state.method_state, state.low_bits))
+        return self.parts.trainer.init(initial_params(self.parts)).replace(step=step)
 
     def _conclude(self, state: TrainState, index: int) -> TrainState:
         """Chooses what is remembered, lets the method consolidate, and stores its signals for the memory."""
@@ -125,16 +158,33 @@ class Consolidation:
         params_before = partial(self._params_before, index)
         return running_task(self.parts, self.kept, index, stage=stage, params_before=params_before)
 
+    @property
+    def _asks_for_before(self) -> bool:
+        """Whether the params before a task are asked for once it is trained, and come from a checkpoint."""
+        method = self.parts.method
+        replay = method.replay
+        writes = replay is not None and replay.source != "kept" and replay.synthetic.writer != "start"
+        return (method.asks_for_before or writes) and not method.individual
+
     def _params_before(self, index: int) -> Any:
         if self.parts.method.individual:
             return initial_params(self.parts)
+        saved = self._saved_before(index)
+        return self.checkpoints.params(self.parts.trainer.target.params, saved)
+
+    def _saved_before(self, index: int) -> Saved:
+        """The checkpoint from before a task.
+
+        Raises:
+          UserError: it is missing or damaged.
+        """
         mark = START_MARK if index == 0 else mark_after(index - 1)
         saved = self.checkpoints.find(mark)
         if saved is None:
             raise UserError(
                 f"checkpoints {self.folder.checkpoints}: the one {mark} is missing; the run cannot be resumed"
             )
-        return self.checkpoints.params(self.parts.trainer.target.params, saved)
+        return saved
 
     def _remove_stores(self, index: int) -> None:
         """Removes the files of an interrupted attempt, which may have had more processes or not have ended."""

@@ -68,6 +68,7 @@ class Note(Schema):
         None, description="digest of each teacher store's file by its name, by task; none: not known then"
     )
     results: Results | None = Field(None, description="the results so far")
+    logged_steps: int | None = Field(None, description="steps that metrics.jsonl has rows of; none: not known then")
     watch: WatchNote | None = Field(None, description="what was watched in the task's training")
 
 

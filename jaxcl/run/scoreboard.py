@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from jaxcl.data.images.thumbnails import write_thumbnails
-from jaxcl.evaluation.results import Measure, Results, installed_versions, measure, write_predictions
+from jaxcl.evaluation.results import Attempt, Measure, Results, installed_versions, measure, write_predictions
 from jaxcl.functional.matrix import ContinualMatrix
 from jaxcl.models.trainable import Params
 from jaxcl.run.components import Components
@@ -83,6 +83,21 @@ class Scoreboard:
             for index, spec in enumerate(tasks)
         ]
         self._update(dev=scores)
+
+    def note_attempt(self, step: int) -> None:
+        """Records that the run begins, or goes on after a step; process 0 prints which versions have changed since.
+
+        Args:
+          step: the step of the run.
+        """
+        before, now = self.results.latest_versions, installed_versions()
+        names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+        self._update(
+            attempts=[*self.results.attempts, Attempt(step=step, changed={name: now.get(name) for name in names})]
+        )
+        if names and self.main:
+            changes = (f"{name} {now.get(name, 'gone')} (before: {before.get(name, 'none')})" for name in names)
+            print(f"the run goes on with other versions: {', '.join(changes)}; numbers may differ", file=sys.stderr)
 
     def row(self, after: int) -> dict[str, float]:
         """The scores after a task (-1: before any training) by the tasks' names, and what they amount to so far."""
@@ -195,6 +210,7 @@ class Scoreboard:
         # Written before the checkpoint or after it: of what belongs to tasks, the checkpoint knows as much or more.
         of_tasks = ("steps", "data", "skipped", "spikes", "rewinds", "extra", "stored_bytes")
         known = {name: getattr(noted, name) for name in (*of_tasks, "seed", "method")}
+        known["attempts"] = max(noted.attempts, found.attempts, key=len)
         return self._grown(found.model_copy(update={**known, "finished": False}))
 
     def _grown(self, stored: Results) -> Results:

@@ -20,14 +20,15 @@ from jaxcl.data.formats.storage import file_system, is_url
 from jaxcl.data.pipeline import Stream
 from jaxcl.errors import UserError
 from jaxcl.evaluation.results import Results
-from jaxcl.methods.registry import find_method
 from jaxcl.reporting.goodput import goodput
 from jaxcl.reporting.report import write_report
 from jaxcl.run.components import Components, build, initial_params
 from jaxcl.run.consolidation import Consolidation
+from jaxcl.run.ending import finished_results
 from jaxcl.run.evaluator import answering_params
 from jaxcl.run.fingerprints import memory_prints, take_fingerprints
 from jaxcl.run.folder import RunFolder
+from jaxcl.run.missing import say_missing_predictions, say_missing_rows
 from jaxcl.run.note import FORMAT, Note, note_of
 from jaxcl.run.remembering import load_kept
 from jaxcl.run.remote.reading import local_folder
@@ -38,14 +39,14 @@ from jaxcl.run.shared_folder import check_shared
 from jaxcl.run.stopwatch import Stopwatch
 from jaxcl.run.stores import check_stores
 from jaxcl.run.streams import task_stream, total_steps
-from jaxcl.run.trunk import back_to_trunk, check_phases, starts_anew
+from jaxcl.run.trunk import check_phases, starts_anew
 from jaxcl.sharding.processes import initialize, of_all_processes, on_first
 from jaxcl.training.checkpoint import Checkpoints, Saved
 from jaxcl.training.compile import enable_compilation_cache
 from jaxcl.training.kept import START_MARK, mark_after, mark_before_decay
 from jaxcl.training.loop import train_task
 from jaxcl.training.profile import Profiler
-from jaxcl.training.sinks import METRICS, Sink, check_sinks, open_sinks, seconds_after
+from jaxcl.training.sinks import METRICS, JsonLines, Sink, check_sinks, open_sinks, seconds_after
 from jaxcl.training.state import TrainState
 from jaxcl.training.watch import NotFinite, Watch
 
@@ -109,19 +110,17 @@ def _run(
     data_changed: bool,
 ) -> Outcome:
     """The run in a folder that it has claimed."""
-    names = [task.name for task in config.tasks]
     # Of data at another place the content is compared, even at the end; a process may have a copy of its own.
     moved = of_all_processes(np.array(read_yaml(folder.config_file).get("data_root") != config.data_root)).any()
-    if not moved and folder.results.is_file():
-        results = Results.read(folder.results)
-        if results.finished and results.tasks == names and _at_the_end(folder, config):
-            return Outcome(results, _report(folder))
+    if not moved and (found := finished_results(folder, config)) is not None:
+        return Outcome(found, _report(folder))
     parts = build(config, folder)
     keep = config.training.keep, config.training.keep_tasks
     with Checkpoints(folder.checkpoints, keep=keep[0], keep_marked=keep[1]) as checkpoints:
         sequence = TaskSequence(parts, folder, checkpoints, uploads, data_changed=data_changed)
         sequence.board.evaluator.check()
         sequence.check_schedule()
+        sequence.check_marks()
         if grown_from is not None:
             sequence.check_finished(grown_from)
             # Only after the new task has been checked.
@@ -129,16 +128,6 @@ def _run(
         sequence.stopwatch.add("startup", time.monotonic() - started)
         results = sequence.run()
     return Outcome(results, _report(folder))
-
-
-def _at_the_end(folder: RunFolder, config: ExperimentConfig) -> bool:
-    """Whether the newest checkpoint is that after the last task; also if all checkpoints were removed since."""
-    if not folder.checkpoints.is_dir():
-        return True
-    last = 0 if find_method(config.method.name).joint else len(config.tasks) - 1
-    with Checkpoints.reading(folder.checkpoints) as checkpoints:
-        notes = checkpoints.notes()
-    return not notes or (note_of(notes[-1]).task, note_of(notes[-1]).phase) == (last, "learned")
 
 
 def _report(folder: RunFolder) -> Path:
@@ -200,6 +189,11 @@ class TaskSequence(Consolidation):
         start = 0 if self.note is None else self.note.task + (self.note.phase == "learned")
         check_phases(self.parts, start, partial(total_steps, self.parts))
 
+    def check_marks(self) -> None:
+        """Checks before training that the checkpoint which the task's method will ask for is there, and whole."""
+        if self.note is not None and self.note.phase != "learned" and self._asks_for_before:
+            self._saved_before(self.note.task)
+
     def run(self) -> Results:
         """Trains and evaluates from the last checkpoint to the end."""
         saved = self.saved
@@ -219,6 +213,7 @@ class TaskSequence(Consolidation):
                 state, position = self._restore(saved)
             self.stopwatch.add("lost", self._seconds_after(state))
         self._open_sinks(int(state.step))
+        self._note_attempt(int(state.step))
         finished = False
         try:
             results = self._continue(state, position, self.note)
@@ -236,6 +231,20 @@ class TaskSequence(Consolidation):
             self.sinks = open_sinks(
                 self.folder.path, self.config.training.sinks, config=self.config.plain(), after=after
             )
+
+    def _note_attempt(self, step: int) -> None:
+        """Records that the run begins, or goes on after a step; process 0 says what is gone of its folder since."""
+        self.board.note_attempt(step)
+        if self.note is not None and self.main:
+            found, expected = self.logged_steps, self.note.logged_steps
+            if found is not None and expected is not None:
+                say_missing_rows(self.folder.metrics, found, expected, "logged steps")
+            say_missing_predictions(self.parts, self.folder, self.board.results)
+
+    @property
+    def logged_steps(self) -> int | None:
+        """Steps that `metrics.jsonl` has rows of; `None` where none is open."""
+        return next((sink.steps for sink in self.sinks if isinstance(sink, JsonLines)), None)
 
     def _restore(self, saved: Saved) -> tuple[TrainState, Any]:
         """A checkpoint's state and position in the data; the state is extended to tasks that were added since."""
@@ -364,30 +373,6 @@ class TaskSequence(Consolidation):
         self._open_sinks(int(state.step))
         return state, position, noted_after(watch, saved, step=step, left=error.step)
 
-    def _prepare(self, state: TrainState, index: int) -> TrainState:
-        """What a task's training starts from, but for schedule and moments; the method sees the model before it."""
-        parts = self.parts
-        if parts.method.individual and index > 0:
-            with self._timed("setup"):
-                state = self._restart(state)
-        consolidated = state.method_state
-        with self._timed("method"):
-            prepared = parts.method.prepare(state.params, consolidated, self._task(index, stage="before"))
-        state = parts.trainer.with_method_state(state, prepared)
-        if starts_anew(parts, index) or not self.config.optimizer.goes_on_before_decay:
-            return state
-        with self._timed("checkpoints"):
-            return back_to_trunk(
-                parts, self.checkpoints, state, self._task(index - 1, stage="after"), consolidated=consolidated
-            )
-
-    def _restart(self, state: TrainState) -> TrainState:
-        """The initial state of the run, except that the count of steps continues."""
-        step = state.step
-        # The old arrays are deleted before the new ones are created, so that memory never holds both.
-        jax.tree.map(lambda leaf: leaf.delete(), (state.params, state.opt_state, state.method_state, state.low_bits))
-        return self.parts.trainer.init(initial_params(self.parts)).replace(step=step)
-
     # Evaluation and results
 
     def _evaluate(self, state: TrainState, after: int) -> None:
@@ -431,6 +416,7 @@ class TaskSequence(Consolidation):
                 "memory": memory_prints(self.kept.memory),
                 "stores": self.stores,
                 "results": self.board.results.plain(),
+                "logged_steps": self.logged_steps,
                 **(more or {}),
             }
             if watch is not None:
@@ -445,7 +431,3 @@ class TaskSequence(Consolidation):
     def _seconds_after(self, state: TrainState) -> float:
         """Seconds of the logged steps after a state, which are made again."""
         return seconds_after(self.folder.path / METRICS, int(state.step)) if self.main else 0.0
-
-    def _timed(self, part: str) -> contextlib.AbstractContextManager[None]:
-        """Adds the seconds of a block to a part of the run's time; see `Stopwatch.part`."""
-        return self.stopwatch.part(part)

@@ -101,6 +101,8 @@ class Server(TaskSequence):
             self.stopwatch.resume(note.timing)
             task, phase, done = note.task, note.phase, note.rounds
         self._rows.cut(0 if note is None else note.rows)
+        steps = self.settings.rounds * self.settings.steps
+        self._note_attempt((task + 1) * steps if done == 0 else task * steps + done * self.settings.steps)
         self._open(range(self.settings.clients), None if phase == "learned" else self._before)
         if saved is None:
             self._checkpoint(-1, 0, mark=START_MARK)

@@ -12,6 +12,8 @@ from typing import TypeVar
 from jaxcl.errors import UserError
 
 FILE = "checksums.json"
+# Beginnings of names of what Orbax and file systems put beside the subfolders.
+_OTHERS = (FILE, "_", ".", "commit_success")
 _CHUNK = 2**20
 # Seconds between attempts to read a file: storage that is busy or starts again mends itself.
 _WAITS = (0.1, 0.5, 2.0)
@@ -27,6 +29,10 @@ class Damaged(UserError):
 
 def write_checksums(folder: Path) -> None:
     """Writes size and CRC-32 of every file in the subfolders of a checkpoint into it.
+
+    Beside them are `_CHECKPOINT_METADATA`, which a thread of Orbax may still be writing at this moment and writes again
+    with the time of the commit, and `commit_success.txt`, which follows. They cannot be compared, and need not be: what
+    they say (handlers, times) is not used, and a checkpoint without them is restored as well.
 
     Args:
       folder: the checkpoint's folder.
@@ -50,7 +56,7 @@ def check_checksums(folder: Path) -> None:
         expected = {str(name): tuple(pair) for name, pair in json.loads(content).items()}
     except (ValueError, AttributeError, TypeError, RecursionError):
         raise Damaged(f"{folder / FILE} is damaged") from None
-    found = dict(read_again(folder, lambda folder: list(_files(folder))))
+    found = dict(read_again(folder, lambda folder: [*_files(folder), *_strays(folder)]))
     for name in sorted(expected.keys() | found.keys()):
         if name not in found:
             raise Damaged(f"{folder / name} is missing")
@@ -84,8 +90,15 @@ def read_again(path: Path, read: Callable[[Path], T]) -> T:
     raise AssertionError
 
 
+def _strays(folder: Path) -> Iterator[tuple[str, Path]]:
+    """The files beside the subfolders that neither jaxcl nor Orbax nor a file system puts there."""
+    for path in folder.iterdir():
+        if path.is_file() and not path.name.startswith(_OTHERS):
+            yield path.name, path
+
+
 def _files(folder: Path) -> Iterator[tuple[str, Path]]:
-    """The files in subfolders: Orbax writes those beside them later, when the checkpoint is complete."""
+    """The files in subfolders."""
     for path in folder.glob("*/**/*"):
         if path.is_file():
             yield path.relative_to(folder).as_posix(), path
