@@ -23,8 +23,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-# Times and versions differ; a row of metrics is compared without what is measured in seconds.
-_FREE = {"seconds", "task_seconds", "timing", "versions", "peak_memory_bytes"}
+# Times, attempts and versions differ; a row of metrics is compared without what is measured in seconds.
+_FREE = {"seconds", "task_seconds", "timing", "versions", "attempts", "peak_memory_bytes"}
 
 
 def differences(one: Path, other: Path) -> Iterator[str]:

@@ -20,6 +20,7 @@ from jaxcl.run.components import Components, build, initial_params
 from jaxcl.run.fingerprints import check_same
 from jaxcl.run.folder import RunFolder
 from jaxcl.run.remembering import Kept, load_kept, memory_pipeline, remembered_rows
+from jaxcl.run.stores import check_stores
 from jaxcl.sharding.processes import initialize
 from jaxcl.training.checkpoint import Checkpoints
 from jaxcl.training.feed import place_batch
@@ -92,6 +93,7 @@ def describe_teacher(path: Path, *, trust: bool = False) -> str:
         saved = checkpoints.latest()
         if saved is not None:
             check_same(parts, saved, config)
+            check_stores(folder, saved)
         kept = load_kept(folder, config.seed, saved)
         models = KeptModels(parts, checkpoints)
         for task in kept.memory.tasks:

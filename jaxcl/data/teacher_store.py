@@ -1,14 +1,17 @@
 """What a method stores with remembered rows: records of named arrays on disk, read one at a time.
 
 A store is one ArrayRecord file. Its last record describes it: magic, version, what the store belongs to, fields, number
-of records and their keys. Arrays of a field share dtype and rank; their shapes may differ between records, so padding
-is never stored. Each process writes a file for its own rows, and `TeacherStore.open` reads several files as one.
+of records, their keys, and a digest of all of it. Arrays of a field share dtype and rank; their shapes may differ
+between records, so padding is never stored. Each process writes a file for its own rows, and `TeacherStore.open` reads
+several files as one.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import re
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -51,6 +54,7 @@ def write_records(path: str | Path, records: Iterable[tuple[int, Record]], about
 
     fields: dict[str, dict[str, Any]] | None = None
     keys: list[int] = []
+    content = hashlib.sha256()
     with replacing(path) as temporary:
         try:
             writer = ArrayRecordWriter(str(temporary), _OPTIONS)
@@ -62,7 +66,10 @@ def write_records(path: str | Path, records: Iterable[tuple[int, Record]], about
                     if found != fields:
                         raise ValueError(f"record {key}: expected fields {fields}, got {found}")
                     keys.append(int(key))
-                    writer.write(_pack(record, fields))
+                    packed = _pack(record, fields)
+                    content.update(len(packed).to_bytes(8, "little"))
+                    content.update(packed)
+                    writer.write(packed)
                 if len(set(keys)) != len(keys):
                     raise ValueError("write_records: expected every key only once")
                 description = {
@@ -72,6 +79,8 @@ def write_records(path: str | Path, records: Iterable[tuple[int, Record]], about
                     "count": len(keys),
                     "keys": keys,
                 }
+                content.update(json.dumps(description, sort_keys=True).encode())
+                description["digest"] = content.hexdigest()
                 writer.write(_MAGIC + json.dumps(description).encode())
             finally:
                 writer.close()
@@ -79,6 +88,24 @@ def write_records(path: str | Path, records: Iterable[tuple[int, Record]], about
             words = str(error).split(";")[0]
             raise UserError(f"cannot write {path}: {words}; the previous file is intact") from error
     return len(keys)
+
+
+def store_digest(path: Path) -> str:
+    """A SHA-256 in hexadecimal digits by which a store file is recognised.
+
+    It is that of its records and their description, which the file says itself; of a file that does not, its own.
+
+    Args:
+      path: the file.
+
+    Raises:
+      UserError: it is missing, truncated, or not a store.
+    """
+    file = _File(path)
+    if file.digest is not None:
+        return file.digest
+    with open(path, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 class TeacherStore:
@@ -170,12 +197,13 @@ class _File:
             raise UserError(f"{path}: its description is damaged")
         if description.get("version") != VERSION:
             raise UserError(f"{path} has version {description.get('version')}; this program reads version {VERSION}")
-        about, fields, keys = (description.get(name) for name in ("about", "fields", "keys"))
-        if not (isinstance(about, dict) and _are_fields(fields) and _are_keys(keys)):
+        about, fields, keys, digest = (description.get(name) for name in ("about", "fields", "keys", "digest"))
+        if not (isinstance(about, dict) and _are_fields(fields) and _are_keys(keys) and _is_digest(digest)):
             raise UserError(f"{path}: its description is damaged")
         self.about: About = about
         self.fields: dict[str, dict[str, Any]] = fields
         self.keys: list[int] = keys
+        self.digest: str | None = digest  # files from before there were digests have none
         if count != len(self.keys) + 1:
             raise UserError(f"{path} holds {count - 1} records; its description says {len(self.keys)}")
 
@@ -217,6 +245,10 @@ def _unpack(content: bytes, fields: Mapping[str, Mapping[str, Any]]) -> dict[str
 
 def _dtype(name: str) -> np.dtype:
     return np.dtype(getattr(ml_dtypes, name, name))
+
+
+def _is_digest(value: Any) -> TypeGuard[str | None]:
+    return value is None or (isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None)
 
 
 def _are_keys(value: Any) -> TypeGuard[list[int]]:

@@ -46,6 +46,15 @@ class Measure(Schema):
     intransigence: float | None = Field(None, description="mean gap to a joint model right after learning")
 
 
+class Attempt(Schema):
+    """A start of a run, which is started again after every interruption."""
+
+    step: int = Field(description="step of the run that it began after")
+    changed: dict[str, str | None] = Field(
+        {}, description="versions that are not those of the attempt before; none: not installed any more"
+    )
+
+
 class Results(Measure):
     """The content of `results.json`."""
 
@@ -73,12 +82,31 @@ class Results(Measure):
     peak_memory_bytes: int | None = Field(None, description="peak memory in use on a device, if the device reports it")
     device: str | None = Field(None, description="number and kind of devices")
     data: dict[str, dict[str, Any]] = Field({}, description="by task: examples, tokens, cut examples, fill rate")
-    versions: dict[str, str] = Field(description="versions of Python and packages")
+    versions: dict[str, str] = Field(description="versions of Python and packages that the run began with")
+    attempts: list[Attempt] = Field([], description="the starts of the run that led to these results, in order")
     extra: dict[str, Any] = Field({}, description="other results of a method or experiment")
 
     def continual_matrix(self) -> ContinualMatrix:
         """The matrix, to be continued by a resumed run."""
         return ContinualMatrix.from_lists(self.matrix, self.initial, self.higher_is_better, joint=self.joint)
+
+    @property
+    def latest_versions(self) -> dict[str, str]:
+        """The versions of the last attempt."""
+        found: dict[str, str | None] = dict(self.versions)
+        for attempt in self.attempts:
+            found |= attempt.changed
+        return {name: version for name, version in found.items() if version is not None}
+
+    def check_matrices(self) -> None:
+        """Checks the shapes of all matrices.
+
+        Raises:
+          ValueError: one does not fit the number of tasks.
+        """
+        for part in (self, *self.further.values()):
+            for rows, initial in ((part.matrix, part.initial), (part.deviation or [], part.initial_deviation)):
+                ContinualMatrix.from_lists(rows, initial, part.higher_is_better, joint=self.joint)
 
     def plain(self) -> dict[str, Any]:
         """The content of the file as plain values."""
@@ -98,9 +126,7 @@ class Results(Measure):
         """
         try:
             found = cls.model_validate_json(path.read_text(encoding="utf-8"))
-            for part in (found, *found.further.values()):
-                for rows, initial in ((part.matrix, part.initial), (part.deviation or [], part.initial_deviation)):
-                    ContinualMatrix.from_lists(rows, initial, part.higher_is_better, joint=found.joint)
+            found.check_matrices()
             return found
         except OSError as error:
             raise UserError(f"{path}: {error.strerror or error}") from None
@@ -162,6 +188,11 @@ def installed_versions() -> dict[str, str]:
     return versions
 
 
+def predictions_file(folder: Path, after: int, task_index: int) -> Path:
+    """The file of one task's predictions; see `write_predictions`."""
+    return folder / f"{_stage(after)}_task{task_index:02d}.jsonl"
+
+
 def write_predictions(folder: Path, after: int, task_index: int, task: str, rows: list[dict[str, Any]]) -> Path:
     """Writes one task's predictions as JSON lines, each with `after` and `task` in addition to its own fields.
 
@@ -175,7 +206,7 @@ def write_predictions(folder: Path, after: int, task_index: int, task: str, rows
     Returns:
       The file; its name contains only the indices, since a task can have any name.
     """
-    path = folder / f"{_stage(after)}_task{task_index:02d}.jsonl"
+    path = predictions_file(folder, after, task_index)
     lines = (json.dumps({"after": after, "task": task, **row}, ensure_ascii=False) for row in rows)
     _replace(path, "".join(f"{line}\n" for line in lines))
     return path

@@ -19,7 +19,8 @@ from jaxcl.errors import UserError
 from jaxcl.flower.grid import FlowerGrid
 from jaxcl.flower.link import check_installed, end, environment, tool
 from jaxcl.reporting.report import write_report
-from jaxcl.run.federation import check_federated, finished_results, open_server
+from jaxcl.run.ending import finished_results
+from jaxcl.run.federation import check_federated, open_server
 from jaxcl.run.folder import RunFolder
 from jaxcl.run.grid import Grid
 
@@ -192,7 +193,7 @@ def run_on(grid: Grid, config: ExperimentConfig) -> Path:
     folder = RunFolder(Path(config.output))
     try:
         folder.claim(config.plain())
-        if finished_results(folder) is None:
+        if finished_results(folder, config) is None:
             with contextlib.ExitStack() as stack:
                 open_server(config, folder, grid, stack).run()
         for _ in grid.ask("close", {number: {"finished": True} for number in clients}, {}):

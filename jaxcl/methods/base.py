@@ -101,6 +101,8 @@ class Method(ToolHooks, Generic[OptionsT]):
         by its own model.
       copies: how many copies of a row the longest pass of a step reads one behind the other. With more than one, tasks
         must be prompts and answers, one pair per row, and the model's window must hold all copies.
+      asks_for_before: `consolidate` calls `Task.params_before`: a run that goes on within a task checks first that the
+        checkpoint which has them is whole.
       stored: how each array that `signals` returns is stored, by name.
       options: the method's options.
       network: the network.
@@ -111,6 +113,7 @@ class Method(ToolHooks, Generic[OptionsT]):
     joint: bool = False
     individual: bool = False
     copies: int = 1
+    asks_for_before: bool = False
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)

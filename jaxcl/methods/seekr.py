@@ -79,6 +79,8 @@ class Seekr(Method[SeekrOptions]):
       instead `scores [batch, predict, vocab]`, all log probabilities, float32.
     """
 
+    asks_for_before = True
+
     def __init__(self, options: SeekrOptions, network: Network, num_tasks: int) -> None:
         super().__init__(options, network, num_tasks)
         self.check(options, network.config)

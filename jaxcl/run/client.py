@@ -16,7 +16,8 @@ from jaxcl.models.trainable import Params, overlay, trained, without_a
 from jaxcl.run.components import Components
 from jaxcl.run.exchange import Order, Trained, leaving
 from jaxcl.run.folder import RunFolder
-from jaxcl.run.rewinding import watch_of
+from jaxcl.run.note import ClientNote, read_note
+from jaxcl.run.rewinding import noted_watch, watch_of
 from jaxcl.run.sequence import TaskSequence
 from jaxcl.run.streams import task_stream, total_steps
 from jaxcl.run.trunk import starts_anew
@@ -86,6 +87,7 @@ class Client(TaskSequence):
         else:
             self._wake_from(self.saved)
         self._open_sinks(self._logged)
+        self._note_attempt(self._logged)
 
     def _wake_from(self, saved: Saved) -> None:
         parts = self.parts
@@ -95,10 +97,10 @@ class Client(TaskSequence):
             parts.trainer.target.replace(params=nothing, low_bits={}), saved
         )
         self._asleep = _on_host(state)
-        self._logged = saved.progress["logged"]
-        index, phase = saved.progress["task"], saved.progress["phase"]
-        if phase == "training":
-            self.watch = watch_of(self.config.training, total_steps(parts, index), saved.progress["watch"])
+        note = read_note(saved, ClientNote)
+        self._logged = note.logged
+        if note.phase == "training":
+            self.watch = watch_of(self.config.training, total_steps(parts, note.task), noted_watch(note))
 
     def answer(self, what: str, arrays: PyTree, words: Mapping[str, Any]) -> tuple[PyTree, dict[str, Any]]:
         """Does what the server asks for, by name; returns arrays and JSON values.

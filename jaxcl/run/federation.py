@@ -17,13 +17,13 @@ from jaxcl.data.clients import task_of_client
 from jaxcl.data.formats.storage import is_url
 from jaxcl.data.sources import TaskData
 from jaxcl.errors import UserError
-from jaxcl.evaluation.results import Results
 from jaxcl.methods.base import Method
 from jaxcl.methods.registry import find_method
 from jaxcl.models.trainable import Params
 from jaxcl.reporting.report import write_report
 from jaxcl.run.client import Client, client_folder
 from jaxcl.run.components import Components, build
+from jaxcl.run.ending import finished_results
 from jaxcl.run.exchange import simulated_secrets
 from jaxcl.run.folder import RunFolder
 from jaxcl.run.grid import Grid, InProcess, Open
@@ -55,7 +55,7 @@ def federate(config: ExperimentConfig) -> Outcome:
     folder = RunFolder(Path(config.output))
     try:
         folder.claim(config.plain())
-        if (found := finished_results(folder)) is not None:
+        if (found := finished_results(folder, config)) is not None:
             return Outcome(found, write_report(folder.path))
         with contextlib.ExitStack() as stack:
             opens: list[Open] = []
@@ -73,12 +73,6 @@ def federate(config: ExperimentConfig) -> Outcome:
         return Outcome(results, write_report(folder.path))
     finally:
         folder.release()
-
-
-def finished_results(folder: RunFolder) -> Results | None:
-    """The results of a run that has come to its end; `None`: it has not."""
-    found = Results.read(folder.results) if folder.results.is_file() else None
-    return found if found is not None and found.finished else None
 
 
 def open_server(config: ExperimentConfig, folder: RunFolder, grid: Grid, stack: contextlib.ExitStack) -> Server:
@@ -249,7 +243,6 @@ def parts_of(parts: Components, settings: FederatedConfig, number: int, folder: 
 __all__ = [
     "check_federated",
     "federate",
-    "finished_results",
     "open_server",
     "opener",
     "owned_root",

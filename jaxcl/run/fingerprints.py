@@ -24,6 +24,7 @@ from jaxcl.data.sources import SPLITS, TaskData
 from jaxcl.data.tokenizer import Tokenizer
 from jaxcl.errors import UserError
 from jaxcl.run.components import Components
+from jaxcl.run.note import known_prints, note_of
 from jaxcl.sharding.processes import of_all_processes, on_first
 from jaxcl.training.checkpoint import Saved
 
@@ -43,7 +44,7 @@ def take_fingerprints(parts: Components, saved: Saved | None = None, *, data_cha
       UserError: something has changed since the checkpoint was written, or is not the same for all processes; names
         task, split and file.
     """
-    known = {} if saved is None else saved.progress["fingerprints"]
+    known = {} if saved is None else known_prints(saved)
     found = _fingerprints(parts)
     _check_processes(found)
     for line in _data_changes(parts, known, found):
@@ -70,7 +71,7 @@ def check_same(parts: Components, saved: Saved, run: ExperimentConfig) -> None:
       UserError: something has changed; names task, split and file.
     """
     same = {task.name for task in run.tasks if task in parts.config.tasks}
-    known = dict(saved.progress["fingerprints"])
+    known = dict(known_prints(saved))
     for kind in ("tasks", "end_tasks"):
         known[kind] = {name: prints for name, prints in known.get(kind, {}).items() if name in same}
     found = _fingerprints(parts)
@@ -90,7 +91,7 @@ def check_tokenizer(tokenizer: Tokenizer, saved: Saved, where: Path) -> None:
     Raises:
       UserError: they differ.
     """
-    if tokenizer.fingerprint != saved.progress["fingerprints"]["tokenizer"]:
+    if tokenizer.fingerprint != note_of(saved).fingerprints.tokenizer:
         raise UserError(f"the tokenizer ({where}) is not the one that the run was started with; restore it")
 
 
@@ -104,7 +105,7 @@ def check_weights(config: ExperimentConfig, saved: Saved) -> None:
     Raises:
       UserError: they differ; weights that are gone are not compared.
     """
-    found, known = weights_print(config.weights), saved.progress["fingerprints"]["weights"]
+    found, known = weights_print(config.weights), note_of(saved).fingerprints.weights
     if None not in (found, known) and found != known:
         raise UserError(f"the weights ({config.weights}) are not those that the run was started with; restore them")
 
@@ -120,7 +121,7 @@ def load_memory(path: Path, seed: int, saved: Saved | None) -> Memory:
     Raises:
       UserError: the file is missing, or not the one that the checkpoint belongs to.
     """
-    known: Mapping[str, str] = {} if saved is None else saved.progress["memory"]
+    known: Mapping[str, str] = {} if saved is None else note_of(saved).memory
     if not known:
         return Memory(seed=seed)
     if not path.is_file():

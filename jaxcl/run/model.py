@@ -18,6 +18,7 @@ from jaxcl.models.vision_config import vision_of
 from jaxcl.run.fingerprints import check_tokenizer
 from jaxcl.run.folder import RunFolder
 from jaxcl.run.images import image_processor
+from jaxcl.run.note import note_of
 from jaxcl.training.checkpoint import Checkpoints, Saved
 from jaxcl.weights import load_params, locate, read_config
 from jaxcl.weights.finite import refuse_not_finite
@@ -67,8 +68,8 @@ def load_model(name: str, *, trust: bool = False) -> Model:
     tokenizer = Tokenizer.load(folder.tokenizer)
     check_tokenizer(tokenizer, saved, folder.tokenizer)
     _let_see(tokenizer, network, config.data.images, folder.tokenizer)
-    kinds = saved.progress["results"].get("kinds", {})
-    return Model(network, params, tokenizer, config, chat="chat" in kinds.values())
+    results = note_of(saved).results
+    return Model(network, params, tokenizer, config, chat=results is not None and "chat" in results.kinds.values())
 
 
 def _let_see(tokenizer: Tokenizer, network: Network, config: ImageConfig, place: Path) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 
 from jaxcl.data.pipeline import Stream
+from jaxcl.errors import UserError
+from jaxcl.run.note import Note, note_of
 from jaxcl.training.checkpoint import Saved
 from jaxcl.training.config import TrainingConfig
 from jaxcl.training.privacy import PrivacyConfig, spent
@@ -27,9 +29,32 @@ def watch_of(config: TrainingConfig, total: int, noted: Mapping[str, Any] | None
     return Watch(limit, config.spike_window, config.spike_deviations, **copy.deepcopy(dict(noted or {})))
 
 
+def noted_watch(note: Note) -> dict[str, Any] | None:
+    """What a checkpoint's note says of the watch over its task, as `watch_of` takes it."""
+    return None if note.watch is None else note.watch.model_dump()
+
+
 def may_go_back(config: TrainingConfig, watch: Watch) -> bool:
     """Whether the task may go back to a checkpoint once more."""
     return config.max_skipped > 0 and len(watch.left) < config.max_rewinds
+
+
+def check_goes_back(saved: Saved, index: int, error: UserError) -> None:
+    """Checks that a task may go on from a checkpoint: one within it, or right before it.
+
+    Args:
+      saved: the latest whole checkpoint.
+      index: the task.
+      error: why the task goes back.
+
+    Raises:
+      UserError: the checkpoint lies within an earlier task; started again, the run goes on from there.
+    """
+    note = note_of(saved)
+    if (note.task, note.phase) not in ((index, "training"), (index - 1, "learned")):
+        raise UserError(
+            f"{error}; the last whole checkpoint is {saved.number}, of an earlier task: start the run again"
+        )
 
 
 def noted_after(watch: Watch, saved: Saved, *, step: int, left: int) -> dict[str, Any]:
@@ -41,7 +66,7 @@ def noted_after(watch: Watch, saved: Saved, *, step: int, left: int) -> dict[str
       step: the task's step there.
       left: the task's step at which it stopped.
     """
-    noted = saved.progress.get("watch") or {}
+    noted = noted_watch(note_of(saved)) or {}
     return {**noted, "streak": 0, "left": [*watch.left, [step, left]]}
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxcl.data.files import replacing
+from jaxcl.run.missing import say_missing_rows
 
 
 class Rounds:
@@ -26,15 +27,16 @@ class Rounds:
         self.count = 0
 
     def cut(self, count: int) -> None:
-        """Removes the rows that were written after the first ones.
+        """Removes the rows that were written after the first ones; prints a line if there are fewer.
 
         Args:
           count: number of rows that remain.
         """
-        self.count = count
-        if not self._path.is_file():
+        lines = self._path.read_bytes().splitlines(keepends=True) if self._path.is_file() else []
+        self.count = min(count, len(lines))
+        say_missing_rows(self._path, self.count, count, "rows")
+        if not lines:
             return
-        lines = self._path.read_bytes().splitlines(keepends=True)
         with replacing(self._path) as temporary:
             temporary.write_bytes(b"".join(lines[:count]))
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from jaxcl.data.images.thumbnails import write_thumbnails
-from jaxcl.evaluation.results import Measure, Results, installed_versions, measure, write_predictions
+from jaxcl.evaluation.results import Attempt, Measure, Results, installed_versions, measure, write_predictions
 from jaxcl.functional.matrix import ContinualMatrix
 from jaxcl.models.trainable import Params
 from jaxcl.run.components import Components
@@ -27,7 +27,7 @@ class Scoreboard:
       results: all results so far.
     """
 
-    def __init__(self, parts: Components, folder: RunFolder, noted: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, parts: Components, folder: RunFolder, noted: Results | None = None) -> None:
         """Reads the results so far.
 
         Args:
@@ -40,7 +40,7 @@ class Scoreboard:
         self.folder = folder
         self.evaluator = Evaluator(parts)
         self.main = jax.process_index() == 0
-        self.results = self._so_far(None if noted is None else Results.model_validate(noted))
+        self.results = self._so_far(noted)
 
     def missing(self, after: int) -> list[int]:
         """Indices of the tasks that are due after task `after` (-1: before any training) and have no score yet."""
@@ -48,12 +48,15 @@ class Scoreboard:
         due = scored_tasks(self.parts, after)
         return [index for index in due if not any(_has(one, after, index) for one in measures)]
 
-    def evaluate(self, params_for: Callable[[int], Params], after: int) -> None:
+    def evaluate(
+        self, params_for: Callable[[int], Params], after: int, scored: Callable[[], None] = lambda: None
+    ) -> None:
         """Scores the tasks that are due after a task and have no score yet.
 
         Args:
           params_for: returns the params for a task, by its index.
           after: index of the task learned last; -1 before any training.
+          scored: called after each task, so that what is scored can be written and need not be scored again.
         """
         missing = self.missing(after)
         if missing and self.parts.method.individual and after > 0:
@@ -66,6 +69,7 @@ class Scoreboard:
                 write_predictions(self.folder.predictions, after, index, name, evaluation.rows)
             if self.main and evaluation.images:
                 write_thumbnails(self.folder.thumbnails / f"task{index:02d}.npz", evaluation.images)
+            scored()  # after its predictions, which are not written again
 
     def evaluate_dev(self, params_for: Callable[[int], Params]) -> None:
         """Scores the dev rows of all tasks whose data is not gone, once they are learned.
@@ -79,6 +83,21 @@ class Scoreboard:
             for index, spec in enumerate(tasks)
         ]
         self._update(dev=scores)
+
+    def note_attempt(self, step: int) -> None:
+        """Records that the run begins, or goes on after a step; process 0 prints which versions have changed since.
+
+        Args:
+          step: the step of the run.
+        """
+        before, now = self.results.latest_versions, installed_versions()
+        names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+        self._update(
+            attempts=[*self.results.attempts, Attempt(step=step, changed={name: now.get(name) for name in names})]
+        )
+        if names and self.main:
+            changes = (f"{name} {now.get(name, 'gone')} (before: {before.get(name, 'none')})" for name in names)
+            print(f"the run goes on with other versions: {', '.join(changes)}; numbers may differ", file=sys.stderr)
 
     def row(self, after: int) -> dict[str, float]:
         """The scores after a task (-1: before any training) by the tasks' names, and what they amount to so far."""
@@ -191,6 +210,7 @@ class Scoreboard:
         # Written before the checkpoint or after it: of what belongs to tasks, the checkpoint knows as much or more.
         of_tasks = ("steps", "data", "skipped", "spikes", "rewinds", "extra", "stored_bytes")
         known = {name: getattr(noted, name) for name in (*of_tasks, "seed", "method")}
+        known["attempts"] = max(noted.attempts, found.attempts, key=len)
         return self._grown(found.model_copy(update={**known, "finished": False}))
 
     def _grown(self, stored: Results) -> Results:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import sys
 import time
@@ -19,49 +18,37 @@ from jaxcl.config import ExperimentConfig
 from jaxcl.config.file import read_yaml
 from jaxcl.data.formats.storage import file_system, is_url
 from jaxcl.data.pipeline import Stream
-from jaxcl.data.teacher_store import write_records
 from jaxcl.errors import UserError
-from jaxcl.evaluation.results import Results, write_tables
-from jaxcl.methods.registry import find_method
+from jaxcl.evaluation.results import Results
 from jaxcl.reporting.goodput import goodput
 from jaxcl.reporting.report import write_report
 from jaxcl.run.components import Components, build, initial_params
+from jaxcl.run.consolidation import Consolidation
+from jaxcl.run.ending import finished_results
 from jaxcl.run.evaluator import answering_params
 from jaxcl.run.fingerprints import memory_prints, take_fingerprints
 from jaxcl.run.folder import RunFolder
-from jaxcl.run.remembering import (
-    Kept,
-    load_kept,
-    remember,
-    remember_written,
-    remove_unneeded,
-    save_kept,
-    text_of,
-)
+from jaxcl.run.missing import say_missing_predictions, say_missing_rows
+from jaxcl.run.note import FORMAT, Note, note_of
+from jaxcl.run.remembering import load_kept
 from jaxcl.run.remote.reading import local_folder
 from jaxcl.run.remote.uploads import Uploads
-from jaxcl.run.rewinding import may_go_back, noted_after, order_seed, spent_on, watch_of
+from jaxcl.run.rewinding import check_goes_back, may_go_back, noted_after, noted_watch, order_seed, spent_on, watch_of
 from jaxcl.run.scoreboard import Scoreboard
+from jaxcl.run.shared_folder import check_shared
 from jaxcl.run.stopwatch import Stopwatch
+from jaxcl.run.stores import check_stores
 from jaxcl.run.streams import task_stream, total_steps
-from jaxcl.run.synthesis import Writer, write_samples
-from jaxcl.run.tasks import Stage, running_task
-from jaxcl.run.trunk import back_to_trunk, check_phases, starts_anew
-from jaxcl.sharding.processes import initialize, of_all_processes, on_each, on_first, wait_for_all
+from jaxcl.run.trunk import check_phases, starts_anew
+from jaxcl.sharding.processes import initialize, of_all_processes, on_first
 from jaxcl.training.checkpoint import Checkpoints, Saved
 from jaxcl.training.compile import enable_compilation_cache, programs_folder
 from jaxcl.training.kept import START_MARK, mark_after, mark_before_decay
-from jaxcl.training.keys import run_key
 from jaxcl.training.loop import train_task
 from jaxcl.training.profile import Profiler
-from jaxcl.training.sinks import METRICS, Sink, check_sinks, open_sinks, seconds_after
+from jaxcl.training.sinks import METRICS, JsonLines, Sink, check_sinks, open_sinks, seconds_after
 from jaxcl.training.state import TrainState
-from jaxcl.training.task import RunningTask, signal_records
 from jaxcl.training.watch import NotFinite, Watch
-
-# Seconds that a file may take to become visible on another machine.
-_VISIBLE_SECONDS = 30
-_TOKEN_BYTES = 32
 
 
 class Outcome(NamedTuple):
@@ -105,7 +92,7 @@ def run(config: ExperimentConfig, *, grown_from: ExperimentConfig | None = None,
                 on_first(folder.lock)
                 on_first(lambda: uploads.open(config.output, folder.path))
             on_first(lambda: folder.claim((grown_from or config).plain()))
-            _check_shared(folder, config.output)
+            check_shared(folder, config.output)
             outcome = _run(config, folder, uploads, started, grown_from=grown_from, data_changed=data_changed)
             on_first(uploads.finish)
             return outcome
@@ -123,19 +110,17 @@ def _run(
     data_changed: bool,
 ) -> Outcome:
     """The run in a folder that it has claimed."""
-    names = [task.name for task in config.tasks]
     # Of data at another place the content is compared, even at the end; a process may have a copy of its own.
     moved = of_all_processes(np.array(read_yaml(folder.config_file).get("data_root") != config.data_root)).any()
-    if not moved and folder.results.is_file():
-        results = Results.read(folder.results)
-        if results.finished and results.tasks == names and _at_the_end(folder, config):
-            return Outcome(results, _report(folder))
+    if not moved and (found := finished_results(folder, config)) is not None:
+        return Outcome(found, _report(folder))
     parts = build(config, folder)
     keep = config.training.keep, config.training.keep_tasks
     with Checkpoints(folder.checkpoints, keep=keep[0], keep_marked=keep[1]) as checkpoints:
         sequence = TaskSequence(parts, folder, checkpoints, uploads, data_changed=data_changed)
         sequence.board.evaluator.check()
         sequence.check_schedule()
+        sequence.check_marks()
         if grown_from is not None:
             sequence.check_finished(grown_from)
             # Only after the new task has been checked.
@@ -143,35 +128,6 @@ def _run(
         sequence.stopwatch.add("startup", time.monotonic() - started)
         results = sequence.run()
     return Outcome(results, _report(folder))
-
-
-def _check_shared(folder: RunFolder, output: str) -> None:
-    """Checks that all processes see the files of process 0: all read checkpoints, memory and teacher store."""
-    own = folder.token.encode()[:_TOKEN_BYTES].ljust(_TOKEN_BYTES)
-    first = of_all_processes(np.frombuffer(own, np.uint8))[0].tobytes().decode(errors="replace")
-    on_each(lambda: _find_shared(folder, output, first))
-
-
-def _find_shared(folder: RunFolder, output: str, token: str) -> None:
-    for _ in range(_VISIBLE_SECONDS):
-        if folder.is_run and folder.token == token:  # not a folder of the same name on another machine
-            return
-        time.sleep(1.0)  # network file systems may be slow
-    remedy = "set local_output to" if is_url(output) else "choose"
-    raise UserError(
-        f"output {folder.path}: process {jax.process_index()} does not see what process 0 wrote there; "
-        f"{remedy} a folder on storage that all processes share"
-    )
-
-
-def _at_the_end(folder: RunFolder, config: ExperimentConfig) -> bool:
-    """Whether the newest checkpoint is that after the last task; also if all checkpoints were removed since."""
-    if not folder.checkpoints.is_dir():
-        return True
-    last = 0 if find_method(config.method.name).joint else len(config.tasks) - 1
-    with Checkpoints.reading(folder.checkpoints) as checkpoints:
-        notes = checkpoints.notes()
-    return not notes or (notes[-1].progress["task"], notes[-1].progress["phase"]) == (last, "learned")
 
 
 def _report(folder: RunFolder) -> Path:
@@ -186,7 +142,7 @@ def _keep_compiled_programs() -> None:
             enable_compilation_cache(programs_folder())
 
 
-class TaskSequence:
+class TaskSequence(Consolidation):
     """One run through the tasks. The run folder contains all that is needed to resume it."""
 
     def __init__(
@@ -204,13 +160,16 @@ class TaskSequence:
         self.checkpoints = checkpoints
         self.uploads = uploads or Uploads()
         self.saved = checkpoints.latest_whole()
+        self.note = None if self.saved is None else note_of(self.saved)
         self.fingerprints = take_fingerprints(parts, self.saved, data_changed=data_changed)
         self.kept = load_kept(folder, self.config.seed, self.saved)
-        self.board = Scoreboard(parts, folder, None if self.saved is None else self.saved.progress.get("results"))
+        self.stores = check_stores(folder, self.saved)
+        self.board = Scoreboard(parts, folder, None if self.note is None else self.note.results)
         self.main = jax.process_index() == 0
         self.sinks: list[Sink] = []
         self.profiler = Profiler(folder.tensorboard, self.config.training.profile if self.main else None)
         self.stopwatch = Stopwatch()
+        self._saved_step = -1  # of the run, of the checkpoint that was saved or restored last
 
     def check_finished(self, config: ExperimentConfig) -> None:
         """Checks that the checkpoint is that after the last task of a configuration.
@@ -218,16 +177,21 @@ class TaskSequence:
         Raises:
           UserError: it is not; the run can be finished first.
         """
-        note = {} if self.saved is None else self.saved.progress
-        if (note.get("task"), note.get("phase")) != (len(config.tasks) - 1, "learned"):
+        note = self.note
+        if note is None or (note.task, note.phase) != (len(config.tasks) - 1, "learned"):
             raise UserError(
                 f"{self.folder.path}: the run is not finished; finish it first: jaxcl run {self.folder.config_file}"
             )
 
     def check_schedule(self) -> None:
         """Checks before training that the phases of the schedule fit into every task that is still to be learned."""
-        note = {"task": 0} if self.saved is None else self.saved.progress
-        check_phases(self.parts, note["task"] + (note.get("phase") == "learned"), partial(total_steps, self.parts))
+        start = 0 if self.note is None else self.note.task + (self.note.phase == "learned")
+        check_phases(self.parts, start, partial(total_steps, self.parts))
+
+    def check_marks(self) -> None:
+        """Checks before training that the checkpoint which the task's method will ask for is there, and whole."""
+        if self.note is not None and self.note.phase != "learned" and self._asks_for_before:
+            self._saved_before(self.note.task)
 
     def run(self) -> Results:
         """Trains and evaluates from the last checkpoint to the end."""
@@ -240,7 +204,7 @@ class TaskSequence:
             self._save(state, task=-1, phase="learned", mark=START_MARK)
             position = None
         else:
-            self.stopwatch.resume(saved.progress["timing"])
+            self.stopwatch.resume(note_of(saved).timing)
             if self.board.results.initial is not None and self.board.missing(-1):
                 # Tasks were added since: the initial model is scored on them, too.
                 self._evaluate(self.parts.trainer.init(initial_params(self.parts)), -1)
@@ -248,9 +212,10 @@ class TaskSequence:
                 state, position = self._restore(saved)
             self.stopwatch.add("lost", self._seconds_after(state))
         self._open_sinks(int(state.step))
+        self._note_attempt(int(state.step))
         finished = False
         try:
-            results = self._continue(state, position, saved)
+            results = self._continue(state, position, self.note)
             finished = True
             return results
         finally:
@@ -266,23 +231,37 @@ class TaskSequence:
                 self.folder.path, self.config.training.sinks, config=self.config.plain(), after=after
             )
 
+    def _note_attempt(self, step: int) -> None:
+        """Records that the run begins, or goes on after a step; process 0 says what is gone of its folder since."""
+        self.board.note_attempt(step)
+        if self.note is not None and self.main:
+            found, expected = self.logged_steps, self.note.logged_steps
+            if found is not None and expected is not None:
+                say_missing_rows(self.folder.metrics, found, expected, "logged steps")
+            say_missing_predictions(self.parts, self.folder, self.board.results)
+
+    @property
+    def logged_steps(self) -> int | None:
+        """Steps that `metrics.jsonl` has rows of; `None` where none is open."""
+        return next((sink.steps for sink in self.sinks if isinstance(sink, JsonLines)), None)
+
     def _restore(self, saved: Saved) -> tuple[TrainState, Any]:
         """A checkpoint's state and position in the data; the state is extended to tasks that were added since."""
         trainer, tasks = self.parts.trainer, len(self.parts.tasks)
-        known = saved.progress.get("tasks", tasks)
-        if known == tasks:
-            return self.checkpoints.restore(trainer.target, saved)
-        state, position = self.checkpoints.restore(trainer.target_of(known), saved)
-        return trainer.grow(state), position
+        known = note_of(saved).tasks or tasks
+        target = trainer.target if known == tasks else trainer.target_of(known)
+        state, position = self.checkpoints.restore(target, saved)
+        self._saved_step = int(state.step)
+        return state if known == tasks else trainer.grow(state), position
 
-    def _continue(self, state: TrainState, position: Any, saved: Saved | None) -> Results:
-        task, phase = (-1, "learned") if saved is None else (saved.progress["task"], saved.progress["phase"])
-        if phase == "learned":
+    def _continue(self, state: TrainState, position: Any, note: Note | None) -> Results:
+        task, begun = (-1, False) if note is None else (note.task, note.phase != "learned")
+        if not begun:
             self._evaluate(state, task)
             task, position = task + 1, None
         for index in range(task, self.parts.phases):
-            state = self._learn(state, index, position)
-            position = None
+            state = self._learn(state, index, position, begun=begun)
+            position, begun = None, False
             self._evaluate(state, index)
         # Methods with a model per task have only the last one here.
         if self.config.evaluation.dev and not self.parts.method.individual:
@@ -295,27 +274,39 @@ class TaskSequence:
 
     # Learning one task
 
-    def _learn(self, state: TrainState, index: int, position: Any) -> TrainState:
-        """Trains on a task, from `position` in its data if given, and lets the method consolidate it."""
+    def _learn(self, state: TrainState, index: int, position: Any, *, begun: bool) -> TrainState:
+        """Trains on a task and lets the method consolidate it.
+
+        Args:
+          state: the state before the task, or within it.
+          index: the task.
+          position: in its data, within the task.
+          begun: whether the state lies within the task, or at its last step.
+        """
         parts, training = self.parts, self.config.training
-        noted = None if position is None or self.saved is None else self.saved.progress.get("watch")
+        noted = noted_watch(self.note) if begun and self.note is not None else None
         while True:
-            if position is None:
+            if not begun:
                 state = self._prepare(state, index)
             with self._timed("data"):
                 stored = bool(self.board.results.stored_bytes)
                 stream = task_stream(parts, self.folder, self.kept, index, stored=stored)
             total = total_steps(parts, index, stream)
-            if position is None:
+            if not begun:
                 state = parts.trainer.start_task(state, total, first=starts_anew(parts, index))
             watch = watch_of(training, total, noted)
+            if begun and int(state.clock.step) == total:
+                break
             try:
                 state = self._train(state, index, stream, total, position, watch)
                 break
             except NotFinite as error:
                 if not may_go_back(training, watch):
                     raise
-                state, position, noted = self._go_back(watch, error)
+                state, position, noted = self._go_back(index, watch, error)
+                begun = position is not None
+        if self._concludes and int(state.step) != self._saved_step:
+            self._save(state, task=index, phase="trained", watch=watch)
         with self._timed("method"):
             state = self._conclude(parts.trainer.finish_task(state), index)
         self.board.note_task(index, steps=total, described=stream.describe(), watch=watch)
@@ -363,13 +354,14 @@ class TaskSequence:
         finally:
             rows.close()
 
-    def _go_back(self, watch: Watch, error: NotFinite) -> tuple[TrainState, Any, dict[str, Any]]:
+    def _go_back(self, index: int, watch: Watch, error: NotFinite) -> tuple[TrainState, Any, dict[str, Any]]:
         """State, position and counts of the last checkpoint, as if the run were resumed there, but for the order.
 
         All processes have read the same metrics, so all come here, for the same step.
         """
         saved = self.checkpoints.latest_whole()
         assert saved is not None  # there is one from before the first task
+        check_goes_back(saved, index, error)
         with self._timed("recovery"):
             state, position = self._restore(saved)
         self.stopwatch.lose(self._seconds_after(state))
@@ -380,110 +372,16 @@ class TaskSequence:
         self._open_sinks(int(state.step))
         return state, position, noted_after(watch, saved, step=step, left=error.step)
 
-    def _prepare(self, state: TrainState, index: int) -> TrainState:
-        """What a task's training starts from, but for schedule and moments; the method sees the model before it."""
-        parts = self.parts
-        if parts.method.individual and index > 0:
-            with self._timed("setup"):
-                state = self._restart(state)
-        consolidated = state.method_state
-        with self._timed("method"):
-            prepared = parts.method.prepare(state.params, consolidated, self._task(index, stage="before"))
-        state = parts.trainer.with_method_state(state, prepared)
-        if starts_anew(parts, index) or not self.config.optimizer.goes_on_before_decay:
-            return state
-        with self._timed("checkpoints"):
-            return back_to_trunk(
-                parts, self.checkpoints, state, self._task(index - 1, stage="after"), consolidated=consolidated
-            )
-
-    def _restart(self, state: TrainState) -> TrainState:
-        """The initial state of the run, except that the count of steps continues."""
-        step = state.step
-        # The old arrays are deleted before the new ones are created, so that memory never holds both.
-        jax.tree.map(lambda leaf: leaf.delete(), (state.params, state.opt_state, state.method_state, state.low_bits))
-        return self.parts.trainer.init(initial_params(self.parts)).replace(step=step)
-
-    def _conclude(self, state: TrainState, index: int) -> TrainState:
-        """Chooses what is remembered, lets the method consolidate, and stores its signals for the memory."""
-        state = self._consolidate(state, index)
-        self._store(state, index)
-        return state
-
-    def _consolidate(self, state: TrainState, index: int) -> TrainState:
-        """Chooses what is remembered, and lets the method consolidate."""
-        parts, method = self.parts, self.parts.method
-        self._forget_unneeded()
-        if method.replay is not None and not method.joint:
-            self.kept = self._remember(state, index)
-        task = self._task(index, stage="after")
-        new = method.consolidate(state.params, state.method_state, task)
-        state = parts.trainer.with_method_state(state, new)
-        return parts.trainer.with_params(state, method.final_params(state.params, state.method_state, task))
-
-    def _store(self, state: TrainState, index: int) -> None:
-        """Stores the method's signals for what is remembered of a task, and its tables."""
-        parts, method = self.parts, self.parts.method
-        task = self._task(index, stage="after")
-        on_first(lambda: self._remove_stores(index))
-        records = signal_records(parts.trainer, state, task)
-        if (first := next(records, None)) is not None:
-            stored = itertools.chain([first], records)
-            about = parts.about(self.kept.task(index))
-            write_records(self.folder.store(index, jax.process_index()), stored, about)
-        wait_for_all(f"signals of task {index} stored")
-        # By all processes together: the state may be split over them.
-        tables = task.compile(method.tables)(state.method_state)
-        if self.main and tables:
-            write_tables(self.folder.importance, index, {name: np.asarray(value) for name, value in tables.items()})
-
-    def _remember(self, state: TrainState, index: int) -> Kept:
-        """What is remembered once a task is learned, written to the run folder."""
-        parts, replay = self.parts, self.parts.method.replay
-        if replay is None or replay.source == "kept":
-            kept = remember(parts, self.kept, index, state.params)
-            return save_kept(self.folder, self.kept, kept, lambda: text_of(parts, kept.task(index), kept.tables[index]))
-        key = jax.random.fold_in(run_key(self.config.seed, "samples"), index)
-        begun = replay.synthetic.writer == "start"
-        opened_by = initial_params(parts) if begun else self._params_before(index)
-        rows, dropped = write_samples(Writer(parts, index, opened_by, state.params), key)
-        return save_kept(self.folder, self.kept, remember_written(parts, self.kept, index, rows, dropped), lambda: rows)
-
-    def _forget_unneeded(self) -> None:
-        """Removes examples that gave way to those of later tasks and that no checkpoint needs any more."""
-        if any(len(one.versions) > 1 for one in self.kept.memory.tasks):
-            self.checkpoints.wait()
-            learned = [map(int, saved.progress["memory"]) for saved in self.checkpoints.notes()]
-            on_first(lambda: remove_unneeded(self.folder, self.kept.memory, learned))
-
-    def _task(self, index: int, stage: Stage) -> RunningTask:
-        """The task as the method sees it before or after training on it."""
-        params_before = partial(self._params_before, index)
-        return running_task(self.parts, self.kept, index, stage=stage, params_before=params_before)
-
-    def _params_before(self, index: int) -> Any:
-        if self.parts.method.individual:
-            return initial_params(self.parts)
-        mark = START_MARK if index == 0 else mark_after(index - 1)
-        saved = self.checkpoints.find(mark)
-        if saved is None:
-            raise UserError(
-                f"checkpoints {self.folder.checkpoints}: the one {mark} is missing; the run cannot be resumed"
-            )
-        return self.checkpoints.params(self.parts.trainer.target.params, saved)
-
-    def _remove_stores(self, index: int) -> None:
-        """Removes the files of an interrupted attempt, which may have had more processes or not have ended."""
-        unfinished = self.folder.teacher.glob(f".task{index:02d}_process*.tmp")
-        for path in [*self.folder.stores(index), *unfinished]:
-            path.unlink()
-
     # Evaluation and results
 
     def _evaluate(self, state: TrainState, after: int) -> None:
         """Scores the tasks due after `after` and writes the results."""
         with self._timed("evaluation"):
-            self.board.evaluate(lambda index: answering_params(self.parts, state, index), after)
+            self.board.evaluate(
+                lambda index: answering_params(self.parts, state, index),
+                after,
+                scored=lambda: self.board.write(self.stopwatch.seconds),
+            )
         seconds = self.stopwatch.seconds
         self.board.write(seconds)
         times = {"goodput": goodput(seconds) or 0.0, **{f"seconds_{name}": one for name, one in seconds.items()}}
@@ -508,13 +406,16 @@ class TaskSequence:
         """Saves a state, with `more` in the note of the run's progress; returns the number of the checkpoint."""
         with self._timed("checkpoints"):
             progress = {
+                "format": FORMAT,
                 "task": task,
                 "phase": phase,
                 "tasks": len(self.parts.tasks),
                 "timing": self.stopwatch.seconds,
                 "fingerprints": self.fingerprints,
                 "memory": memory_prints(self.kept.memory),
+                "stores": self.stores,
                 "results": self.board.results.plain(),
+                "logged_steps": self.logged_steps,
                 **(more or {}),
             }
             if watch is not None:
@@ -522,13 +423,10 @@ class TaskSequence:
             self.checkpoints.wait()  # what is staged includes the one before, whole
             self.uploads.stage()
             number = self.checkpoints.save(state, progress=progress, data=data, mark=mark)
+            self._saved_step = int(state.step)
             self.uploads.submit(number)
             return number
 
     def _seconds_after(self, state: TrainState) -> float:
         """Seconds of the logged steps after a state, which are made again."""
         return seconds_after(self.folder.path / METRICS, int(state.step)) if self.main else 0.0
-
-    def _timed(self, part: str) -> contextlib.AbstractContextManager[None]:
-        """Adds the seconds of a block to a part of the run's time; see `Stopwatch.part`."""
-        return self.stopwatch.part(part)

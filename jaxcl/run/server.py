@@ -22,6 +22,7 @@ from jaxcl.run.components import Components, initial_params
 from jaxcl.run.exchange import Gathering, Order
 from jaxcl.run.folder import RunFolder
 from jaxcl.run.grid import Grid, Lost, Reply, Words, why_unusable
+from jaxcl.run.note import Phase, ServerNote, read_note
 from jaxcl.run.rounds import Rounds
 from jaxcl.run.sequence import TaskSequence
 from jaxcl.sharding.layout import put
@@ -38,8 +39,9 @@ from jaxcl.training.watch import Watch
 class Server(TaskSequence):
     """The server: its params and its optimizer's state, on the host, and the clients.
 
-    Checkpoints are written at the ends of tasks and of rounds (`training.checkpoint_every`). Before each, the clients
-    write theirs, whose numbers it notes: so a client that was killed later than the server goes back.
+    Checkpoints are written at the ends of tasks and of rounds (`training.checkpoint_every`), and after a task's last
+    round if the method consolidates it. Before each, the clients write theirs, whose numbers it notes: so a client that
+    was killed later than the server goes back.
 
     Attributes:
       base: the params that the run begins with, on the host.
@@ -92,11 +94,15 @@ class Server(TaskSequence):
         with self._timed("data"):
             self.parts.encode_all()
         saved = self.saved
-        task, phase, done = -1, "learned", 0
-        if saved is not None:
-            self.stopwatch.resume(saved.progress["timing"])
-            task, phase, done = saved.progress["task"], saved.progress["phase"], saved.progress["rounds"]
-        self._rows.cut(0 if saved is None else saved.progress["rows"])
+        task, done = -1, 0
+        phase: Phase = "learned"
+        note = None if saved is None else read_note(saved, ServerNote)
+        if note is not None:
+            self.stopwatch.resume(note.timing)
+            task, phase, done = note.task, note.phase, note.rounds
+        self._rows.cut(0 if note is None else note.rows)
+        steps = self.settings.rounds * self.settings.steps
+        self._note_attempt((task + 1) * steps if done == 0 else task * steps + done * self.settings.steps)
         self._open(range(self.settings.clients), None if phase == "learned" else self._before)
         if saved is None:
             self._checkpoint(-1, 0, mark=START_MARK)
@@ -152,7 +158,8 @@ class Server(TaskSequence):
                 self._round(index, round_number)
             every = self.config.training.checkpoint_every
             due = every and (round_number + 1 - saved_at) * settings.steps >= every
-            if due and round_number + 1 < settings.rounds:
+            last = round_number + 1 == settings.rounds
+            if self._concludes if last else due:
                 saved_at = round_number + 1
                 self._checkpoint(index, saved_at)
         with self._timed("method"):
@@ -364,17 +371,16 @@ class Server(TaskSequence):
     def _restore_all(self) -> None:
         """Takes over the last checkpoint."""
         assert self.saved is not None
-        note = self.saved.progress
+        note = read_note(self.saved, ServerNote)
         state = self._restored(self.saved)
         self.base = jax.tree.map(np.array, state.params)
         self.params = self._wide(state)
         own = jax.tree.map(np.array, state.opt_state)
         self._opt_state, self._variate, self._known = own["server"], own["variate"], own["known"]
-        self._agreed = note["agreed"]
-        self._weights, self._numbers, self._taken = (dict(note[name]) for name in ("weights", "clients", "taken"))
-        if note["phase"] == "training":
-            index = note["task"]
-            mark = START_MARK if index == 0 else mark_after(index - 1)
+        self._agreed = note.agreed
+        self._weights, self._numbers, self._taken = dict(note.weights), dict(note.clients), dict(note.taken)
+        if note.phase == "training":
+            mark = START_MARK if note.task == 0 else mark_after(note.task - 1)
             before = self.checkpoints.find(mark)
             if before is None:
                 raise UserError(f"checkpoints {self.folder.checkpoints}: the one {mark} is missing; it is needed")

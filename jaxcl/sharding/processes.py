@@ -121,6 +121,31 @@ def on_each(action: Callable[[], object]) -> None:
         raise UserError(problem, exit_code=code)
 
 
+def from_first(action: Callable[[], str]) -> str:
+    """What an action on process 0 returns, in every process.
+
+    All processes must call it.
+
+    Args:
+      action: what to run, such as reading a small file that all must see alike.
+
+    Raises:
+      UserError: the action failed on process 0; the same line in every process.
+    """
+    found = b""
+
+    def act() -> None:
+        nonlocal found
+        found = action().encode()
+
+    on_first(act)
+    if jax.process_count() > 1:
+        length = int(multihost_utils.broadcast_one_to_all(np.array(len(found), np.int64)))
+        content = np.frombuffer(found, np.uint8) if is_first() else np.zeros(length, np.uint8)
+        found = np.asarray(multihost_utils.broadcast_one_to_all(content)).tobytes()
+    return found.decode()
+
+
 def everywhere(found: bool) -> bool:
     """Whether something is true in every process; all processes must call it."""
     return bool(of_all_processes(np.array(found)).all())

@@ -5,24 +5,22 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import functools
 import json
-import logging
-import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import jax
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
 from jaxcl.errors import UserError
-from jaxcl.sharding.processes import is_first, on_first
-from jaxcl.training.checksums import check_checksums, write_checksums
+from jaxcl.sharding.processes import from_first, is_first
+from jaxcl.training.checksums import Damaged, check_checksums, read_again, write_checksums
 from jaxcl.training.kept import Kept
+from jaxcl.training.orbax_noise import ignore_late_writes
+from jaxcl.training.positions import ProcessJsonHandler, ProcessJsonRestore, ProcessJsonSave
 from jaxcl.training.schedule import Clock
 from jaxcl.training.state import TrainState
 
@@ -43,74 +41,6 @@ class Saved:
     number: int
     progress: dict[str, Any]
     mark: str | None = None
-
-
-class ProcessJsonHandler(ocp.CheckpointHandler):
-    """One JSON value per process, for what differs between processes: the position in their data."""
-
-    def save(self, directory: Any, args: ProcessJsonSave) -> None:
-        """Writes this process's file."""
-        (directory / self._name()).write_text(json.dumps(args.item))
-
-    def restore(self, directory: Any, args: ProcessJsonRestore | None = None) -> Any:
-        """Reads this process's file.
-
-        Raises:
-          UserError: the checkpoint was written with a different number of processes, or the file is missing.
-        """
-        path = directory / self._name()
-        if not path.exists():
-            found = sorted(directory.glob("process_*.json"))
-            counts = {other.stem.rpartition("_")[2] for other in found}
-            if counts <= {str(jax.process_count())}:
-                raise UserError(f"checkpoint {directory.parent}: the position in the data is missing ({path})")
-            if all(json.loads(other.read_text()) is None for other in found):  # between two tasks
-                return None
-            raise UserError(
-                f"checkpoint {directory.parent}: was written within a task by {max(counts, key=int)} processes and "
-                f"cannot be resumed with {jax.process_count()}; start {max(counts, key=int)} processes"
-            )
-        return json.loads(path.read_text())
-
-    def _name(self) -> str:
-        return f"process_{jax.process_index()}_of_{jax.process_count()}.json"
-
-
-@ocp.args.register_with_handler(ProcessJsonHandler, for_save=True)
-@dataclasses.dataclass
-class ProcessJsonSave(ocp.args.CheckpointArgs):
-    """The value that `ProcessJsonHandler` saves."""
-
-    item: Any
-
-
-@ocp.args.register_with_handler(ProcessJsonHandler, for_restore=True)
-@dataclasses.dataclass
-class ProcessJsonRestore(ocp.args.CheckpointArgs):
-    """Requests this process's value from `ProcessJsonHandler`."""
-
-
-class _NoTracebacks(logging.Filter):
-    """Hides the tracebacks that Orbax logs: the failure itself is raised as one line."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Whether to show a record."""
-        return not (record.levelno >= logging.ERROR and f"{os.sep}orbax{os.sep}" in record.pathname)
-
-
-logging.getLogger("absl").addFilter(_NoTracebacks())
-
-
-@functools.cache
-def _ignore_late_writes() -> None:
-    """Hides the tracebacks of writes that end after their save has failed."""
-    before = sys.unraisablehook
-
-    def hook(details: Any) -> None:
-        if not (isinstance(details.exc_value, RuntimeError) and "Event loop is closed" in str(details.exc_value)):
-            before(details)
-
-    sys.unraisablehook = hook
 
 
 class Checkpoints:
@@ -134,7 +64,7 @@ class Checkpoints:
         Raises:
           UserError: the folder cannot be created or read.
         """
-        _ignore_late_writes()
+        ignore_late_writes()
         self.folder = Path(folder).absolute()
         self._kept = Kept(keep, keep_marked)
         self._damaged: dict[int, str] = {}
@@ -161,8 +91,7 @@ class Checkpoints:
         for number in self._manager.all_steps():
             try:
                 mark = self._read(number).mark
-            except UserError as error:  # must not keep the run from one that is whole
-                self._damaged[number] = f"checkpoint {number} cannot be used: {error}"
+            except Damaged:  # must not keep the run from one that is whole
                 continue
             if mark is not None:
                 self._kept.marks[number] = mark
@@ -208,17 +137,17 @@ class Checkpoints:
     def latest_whole(self) -> Saved | None:
         """The latest checkpoint without damage, to go on from; `None` if there are no checkpoints.
 
-        Later ones, which are damaged, are removed; process 0 prints a line about each.
+        Later ones, which are damaged, are removed, so that their numbers are free; process 0 prints a line about each.
 
         Raises:
-          UserError: all are damaged; nothing is removed.
+          UserError: all are damaged, or one cannot be read; nothing is removed.
         """
         self.wait()
         reasons: dict[int, str] = {}
         for number in sorted(self._manager.all_steps(), reverse=True):
             try:
                 saved = self._checked(number)
-            except UserError as error:
+            except Damaged as error:
                 reasons[number] = str(error)
                 continue
             for damaged, reason in reasons.items():
@@ -379,23 +308,32 @@ class Checkpoints:
 
     def _checked(self, number: int) -> Saved:
         """A checkpoint's note, after its files have been compared with their checksums, once."""
-        if number in self._damaged:
-            raise UserError(self._damaged[number])
-        if number not in self._whole:
-            try:
-                on_first(lambda: check_checksums(self.folder / str(number)))
-            except UserError as error:
-                self._damaged[number] = f"checkpoint {number} cannot be used: {error}"
-                raise UserError(self._damaged[number]) from None
+        if number not in self._whole and number not in self._damaged:
+            self._judge(number, check_checksums)
             self._whole.add(number)
         return self._read(number)
 
     def _read(self, number: int) -> Saved:
-        with self._reading():
-            note = self._manager.restore(number, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))["progress"]
-            if not (isinstance(note, dict) and isinstance(note.get("progress"), dict) and "mark" in note):
-                raise UserError(f"checkpoint {number} of {self.folder} has no usable note of the run's progress")
-        return Saved(number, note["progress"], note["mark"])
+        content = self._judge(number, _read_note)
+        return Saved(number, content["progress"], content["mark"])
+
+    def _judge(self, number: int, look: Callable[[Path], Any]) -> Any:
+        """What process 0 finds in a checkpoint; if it finds damage, all processes know and remember it.
+
+        Args:
+          number: of the checkpoint.
+          look: looks into its folder; returns something JSON-serialisable.
+
+        Raises:
+          Damaged: it is damaged, now or in an earlier call.
+          UserError: it cannot be read.
+        """
+        if number not in self._damaged:
+            found = json.loads(from_first(lambda: json.dumps(_verdict(look, self.folder / str(number)))))
+            if "damage" not in found:
+                return found["content"]
+            self._damaged[number] = f"checkpoint {number} cannot be used: {found['damage']}"
+        raise Damaged(self._damaged[number])
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -422,6 +360,31 @@ class Checkpoints:
             if "tree structures do not match" in reason:
                 reason = "their state has another structure; Method.init has changed since they were written"
             raise UserError(f"checkpoints {self.folder}: cannot be read: {reason}") from error
+
+
+def _verdict(look: Callable[[Path], Any], folder: Path) -> dict[str, Any]:
+    try:
+        return {"content": look(folder)}
+    except Damaged as error:
+        return {"damage": str(error)}
+
+
+def _read_note(folder: Path) -> dict[str, Any]:
+    """A checkpoint's `progress` and `mark`.
+
+    Raises:
+      Damaged: it has none that can be used.
+      UserError: it cannot be read.
+    """
+    path = folder / "progress" / "metadata"
+    content = read_again(path, Path.read_bytes)
+    try:
+        note = json.loads(content)
+    except (ValueError, RecursionError):
+        note = None
+    if not (isinstance(note, dict) and isinstance(note.get("progress"), dict) and "mark" in note):
+        raise Damaged(f"{path} is no usable note of the run's progress")
+    return note
 
 
 def _all_but_params(state: TrainState) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from jaxcl.data.rows import HostBatch
+from jaxcl.errors import UserError
 from jaxcl.models.batch import Batch
 from jaxcl.models.images import Images
 
@@ -116,8 +117,29 @@ class Feed:
         return copy.deepcopy(self._state)
 
     def set_state(self, state: Any) -> None:
-        """Goes to a position that `get_state` returned and drops prefetched batches."""
+        """Goes to a position that `get_state` returned and drops prefetched batches.
+
+        Raises:
+          UserError: it is no position in these rows.
+        """
         self._queue.clear()
         self._ended = False
-        self._rows.set_state(copy.deepcopy(state))
+        try:
+            if not _alike(state, self._rows.get_state()):
+                raise TypeError
+            self._rows.set_state(copy.deepcopy(state))
+        except (LookupError, TypeError, ValueError, AttributeError):
+            raise UserError(
+                "the checkpoint's position in the data cannot be used: it has another form; go on with the version of "
+                "jaxcl that wrote it"
+            ) from None
         self._state = copy.deepcopy(state)
+
+
+def _alike(state: Any, own: Any) -> bool:
+    """Whether a position has the names and kinds of values of another one."""
+    if isinstance(own, dict):
+        return isinstance(state, dict) and {name: type(value) for name, value in state.items()} == {
+            name: type(value) for name, value in own.items()
+        }
+    return type(state) is type(own)

@@ -25,7 +25,8 @@ def mark_before_decay(task: int) -> str:
 class Kept:
     """An Orbax preservation policy that keeps the latest checkpoints and the latest marked ones.
 
-    A checkpoint before a decay is kept with that after the same task, and as long as it is the latest of its kind.
+    A checkpoint before a decay is kept with that after the same task, and as long as it is the latest of its kind. Of
+    the latest ones, each within a task keeps that from before the task: a run that goes on from it may need both.
     """
 
     def __init__(self, latest: int, marked: int | None) -> None:
@@ -38,9 +39,12 @@ class Kept:
         numbers = [checkpoint.step for checkpoint in checkpoints]
         before = [number for number in numbers if self.marks.get(number, "").startswith(_DECAY)]
         marked = [number for number in numbers if number in self.marks and number not in before]
+        latest = numbers[-self.latest :]
+        begun = [[one for one in marked if one < number][-1:] for number in latest if number not in marked]
         marked = marked if self.marked is None else marked[-self.marked :]
+        marked = [*marked, *(number for found in begun for number in found)]
         needed = {mark_after(int(self.marks[number].removeprefix(_DECAY))): number for number in before}
         ends = {self.marks[number] for number in marked}
-        kept = {*numbers[-self.latest :], *marked, *before[-1:]}
+        kept = {*latest, *marked, *before[-1:]}
         kept |= {number for mark, number in needed.items() if mark in ends}
         return [number in kept for number in numbers]

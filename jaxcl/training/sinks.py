@@ -36,7 +36,11 @@ class Sink(Protocol):
 
 
 class JsonLines:
-    """One JSON object per line."""
+    """One JSON object per line.
+
+    Attributes:
+      steps: number of steps that its rows say something about.
+    """
 
     def __init__(self, path: str | os.PathLike[str], *, after: int | None = None) -> None:
         """Opens the file for appending.
@@ -50,6 +54,7 @@ class JsonLines:
           UserError: the file cannot be written.
         """
         self.path = Path(path)
+        self.steps = 0
         try:
             if after is not None and self.path.exists():
                 self._truncate(after)
@@ -66,6 +71,7 @@ class JsonLines:
         """
         try:
             self._file.write((json.dumps(dict(row), allow_nan=False) + "\n").encode())
+            self.steps += _steps(row)
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written: {error.strerror}") from error
 
@@ -74,7 +80,11 @@ class JsonLines:
         self._file.close()
 
     def _truncate(self, after: int) -> None:
-        kept = [line + b"\n" for line, row in _rows(self.path) if row.get("step", 0) <= after]
+        kept = []
+        for line, row in _rows(self.path):
+            if row.get("step", 0) <= after:
+                kept.append(line + b"\n")
+                self.steps += _steps(row)
         with replacing(self.path) as temporary:
             temporary.write_bytes(b"".join(kept))
 
@@ -91,6 +101,11 @@ def seconds_after(path: str | os.PathLike[str], step: int) -> float:
     # Rows of several kinds that end with the same step share its seconds.
     seconds = {row["step"]: row["seconds"] for _, row in _rows(Path(path)) if row.get("step", 0) > step}
     return float(sum(seconds.values()))
+
+
+def _steps(row: Row) -> int:
+    steps = row.get("steps", 0)
+    return steps if isinstance(steps, int) else 0
 
 
 def _rows(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:

@@ -82,6 +82,25 @@ def test_a_run_that_is_killed_anywhere_goes_on_to_the_same_bits(method: Any, tmp
         assert (own / "memory.json").read_bytes() == (other / "memory.json").read_bytes()
 
 
+def test_rounds_are_not_repeated_for_what_follows_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed while the clients consolidate a task, with no checkpoint between its rounds."""
+    content = {**SHORT, "training": {**SHORT["training"], "checkpoint_every": 0}, "output": str(tmp_path)}
+    content |= {"method": {"name": "replay", "replay": {"fraction": 0.25}}, "federated": SECTION}
+    tasks, train = list[int](), Client.train
+
+    def noted(self: Client, index: int, *rest: Any) -> Any:
+        tasks.append(index)
+        return train(self, index, *rest)
+
+    monkeypatch.setattr(Client, "train", noted)
+    with killed_in("conclude", 0, 1):
+        federate(parse_config(content))
+    with killed_in("store", 0, 0):
+        federate(parse_config(content))
+    assert federate(parse_config(content)).results.finished
+    assert [tasks.count(index) for index in range(2)] == [6, 6]
+
+
 def test_a_client_without_the_checkpoint_that_the_server_needs_is_named(tmp_path: Path) -> None:
     content = {**CONTENT, "output": str(tmp_path), "method": "sequential", "federated": SECTION}
     with killed_in("train", 0, 1, call=2):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from jaxcl.errors import UserError
+from jaxcl.training import checksums
 from jaxcl.training.checkpoint import Checkpoints
 from jaxcl.training.checksums import write_checksums
 from jaxcl.training.feed import place_batch
@@ -241,6 +242,7 @@ DAMAGES: dict[str, Any] = {
     "no checksums": lambda folder: (folder / "checksums.json").unlink(),
     "nothing in it": lambda folder: [path.unlink() for path in folder.rglob("*") if path.is_file()],
     "a note of another kind": lambda folder: rewrite_note(folder, {}),
+    "a file beside the others": lambda folder: (folder / "stray").write_text("x"),
     "half the checksums": lambda folder: (folder / "checksums.json").write_text('{"params'),
 }
 
@@ -281,6 +283,42 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     assert numbers(folder) == [0, 1]
 
 
+@pytest.mark.parametrize("where", ["an array", "the note", "the checksums"])
+@pytest.mark.parametrize("lasting", [False, True])
+def test_a_read_that_fails_is_tried_again_and_removes_nothing(
+    two_checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, lasting: bool
+) -> None:
+    folder = Path(shutil.copytree(two_checkpoints, tmp_path / "checkpoints"))
+    place = {"an array": "params", "the note": "progress/metadata", "the checksums": "checksums.json"}[where]
+    left, waited = 99 if lasting else 1, list[float]()
+
+    def failing(read: Any) -> Any:
+        def reads(path: Path, *arguments: Any) -> Any:
+            nonlocal left
+            if left and str(path).startswith(str(folder / "1" / place)):
+                left -= 1
+                raise OSError(errno.ESTALE, "Stale file handle")
+            return read(path, *arguments)
+
+        return reads
+
+    monkeypatch.setattr(checksums, "_measure", failing(checksums._measure))
+    monkeypatch.setattr(Path, "read_bytes", failing(Path.read_bytes))
+    monkeypatch.setattr("time.sleep", waited.append)
+    if lasting:
+        words = rf"/1/{place}.* cannot be read: Stale file handle \(4 attempts\); nothing was removed"
+        with pytest.raises(UserError, match=words) as caught, Checkpoints(folder, keep=2) as checkpoints:
+            checkpoints.latest_whole()
+        assert "\n" not in str(caught.value)
+        assert len(waited) == 3
+    else:
+        with Checkpoints(folder, keep=2) as checkpoints:
+            saved = checkpoints.latest_whole()
+        assert saved is not None
+        assert (saved.number, left, len(waited)) == (1, 0, 1)
+    assert numbers(folder) == [0, 1]
+
+
 def test_without_a_whole_checkpoint_nothing_is_removed(two_checkpoints: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(two_checkpoints, tmp_path / "checkpoints"))
     for number in ("0", "1"):
@@ -315,6 +353,38 @@ def test_a_missing_position_is_not_taken_for_a_stop_between_two_tasks(two_checkp
         (position.parent / "process_0_of_3.json").write_text("7")
         with pytest.raises(UserError, match="written within a task by 3 processes"):
             checkpoints.restore(make_trainer().target, saved)
+
+
+@pytest.mark.parametrize("change", ["gone", "empty", "flipped", "of another checkpoint", "more"])
+def test_what_orbax_writes_beside_the_arrays_changes_nothing(
+    two_checkpoints: Path, tmp_path: Path, change: str
+) -> None:
+    """It writes them after the checksums, so they are not compared."""
+    folder = Path(shutil.copytree(two_checkpoints, tmp_path / "checkpoints"))
+    files = [folder / "1" / name for name in ("_CHECKPOINT_METADATA", "commit_success.txt")]
+    assert json.loads(files[0].read_text())["commit_timestamp_nsecs"], "set when the checkpoint is complete"
+    for path in files:
+        if change == "gone":
+            path.unlink()
+        elif change == "empty":
+            path.write_text("")
+        elif change == "flipped":
+            flip(path)
+        elif change == "of another checkpoint":
+            shutil.copy(folder / "0" / path.name, path)
+        else:
+            (folder / "1" / f"_{path.name}").write_text("x")
+            (folder / "1" / f".nfs{path.name}").write_text("x")
+    trainer = make_trainer()
+    with Checkpoints(folder, keep=2) as checkpoints:
+        saved = checkpoints.latest_whole()
+        assert saved is not None
+        assert saved.number == 1
+        state, position = checkpoints.restore(trainer.target, saved)
+        assert position == 1
+        assert_same(host(trained(trainer, 1)), state)
+        checkpoints.save(state, progress={"index": 2})
+    assert numbers(folder) == [0, 1, 2]
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:

@@ -42,3 +42,11 @@ def test_of_a_task_that_was_decayed_twice_the_later_start_is_kept() -> None:
         mark_after(0),
     ]
     assert list(policy.marks) == [0, 1, 2]
+
+
+def test_a_checkpoint_within_a_task_is_kept_with_that_from_before_it() -> None:
+    """If the one after the task turns out to be damaged, the run goes on from there."""
+    marks = [START_MARK, None, mark_after(0)]
+    assert kept(Kept(2, 1), marks) == marks
+    assert kept(Kept(2, 1), [*marks, None, None]) == [mark_after(0), None, None]
+    assert kept(Kept(1, 1), marks) == [mark_after(0)]

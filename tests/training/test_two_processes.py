@@ -71,6 +71,15 @@ def test_a_row_of_one_process_that_is_not_finite_is_the_same_to_both(results: di
         assert results[f"process{index}"]["not_finite"] == alone
 
 
+def test_what_process_0_cannot_read_or_finds_damaged_is_the_same_to_both(results: dict[str, Any]) -> None:
+    """A process that went on from another checkpoint than the others would wait for them forever."""
+    for name in ("alone", "process0", "process1"):
+        found = results[name]["read_errors"]
+        assert (found["once"], found["elsewhere"], found["damaged"], found["left"]) == (1, 1, 0, [0]), name
+        assert "cannot be read: Input/output error (4 attempts); nothing was removed" in found["always"]
+        assert found["always"] == results["process0"]["read_errors"]["always"] or name == "alone"
+
+
 def test_each_process_hands_on_its_own_rows(results: dict[str, Any]) -> None:
     parts = [results[f"process{index}"] for index in range(2)]
     assert parts[0]["count"] + parts[1]["count"] == results["alone"]["count"] == 11

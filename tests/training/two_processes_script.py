@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -13,10 +14,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxcl.errors import UserError
 from jaxcl.models.batch import Batch
 from jaxcl.sharding.layout import Layout
 from jaxcl.sharding.mesh import MeshConfig, make_mesh
-from jaxcl.sharding.processes import initialize
+from jaxcl.sharding.processes import initialize, wait_for_all
+from jaxcl.training import checksums
 from jaxcl.training.checkpoint import Checkpoints
 from jaxcl.training.loop import train_task
 from jaxcl.training.optimizer import OptimizerConfig
@@ -79,6 +82,41 @@ def not_finite(trainer: Trainer, **options: Any) -> dict[str, Any]:
     return {}
 
 
+def read_errors(folder: Path, state: Any) -> dict[str, Any]:
+    """What this process finds in two checkpoints: while reads fail in one of the processes, then with one damaged."""
+    with Checkpoints(folder, keep=2) as checkpoints:
+        for index in range(2):
+            checkpoints.save(state, progress={"index": index}, data=0)
+    found: dict[str, Any] = {}
+    measure = checksums._measure
+    for name, process, count in (("once", 0, 1), ("elsewhere", jax.process_count() - 1, 99), ("always", 0, 99)):
+        left = count if jax.process_index() == process and (process or name != "elsewhere") else 0
+
+        def failing(path: Path) -> Any:
+            nonlocal left
+            left -= 1
+            if left >= 0:
+                raise OSError(errno.EIO, "Input/output error")
+            return measure(path)
+
+        checksums._measure = failing
+        with Checkpoints(folder, keep=2) as checkpoints:
+            try:
+                saved = checkpoints.latest_whole()
+                found[name] = None if saved is None else saved.number
+            except UserError as error:
+                found[name] = str(error).replace(str(folder), "")
+    checksums._measure = measure
+    if jax.process_index() == 0:
+        next((folder / "1" / "data").glob("process_*")).write_text("1")
+    wait_for_all("damaged")
+    with Checkpoints(folder, keep=2) as checkpoints:
+        saved = checkpoints.latest_whole()
+        found["damaged"] = None if saved is None else saved.number
+        found["left"] = [one.number for one in checkpoints.notes()]
+    return found
+
+
 def main(folder: Path) -> dict[str, Any]:
     several = initialize()
     devices = jax.devices()[: None if several else 1]
@@ -134,6 +172,7 @@ def main(folder: Path) -> dict[str, Any]:
         "seen": seen,
         "count": len(seen),
         "sum": float(sums),
+        "read_errors": read_errors(folder.with_name(f"{folder.name}-read"), state),
         "not_finite": not_finite(trainer, **options),
         "params": [np.asarray(leaf).ravel().tolist() for leaf in jax.tree.leaves(whole)],
     }
