@@ -217,9 +217,9 @@ def _ids(folder: Path) -> dict[str, str]:
     """Ids of the trackers' runs that belong to a run folder, by tracker."""
     try:
         found = json.loads((folder / "tracking.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return {name: one for name, one in found.items() if isinstance(one, str)} if isinstance(found, dict) else {}
 
 
 def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, str]]:

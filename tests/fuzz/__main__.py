@@ -108,7 +108,7 @@ def _one(name: str, seconds: float, out: Path, seed: int) -> int:
     corpus, crashes = out / name / "corpus", out / name / "crashes"
     corpus.mkdir(parents=True, exist_ok=True)
     started = time.process_time()
-    for content in seeds:
+    for content in (*seeds, *targets.known().get(name, [])):
         (corpus / hashlib.sha256(content).hexdigest()[:16]).write_bytes(content)
 
     def one(content: bytes) -> None:

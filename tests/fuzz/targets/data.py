@@ -18,11 +18,16 @@ from jaxcl.data.chat_templates import CHAT_TEMPLATES
 from jaxcl.data.conversations import encode_conversations
 from jaxcl.data.formats import find_records
 from jaxcl.data.images.decode import FORMATS, decode
+from jaxcl.data.images.processor import ImageProcessor
 from jaxcl.data.messages import read_messages
+from jaxcl.data.spec import ImageConfig
 from jaxcl.data.template_worker import TemplateError, render
 from jaxcl.data.tokenizer import Tokenizer
+from jaxcl.models.vision_config import VisionConfig
+from jaxcl.run.images import image_processor
 from tests.fuzz.harness import Target
 from tests.fuzz.targets.common import ROWS, lines_of, made, text_of, written
+from tests.tiny.vision import VISION
 
 CHATS: list[dict[str, Any]] = [
     {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"},
@@ -119,6 +124,19 @@ def images() -> list[bytes]:
     return found
 
 
+def read_processor(content: bytes, folder: Path) -> None:
+    """The settings of images beside weights, and an image that is processed so."""
+    written(folder / "preprocessor_config.json", content)
+    processor = image_processor(VisionConfig(**VISION), ImageConfig(), folder)
+    processor.specials()
+    tiles = processor.tiles(np.zeros((3, 5, 3), np.uint8))
+    processor.text(tiles.rows, tiles.columns)
+
+
+def processors() -> list[bytes]:
+    return [text_of(ImageProcessor(VISION["image_size"], 32, split, 4).content()) for split in (True, False)]
+
+
 TARGETS: dict[str, Target] = {
     "json": Target(records("json", "json"), lambda: [text_of(ROWS), b"\xef\xbb\xbf [ {} , {\"a\": 1.5} ]\n"]),
     "jsonl": Target(records("jsonl", "jsonl"), lambda: [lines_of(ROWS), lines_of(CHATS), text_of(ROWS)]),
@@ -132,6 +150,7 @@ TARGETS: dict[str, Target] = {
     "labels": Target(read_labels, lambda: [b'["a", "b"]']),
     "conversations": Target(read_chats, lambda: [text_of(chat) for chat in CHATS]),
     "image": Target(lambda content, _: decode(content, "x"), images, weight=2),
+    "preprocessor_config": Target(read_processor, processors),
     "chat_template": Target(
         read_template, lambda: [text.encode() for text in CHAT_TEMPLATES.values()], (TemplateError,),
         weight=4, waits=20.0,
