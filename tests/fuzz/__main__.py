@@ -108,7 +108,8 @@ def _one(name: str, seconds: float, out: Path, seed: int) -> int:
     corpus, crashes = out / name / "corpus", out / name / "crashes"
     corpus.mkdir(parents=True, exist_ok=True)
     started = time.process_time()
-    for content in (*seeds, *targets.known().get(name, [])):
+    known = [one for one in targets.KNOWN.get(name, list)() if len(one) < MOST]
+    for content in (*seeds, *known):
         (corpus / hashlib.sha256(content).hexdigest()[:16]).write_bytes(content)
 
     def one(content: bytes) -> None:

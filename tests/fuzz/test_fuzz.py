@@ -16,7 +16,7 @@ from tests.fuzz import harness
 from tests.fuzz.__main__ import main, summed
 from tests.fuzz.harness import Counts, Target, feed
 from tests.fuzz.mutate import MOST, mutants
-from tests.fuzz.targets import TARGETS, known
+from tests.fuzz.targets import KNOWN, TARGETS
 from tests.records import append
 
 INPUTS = 200
@@ -36,10 +36,10 @@ def test_odd_bytes_end_in_a_documented_error(name: str) -> None:
     assert not counts.crashes, "\n".join(f"{content[:300]!r}\n{lines}" for content, lines in counts.crashes.values())
 
 
-@pytest.mark.parametrize("name", known())
+@pytest.mark.parametrize("name", KNOWN)
 def test_inputs_that_once_crashed_end_in_a_documented_error(name: str) -> None:
     target, counts = TARGETS[name], Counts()
-    for content in (target.seeds()[0], *known()[name]):
+    for content in (target.seeds()[0], *KNOWN[name]()):
         feed(target, content, counts)
     assert counts.read, "the seeds are of no use"
     assert not counts.crashes, "\n".join(f"{content[:300]!r}\n{lines}" for content, lines in counts.crashes.values())
