@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import os
@@ -11,7 +12,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from jaxcl.errors import UserError
 
@@ -50,14 +51,37 @@ def replacing(path: str | Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """Writes a file, atomically and not through a link.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Writes `value` as JSON, atomically.
 
     Raises:
       UserError: the file cannot be written.
     """
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+
+
+def open_end(path: str | Path) -> IO[bytes]:
+    """Opens a file to write behind its end; each write is in it at once.
+
+    Raises:
+      UserError: the file cannot be written, or is a link: what it leads to may belong to somebody else.
+    """
+    try:
+        file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        return os.fdopen(file, "ab", buffering=0)
+    except OSError as error:
+        words = "it is a link" if error.errno == errno.ELOOP and Path(path).is_symlink() else error.strerror
+        raise UserError(f"{path}: cannot be written: {words}") from error
 
 
 def read_text(path: str | Path) -> str:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from jaxcl.data.files import write_json
 from jaxcl.errors import UserError
 
 Row = Mapping[str, Any]
@@ -207,10 +208,7 @@ def _stored_id(folder: Path, name: str) -> str | None:
 
 
 def _store_id(folder: Path, name: str, run_id: str) -> None:
-    path = folder / "tracking.json"
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({**_ids(folder), name: run_id}, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_json(folder / "tracking.json", {**_ids(folder), name: run_id})
 
 
 def _ids(folder: Path) -> dict[str, str]:
