@@ -72,6 +72,15 @@ def parquet() -> bytes:
     return made(lambda path: pq.write_table(pa.table({"text": text}), path))
 
 
+def repeating() -> bytes:
+    """A text of a megabyte that 1,500 rows repeat, in less than 500 bytes."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    text = pa.array(["x" * 2**20]).take(pa.array([0] * 1500))
+    return made(lambda path: pq.write_table(pa.table({"text": text}), path, compression="zstd"))
+
+
 def overflowing() -> bytes:
     """A record whose shape has more elements than a machine word counts."""
     return (2**62).to_bytes(8, "little") * 2 + contents_of_store()[0][0][16:]
@@ -87,7 +96,7 @@ KNOWN: dict[str, Callable[[], list[bytes]]] = {
     "tokenizer": lambda: [repeated(b" ")],
     "tokenizer_config": lambda: [repeated(b" ")],
     "memory": lambda: [repeated(b" ")],
-    "parquet": lambda: [parquet()],
+    "parquet": lambda: [parquet(), repeating()],
     "preprocessor_config": lambda: [
         b"[]", repeated(b" "),
         text_of({"size": {"longest_edge": 10**9}, "max_image_size": {"longest_edge": 8}}),
