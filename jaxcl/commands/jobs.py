@@ -11,6 +11,7 @@ from pathlib import Path
 
 from jaxcl.config import ExperimentConfig
 from jaxcl.config.file import dump_yaml
+from jaxcl.data.files import open_end, write_text
 from jaxcl.errors import UserError
 
 _POLL_SECONDS = 0.1
@@ -64,8 +65,8 @@ def run_jobs(configs: Mapping[str, ExperimentConfig], jobs: int, folder: Path) -
 
 def _start(config: ExperimentConfig, folder: Path) -> subprocess.Popen[bytes]:
     path = folder / f"{Path(config.output).name}.yaml"
-    path.write_text(dump_yaml(config.plain()), encoding="utf-8")
-    with _log(config, folder).open("ab") as log:
+    write_text(path, dump_yaml(config.plain()))
+    with open_end(_log(config, folder)) as log:
         return subprocess.Popen(
             [sys.executable, "-m", "jaxcl", "run", str(path)],
             stdout=log,

@@ -5,18 +5,21 @@ from __future__ import annotations
 import datetime
 import fcntl
 import json
+import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
+from jaxcl.config.plain_yaml import UNREADABLE, load_yaml
 from jaxcl.data.formats.storage import is_url
 from jaxcl.errors import UserError
 from jaxcl.reporting.goodput import goodput
-from jaxcl.reporting.run_data import directions, read_results, scores, watched
+from jaxcl.reporting.run_data import ODD, directions, read_results, scores, watched
 
 _TAIL_BYTES = 1 << 16
+_WIDEST = 200  # characters of a cell of a table
+_ODD_CHARACTERS = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # a terminal would obey or refuse them
 _MEASURES = {"op": "OP", "bwt": "BWT", "fwt": "FWT", "forgetting": "forgetting"}
 
 
@@ -53,6 +56,13 @@ def show(folder: Path, url: str | None = None) -> str:
     """
     config = _config(folder)
     results = read_results(folder) if (folder / "results.json").is_file() else None
+    try:
+        return _ODD_CHARACTERS.sub("\ufffd", _summary_of(folder, config, results, url))
+    except ODD as error:
+        raise UserError(f"{folder}: its files do not hold what a run writes: {type(error).__name__}: {error}") from None
+
+
+def _summary_of(folder: Path, config: Mapping[str, Any], results: Mapping[str, Any] | None, url: str | None) -> str:
     kept = checkpoints(folder / "checkpoints")
     sections = [
         [*_head(url or folder, config, results), *_whereabouts(folder, config, results, kept, url)],
@@ -70,6 +80,7 @@ def table(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
     >>> table([["a", "1"], ["bcd", "10"]])
     ['a     1', 'bcd  10']
     """
+    rows = [[cell if len(cell) <= _WIDEST else f"{cell[: _WIDEST - 1]}…" for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     sides = ["<" if index < left else ">" for index in range(len(widths))]
     cells = [zip(row, sides, widths, strict=True) for row in rows]
@@ -97,9 +108,10 @@ def checkpoints(folder: Path) -> list[Checkpoint]:
         try:
             note = json.loads((place / "progress" / "metadata").read_text(encoding="utf-8"))
             progress = note["progress"]
-            learned = progress["phase"] == "learned"
-            found.append(Checkpoint(number, note["mark"], int(progress["task"]), learned, _bytes(place)))
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):  # being removed, or of another version
+            learned, mark = progress["phase"] == "learned", note["mark"]
+            mark = mark if mark is None else str(mark)[:_WIDEST]
+            found.append(Checkpoint(number, mark, int(progress["task"]), learned, _bytes(place)))
+        except (OSError, *ODD):  # being removed, or of another version
             continue
     return found
 
@@ -109,10 +121,11 @@ def _config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{folder}: not a run folder (no config.yaml)")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = load_yaml(path.read_text(encoding="utf-8"))
         names, method = [str(task["name"]) for task in content["tasks"]], str(content["method"]["name"])
-        return {**content, "seed": content["seed"], "output": str(content["output"]), "names": names, "method": method}
-    except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError, AttributeError, RecursionError):
+        seed, output = int(content["seed"]), str(content["output"])
+        return {"seed": seed, "output": output, "names": names, "method": method}
+    except (OSError, *UNREADABLE, *ODD):
         raise UserError(f"{path}: cannot be read as the configuration of a run") from None
 
 
@@ -163,7 +176,8 @@ def _name(config: Mapping[str, Any], task: int) -> str:
 def _in_use(folder: Path) -> bool:
     """Whether a process holds the folder's lock."""
     try:
-        with open(folder / ".lock", encoding="utf-8") as lock:
+        lock = os.open(folder / ".lock", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # it may be a pipe
+        with open(lock, "rb"):
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
@@ -252,7 +266,7 @@ def _memory(path: Path) -> Iterator[tuple[str, str]]:
             kind = "samples that the model wrote" if task["synthetic"] else f"of {task['count']} examples"
             yield str(latest["size"]), f"{kind}, {task['name']}"
             files |= latest["files"].keys()
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except (OSError, *ODD):
         raise UserError(f"{path}: cannot be read as the memory of a run") from None
     places = [path.with_suffix("") / name for name in files]
     if places := [place for place in places if place.is_file()]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import os
@@ -11,9 +12,12 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from jaxcl.errors import UserError
+
+# Bytes that text may have which was gzip, or how many times as many; text has seldom more than ten times as many.
+_UNPACKED, _TIMES = 2**28, 100
 
 
 def reason(error: OSError) -> str:
@@ -47,34 +51,85 @@ def replacing(path: str | Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """Writes a file, atomically and not through a link.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Writes `value` as JSON, atomically.
 
     Raises:
       UserError: the file cannot be written.
     """
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+
+
+def open_end(path: str | Path) -> IO[bytes]:
+    """Opens a file to write behind its end; each write is in it at once.
+
+    Raises:
+      UserError: the file cannot be written, or is a link: what it leads to may belong to somebody else.
+    """
+    try:
+        file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        return os.fdopen(file, "ab", buffering=0)
+    except OSError as error:
+        words = "it is a link" if error.errno == errno.ELOOP and Path(path).is_symlink() else error.strerror
+        raise UserError(f"{path}: cannot be written: {words}") from error
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a UTF-8 file, plain or gzip (recognised by its first bytes).
+    """The text of a UTF-8 file.
 
     Raises:
-      UserError: the file is missing, unreadable, damaged or not UTF-8.
+      UserError: the file is missing, unreadable or not UTF-8.
     """
     path = Path(path)
+    with _reading(path):
+        return _decoded(path.read_bytes(), path)
+
+
+def read_data_text(path: str | Path) -> str:
+    """The text of a UTF-8 file of data, plain or gzip (recognised by its first bytes).
+
+    Raises:
+      UserError: the file is missing, unreadable, damaged or not UTF-8, or gzip of more than 256 MiB and 100 times its
+        own size.
+    """
+    path = Path(path)
+    with _reading(path), path.open("rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+        file.seek(0)
+        if not packed:
+            return _decoded(file.read(), path)
+        most = max(_UNPACKED, _TIMES * path.stat().st_size)
+        content = gzip.GzipFile(fileobj=file).read(most + 1)
+    if len(content) > most:
+        raise UserError(f"{path} would be more than {most // 2**20:,} MiB of text, decompressed")
+    return _decoded(content, path)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
     try:
-        content = path.read_bytes()
-        if content[:2] == b"\x1f\x8b":
-            content = gzip.decompress(content)
-        return content.decode("utf-8-sig")
+        yield
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path} is a damaged gzip file: {error}") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {reason(error)}") from error
+
+
+def _decoded(content: bytes, path: Path) -> str:
+    try:
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise UserError(f"{path} line {line} is not UTF-8 text") from error

@@ -214,7 +214,7 @@ class _File:
             raise UserError(f"{self.path} record {position} cannot be read: {_first_line(error)}") from error
         try:
             return _unpack(content, self.fields)
-        except (struct.error, ValueError) as error:
+        except (struct.error, ValueError, OverflowError) as error:
             raise UserError(f"{self.path} record {position} does not hold what the store describes: {error}") from None
 
 

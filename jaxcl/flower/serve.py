@@ -14,7 +14,7 @@ from typing import Any
 
 from jaxcl.config import ExperimentConfig
 from jaxcl.config.file import dump_yaml, read_yaml, validate
-from jaxcl.data.files import write_json
+from jaxcl.data.files import write_json, write_text
 from jaxcl.errors import UserError
 from jaxcl.flower.grid import FlowerGrid
 from jaxcl.flower.link import check_installed, end, environment, tool
@@ -95,7 +95,7 @@ def serve(
     home = folder.absolute().with_name(f"{folder.name}.flower")  # not in the run folder, which is not there yet
     _write_app(home, superlink=f'[superlink.own]\naddress = "{address}"\n{trust}\n')
     limits = {"timeout": timeout, "patience": patience}
-    (home / _SERVER).write_text(dump_yaml({"config": config.plain(), **limits}), encoding="utf-8")
+    write_text(home / _SERVER, dump_yaml({"config": config.plain(), **limits}))
     command = [tool("flower-superlink"), *secured, "--host", host, "--port", port]
     link = subprocess.Popen(
         [*command, "--disable-runtime-dependency-installation"], env=environment(home), start_new_session=True
@@ -117,9 +117,9 @@ def _write_app(home: Path, *, superlink: str) -> None:
     app.mkdir(parents=True, exist_ok=True)
     for left in (_OUTCOME, _PID):
         (home / left).unlink(missing_ok=True)
-    (app / "pyproject.toml").write_text(_PROJECT, encoding="utf-8")
-    (app / "jaxcl_federated.py").write_text(_MODULE, encoding="utf-8")
-    (home / "config.toml").write_text(superlink, encoding="utf-8")
+    write_text(app / "pyproject.toml", _PROJECT)
+    write_text(app / "jaxcl_federated.py", _MODULE)
+    write_text(home / "config.toml", superlink)
 
 
 def _outcome(path: Path, link: subprocess.Popen[bytes]) -> dict[str, str]:
@@ -164,7 +164,7 @@ def run_server(flower: Any, path: Path) -> None:
     """
     content = read_yaml(path)
     outcome, own = path.with_name(_OUTCOME), path.with_name(_PID)
-    own.write_text(str(os.getpid()), encoding="utf-8")
+    write_text(own, str(os.getpid()))
     try:
         config = validate(ExperimentConfig, content["config"], "config")
         limits = {name: content[name] for name in ("timeout", "patience")}

@@ -10,6 +10,7 @@ from typing import Any
 
 from jaxcl.reporting.comparison_data import collect, comparison_table, read_comparison
 from jaxcl.reporting.comparison_page import render, render_overview
+from jaxcl.reporting.page import write_page
 
 __all__ = ["collect", "comparison_table", "read_comparison", "write_comparison", "write_overview"]
 
@@ -31,9 +32,9 @@ def write_comparison(folder: Path, runs: Sequence[Path], sweep: Mapping[str, Any
     folder = Path(folder)
     content = collect(folder, [Path(run) for run in runs], sweep)
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "comparison.json", json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_page(folder / "comparison.json", json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     path = folder / "comparison.html"
-    _write(path, render(content))
+    write_page(path, render(content))
     return path
 
 
@@ -57,11 +58,5 @@ def write_overview(path: Path, comparisons: Mapping[str, Path], title: str) -> P
         link = Path(os.path.relpath(Path(folder) / "comparison.html", path.parent)).as_posix()
         parts.append((heading, link, read_comparison(folder)))
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path, render_overview(title, parts))
+    write_page(path, render_overview(title, parts))
     return path
-
-
-def _write(path: Path, content: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(content, encoding="utf-8", errors="replace")
-    os.replace(partial, path)

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from jaxcl.errors import UserError
 from jaxcl.reporting.frontier import Point, choose, measured
 from jaxcl.reporting.page import number
-from jaxcl.reporting.run_data import directions, read_results, scores, unit
+from jaxcl.reporting.run_data import ODD, directions, read_results, scores, unit
 
 #: Compared measures, in the order of the table's columns: field, heading, whether more is better.
 MEASURES: tuple[tuple[str, str, bool], ...] = (
@@ -51,7 +51,7 @@ def read_comparison(folder: Path) -> dict[str, Any]:
         content["methods"], content["tasks"]
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
-    except (ValueError, KeyError, TypeError):
+    except ODD:
         raise UserError(f"{path}: not a jaxcl comparison") from None
     return dict(content)
 

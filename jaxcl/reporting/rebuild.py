@@ -7,6 +7,7 @@ from pathlib import Path
 from jaxcl.errors import UserError
 from jaxcl.reporting.comparison import read_comparison, write_comparison, write_overview
 from jaxcl.reporting.report import write_report
+from jaxcl.reporting.run_data import ODD
 
 
 def rebuild(folder: Path) -> Path:
@@ -24,6 +25,14 @@ def rebuild(folder: Path) -> Path:
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
+    try:
+        return _rebuild(folder)
+    except ODD as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{folder}: its files do not hold what runs write: {reason}") from error
+
+
+def _rebuild(folder: Path) -> Path:
     if (folder / "comparison.json").is_file():
         content = read_comparison(folder)
         if (sweep := content.get("sweep")) is None:

@@ -15,7 +15,7 @@ from jaxcl.reporting.federated import clients_section
 from jaxcl.reporting.goodput import goodput
 from jaxcl.reporting.matrix_table import matrix_table
 from jaxcl.reporting.page import card, details, duration, figure, number, page, section, size, table, text, write_page
-from jaxcl.reporting.run_data import RunData, read_run, scores, unit, watched
+from jaxcl.reporting.run_data import ODD, RunData, read_run, scores, unit, watched
 from jaxcl.reporting.samples import task_samples
 from jaxcl.reporting.style import DASH
 from jaxcl.reporting.tables import table_sections
@@ -49,7 +49,7 @@ def write_report(run_folder: Path) -> Path:
     run = read_run(Path(run_folder))
     try:
         content = render(run)
-    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
+    except ODD as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{run.folder}: its files do not hold what a run writes: {reason}") from error
     return write_page(run.folder / "report.html", content)
@@ -90,7 +90,7 @@ def headline(results: Mapping[str, Any]) -> str:
         shown = number(value, signed=name in ("bwt", "fwt", "gain"))
         cards.append(card(title, shown, points.strip() if value is not None else "", meaning, tone))
     seconds = results.get("seconds")
-    if isinstance(seconds, int | float):
+    if isinstance(seconds, int | float) and np.isfinite(seconds):
         scales = ((100, 1, "s"), (6000, 60, "min"), (np.inf, 3600, "h"))
         _, scale, name = next(one for one in scales if seconds < one[0])
         digits = 0 if scale == 1 and seconds >= 10 else 1

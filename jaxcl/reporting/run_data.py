@@ -15,7 +15,11 @@ from jaxcl.errors import UserError
 
 # Spikes of a task that are named; the others are counted.
 _SPIKES = 10
+#: What code raises for JSON values of other kinds than a run writes.
+ODD = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError)
 _NEEDED = ("method", "seed", "tasks", "metric", "matrix")
+# Above, a matrix needs a file that has its numbers. And what arrays of a file may take, which are compressed.
+_MOST_CELLS, _MOST_BYTES = 2**20, 2**28
 _OBJECTS = ("timing", "data", "versions", "further", "extra", "steps")
 
 
@@ -98,7 +102,7 @@ def read_results(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not a jaxcl result: timing holds something else than seconds")
     try:
         scores(results)
-    except (TypeError, ValueError):
+    except ODD:
         raise UserError(f"{path}: not a jaxcl result: matrix is not a list of rows of numbers") from None
     return results
 
@@ -107,6 +111,8 @@ def scores(results: dict[str, Any]) -> Float[np.ndarray, "rows tasks"]:
     """The matrix of results (or of one of the further measures); NaN if not measured."""
     rows = results["matrix"]
     count = len(results["metric"])
+    if len(rows) * count > max(_MOST_CELLS, sum(map(len, rows))):
+        raise ValueError(f"{len(rows)} rows of {count} tasks, most of them empty")
     filled = np.full((len(rows), count), np.nan)
     for index, row in enumerate(rows):
         filled[index, : len(row)] = [np.nan if value is None else float(value) for value in row]
@@ -203,6 +209,8 @@ def _arrays(path: Path, folder: str, problems: list[str]) -> dict[str, Shaped[np
     try:
         # Opened here, because numpy does not close a file that is not an archive.
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
+            if sum(part.file_size for part in stored.zip.infolist()) > _MOST_BYTES:
+                raise ValueError(f"more than {_MOST_BYTES // 2**20} MiB of arrays")
             return {name: stored[name] for name in stored.files}
     except Exception as error:  # zipfile, zlib and numpy have no error type for damaged files
         problems.append(f"{folder}/{path.name}: cannot be read: {str(error) or type(error).__name__}")

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from jaxcl.data.files import replacing
+from jaxcl.data.files import open_end, reason, replacing
+from jaxcl.errors import UserError
 from jaxcl.run.missing import say_missing_rows
 
 
@@ -46,9 +47,15 @@ class Rounds:
         Args:
           kind: `round` or `shared`.
           row: its values by name.
+
+        Raises:
+          UserError: the file cannot be written, or is a link.
         """
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"kind": kind, **row}) + "\n")
+        with open_end(self._path) as file:
+            try:
+                file.write((json.dumps({"kind": kind, **row}) + "\n").encode())
+            except OSError as error:
+                raise UserError(f"{self._path}: cannot be written: {reason(error)}") from error
         self.count += 1
 
 

@@ -45,13 +45,18 @@ def unpack(content: bytes) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as stored:
-            words = json.loads(stored[_WORDS].tobytes())
-            arrays = {name.removeprefix("arrays/"): stored[name] for name in stored.files if name != _WORDS}
-    except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile, RecursionError) as error:
+            sizes = [part.file_size for part in stored.zip.infolist() if part.compress_type == zipfile.ZIP_STORED]
+            if len(sizes) < len(stored.files) or sum(sizes) > len(content):
+                raise ValueError("it is compressed, or holds more than its bytes")
+            found = {name: stored[name] for name in stored.files}
+        words = json.loads(found.pop(_WORDS).tobytes())
+    except Exception as error:  # zipfile, zlib and numpy have no error type for damaged files
         raise UserError(f"a message cannot be read: {type(error).__name__}") from None
     if not isinstance(words, dict):
         raise UserError("a message cannot be read: its words are not an object")
-    return arrays, words
+    if not all(isinstance(array, np.ndarray) for array in found.values()):
+        raise UserError("a message cannot be read: it holds something else than arrays")
+    return {name.removeprefix("arrays/"): array for name, array in found.items()}, words
 
 
 def paths(tree: PyTree) -> list[str]:

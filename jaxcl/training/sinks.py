@@ -9,11 +9,11 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 import jax
 
-from jaxcl.data.files import replacing
+from jaxcl.data.files import open_end, replacing
 from jaxcl.errors import UserError
 from jaxcl.training.trackers import TRACKERS, Tracked, check_tracker
 
@@ -51,15 +51,15 @@ class JsonLines:
             `None` keeps everything.
 
         Raises:
-          UserError: the file cannot be written.
+          UserError: the file cannot be written, or is a link.
         """
         self.path = Path(path)
         self.steps = 0
         try:
             if after is not None and self.path.exists():
                 self._truncate(after)
-            # Unbuffered: a row is in the file when `write` returns, and `close` has nothing left to write.
-            self._file: IO[bytes] = open(self.path, "ab", buffering=0)  # noqa: SIM115
+            # A row is in the file when `write` returns, and `close` has nothing left to write.
+            self._file = open_end(self.path)
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written: {error.strerror}") from error
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from jaxcl.data.files import write_json
 from jaxcl.errors import UserError
 
 Row = Mapping[str, Any]
@@ -207,19 +208,16 @@ def _stored_id(folder: Path, name: str) -> str | None:
 
 
 def _store_id(folder: Path, name: str, run_id: str) -> None:
-    path = folder / "tracking.json"
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({**_ids(folder), name: run_id}, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_json(folder / "tracking.json", {**_ids(folder), name: run_id})
 
 
 def _ids(folder: Path) -> dict[str, str]:
     """Ids of the trackers' runs that belong to a run folder, by tracker."""
     try:
         found = json.loads((folder / "tracking.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return {name: one for name, one in found.items() if isinstance(one, str)} if isinstance(found, dict) else {}
 
 
 def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -1,10 +1,11 @@
+import gzip
 import re
 
 import pytest
 from pydantic import ValidationError
 
-from jaxcl.data import spec
-from jaxcl.data.files import read_text, replacing, write_json
+from jaxcl.data import files, spec
+from jaxcl.data.files import read_data_text, read_text, replacing, write_json
 from jaxcl.data.spec import DataConfig, TaskSpec, TokenizerConfig
 from jaxcl.errors import UserError
 
@@ -42,6 +43,20 @@ def test_tasks_are_nested_and_checked():
             TaskSpec(**{"name": "x", "source": "text:x", **values})
     with pytest.raises(ValidationError, match="262"):
         TokenizerConfig(vocab_size=100)
+
+
+def test_settings_are_not_unpacked_and_data_within_bounds(tmp_path, monkeypatch):
+    path = tmp_path / "file.json"
+    path.write_bytes(gzip.compress(b"a" * 4000))
+    with pytest.raises(UserError, match="line 1 is not UTF-8 text"):
+        read_text(path)
+    assert read_data_text(path) == "a" * 4000
+    monkeypatch.setattr(files, "_UNPACKED", 3999)
+    monkeypatch.setattr(files, "_TIMES", 1)
+    with pytest.raises(UserError, match="would be more than 0 MiB of text, decompressed"):
+        read_data_text(path)
+    monkeypatch.setattr(files, "_TIMES", 4000)
+    assert read_data_text(path) == "a" * 4000
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

@@ -210,3 +210,11 @@ def test_a_record_that_is_not_as_described_is_one_line(tmp_path, record):
     store = TeacherStore.open(described(tmp_path / "store", KNOWN | {"fields": ONE, "keys": [3]}, record))
     with pytest.raises(UserError, match="record 0 does not hold what the store describes"):
         store.get(3)
+
+
+def test_a_record_whose_shape_has_more_elements_than_a_machine_word_counts_is_one_line(tmp_path):
+    fields = {"x": {"dtype": "float32", "rank": 2}}
+    shape = (2**62).to_bytes(8, "little") * 2
+    store = TeacherStore.open(described(tmp_path / "store", KNOWN | {"fields": fields, "keys": [3]}, shape))
+    with pytest.raises(UserError, match="record 0 does not hold what the store describes"):
+        store.get(3)

@@ -58,9 +58,11 @@ def main() -> int:
         note.unlink(missing_ok=True)
         with open(options.out / name / "log.txt", "w") as log:
             code = subprocess.run([*command, "--seed", str(seed)], stdout=log, stderr=log).returncode
-        none = {"inputs": 0, "read": 0, "seconds": 0.0, "line": name, "crashes": []}
+        none = {"inputs": 0, "read": 0, "changed": 0, "seconds": 0.0, "line": name, "crashes": []}
         counts = json.loads(note.read_text()) if note.exists() else none
         ended = "" if code in (0, 1) else f"  ended with {code}, see {log.name}"
+        if not (counts["changed"] or ended):
+            ended = "  no changed input could be read: nothing behind the first check was tried"
         print(counts["line"] + ended, flush=True)
         del counts["line"]
         append(options.record, {"reader": name, **counts, "guided": GUIDED, "seed": seed, "ended": ended.strip()})
@@ -98,13 +100,16 @@ def _one(name: str, seconds: float, out: Path, seed: int) -> int:
     else:
         from tests.fuzz import targets
     from tests.fuzz.harness import Counts, feed
-    from tests.fuzz.mutate import mutants
+    from tests.fuzz.mutate import MOST, mutants
 
-    target, counts, until = targets.TARGETS[name], Counts(), time.monotonic() + seconds
+    target = targets.TARGETS[name]
+    seeds = target.seeds()
+    counts, until = Counts(seeds=set(seeds)), time.monotonic() + seconds
     corpus, crashes = out / name / "corpus", out / name / "crashes"
     corpus.mkdir(parents=True, exist_ok=True)
     started = time.process_time()
-    for content in target.seeds():
+    known = [one for one in targets.KNOWN.get(name, list)() if len(one) < MOST]
+    for content in (*seeds, *known):
         (corpus / hashlib.sha256(content).hexdigest()[:16]).write_bytes(content)
 
     def one(content: bytes) -> None:
@@ -117,12 +122,13 @@ def _one(name: str, seconds: float, out: Path, seed: int) -> int:
         if len(counts.crashes) > known or counts.inputs % 100 == 0 or time.monotonic() > until:
             # The process's own time: what else the machine does changes no rate.
             seconds_used = round(time.process_time() - started, 1)
-            found = {"inputs": counts.inputs, "read": counts.read, "seconds": seconds_used, "line": counts.line(name)}
-            (out / name / "counts.json").write_text(json.dumps({**found, "crashes": list(counts.crashes)}))
+            found = {"inputs": counts.inputs, "read": counts.read, "changed": counts.changed, "seconds": seconds_used}
+            found |= {"crashes": list(counts.crashes)}
+            (out / name / "counts.json").write_text(json.dumps({**found, "line": counts.line(name)}))
 
     if GUIDED:
         limits = [f"-max_total_time={int(seconds) + 1}", f"-timeout={_STUCK}", f"-rss_limit_mb={_MEGABYTES}"]
-        where = [f"-artifact_prefix={out / name}/", f"-seed={seed}", "-max_len=65536", str(corpus)]
+        where = [f"-artifact_prefix={out / name}/", f"-seed={seed}", f"-max_len={MOST}", str(corpus)]
         atheris.Setup([sys.argv[0], *limits, *where], one)
         atheris.Fuzz()
     for content in mutants([path.read_bytes() for path in sorted(corpus.iterdir())], seed):

@@ -20,7 +20,8 @@ _TEXTS = (
     b'"', b"2024-99-99",
 )  # fmt: skip
 _NUMBERS = (0, 1, 2, 127, 255, 65535, 2**31 - 1, 2**31, 2**32 - 1, 2**60, 2**63 - 1, 2**63, 2**64 - 1)
-_MOST = 2**16  # bytes of an input
+#: Bytes of an input: no seed has more.
+MOST = 2**18
 
 
 def mutants(seeds: Sequence[bytes], seed: int) -> Iterator[bytes]:
@@ -35,7 +36,7 @@ def mutants(seeds: Sequence[bytes], seed: int) -> Iterator[bytes]:
         content = bytearray(chance.choice(seeds))
         for _ in range(chance.choice((1, 1, 1, 2, 4, 16))):
             _change(content, seeds, chance)
-        yield bytes(content[:_MOST])
+        yield bytes(content[:MOST])
 
 
 def _tree(content: bytes) -> Any:

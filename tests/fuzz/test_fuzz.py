@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import threading
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from tests.fuzz.__main__ import summed
+from tests import records
+from tests.fuzz import harness
+from tests.fuzz.__main__ import main, summed
 from tests.fuzz.harness import Counts, Target, feed
-from tests.fuzz.mutate import mutants
-from tests.fuzz.targets import TARGETS
+from tests.fuzz.mutate import MOST, mutants
+from tests.fuzz.targets import KNOWN, TARGETS
 from tests.records import append
 
 INPUTS = 200
@@ -18,10 +24,23 @@ INPUTS = 200
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_odd_bytes_end_in_a_documented_error(name: str) -> None:
-    target, counts = TARGETS[name], Counts()
-    for content in islice(mutants(target.seeds(), 18), INPUTS // target.weight):
+    target = TARGETS[name]
+    seeds = target.seeds()
+    assert max(map(len, seeds)) < MOST, "changes of what is behind would be cut"
+    counts = Counts(seeds=set(seeds))
+    for content in islice(mutants(seeds, 18), INPUTS // target.weight):
         feed(target, content, counts)
     assert counts.inputs == INPUTS // target.weight
+    assert counts.read > counts.changed, "the seeds are of no use"
+    assert counts.changed, "no changed input could be read: nothing behind the first check was tried"
+    assert not counts.crashes, "\n".join(f"{content[:300]!r}\n{lines}" for content, lines in counts.crashes.values())
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_inputs_that_once_crashed_end_in_a_documented_error(name: str) -> None:
+    target, counts = TARGETS[name], Counts()
+    for content in (target.seeds()[0], *KNOWN[name]()):
+        feed(target, content, counts)
     assert counts.read, "the seeds are of no use"
     assert not counts.crashes, "\n".join(f"{content[:300]!r}\n{lines}" for content, lines in counts.crashes.values())
 
@@ -38,6 +57,43 @@ def test_a_crash_and_a_hang_are_noticed() -> None:
         feed(Target(read, lambda: []), content, counts)
     assert (counts.inputs, counts.read) == (4, 1)
     assert sorted(counts.crashes) == ["Hang at outside", "KeyError at outside"]
+
+
+def test_who_waits_without_an_end_or_takes_too_much_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Linux: elsewhere, memory is not limited."""
+    monkeypatch.setattr(harness, "MEMORY", 2**26)
+    monkeypatch.setattr(harness, "_SPACE", 2**28)
+
+    def read(content: bytes, folder: object) -> None:
+        if content == b"waits":
+            threading.Event().wait()
+        size = {b"much": 2**27, b"far too much": 2**40}.get(content, 0)
+        np.ones(size, np.uint8)
+
+    target = Target(read, lambda: [], waits=0.2)
+    counts = Counts(inputs=1)
+    for content in (b"fine", b"waits", b"much", b"far too much"):
+        feed(target, content, counts)
+    assert (counts.inputs, counts.read) == (5, 2)
+    assert sorted(counts.crashes) == ["Hang at outside", "MemoryError at outside", "TooLarge at outside"]
+
+
+def test_a_target_whose_readers_are_never_reached_fails_a_long_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    counts = {"inputs": 900, "read": 3, "changed": 0, "seconds": 1.0, "line": "parquet 900", "crashes": []}
+
+    def one(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        (tmp_path / "parquet" / "counts.json").write_text(json.dumps(counts))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", one)
+    monkeypatch.setattr(records, "_commit", lambda: "x")
+    monkeypatch.setattr("sys.argv", ["fuzz", "parquet", "--out", str(tmp_path), "--record", str(tmp_path / "record")])
+    assert main() == 1
+    assert "parquet 900  no changed input could be read" in capsys.readouterr().out
+    counts["changed"] = 1
+    assert main() == 0
 
 
 def test_inputs_of_several_rounds_add_up(tmp_path: Path) -> None:

@@ -133,6 +133,15 @@ def test_runs_of_other_tasks_are_refused(tmp_path: Path, runs: list[Path]) -> No
         read_comparison(tmp_path)
 
 
+def test_pages_are_not_written_through_a_link(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "runs" / "a", "replay", tasks=2)
+    (tmp_path / "other").write_text("mine")
+    for name in ("comparison.json.partial", "comparison.html.partial"):
+        (tmp_path / "runs" / name).symlink_to(tmp_path / "other")
+    write_comparison(tmp_path / "runs", [folder])
+    assert (tmp_path / "other").read_text() == "mine"
+
+
 def test_rebuilding_finds_out_what_a_folder_is(tmp_path: Path) -> None:
     run = make_run(tmp_path / "all" / "one" / "seekr-seed0", "seekr", tasks=2)
     page = write_comparison(run.parent, [run])

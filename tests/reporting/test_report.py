@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from jaxcl.errors import UserError
+from jaxcl.reporting import run_data
 from jaxcl.reporting.report import headline, write_report
 from jaxcl.reporting.run_data import _tables
 from jaxcl.reporting.style import MINUS
@@ -230,3 +231,14 @@ def test_a_page_is_not_written_through_a_link(tmp_path: Path) -> None:
     (folder / "report.html.partial").symlink_to(tmp_path / "other")
     report_of(folder)
     assert (tmp_path / "other").read_text() == "mine"
+
+
+def test_arrays_that_would_take_far_more_than_their_file_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_run(tmp_path / "run", "seekr", tasks=1)
+    assert run_data.read_run(folder).tables
+    monkeypatch.setattr(run_data, "_MOST_BYTES", 100)
+    run = run_data.read_run(folder)
+    assert not run.tables
+    assert run.problems == ["importance/after00.npz: cannot be read: more than 0 MiB of arrays"]

@@ -9,6 +9,7 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from jaxcl.errors import UserError
+from jaxcl.run.rounds import Rounds
 from jaxcl.training.sinks import JsonLines, Progress, TensorBoard, open_sinks
 
 
@@ -106,6 +107,31 @@ def test_progress_can_be_silent(capsys: pytest.CaptureFixture[str]) -> None:
     progress.advance(1.0, 1.0)
     progress.close()
     assert capsys.readouterr().err == ""
+
+
+def test_a_log_is_not_written_through_a_link(tmp_path: Path) -> None:
+    path, other = tmp_path / "metrics.jsonl", tmp_path / "other"
+    path.symlink_to(other)  # that is not there
+    for after in (None, 2):
+        with pytest.raises(UserError, match=r"metrics\.jsonl: cannot be written: it is a link$"):
+            JsonLines(path, after=after)
+    assert not other.exists()
+    other.write_text(line := json.dumps(row(1)) + "\n")
+    with pytest.raises(UserError, match="it is a link"):
+        JsonLines(path)
+    sink = JsonLines(path, after=1)  # is replaced
+    sink.write(row(2))
+    sink.close()
+    assert other.read_text() == line
+    assert not path.is_symlink()
+    rounds = Rounds(tmp_path / "rounds.jsonl")
+    rounds.note("round", task=0)
+    assert (tmp_path / "rounds.jsonl").read_text() == '{"kind": "round", "task": 0}\n'
+    (tmp_path / "rounds.jsonl").unlink()
+    (tmp_path / "rounds.jsonl").symlink_to(other)
+    with pytest.raises(UserError, match=r"rounds\.jsonl: cannot be written: it is a link$"):
+        rounds.note("round", task=0)
+    assert other.read_text() == line
 
 
 @pytest.mark.parametrize("line", [b"5", b"[1]", b'{"step": "x"}', b"\xff\xfe", b"[" * 100_000, b"1" * 5000, b"null"])

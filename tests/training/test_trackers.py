@@ -15,6 +15,7 @@ from jaxcl.errors import UserError
 from jaxcl.training import trackers
 from jaxcl.training.config import TrainingConfig
 from jaxcl.training.sinks import check_sinks, open_sinks
+from jaxcl.training.trackers import Tracked
 
 ROW = {"step": 3, "task": 0, "kind": "memory", "loss": 0.5, "name": "text"}
 CONFIG = {"seed": 1, "tasks": [{"name": "a"}, {"name": "b"}]}
@@ -137,6 +138,15 @@ def test_mlflow_starts_anew_where_its_run_is_gone(tmp_path: Path, mlflow: Record
     track(tmp_path / "run", "mlflow")
     track(tmp_path / "run", "mlflow")
     assert len(mlflow.named("create_run")) == 2
+
+
+def test_ids_are_not_written_through_a_link(tmp_path: Path, wandb: Recorder) -> None:
+    (tmp_path / "other").write_text("mine")
+    for name in ("tracking.json", "tracking.partial"):
+        (tmp_path / name).symlink_to(tmp_path / "other")
+    Tracked("wandb", tmp_path, {}).close()
+    assert (tmp_path / "other").read_text() == "mine"
+    assert "wandb" in json.loads((tmp_path / "tracking.json").read_text())
 
 
 def test_two_trackers_keep_their_ids_side_by_side(tmp_path: Path, wandb: Recorder, mlflow: Recorder) -> None:

@@ -13,7 +13,7 @@ import tensorflow_datasets as tfds
 
 from jaxcl.data.builders.base import ManualBuilder, Row
 from jaxcl.data.builders.manual import Layout
-from jaxcl.data.files import parse_json, read_text, split_lines
+from jaxcl.data.files import parse_json, read_data_text, split_lines
 from jaxcl.data.values import lone_surrogate
 from jaxcl.errors import UserError
 
@@ -197,7 +197,7 @@ class _Das(ManualBuilder):
         """Passages, or labelled rows; see `ManualBuilder.read`."""
         if self.builder_config.name == "domain":
             (path,) = files["train"]
-            lines = (line.strip() for line in split_lines(read_text(path)))
+            lines = (line.strip() for line in split_lines(read_data_text(path)))
             return {"train": [{"text": line} for line in lines if line]}
         splits = {
             split: [row for path in paths for row in _labelled(path, self.domain)] for split, paths in files.items()
@@ -285,11 +285,11 @@ def _labelled(path: Path, domain: Domain) -> Iterator[Row]:
     """Rows of a file: JSON lines with text and label, or, as in the archive, an object of sentences by id."""
     fields = {"text": "text", "label": "label"} | ({"aspect": "aspect"} if domain.aspect else {})
     if ".jsonl" in path.suffixes:
-        lines = enumerate(split_lines(read_text(path)), 1)
+        lines = enumerate(split_lines(read_data_text(path)), 1)
         rows = [(f"line {number}", parse_json(line, path, number)) for number, line in lines if line.strip()]
     else:
         fields = {"text": "sentence", "label": "polarity", "aspect": "term"}
-        content = parse_json(read_text(path), path)
+        content = parse_json(read_data_text(path), path)
         if not isinstance(content, dict):
             raise UserError(f"{path}: expected {_ASPECT_OBJECT}")
         rows = [(f"entry {name}", row) for name, row in content.items()]

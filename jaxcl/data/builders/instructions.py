@@ -10,7 +10,7 @@ import tensorflow_datasets as tfds
 
 from jaxcl.data.builders.base import ManualBuilder, Row
 from jaxcl.data.builders.manual import Layout
-from jaxcl.data.files import parse_json, read_text
+from jaxcl.data.files import parse_json, read_data_text
 from jaxcl.data.values import as_text
 from jaxcl.errors import UserError
 
@@ -107,7 +107,7 @@ class Superni(_Instructions):
 
 
 def _pairs(path: Path) -> list[Row]:
-    rows = parse_json(read_text(path), path)
+    rows = parse_json(read_data_text(path), path)
     if not isinstance(rows, list):
         raise UserError(f'{path}: expected a JSON list of {{"prompt": ..., "answer": ...}}')
     found: list[Row] = []

@@ -59,6 +59,7 @@ _FORMATS: dict[str, Format] = {
 }
 #: Schemes of sources whose rest is a file, a folder or a glob.
 SCHEMES: tuple[str, ...] = tuple(_FORMATS)
+_LABELS = 2**24  # bytes of `labels.json`
 
 
 @dataclass(frozen=True)
@@ -219,7 +220,11 @@ def _labels(entries: Sequence[Entry]) -> tuple[str, ...]:
     entry = next((entry for entry in entries if entry.name == "labels.json"), None)
     if entry is None:
         return ()
-    content = b"".join(without_mark(streams.blocks(entry.path)))
+    content = b""
+    for block in without_mark(streams.blocks(entry.path)):
+        content += block
+        if len(content) > _LABELS:
+            raise UserError(f"{entry.path} has more than {_LABELS // 2**20} MiB; expected a JSON list of label names")
     try:
         labels = parse_json(content.decode("utf-8"), entry.path)
     except UnicodeDecodeError as error:

@@ -171,6 +171,8 @@ class _Window:
         self._dropped += self._at
         added: list[str] = []
         wanted = len(kept)
+        if wanted > streams.LONGEST:
+            raise self.error(f"a value has more than {streams.LONGEST // 2**20} million characters")
         for chunk in self._chunks:
             added.append(chunk)
             wanted -= len(chunk)

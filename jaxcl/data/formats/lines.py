@@ -22,6 +22,10 @@ _END = re.compile(rb"\r\n|\r|\n")
 _MARK = b"\xef\xbb\xbf"
 
 
+class _TooLongError(Exception):
+    """A line has more bytes than it may have."""
+
+
 def line_parts(path: str) -> list[Part]:
     """The parts of a file of lines: ranges of about 32 MiB; the whole file if it is compressed."""
     size = storage.stat(path).size
@@ -57,9 +61,10 @@ def without_mark(blocks: Iterator[bytes]) -> Iterator[bytes]:
     yield from blocks
 
 
-def whole_lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
+def whole_lines(blocks: Iterable[bytes], longest: int | None = None) -> Iterator[bytes]:
     r"""Cuts blocks anew so that each ends at the end of a line, never within `\r\n`; the last may lack its end."""
     kept: list[bytes] = []  # the beginning of a line, which may be longer than a block
+    size = 0
     for block in blocks:
         if kept and kept[-1].endswith(b"\r"):  # only now it is known whether a line feed follows
             if block.startswith(b"\n"):
@@ -73,6 +78,9 @@ def whole_lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
             kept = []
         if cut < len(block):
             kept.append(block[cut:])
+        size = len(block) - cut if cut or len(kept) == 1 else size + len(block)
+        if longest is not None and size > longest:
+            raise _TooLongError
     if kept:
         yield b"".join(kept)
 
@@ -81,20 +89,23 @@ def texts(part: Part, numbering: Numbering) -> Iterator[str]:
     """The text of the lines of a part, in blocks of whole lines, with their ends as they are.
 
     Raises:
-      UserError: a line is not UTF-8 text or holds a NUL byte; or the file cannot be read.
+      UserError: a line is not UTF-8 text, holds a NUL byte or has more than `streams.LONGEST` bytes; or the file
+        cannot be read.
     """
     before = 0
-    for block in whole_lines(part_blocks(part)):
-        try:
-            text = block.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(not_utf8(numbering, before, block, error.start)) from error
-        if (nul := block.find(b"\0")) >= 0:
-            raise UserError(
-                f"{numbering.at(before + line_ends(block[:nul]) + 1)} holds a NUL byte; expected UTF-8 text"
-            )
-        yield text
-        before += line_ends(block)
+    try:
+        for block in whole_lines(part_blocks(part), streams.LONGEST):
+            try:
+                text = block.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(not_utf8(numbering, before, block, error.start)) from error
+            if (nul := block.find(b"\0")) >= 0:
+                number = before + line_ends(block[:nul]) + 1
+                raise UserError(f"{numbering.at(number)} holds a NUL byte; expected UTF-8 text")
+            yield text
+            before += line_ends(block)
+    except _TooLongError:
+        raise UserError(f"{numbering.at(before + 1)} has more than {streams.LONGEST // 2**20} MiB") from None
 
 
 def line_lists(part: Part, numbering: Numbering) -> Iterator[list[str]]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 # Bytes and rows that are decoded at once, at most (about, for the bytes).
 _BATCH_BYTES, _BATCH_ROWS = 2**21, 1024
+_TEXTS = ("STRING", "NONE")
 
 
 def parquet_parts(path: str) -> list[Part]:
@@ -62,9 +63,20 @@ def _values(column: pa.Array) -> list[Any]:
     import pyarrow as pa
 
     kinds = pa.types
+    if kinds.is_dictionary(column.type):  # the same object for equal values, of which there may be many long ones
+        used = column.indices.unique().drop_null()
+        known = dict(zip(used.to_pylist(), column.dictionary.take(used).to_pylist(), strict=True))
+        return [known.get(index) for index in column.indices.to_pylist()]
     if kinds.is_timestamp(column.type) or kinds.is_time(column.type) or kinds.is_date(column.type):
         column = column.cast("string")
     return column.to_pylist()
+
+
+def _repeated(file: pq.ParquetFile) -> list[str]:
+    """Columns of text or bytes that may be stored once and repeated: a small file could stand for gigabytes."""
+    columns = [file.schema.column(index) for index in range(len(file.schema))]
+    texts = [one for one in columns if one.physical_type == "BYTE_ARRAY" and one.logical_type.type in _TEXTS]
+    return [one.path for one in texts if one.max_repetition_level == 0]
 
 
 @contextmanager
@@ -79,8 +91,15 @@ def _opened(path: str) -> Iterator[pq.ParquetFile]:
             if head != b"PAR1":
                 raise UserError(f"{path} is not a parquet file, or is damaged: its first bytes are not PAR1")
             # Columns are read through a buffer of this size instead of whole.
-            with pq.ParquetFile(file, buffer_size=2**20, pre_buffer=False) as opened:
-                yield opened
+            options: dict[str, Any] = {"buffer_size": 2**20, "pre_buffer": False}
+            with pq.ParquetFile(file, **options) as opened:
+                texts = _repeated(opened)
+                if not texts:
+                    yield opened
+            if texts:
+                file.seek(0)
+                with pq.ParquetFile(file, read_dictionary=texts, **options) as opened:
+                    yield opened
         except UnicodeDecodeError as error:
             raise UserError(f"{path} is a damaged parquet file: its text is not UTF-8") from error
         except (pa.ArrowException, OSError) as error:

@@ -14,6 +14,8 @@ from jaxcl.errors import UserError
 
 #: Bytes that are read at once.
 BLOCK = 2**20
+#: Bytes that a line or a record may have: what is compressed may stand for a thousand times as many.
+LONGEST = 2**25
 #: What the names of compressed files end in.
 COMPRESSED = (".gz", ".zst", ".xz")
 _MAGIC = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd", "xz": b"\xfd7zXZ\x00"}

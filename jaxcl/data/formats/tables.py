@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+from collections import Counter
 from collections.abc import Iterator
 
 from jaxcl.data.formats.base import Numbering, Part, Record, Where
@@ -78,7 +79,8 @@ def _records(numbering: Numbering, rows: Iterator[tuple[int, list[str]]]) -> Ite
 
 def _header(where: str, row: list[str]) -> list[str]:
     names = [name.strip() for name in row]
-    twice = next((name for name in names if names.count(name) > 1), None)
+    counts = Counter(names)
+    twice = next((name for name in names if counts[name] > 1), None)
     if twice is not None or not any(names):
         wrong = f"names the field {twice!r} twice" if twice else "has fields without a name"
         raise UserError(f"{where} {wrong}; expected a header with the names of the fields")

@@ -14,8 +14,8 @@ from jaxcl.errors import UserError
 IMAGE, AROUND, GLOBAL = "<image>", "<fake_token_around_image>", "<global-img>"
 #: Resampling filter of Pillow: Lanczos.
 LANCZOS = 1
-#: Longest side that an image is enlarged to.
-_LARGEST = 4096
+#: Longest side that an image is enlarged to, and what a file may ask for.
+_LARGEST, _MOST = 4096, 2**20
 
 
 class Tiles(NamedTuple):
@@ -50,7 +50,7 @@ class ImageProcessor(NamedTuple):
     resample: int = LANCZOS
 
     @classmethod
-    def read(cls, content: Mapping[str, Any], tile: int, image_tokens: int, where: str) -> ImageProcessor:
+    def read(cls, content: Any, tile: int, image_tokens: int, where: str) -> ImageProcessor:
         """The processor of a `preprocessor_config.json`.
 
         Args:
@@ -62,6 +62,8 @@ class ImageProcessor(NamedTuple):
         Raises:
           UserError: a value is not supported, or the file is for a model of another image size.
         """
+        if not isinstance(content, Mapping):
+            raise UserError(f"{where}: expected an object, got {type(content).__name__}")
         for key in ("do_resize", "do_rescale", "do_normalize"):
             if content.get(key, True) is not True:
                 raise UserError(f"{where}: {key}={content[key]} is not supported; allowed is true")
@@ -69,7 +71,7 @@ class ImageProcessor(NamedTuple):
         for key, default in sizes.items():
             given = content.get(key, {"longest_edge": default})
             edge = given.get("longest_edge") if isinstance(given, Mapping) else None
-            if type(edge) is not int or edge < 1:
+            if type(edge) is not int or not 1 <= edge < _MOST:
                 raise UserError(f"{where}: {key}={given} is not supported; expected a number of pixels as longest_edge")
             sizes[key] = edge
         if sizes["max_image_size"] != tile:
@@ -132,7 +134,7 @@ class ImageProcessor(NamedTuple):
 
     def specials(self) -> tuple[str, ...]:
         """The tokens that a tokenizer needs for images that are processed so."""
-        side = -(-self.longest_edge // self.tile) if self.split else 0
+        side = -(-min(self.longest_edge, _LARGEST) // self.tile) if self.split else 0
         return (IMAGE, AROUND, GLOBAL, *(place(row, column) for row in range(side) for column in range(side)))
 
     def _resized(

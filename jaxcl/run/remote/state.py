@@ -5,15 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxcl.errors import UserError
 
 FOLDER, FILES = "states", "files"
 _FORMAT = 1
 _CHUNK = 2**20
+_DIGEST = re.compile("[0-9a-f]{64}")
+_NO_NAME = re.compile("[\0\ud800-\udfff]")  # what no file system has in names
+_LONGEST, _LONGEST_PART = 2**11, 255  # bytes of a name
+_FAR = 2.0**36  # seconds: beyond the year 4000
 # What is being written, and what belongs to one machine.
 _UNFINISHED = (".tmp", ".partial")
 _TEMPORARY = "orbax-checkpoint-tmp"
@@ -79,13 +84,12 @@ class State(NamedTuple):
             read = json.loads(rest)
             if read["format"] != _FORMAT:
                 raise UserError(f"{where} was written by another version of jaxcl")
-            files = {
-                str(name): File(int(one[0]), str(one[1]), float(one[2]))
-                for name, one in read["files"].items()
-                if _check_name(name, where)
-            }
+            files = {name: _file(*one) for name, one in read["files"].items() if _check_name(name, where)}
+            folders = {name[: cut.start()] for name in files for cut in re.finditer("/", name)}
+            if both := folders & files.keys():
+                raise UserError(f"{where} names {min(both)!r} as a file and as a folder")
             return cls(int(read["number"]), str(read["identity"]), files)
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
             raise Damaged(f"{where} is damaged") from None
 
 
@@ -130,8 +134,19 @@ def _is_unfinished(name: str) -> bool:
     return name.endswith(_UNFINISHED) or _TEMPORARY in name
 
 
+def _file(size: Any, digest: Any, changed: Any) -> File:
+    """A file as a state describes it. Names of files are made of the digest, and times are set."""
+    known = type(size) is int and 0 <= size < 2**63 and isinstance(changed, int | float) and abs(changed) < _FAR
+    if not (known and isinstance(digest, str) and _DIGEST.fullmatch(digest)):
+        raise ValueError("no file")
+    return File(size, digest, float(changed))
+
+
 def _check_name(name: str, where: str) -> bool:
     parts = name.split("/")
-    if name.startswith(".") or "\0" in name or "\\" in name or any(part in ("", ".", "..") for part in parts):
-        raise UserError(f"{where} names {name!r}, which is not a file of a run folder")
+    sizes = [len(part.encode(errors="replace")) for part in (name, *parts)]
+    too_long = sizes[0] > _LONGEST or max(sizes[1:]) > _LONGEST_PART
+    odd = name.startswith(".") or "\\" in name or any(part in ("", ".", "..") for part in parts)
+    if odd or too_long or _NO_NAME.search(name):
+        raise UserError(f"{where} names {name[:_LONGEST_PART]!r}, which is not a file of a run folder")
     return True
