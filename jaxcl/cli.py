@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -16,6 +17,10 @@ from jaxcl.data.formats.storage import is_url
 from jaxcl.errors import UserError
 
 EXIT_FAILURE, EXIT_INTERRUPTED = 1, 130
+# Words of jax, Gloo and NCCL when a process that this one works with does not answer.
+_LOSS = re.compile(r"gloo|nccl|unavailable|heartbeat|coordination|connection (closed|reset|refused)", re.IGNORECASE)
+# Errors of jax that are this process's own.
+_OWN = re.compile(r"RESOURCE_EXHAUSTED|INVALID_ARGUMENT|UNIMPLEMENTED")
 
 _RESUMING = ("run", "extend", "compare", "federate", "serve", "join")  # commands that resume when they are run again
 
@@ -240,7 +245,8 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: arguments without the program's name; `None` takes those of the process.
 
     Returns:
-      The exit code: 0 done, 1 failed, 2 bad usage or configuration, 130 interrupted.
+      The exit code: 0 done, 1 failed, 2 bad usage or configuration, 75 another process of the run is gone, 130
+      interrupted.
     """
     args = _parse(argv)
     # A scheduler's signals are handled like Ctrl-C: save and stop.
@@ -257,9 +263,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         advice = "; run the same command again to resume" if args.command in _RESUMING else ""
         print(f"jaxcl {args.command}: interrupted{advice}", file=sys.stderr)
         code, alone = EXIT_INTERRUPTED, type(error) is KeyboardInterrupt
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         if not _is_loss(error):
             raise
+        code = _await_verdict()
         words = next(iter(str(error).splitlines()), "no reason given")
         advice = "; run the same command again to resume" if args.command in _RESUMING else ""
         print(f"jaxcl {args.command}: another process of the run is gone: {words}{advice}", file=sys.stderr)
@@ -278,10 +285,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def _is_loss(error: RuntimeError) -> bool:
-    """Whether jax has failed in a run of several processes, as it does when another one has ended."""
+def _is_loss(error: RuntimeError | ValueError) -> bool:
+    """Whether jax has failed in a run of several processes, as it does when another one has ended.
+
+    What fails in a collective of Gloo is a ValueError.
+    """
     jax = sys.modules.get("jax")
-    return jax is not None and isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1
+    if jax is None:
+        return False
+    of_jax = isinstance(error, jax.errors.JaxRuntimeError)
+    words = not _OWN.search(str(error)) if of_jax else bool(_LOSS.search(str(error)))
+    return words and jax.process_count() > 1
+
+
+def _await_verdict() -> int:
+    """Leaves it to the watch to say which process is gone and end this one; otherwise the exit code for it."""
+    from jaxcl.sharding.peers import EXIT_LOST
+    from jaxcl.sharding.processes import await_verdict
+
+    await_verdict()
+    return EXIT_LOST
 
 
 def _leave_others(code: int) -> None:
