@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -105,7 +106,14 @@ def _rows(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
 
 
 class TensorBoard:
-    """TensorBoard events, one curve `kind/name` per metric."""
+    """TensorBoard events, one curve `kind/name` per metric. If they cannot be written, a line says so once.
+
+    They are written here and not by tensorboardX's `SummaryWriter`: the thread of that one dies when the disk is full,
+    and whoever hands it events then waits for ever.
+    """
+
+    interval = 30.0
+    """Seconds between writes to the disk."""
 
     def __init__(self, folder: str | os.PathLike[str], *, after: int | None = None) -> None:
         """Opens the folder.
@@ -114,22 +122,57 @@ class TensorBoard:
           folder: where the event files go.
           after: the step a run goes on from; events of later steps are hidden (see `JsonLines`).
         """
-        from tensorboardX import SummaryWriter
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.summary import scalar
 
-        # Files are named by the second; one that was written in the same second must not be written over.
-        self._writer = SummaryWriter(
-            str(folder), purge_step=None if after is None else after + 1, filename_suffix=f".{uuid.uuid4().hex[:8]}"
-        )
+        self._event, self._scalar = Event, scalar
+        self._folder, self._writer, self._flushed = Path(folder), None, time.monotonic()
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            # Files are named by the second; one that was written in the same second must not be written over.
+            self._writer = EventsWriter(str(self._folder / "events"), f".{uuid.uuid4().hex[:8]}")
+            if after is not None:
+                begins = SessionLog(status=SessionLog.START)
+                self._writer.write_event(Event(wall_time=time.time(), step=after + 1, session_log=begins))
+        except OSError as error:
+            self._fail(error)
 
     def write(self, row: Row) -> None:
         """Adds every number of a row."""
-        for name, value in row.items():
-            if name not in ("step", "task") and isinstance(value, int | float):
-                self._writer.add_scalar(f"{row.get('kind', 'task')}/{name}", value, row["step"])
+        if self._writer is None:
+            return
+        now, step = time.time(), row["step"]
+        try:
+            for name, value in row.items():
+                if name not in ("step", "task") and isinstance(value, int | float):
+                    summary = self._scalar(f"{row.get('kind', 'task')}/{name}", value)
+                    self._writer.write_event(self._event(wall_time=now, step=step, summary=summary))
+            if time.monotonic() - self._flushed >= self.interval:
+                self._flushed = time.monotonic()
+                self._writer.flush()
+        except OSError as error:
+            self._fail(error)
 
     def close(self, *, finished: bool = True) -> None:
         """Writes out and closes."""
-        self._writer.close()
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            try:
+                writer.close()
+            except OSError as error:
+                self._fail(error)
+
+    def _fail(self, error: OSError) -> None:
+        writer, self._writer = self._writer, None
+        print(
+            f"tensorboard: {self._folder}: cannot be written: {error.strerror or error}; the run goes on without it",
+            file=sys.stderr,
+            flush=True,
+        )
+        if writer is not None:
+            with contextlib.suppress(OSError):  # it has something left that does not fit
+                writer.close()
 
 
 def check_sinks(names: Sequence[str]) -> None:
