@@ -15,6 +15,7 @@ from types import FrameType
 from jaxcl.commands.parser import EXIT_USAGE, build_parser
 from jaxcl.data.formats.storage import is_url
 from jaxcl.errors import UserError
+from jaxcl.signals import second_ends
 
 EXIT_FAILURE, EXIT_INTERRUPTED = 1, 130
 # Words of jax, Gloo and NCCL when a process that this one works with does not answer.
@@ -254,22 +255,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     code, alone = EXIT_FAILURE, True
     try:
+        with second_ends(f"jaxcl {args.command}: stopped at once{_advice(args.command)}", EXIT_INTERRUPTED):
+            code, alone = _act(args)
+    finally:
+        if code and alone:
+            _leave_others(code)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    return code
+
+
+def _act(args: argparse.Namespace) -> tuple[int, bool]:
+    """Runs a command: its exit code, and whether it failed without the other processes of the run knowing."""
+    code = EXIT_FAILURE
+    try:
         _ACTIONS[args.command](args)
         code = 0
     except UserError as error:
         print(f"jaxcl {args.command}: {error}", file=sys.stderr)
         code = error.exit_code
     except KeyboardInterrupt as error:
-        advice = "; run the same command again to resume" if args.command in _RESUMING else ""
-        print(f"jaxcl {args.command}: interrupted{advice}", file=sys.stderr)
-        code, alone = EXIT_INTERRUPTED, type(error) is KeyboardInterrupt
+        print(f"jaxcl {args.command}: interrupted{_advice(args.command)}", file=sys.stderr)
+        return EXIT_INTERRUPTED, type(error) is KeyboardInterrupt
     except (RuntimeError, ValueError) as error:
         if not _is_loss(error):
             raise
         code = _await_verdict()
         words = next(iter(str(error).splitlines()), "no reason given")
-        advice = "; run the same command again to resume" if args.command in _RESUMING else ""
-        print(f"jaxcl {args.command}: another process of the run is gone: {words}{advice}", file=sys.stderr)
+        gone = f"another process of the run is gone: {words}{_advice(args.command)}"
+        print(f"jaxcl {args.command}: {gone}", file=sys.stderr)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except MemoryError:
@@ -277,12 +291,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
         print(f"jaxcl {args.command}: {error.strerror or error}{where}", file=sys.stderr)
-    finally:
-        if code and alone:
-            _leave_others(code)
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-    return code
+    return code, True
+
+
+def _advice(command: str) -> str:
+    return "; run the same command again to resume" if command in _RESUMING else ""
 
 
 def _is_loss(error: RuntimeError | ValueError) -> bool:

@@ -168,8 +168,7 @@ def leave(code: int) -> None:
     """
     if not _joined:
         return
-    if _watch is not None:
-        _watch.leave(code)
+    announce(code)
     if sys.exc_info()[0] is not None:
         traceback.print_exc()
     sys.stdout.flush()
@@ -177,6 +176,12 @@ def leave(code: int) -> None:
     if is_first():
         time.sleep(_LAST_SECONDS)
     os._exit(code)
+
+
+def announce(code: int) -> None:
+    """Tells the other processes that this one is about to end alone, with an exit code."""
+    if _watch is not None:
+        _watch.leave(code)
 
 
 def await_verdict() -> None:
