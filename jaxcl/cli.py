@@ -258,8 +258,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with second_ends(f"jaxcl {args.command}: stopped at once{_advice(args.command)}", EXIT_INTERRUPTED):
             code, alone = _act(args)
     finally:
-        if code and alone:
-            _leave_others(code)
+        _leave_others(code if alone else 0)
         for number, handler in previous.items():
             signal.signal(number, handler)
     return code
@@ -321,10 +320,13 @@ def _await_verdict() -> int:
 
 
 def _leave_others(code: int) -> None:
-    """Ends this process if it failed alone and is one of several."""
+    """Ends this process if it failed alone and is one of several; 0: it did not, and is not to be missed."""
     processes = sys.modules.get("jaxcl.sharding.processes")
     if processes is not None:
-        processes.leave(code)
+        if code:
+            processes.leave(code)
+        else:
+            processes.part()
 
 
 if __name__ == "__main__":

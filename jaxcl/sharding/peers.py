@@ -86,9 +86,13 @@ class Watch:
 
     def start(self) -> None:
         """Begins to watch, and says goodbye when the program ends as programs do."""
-        atexit.register(self._tell, _BYE)
+        atexit.register(self.part)
         _delay_aborts()
         threading.Thread(target=self._work, name="peers", daemon=True).start()
+
+    def part(self) -> None:
+        """Tells the others that this process ends as intended."""
+        self._tell(_BYE)
 
     def leave(self, code: int) -> None:
         """Tells the others that this process is about to end alone, with an exit code."""

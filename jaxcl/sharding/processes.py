@@ -184,6 +184,15 @@ def announce(code: int) -> None:
         _watch.leave(code)
 
 
+def part() -> None:
+    """Tells the other processes that this one ends as intended; what then comes from them ends it no more.
+
+    A program that ends as programs do says so by itself, but not one whose exit handlers are not run.
+    """
+    if _watch is not None:
+        _watch.part()
+
+
 def await_verdict() -> None:
     """Gives the watch over the other processes time to say which one is gone; it then ends this process.
 

@@ -67,7 +67,7 @@ def test_silence_is_a_hang_and_signs_of_life_are_none(pair: Pair) -> None:
 
 def test_who_ends_as_intended_is_not_missed(pair: Pair) -> None:
     pair.watches[0].start()
-    pair.watches[1]._tell(b"bye")
+    pair.watches[1].part()
     pair.links[1].close()
     assert pair.wait(0, seconds=1) == []
 
