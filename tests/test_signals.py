@@ -62,12 +62,14 @@ def test_a_second_signal_ends_the_run_while_a_checkpoint_is_written_or_uploaded(
 def test_a_second_signal_ends_a_command_whose_main_thread_does_not_come_back(tmp_path: Path) -> None:
     code = (
         "import re, sys, jaxcl.cli as cli\n"
+        "import threading\n"
         "def hang(args):\n"
-        "    print('up', flush=True)\n"
-        "    import threading\n"
+        "    word = 'up'\n"
         "    while True:\n"  # it waits again, as the end of a run does
-        "        try: threading.Event().wait()\n"
-        "        except KeyboardInterrupt: print('first', flush=True)\n"
+        "        try:\n"
+        "            print(word, flush=True)\n"
+        "            threading.Event().wait()\n"
+        "        except KeyboardInterrupt: word = 'first'\n"
         "cli._ACTIONS['show'] = hang\n"
         "sys.exit(cli.main(['show', 'run']))"
     )

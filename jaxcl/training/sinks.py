@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
+import socket
+import struct
 import sys
 import time
 import uuid
@@ -112,9 +113,6 @@ class TensorBoard:
     and whoever hands it events then waits for ever.
     """
 
-    interval = 30.0
-    """Seconds between writes to the disk."""
-
     def __init__(self, folder: str | os.PathLike[str], *, after: int | None = None) -> None:
         """Opens the folder.
 
@@ -122,57 +120,63 @@ class TensorBoard:
           folder: where the event files go.
           after: the step a run goes on from; events of later steps are hidden (see `JsonLines`).
         """
-        from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.record_writer import masked_crc32c
         from tensorboardX.summary import scalar
 
-        self._event, self._scalar = Event, scalar
-        self._folder, self._writer, self._flushed = Path(folder), None, time.monotonic()
+        self._event, self._scalar, self._checksum = Event, scalar, masked_crc32c
+        self._folder, now = Path(folder), time.time()
+        self._file: IO[bytes] | None = None
+        events = [Event(wall_time=now, file_version="brain.Event:2")]
+        if after is not None:
+            events.append(Event(wall_time=now, step=after + 1, session_log=SessionLog(status=SessionLog.START)))
+        # Files are named by the second; one that was written in the same second must not be written over.
+        name = f"events.out.tfevents.{int(now):010d}.{socket.gethostname()}.{uuid.uuid4().hex[:8]}"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            # Files are named by the second; one that was written in the same second must not be written over.
-            self._writer = EventsWriter(str(self._folder / "events"), f".{uuid.uuid4().hex[:8]}")
-            if after is not None:
-                begins = SessionLog(status=SessionLog.START)
-                self._writer.write_event(Event(wall_time=time.time(), step=after + 1, session_log=begins))
+            # Unbuffered: nothing is left to write when it is closed.
+            self._file = open(self._folder / name, "xb", buffering=0)  # noqa: SIM115
         except OSError as error:
             self._fail(error)
+        self._add(events)
 
     def write(self, row: Row) -> None:
         """Adds every number of a row."""
-        if self._writer is None:
-            return
-        now, step = time.time(), row["step"]
+        now, step, kind = time.time(), row["step"], row.get("kind", "task")
+        self._add(
+            [
+                self._event(wall_time=now, step=step, summary=self._scalar(f"{kind}/{name}", value))
+                for name, value in row.items()
+                if name not in ("step", "task") and isinstance(value, int | float)
+            ]
+        )
+
+    def close(self, *, finished: bool = True) -> None:
+        """Closes the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _add(self, events: Sequence[Any]) -> None:
+        """Appends events: records of length, its checksum, message, its checksum."""
+        content = b""
+        for message in (event.SerializeToString() for event in events):
+            length = struct.pack("<Q", len(message))
+            content += length + struct.pack("<I", self._checksum(length))
+            content += message + struct.pack("<I", self._checksum(message))
         try:
-            for name, value in row.items():
-                if name not in ("step", "task") and isinstance(value, int | float):
-                    summary = self._scalar(f"{row.get('kind', 'task')}/{name}", value)
-                    self._writer.write_event(self._event(wall_time=now, step=step, summary=summary))
-            if time.monotonic() - self._flushed >= self.interval:
-                self._flushed = time.monotonic()
-                self._writer.flush()
+            while self._file is not None and content:
+                content = content[self._file.write(content) :]
         except OSError as error:
             self._fail(error)
 
-    def close(self, *, finished: bool = True) -> None:
-        """Writes out and closes."""
-        writer, self._writer = self._writer, None
-        if writer is not None:
-            try:
-                writer.close()
-            except OSError as error:
-                self._fail(error)
-
     def _fail(self, error: OSError) -> None:
-        writer, self._writer = self._writer, None
+        self.close()
         print(
             f"tensorboard: {self._folder}: cannot be written: {error.strerror or error}; the run goes on without it",
             file=sys.stderr,
             flush=True,
         )
-        if writer is not None:
-            with contextlib.suppress(OSError):  # it has something left that does not fit
-                writer.close()
 
 
 def check_sinks(names: Sequence[str]) -> None:

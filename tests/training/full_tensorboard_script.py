@@ -11,7 +11,6 @@ from jaxcl.training.sinks import JsonLines, TensorBoard
 
 def main(folder: Path) -> None:
     sinks = [JsonLines(folder / "metrics.jsonl"), TensorBoard(folder / "tensorboard", after=3)]
-    TensorBoard.interval = 0.0
     resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
     for step in range(100):
         for sink in sinks:
