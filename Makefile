@@ -115,7 +115,7 @@ audit: $(VENV)/.installed $(TOOLS_VENV)/.installed  ## known vulnerabilities of 
 		2> build/audit.log || code=$$?; \
 	tail -n 1 build/audit.log; \
 	if [ ! -s build/audit.json ]; then echo 'audit: skipped, the registry does not answer; see build/audit.log'; \
-	else exit $$code; fi
+	else $(PYTHON) .ci/advisories.py build/audit.json; exit $$code; fi
 
 # For CI, not for users: pyproject.toml says what works, this what was tested last.
 lock: $(VENV)/.installed-parity $(VENV)/.installed-docs  ## pin for CI what is installed here

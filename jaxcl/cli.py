@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -14,8 +15,13 @@ from types import FrameType
 from jaxcl.commands.parser import EXIT_USAGE, build_parser
 from jaxcl.data.formats.storage import is_url
 from jaxcl.errors import UserError
+from jaxcl.signals import second_ends
 
 EXIT_FAILURE, EXIT_INTERRUPTED = 1, 130
+# Words of jax, Gloo and NCCL when a process that this one works with does not answer.
+_LOSS = re.compile(r"gloo|nccl|unavailable|heartbeat|coordination|connection (closed|reset|refused)", re.IGNORECASE)
+# Errors of jax that are this process's own.
+_OWN = re.compile(r"RESOURCE_EXHAUSTED|INVALID_ARGUMENT|UNIMPLEMENTED")
 
 _RESUMING = ("run", "extend", "compare", "federate", "serve", "join")  # commands that resume when they are run again
 
@@ -241,7 +247,8 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: arguments without the program's name; `None` takes those of the process.
 
     Returns:
-      The exit code: 0 done, 1 failed, 2 bad usage or configuration, 130 interrupted.
+      The exit code: 0 done, 1 failed, 2 bad usage or configuration, 75 another process of the run is gone, 130
+      interrupted.
     """
     args = _parse(argv)
     # A scheduler's signals are handled like Ctrl-C: save and stop.
@@ -249,21 +256,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     code, alone = EXIT_FAILURE, True
     try:
+        with second_ends(f"jaxcl {args.command}: stopped at once{_advice(args.command)}", EXIT_INTERRUPTED):
+            code, alone = _act(args)
+    finally:
+        _leave_others(code if alone else 0)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    return code
+
+
+def _act(args: argparse.Namespace) -> tuple[int, bool]:
+    """Runs a command: its exit code, and whether it failed without the other processes of the run knowing."""
+    code = EXIT_FAILURE
+    try:
         _ACTIONS[args.command](args)
         code = 0
     except UserError as error:
         print(f"jaxcl {args.command}: {error}", file=sys.stderr)
         code = error.exit_code
     except KeyboardInterrupt as error:
-        advice = "; run the same command again to resume" if args.command in _RESUMING else ""
-        print(f"jaxcl {args.command}: interrupted{advice}", file=sys.stderr)
-        code, alone = EXIT_INTERRUPTED, type(error) is KeyboardInterrupt
-    except RuntimeError as error:
+        print(f"jaxcl {args.command}: interrupted{_advice(args.command)}", file=sys.stderr)
+        return EXIT_INTERRUPTED, type(error) is KeyboardInterrupt
+    except (RuntimeError, ValueError) as error:
         if not _is_loss(error):
             raise
+        code = _await_verdict()
         words = next(iter(str(error).splitlines()), "no reason given")
-        advice = "; run the same command again to resume" if args.command in _RESUMING else ""
-        print(f"jaxcl {args.command}: another process of the run is gone: {words}{advice}", file=sys.stderr)
+        gone = f"another process of the run is gone: {words}{_advice(args.command)}"
+        print(f"jaxcl {args.command}: {gone}", file=sys.stderr)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except MemoryError:
@@ -271,25 +291,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
         print(f"jaxcl {args.command}: {error.strerror or error}{where}", file=sys.stderr)
-    finally:
-        if code and alone:
-            _leave_others(code)
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-    return code
+    return code, True
 
 
-def _is_loss(error: RuntimeError) -> bool:
-    """Whether jax has failed in a run of several processes, as it does when another one has ended."""
+def _advice(command: str) -> str:
+    return "; run the same command again to resume" if command in _RESUMING else ""
+
+
+def _is_loss(error: RuntimeError | ValueError) -> bool:
+    """Whether jax has failed in a run of several processes, as it does when another one has ended.
+
+    What fails in a collective of Gloo is a ValueError.
+    """
     jax = sys.modules.get("jax")
-    return jax is not None and isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1
+    if jax is None:
+        return False
+    of_jax = isinstance(error, jax.errors.JaxRuntimeError)
+    words = not _OWN.search(str(error)) if of_jax else bool(_LOSS.search(str(error)))
+    return words and jax.process_count() > 1
+
+
+def _await_verdict() -> int:
+    """Leaves it to the watch to say which process is gone and end this one; otherwise the exit code for it."""
+    from jaxcl.sharding.peers import EXIT_LOST
+    from jaxcl.sharding.processes import await_verdict
+
+    await_verdict()
+    return EXIT_LOST
 
 
 def _leave_others(code: int) -> None:
-    """Ends this process if it failed alone and is one of several."""
+    """Ends this process if it failed alone and is one of several; 0: it did not, and is not to be missed."""
     processes = sys.modules.get("jaxcl.sharding.processes")
     if processes is not None:
-        processes.leave(code)
+        if code:
+            processes.leave(code)
+        else:
+            processes.part()
 
 
 if __name__ == "__main__":

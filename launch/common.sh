@@ -40,6 +40,11 @@ share_token() {
   export JAXCL_TOKEN=${JAXCL_TOKEN:-$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')}
 }
 
+# Checks that option $1 has a whole number as its value $2.
+whole_number() {
+  [[ $2 =~ ^[0-9]+$ ]] || usage_error "$1: expected a whole number, got '$2'"
+}
+
 # --- Several programs as one -------------------------------------------------------------------------------------
 #
 # `members` holds the pid of each; `stop_member I SIGNAL` (the launcher's own) reaches the program behind number I.
@@ -85,6 +90,20 @@ wait_for_members() {
   return "$result"
 }
 
+# Starts all by `start_members` (the launcher's own) and waits for them. If a process died, all are started again, up to
+# $1 times: not after an error that jaxcl said (1, 2), an interruption (130) or a lost connection (ssh's 255).
+run_members() {
+  local attempt status
+  for ((attempt = 1; ; attempt++)); do
+    members=() status=0
+    start_members
+    wait_for_members || status=$?
+    case $status in 0 | 1 | 2 | 130 | 255) return "$status" ;; esac
+    ((interrupted == 0 && attempt <= $1)) || return "$status"
+    printf '%s: a process ended with %s; all are started again (%s of %s)\n' "${0##*/}" "$status" "$attempt" "$1" >&2
+  done
+}
+
 end_the_rest() {
   local index grace=${GRACE:-10}
   trap - INT TERM USR1
@@ -101,13 +120,16 @@ end_the_rest() {
 # session of its own with a log under DIRECTORY/.launch, so that it outlives a lost connection; the connection follows
 # the log and returns the program's exit code.
 
-# Words: DIRECTORY NAME PREFIX PROGRAM [ARGUMENT...]; PREFIX `host` puts the machine's name before each line.
+# Words: DIRECTORY NAME PREFIX PROGRAM [ARGUMENT...]; PREFIX `host` puts the machine's name before each line. The token is
+# in DIRECTORY/.launch/token if PREFIX is `host`, and else the first line of standard input: all users see the words.
 # shellcheck disable=SC2016,SC2034 # expanded by the remote shell; used by those who source this
 remote_start='cd -- "$1" && mkdir -p .launch || exit 1
 log=.launch/$2.log; file=.launch/$2.pid; prefix=; test "$3" != host || prefix="[$(hostname)] "
 if test -f "$file" && kill -0 "$(cat "$file")" 2>/dev/null; then
   echo "$2 is already running on $(hostname), process $(cat "$file")" >&2; exit 1
 fi
+if test "$3" = host; then JAXCL_TOKEN=$(cat .launch/token 2>/dev/null); else IFS= read -r JAXCL_TOKEN; fi
+if test -n "$JAXCL_TOKEN"; then export JAXCL_TOKEN; else unset JAXCL_TOKEN; fi
 shift 3
 : >"$log" # for `tail`, which may be there before the program
 setsid "$@" >"$log" 2>&1 </dev/null &

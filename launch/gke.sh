@@ -24,6 +24,7 @@
 #   --dry-run        print the JobSet and what would be run, and change nothing
 #   --help           this text
 #
+# Environment: JAXCL_TOKEN, by which the processes know each other (default: random; in the secret NAME-token).
 # Ctrl-C ends only the following of the logs; see --stop. A pod that gets SIGTERM (a drained node, --stop) makes all save
 # after the step at hand; after a drain JobSet starts them again, and they go on.
 set -euo pipefail
@@ -77,19 +78,26 @@ json_string() {
 }
 
 delete=(kubectl "${scope[@]}" delete jobset "$name")
+delete_token=(kubectl "${scope[@]}" delete secret "$name-token" --ignore-not-found)
 if ((stop)); then
-  if ((dry_run)); then quoted "${delete[@]}" && echo && exit 0; fi
-  exec "${delete[@]}"
+  if ((dry_run)); then
+    quoted "${delete[@]}" && echo
+    quoted "${delete_token[@]}" && echo
+    exit 0
+  fi
+  "${delete[@]}"
+  exec "${delete_token[@]}"
 fi
 (($#)) || usage_error "expected a command"
 [[ -n $image ]] || usage_error "--image is missing"
 positive --machines "$machines"
 positive --slices "$slices"
 positive --grace "$grace"
-[[ $restarts =~ ^[0-9]+$ ]] || usage_error "--restarts: expected a whole number, got '$restarts'"
+whole_number --restarts "$restarts"
 [[ (-n $tpu && -z $gpus) || (-z $tpu && -n $gpus) ]] || usage_error "give one of --tpu and --gpus"
 
-environment='[]' selector='{}' annotations='{}'
+token="{\"name\": \"JAXCL_TOKEN\", \"valueFrom\": {\"secretKeyRef\": {\"name\": \"$name-token\", \"key\": \"token\"}}}"
+environment="[$token]" selector='{}' annotations='{}'
 if [[ -n $tpu ]]; then
   [[ $tpu =~ ^([a-z0-9-]+):([0-9x]+):([1-9][0-9]*)$ ]] || usage_error "--tpu: expected TYPE:TOPOLOGY:CHIPS, got '$tpu'"
   # GKE tells the pods of a slice of each other (TPU_WORKER_ID, TPU_WORKER_HOSTNAMES).
@@ -101,7 +109,7 @@ else
   ((slices == 1)) || usage_error "--slices is for --tpu"
   [[ -z $gpu_type ]] || selector="{\"cloud.google.com/gke-accelerator\": $(json_string "$gpu_type")}"
   resources="{\"limits\": {\"nvidia.com/gpu\": \"$gpus\"}}"
-  environment="[{\"name\": \"JAX_COORDINATOR_ADDRESS\", \"value\": \"$name-workers-0-0.$name:8476\"}, \
+  environment="[$token, {\"name\": \"JAX_COORDINATOR_ADDRESS\", \"value\": \"$name-workers-0-0.$name:8476\"}, \
 {\"name\": \"JAX_NUM_PROCESSES\", \"value\": \"$machines\"}, \
 {\"name\": \"JAX_PROCESS_ID\", \"valueFrom\": {\"fieldRef\": \
 {\"fieldPath\": \"metadata.annotations['batch.kubernetes.io/job-completion-index']\"}}}]"
@@ -128,16 +136,25 @@ manifest() {
   done <"$folder/gke.yaml"
 }
 
+# The token is no part of the JobSet, which more people may read than secrets.
+secret() {
+  printf '%s\n' 'apiVersion: v1' 'kind: Secret' "metadata: {\"name\": \"$name-token\"}" \
+    "stringData: {\"token\": $(json_string "$JAXCL_TOKEN")}"
+}
+
 apply=(kubectl "${scope[@]}" apply --filename=-)
 pod="jobset.sigs.k8s.io/jobset-name=$name,jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0"
 logs=(kubectl "${scope[@]}" logs --follow "--selector=$pod" --tail=-1)
 state=(kubectl "${scope[@]}" get jobset "$name" '--output=jsonpath={.status.terminalState}')
 if ((dry_run)); then
   manifest
+  echo "# a secret $name-token with the token of the run, then"
   echo '# the manifest above goes to the first of these; the rest follow the run until its state is Completed or Failed:'
   printf '# %s\n' "$(quoted "${apply[@]}")" "$(quoted "${logs[@]}")" "$(quoted "${state[@]}")"
   exit 0
 fi
+share_token
+secret | "${apply[@]}"
 manifest | "${apply[@]}"
 while :; do # until the pod is there, and again after each restart
   "${logs[@]}" 2>/dev/null || true

@@ -1,30 +1,33 @@
 #!/usr/bin/env bash
 # Runs a jaxcl command as N processes on this machine, on CPU.
 #
-# usage: launch/local.sh [--devices D] [--port P] [--dry-run] N COMMAND [ARGUMENT...]
+# usage: launch/local.sh [--devices D] [--port P] [--restarts R] [--dry-run] N COMMAND [ARGUMENT...]
 #   e.g. launch/local.sh 2 run configs/quickstart_seekr.yaml output=runs/two
 #
 #   N             number of processes
 #   COMMAND ...   the jaxcl command line without `jaxcl`
 #   --devices D   devices over all processes, a multiple of N (default: N); a CPU counts as several
 #   --port P      port of process 0 on 127.0.0.1 (default: a free one)
+#   --restarts R  how often all are started again when a process dies (default: 0); they go on from the last checkpoint
 #   --dry-run     print what would be run, one line a process, and run nothing
 #   --help        this text
 #
 # Environment: PYTHON, the interpreter (default: python3); JAX_PLATFORMS (default: cpu).
 # What process 0 writes comes as it is, lines of process I with [I] before them. Ctrl-C, SIGTERM and SIGUSR1 go to all:
 # they save after the step at hand and end with 130; the same command goes on. A second signal kills them.
-# The first process that fails decides the exit code; the others are ended 10 seconds later.
+# The first process that fails decides the exit code; the others are ended 10 seconds later. A process that dies is one
+# that neither says an error (exit codes 1 and 2) nor was interrupted.
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
-devices="" port="" dry_run=0
+devices="" port="" restarts=0 dry_run=0
 while (($#)); do
   case $1 in
     --help) print_help "$0" && exit 0 ;;
     --devices) needs_value "$1" $# && devices=$2 && shift 2 ;;
     --port) needs_value "$1" $# && port=$2 && shift 2 ;;
+    --restarts) needs_value "$1" $# && restarts=$2 && shift 2 ;;
     --dry-run) dry_run=1 && shift ;;
     -*) usage_error "unknown option $1" ;;
     *) break ;;
@@ -35,6 +38,7 @@ count=$1 && shift
 positive N "$count"
 devices=${devices:-$count}
 positive --devices "$devices"
+whole_number --restarts "$restarts"
 ((devices % count == 0)) || usage_error "--devices: $devices is no multiple of $count processes"
 
 free_port() {
@@ -65,15 +69,19 @@ if ((dry_run)); then
   done
   exit 0
 fi
+start_members() {
+  local index
+  for ((index = 0; index < count; index++)); do
+    command_of "$index"
+    if ((index == 0)); then
+      "${command[@]}" &
+    else
+      "${command[@]}" > >(sed -u "s/^/[$index] /") 2> >(sed -u "s/^/[$index] /" >&2) &
+    fi
+    members[index]=$!
+  done
+}
+
 share_token
 pass_on_signals
-for ((index = 0; index < count; index++)); do
-  command_of "$index"
-  if ((index == 0)); then
-    "${command[@]}" &
-  else
-    "${command[@]}" > >(sed -u "s/^/[$index] /") 2> >(sed -u "s/^/[$index] /" >&2) &
-  fi
-  members[index]=$!
-done
-wait_for_members
+run_members "$restarts"

@@ -3,7 +3,7 @@
 # installs, runs, brings the logs back.
 #
 # usage: launch/tpu_vm.sh --project P --zone Z --name NAME [--type T --version V [--spot]] [--bucket B]
-#          [--directory DIR] [--delete] [--stop] [--dry-run] COMMAND [ARGUMENT...]
+#          [--directory DIR] [--restarts R] [--delete] [--stop] [--dry-run] COMMAND [ARGUMENT...]
 #   e.g. launch/tpu_vm.sh --project mine --zone us-west4-a --name pod --type v5litepod-16 --version v2-alpha-tpuv5-lite
 #          --bucket my-runs run configs/seekr_llama2_7b_trace.yaml output=shared/trace
 #
@@ -17,6 +17,7 @@
 #   --bucket B       Cloud Storage bucket, mounted as DIR/shared on all workers: a run folder of several workers must
 #                    lie on storage that they share
 #   --directory DIR  where to copy to and run, in the home folder of each worker (default: jaxcl)
+#   --restarts R     how often all are started again when a process dies (default: 0); they go on from the last checkpoint
 #   --delete         delete the queued resource at the end, however the run ended; alone: do only that
 #   --stop           tell the run to save and end, without a COMMAND
 #   --dry-run        print what would be run, and run nothing
@@ -25,11 +26,12 @@
 # The tracked files of the current folder are copied as they are. Lines of all workers come as they are written, with
 # the worker's name before them, and are kept in NAME.log here. Ctrl-C, SIGTERM and SIGUSR1 go to all workers: they save
 # after the step at hand and end with 130; the same command goes on. Programs outlive this script if it is killed.
+# Environment: JAXCL_TOKEN, by which the processes know each other (default: random; copied to the workers as a file).
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
-project="" zone="" name="" type="" version="" bucket="" directory=jaxcl spot=() delete=0 stop=0 dry_run=0
+project="" zone="" name="" type="" version="" bucket="" directory=jaxcl restarts=0 spot=() delete=0 stop=0 dry_run=0
 while (($#)); do
   case $1 in
     --help) print_help "$0" && exit 0 ;;
@@ -40,6 +42,7 @@ while (($#)); do
     --version) needs_value "$1" $# && version=$2 && shift 2 ;;
     --bucket) needs_value "$1" $# && bucket=$2 && shift 2 ;;
     --directory) needs_value "$1" $# && directory=$2 && shift 2 ;;
+    --restarts) needs_value "$1" $# && restarts=$2 && shift 2 ;;
     --spot) spot=(--spot) && shift ;;
     --delete) delete=1 && shift ;;
     --stop) stop=1 && shift ;;
@@ -51,6 +54,7 @@ done
 for option in project zone name; do
   [[ ${!option} =~ ^[a-z0-9][a-z0-9.:-]*$ ]] || usage_error "--$option: expected a name of Google Cloud, got '${!option}'"
 done
+whole_number --restarts "$restarts"
 [[ -z $type || -n $version ]] || usage_error "--type needs --version"
 ((stop || delete)) || (($#)) || usage_error "expected a command"
 arguments=("$@")
@@ -90,20 +94,22 @@ create() {
 }
 
 # shellcheck disable=SC2016 # expanded by the workers' shells
-unpack='mkdir -p -- "$1" && tar -xzf jaxcl-launch.tar.gz -C "$1" && cd -- "$1" &&
+unpack='mkdir -p -- "$1/.launch" && mv jaxcl-launch.token "$1/.launch/token" && tar -xzf jaxcl-launch.tar.gz -C "$1" && cd -- "$1" &&
 { test -x .venv/bin/python || python3 -m venv .venv; } && .venv/bin/pip install --quiet -e ".[tpu]"'
 # shellcheck disable=SC2016
 mount='mkdir -p -- "$1/shared" && { mountpoint -q "$1/shared" || gcsfuse --implicit-dirs "$2" "$1/shared"; }'
 
 install() {
-  local archive=.launch/jaxcl-launch.tar.gz
+  local archive=.launch/jaxcl-launch.tar.gz token=.launch/jaxcl-launch.token
   run mkdir -p .launch
   if ((dry_run)); then
     printf "git ls-files -z | tar -czf %s --null --files-from -\n" "$(quoted "$archive")"
   else
     git ls-files -z | tar -czf "$archive" --null --files-from -
+    rm -f "$token"
+    (umask 077 && printf '%s\n' "$JAXCL_TOKEN" >"$token") # a file: command lines are seen by all users
   fi
-  run gcloud compute tpus tpu-vm scp "$archive" "$name:" "${place[@]}" --worker=all
+  run gcloud compute tpus tpu-vm scp "$archive" "$token" "$name:" "${place[@]}" --worker=all
   on_workers "$(remote_line "$unpack" "$directory")"
   [[ -z $bucket ]] || on_workers "$(remote_line "$mount" "$directory" "$bucket")"
 }
@@ -117,15 +123,19 @@ fi
 status=0
 if ((${#arguments[@]})); then
   [[ -z $type ]] || create
+  share_token
   install
   start=$(remote_line "$remote_start" "$directory" run host env .venv/bin/python -m jaxcl "${arguments[@]}")
   if ((dry_run)); then
     on_workers "$start"
   else
+    start_members() {
+      on_workers "$start" > >(tee -a "$name.log") 2>&1 </dev/null &
+      members[0]=$!
+    }
+    : >"$name.log"
     pass_on_signals
-    on_workers "$start" > >(tee "$name.log") 2>&1 </dev/null &
-    members[0]=$!
-    wait_for_members || status=$?
+    run_members "$restarts" || status=$?
   fi
 fi
 ((!delete)) || run gcloud compute tpus queued-resources delete "$name" "${place[@]}" --force --quiet

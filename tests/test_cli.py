@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import pytest
 
 from jaxcl.cli import _ACTIONS, main
@@ -180,20 +181,33 @@ def test_out_of_memory_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert capsys.readouterr().err == "jaxcl show: out of memory\n"
 
 
+@pytest.mark.parametrize("kind", [jax.errors.JaxRuntimeError, ValueError, RuntimeError])
 def test_the_end_of_another_process_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    kind: type[Exception], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import jax
-
     def lost(args: object) -> None:
-        raise jax.errors.JaxRuntimeError("UNKNOWN: Gloo: connection closed by peer\nmore\nlines")
+        raise kind("UNKNOWN: Gloo: connection closed by peer\nmore\nlines")
 
     monkeypatch.setitem(_ACTIONS, "run", lost)
-    with pytest.raises(jax.errors.JaxRuntimeError):  # alone, it is jax's own failure
+    with pytest.raises(kind):  # alone, it is jax's own failure
         main(["run", "c.yaml"])
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    assert main(["run", "c.yaml"]) == 1
+    assert main(["run", "c.yaml"]) == 75
     assert capsys.readouterr().err == (
         "jaxcl run: another process of the run is gone: UNKNOWN: Gloo: connection closed by peer; run the same command "
         "again to resume\n"
     )
+
+
+@pytest.mark.parametrize(
+    "error",
+    [jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"), ValueError("width 5: not even"), RuntimeError()],
+)
+def test_a_fault_of_its_own_is_not_laid_to_another_process(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(args: object) -> None:
+        raise error
+
+    monkeypatch.setitem(_ACTIONS, "run", fail)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(type(error)):
+        main(["run", "c.yaml"])

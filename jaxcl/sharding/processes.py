@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import math
 import os
 import sys
 import time
@@ -17,9 +18,15 @@ from jax.experimental import multihost_utils
 import jaxcl
 from jaxcl.errors import UserError
 from jaxcl.sharding.clusters import ProcessId, find_process_id, tpu_metadata
+from jaxcl.sharding.peers import Watch
 from jaxcl.sharding.roll_call import TOKEN_KEY, roll_call
 
-_TIMEOUT_KEY = "JAXCL_START_TIMEOUT"
+_START_KEY, _START_SECONDS = "JAXCL_START_TIMEOUT", 300.0
+# How long a process may be silent, and how much longer until jax's own service gives it up. The service has no
+# signs of life from this program, which may be busy, but from a thread of its runtime.
+_PEER_KEY, _PEER_SECONDS, _SERVICE_FACTOR = "JAXCL_PEER_TIMEOUT", 60.0, 1.5
+# For `Watch` to say which process is gone.
+_VERDICT_SECONDS = 10.0
 # If all processes fail, process 0 exits last: the runtime of the others aborts when it is gone.
 _LAST_SECONDS = 2.0
 # Time for jax's own start, after the roll call.
@@ -27,6 +34,7 @@ _CONNECT_SECONDS = 60
 _LONGEST_MESSAGE = 4096
 
 _joined = False
+_watch: Watch | None = None
 
 
 def initialize(
@@ -37,6 +45,9 @@ def initialize(
     timeout: float | None = None,
 ) -> bool:
     """Connects this process with the others of the run; does nothing if there is only one.
+
+    From then on a process that dies or hangs ends this one, see `peers.Watch`; `JAXCL_PEER_TIMEOUT` is the number of
+    seconds (default 60) without a sign of life after which one counts as hanging.
 
     Call it before anything uses a device. What the arguments leave open is inferred from the environment, see
     `clusters.find_process_id`. Further calls in the same process do nothing.
@@ -55,7 +66,7 @@ def initialize(
         use; or the processes differ in versions or number of devices. The same line in every process that reached
         process 0.
     """
-    global _joined
+    global _joined, _watch
     if _joined:
         return True
     arguments = {
@@ -67,10 +78,13 @@ def initialize(
     process = find_process_id({**os.environ, **given}, tpu_metadata())
     if process is None or process.count == 1:
         return False
-    timeout = _timeout(os.environ) if timeout is None else timeout
+    timeout = _timeout(os.environ, _START_KEY, _START_SECONDS) if timeout is None else timeout
+    patience = _timeout(os.environ, _PEER_KEY, _PEER_SECONDS)
     versions = {"jax": jax.__version__, "jaxcl": jaxcl.__version__}
-    roll_call(process, versions, timeout=timeout, token=os.environ.get(TOKEN_KEY, ""))
-    _start_runtime(process)
+    links = roll_call(process, versions, timeout=timeout, token=os.environ.get(TOKEN_KEY, ""))
+    _watch = Watch(process, links, timeout=patience)
+    _watch.start()
+    _start_runtime(process, patience)
     _joined = True
     _check_devices(process)
     return True
@@ -179,6 +193,7 @@ def leave(code: int) -> None:
     """
     if not _joined:
         return
+    announce(code)
     if sys.exc_info()[0] is not None:
         traceback.print_exc()
     sys.stdout.flush()
@@ -186,6 +201,30 @@ def leave(code: int) -> None:
     if is_first():
         time.sleep(_LAST_SECONDS)
     os._exit(code)
+
+
+def announce(code: int) -> None:
+    """Tells the other processes that this one is about to end alone, with an exit code."""
+    if _watch is not None:
+        _watch.leave(code)
+
+
+def part() -> None:
+    """Tells the other processes that this one ends as intended; what then comes from them ends it no more.
+
+    A program that ends as programs do says so by itself, but not one whose exit handlers are not run.
+    """
+    if _watch is not None:
+        _watch.part()
+
+
+def await_verdict() -> None:
+    """Gives the watch over the other processes time to say which one is gone; it then ends this process.
+
+    For errors that another process's end makes here. Returns if none of them is gone.
+    """
+    if _watch is not None:
+        time.sleep(_VERDICT_SECONDS)
 
 
 def _first_error(error: Exception | None) -> tuple[str, int]:
@@ -203,7 +242,7 @@ def _first_error(error: Exception | None) -> tuple[str, int]:
     return bytes(found[:_LONGEST_MESSAGE]).rstrip(b"\0").decode(errors="replace"), int(found[-1])
 
 
-def _start_runtime(process: ProcessId) -> None:
+def _start_runtime(process: ProcessId, patience: float) -> None:
     # Its handler would intercept SIGTERM, which `training.interrupt` handles.
     jax.config.update("jax_enable_preemption_service", False)
     try:
@@ -212,6 +251,7 @@ def _start_runtime(process: ProcessId) -> None:
             process.count,
             process.index,
             initialization_timeout=_CONNECT_SECONDS,
+            heartbeat_timeout_seconds=math.ceil(_SERVICE_FACTOR * patience),
         )
     except (RuntimeError, ValueError) as error:
         raise UserError(f"could not join the run's other processes at {process.coordinator}: {_line(error)}") from error
@@ -232,14 +272,14 @@ def _check_devices(process: ProcessId) -> None:
             )
 
 
-def _timeout(environment: Mapping[str, str]) -> float:
-    value = environment.get(_TIMEOUT_KEY) or "300"
+def _timeout(environment: Mapping[str, str], key: str, default: float) -> float:
+    value = environment.get(key) or str(default)
     try:
         seconds = float(value)
     except ValueError:
         seconds = 0.0
     if not 0 < seconds < 1e6:
-        raise UserError(f"{_TIMEOUT_KEY}={value}: expected a positive number of seconds", exit_code=2)
+        raise UserError(f"{key}={value}: expected a positive number of seconds", exit_code=2)
     return seconds
 
 

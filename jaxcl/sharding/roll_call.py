@@ -26,7 +26,9 @@ _LONGEST, _STRANGERS = 65536, 64
 TOKEN_KEY = "JAXCL_TOKEN"
 
 
-def roll_call(process: ProcessId, versions: Mapping[str, str], *, timeout: float, token: str = "") -> None:
+def roll_call(
+    process: ProcessId, versions: Mapping[str, str], *, timeout: float, token: str = ""
+) -> dict[int, socket.socket]:
     """Waits until every process has reported to process 0.
 
     Args:
@@ -35,18 +37,23 @@ def roll_call(process: ProcessId, versions: Mapping[str, str], *, timeout: float
       timeout: seconds.
       token: a secret that all processes share; reports that do not know it are ignored, as other strangers are.
 
+    Returns:
+      The connections over which they reported, by the index of the process at the other end: in process 0 those with
+      all others, in the others the one with process 0.
+
     Raises:
       UserError: a process did not report in time, the port is in use, or the processes contradict each other. Every
         process that reached process 0 raises the same error.
     """
     deadline = time.monotonic() + timeout
     if process.index == 0:
-        _hold(process, versions, deadline, timeout, token)
-    else:
-        _report(process, versions, deadline, timeout, token)
+        return _hold(process, versions, deadline, timeout, token)
+    return {0: _report(process, versions, deadline, timeout, token)}
 
 
-def _hold(process: ProcessId, versions: Mapping[str, str], deadline: float, timeout: float, token: str) -> None:
+def _hold(
+    process: ProcessId, versions: Mapping[str, str], deadline: float, timeout: float, token: str
+) -> dict[int, socket.socket]:
     """Process 0: collects the reports and sends the verdict."""
     came: set[int] = set()
     problem = None
@@ -65,8 +72,9 @@ def _hold(process: ProcessId, versions: Mapping[str, str], deadline: float, time
                 problem = problem or _contradiction(process, versions, report, came)
                 came.add(int(str(report["index"])))
         door.answer({"problem": problem})
-    if problem is not None:
-        raise UserError(problem)
+        if problem is None:
+            return door.keep()
+    raise UserError(problem)
 
 
 class _Door:
@@ -86,13 +94,13 @@ class _Door:
         self._selector.register(self._server, selectors.EVENT_READ)
         # What each guest has said, and until when it has to finish; the oldest first.
         self._guests: dict[socket.socket, tuple[bytes, float]] = {}
-        self._reported: list[socket.socket] = []
+        self._reported: list[tuple[int, socket.socket]] = []
 
     def __enter__(self) -> _Door:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for guest in (*self._guests, *self._reported):
+        for guest in (*self._guests, *(peer for _, peer in self._reported)):
             guest.close()
         self._open.close()
 
@@ -113,15 +121,20 @@ class _Door:
                 if report is None:
                     guest.close()
                 else:
-                    self._reported.append(guest)
+                    self._reported.append((int(str(report["index"])), guest))
                     yield report
 
     def answer(self, verdict: Mapping[str, object]) -> None:
         """Tells all processes that reported."""
-        for peer in self._reported:
+        for _, peer in self._reported:
             with contextlib.suppress(OSError):
                 peer.settimeout(_GRACE)
                 peer.sendall(json.dumps(verdict).encode() + b"\n")
+
+    def keep(self) -> dict[int, socket.socket]:
+        """The connections of those who reported, by index; they stay open when the door is closed."""
+        kept, self._reported = dict(self._reported), []
+        return kept
 
     def _let_in(self) -> None:
         try:
@@ -174,21 +187,26 @@ def _proof(token: str, index: int, count: int) -> str:
     return hmac.new(token.encode("utf-8", "surrogateescape"), f"{index} of {count}".encode(), "sha256").hexdigest()
 
 
-def _report(process: ProcessId, versions: Mapping[str, str], deadline: float, timeout: float, token: str) -> None:
+def _report(
+    process: ProcessId, versions: Mapping[str, str], deadline: float, timeout: float, token: str
+) -> socket.socket:
     """The other processes: report and wait for the verdict."""
-    with _connect(process, deadline, timeout) as peer:
+    with contextlib.ExitStack() as unless_agreed:
+        peer = unless_agreed.enter_context(_connect(process, deadline, timeout))
         proof = _proof(token, process.index, process.count)
         report = {"index": process.index, "count": process.count, "versions": dict(versions), "proof": proof}
         with contextlib.suppress(OSError):
             peer.sendall(json.dumps(report).encode() + b"\n")
         verdict = _receive(peer, deadline + _GRACE)
-    if verdict is None or "problem" not in verdict:
-        raise UserError(
-            f"process 0 at {process.coordinator} ended, gave no answer within {timeout:g} s or has another "
-            f"{TOKEN_KEY}; see its own output"
-        )
-    if verdict["problem"] is not None:
-        raise UserError(str(verdict["problem"]))
+        if verdict is None or "problem" not in verdict:
+            raise UserError(
+                f"process 0 at {process.coordinator} ended, gave no answer within {timeout:g} s or has another "
+                f"{TOKEN_KEY}; see its own output"
+            )
+        if verdict["problem"] is not None:
+            raise UserError(str(verdict["problem"]))
+        unless_agreed.pop_all()
+        return peer
 
 
 def _listen(process: ProcessId) -> socket.socket:

@@ -24,6 +24,8 @@ class StoppedTogether(KeyboardInterrupt):
 class Interrupts:
     """While active, the first signal only sets `requested`; a second one raises `KeyboardInterrupt` at once.
 
+    In a command of jaxcl the second one ends the process, whatever it is doing: see `jaxcl.signals`.
+
     Signals are SIGINT, SIGTERM and SIGUSR1; schedulers send the latter two when a time limit is near.
 
     A step donates its input, so an exception in the middle of a step would leave no state to save.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import struct
 import sys
 import time
 import uuid
@@ -120,7 +122,11 @@ def _rows(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
 
 
 class TensorBoard:
-    """TensorBoard events, one curve `kind/name` per metric."""
+    """TensorBoard events, one curve `kind/name` per metric. If they cannot be written, a line says so once.
+
+    They are written here and not by tensorboardX's `SummaryWriter`: the thread of that one dies when the disk is full,
+    and whoever hands it events then waits for ever.
+    """
 
     def __init__(self, folder: str | os.PathLike[str], *, after: int | None = None) -> None:
         """Opens the folder.
@@ -129,22 +135,63 @@ class TensorBoard:
           folder: where the event files go.
           after: the step a run goes on from; events of later steps are hidden (see `JsonLines`).
         """
-        from tensorboardX import SummaryWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.record_writer import masked_crc32c
+        from tensorboardX.summary import scalar
 
+        self._event, self._scalar, self._checksum = Event, scalar, masked_crc32c
+        self._folder, now = Path(folder), time.time()
+        self._file: IO[bytes] | None = None
+        events = [Event(wall_time=now, file_version="brain.Event:2")]
+        if after is not None:
+            events.append(Event(wall_time=now, step=after + 1, session_log=SessionLog(status=SessionLog.START)))
         # Files are named by the second; one that was written in the same second must not be written over.
-        self._writer = SummaryWriter(
-            str(folder), purge_step=None if after is None else after + 1, filename_suffix=f".{uuid.uuid4().hex[:8]}"
-        )
+        name = f"events.out.tfevents.{int(now):010d}.{socket.gethostname()}.{uuid.uuid4().hex[:8]}"
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            # Unbuffered: nothing is left to write when it is closed.
+            self._file = open(self._folder / name, "xb", buffering=0)  # noqa: SIM115
+        except OSError as error:
+            self._fail(error)
+        self._add(events)
 
     def write(self, row: Row) -> None:
         """Adds every number of a row."""
-        for name, value in row.items():
-            if name not in ("step", "task") and isinstance(value, int | float):
-                self._writer.add_scalar(f"{row.get('kind', 'task')}/{name}", value, row["step"])
+        now, step, kind = time.time(), row["step"], row.get("kind", "task")
+        self._add(
+            [
+                self._event(wall_time=now, step=step, summary=self._scalar(f"{kind}/{name}", value))
+                for name, value in row.items()
+                if name not in ("step", "task") and isinstance(value, int | float)
+            ]
+        )
 
     def close(self, *, finished: bool = True) -> None:
-        """Writes out and closes."""
-        self._writer.close()
+        """Closes the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _add(self, events: Sequence[Any]) -> None:
+        """Appends events: records of length, its checksum, message, its checksum."""
+        content = b""
+        for message in (event.SerializeToString() for event in events):
+            length = struct.pack("<Q", len(message))
+            content += length + struct.pack("<I", self._checksum(length))
+            content += message + struct.pack("<I", self._checksum(message))
+        try:
+            while self._file is not None and content:
+                content = content[self._file.write(content) :]
+        except OSError as error:
+            self._fail(error)
+
+    def _fail(self, error: OSError) -> None:
+        self.close()
+        print(
+            f"tensorboard: {self._folder}: cannot be written: {error.strerror or error}; the run goes on without it",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def check_sinks(names: Sequence[str]) -> None:

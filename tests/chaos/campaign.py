@@ -10,7 +10,7 @@ import random
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.process import BaseProcess
@@ -36,8 +36,8 @@ CONTENT: dict[str, Any] = {
     "training": {"batch_size": 8, "steps": [5, 4], "log_every": 2, "checkpoint_every": 3},
     "evaluation": {"batch_size": 4, "limit": 4, "max_new_tokens": 24},
 }
-# As launch/local.sh: seconds that the others have after the first process is gone.
-_GRACE = 10.0
+# Seconds in which a process has to end after another one was killed: by docs/scale.md 15, on a machine with other work.
+_STATED = 60.0
 _LONGEST = 1800.0
 _FILES = ("memory.json", "memory/*", "teacher/*", "predictions/*", "importance/*", "tokenizer/*")
 _UNFINISHED = (".tmp", "partial", "orbax-checkpoint-tmp")
@@ -189,21 +189,42 @@ class Campaign:
             members.append(self._context.Process(target=member, args=(str(folder), fate, str(note)), kwargs=options))
         for one in members:
             one.start()
-        members[victim].join(_LONGEST)
-        until = time.monotonic() + _GRACE
-        for index, one in enumerate(members):
-            one.join(max(0.0, until - time.monotonic()) if members[victim].exitcode else _LONGEST)
-            if one.exitcode is None:
-                one.kill()
-                one.join()
-            elif tally is not None and index != victim and members[victim].exitcode == -9:
-                tally.alone += 1
+        alone, late = wait_for(members, victim)
+        if tally is not None:
+            tally.alone += alone
+            tally.wrong += [f"{folder.name}: {line}: {self._said()}" for line in late]
         note = self._folder / f"note{victim}"
         self._phase = note.read_text() if note.exists() else "before the run"
         return [-9 if one.exitcode is None else one.exitcode for one in members]
 
     def _said(self) -> str:
         return " | ".join(path.read_text()[-800:] for path in sorted(self._folder.glob("note*.log")))
+
+
+def wait_for(members: Sequence[BaseProcess], victim: int, *, stated: float = _STATED) -> tuple[int, list[str]]:
+    """Waits for all processes of a run, and ends those that do not when one of them was killed.
+
+    Args:
+      members: the processes.
+      victim: index of the one that may be killed.
+      stated: seconds in which all others have to end after that.
+
+    Returns:
+      How many ended by themselves after it was killed, and a line for each that did not.
+    """
+    members[victim].join(_LONGEST)
+    killed, ended = members[victim].exitcode == -9, time.monotonic()
+    alone, late = 0, []
+    for index, one in enumerate(members):
+        seconds = stated if members[victim].exitcode else _LONGEST
+        one.join(max(0.0, ended + seconds - time.monotonic()))
+        if one.exitcode is None:
+            one.kill()
+            one.join()
+            late.append(f"process {index} did not end within {stated:g} s after process {victim}")
+        elif index != victim:
+            alone += killed
+    return alone, late
 
 
 def _url(folder: Path) -> str:

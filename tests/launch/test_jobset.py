@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,8 @@ TEXT = {"type": "string"}
 TEXTS = {"type": "object", "additionalProperties": TEXT}
 COUNT = {"type": "integer", "minimum": 1}
 LABEL = {"type": "string", "pattern": "^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", "maxLength": 63}
-FIELD = record(fieldRef=record(fieldPath=TEXT))
+FIELD = {"oneOf": [record(fieldRef=record(fieldPath=TEXT)), record(secretKeyRef=record(name=LABEL, key=TEXT))]}
+TOKEN = {"name": "JAXCL_TOKEN", "valueFrom": {"secretKeyRef": {"name": "n-token", "key": "token"}}}
 CONTAINER = record(
     name=LABEL,
     image={"type": "string", "minLength": 1},
@@ -111,10 +113,42 @@ def test_gpu_machines_are_told_where_they_meet_and_tpu_machines_are_told_by_gke(
     environment = {one["name"]: one for one in pod_of(found)["containers"][0]["env"]}
     assert environment["JAX_COORDINATOR_ADDRESS"]["value"] == "n-workers-0-0.n:8476"
     assert environment["JAX_NUM_PROCESSES"]["value"] == "4"
+    assert environment["JAXCL_TOKEN"] == TOKEN
     path = environment["JAX_PROCESS_ID"]["valueFrom"]["fieldRef"]["fieldPath"]
     assert path == "metadata.annotations['batch.kubernetes.io/job-completion-index']"
     assert pod_of(found)["volumes"] == [{"name": "shared", "persistentVolumeClaim": {"claimName": "runs"}}]
     found = manifest(*TPU, "run", "x.yaml")
-    assert pod_of(found)["containers"][0]["env"] == []
+    assert pod_of(found)["containers"][0]["env"] == [TOKEN]
     assert pod_of(found)["containers"][0]["resources"] == {"limits": {"google.com/tpu": "4"}}
     assert found["spec"]["replicatedJobs"][0]["replicas"] == 2
+
+
+KUBECTL = """#!/bin/sh
+case "$*" in
+  *apply*) cat >>"$FOLDER/applied"; echo --- >>"$FOLDER/applied" ;;
+  *"get jobset"*) echo Completed ;;
+esac
+echo "$*" >>"$FOLDER/calls"
+"""
+
+
+def test_the_token_is_a_secret_and_on_no_command_line(tmp_path: Path) -> None:
+    for name, text in (("kubectl", KUBECTL), ("sleep", "#!/bin/sh\n")):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    environment = {
+        **os.environ,
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "FOLDER": str(tmp_path),
+        "JAXCL_TOKEN": 'a"b',
+    }
+    arguments = [*COMMON[:-1], *GPU, "run", "x.yaml"]
+    subprocess.run([str(LAUNCHER), *arguments], env=environment, check=True, timeout=60)
+    secret, jobset, _ = yaml.safe_load_all((tmp_path / "applied").read_text())
+    assert (secret["kind"], secret["metadata"], secret["stringData"]) == (
+        "Secret",
+        {"name": "n-token"},
+        {"token": 'a"b'},
+    )
+    assert pod_of(jobset)["containers"][0]["env"][0] == TOKEN
+    assert 'a"b' not in (tmp_path / "calls").read_text()

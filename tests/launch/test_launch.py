@@ -148,6 +148,8 @@ def test_tpu_vm_says_all_it_would_do() -> None:
     assert [command[:-1] for command in on_workers] == [
         ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "n", *place, "--worker=all"]
     ] * 3
+    copied = next(command for command in commands if "scp" in command)
+    assert copied[5:8] == [".launch/jaxcl-launch.tar.gz", ".launch/jaxcl-launch.token", "n:"]
     remote = [words(command[-1].removeprefix("--command="), "sh") for command in on_workers]
     assert remote[1][3:] == ["jaxcl", "jaxcl", "b"]
     assert remote[2][3:] == ["jaxcl", "jaxcl", "run", "host", "env", ".venv/bin/python", "-m", "jaxcl", *HOSTILE]
@@ -164,7 +166,8 @@ def test_names_that_a_cloud_would_not_take_are_refused(name: str) -> None:
     assert "--name" in jobset.stderr
 
 
-# A stand-in for Python: notes its words and settings; a file `wait` beside it makes it wait for SIGTERM, `fail` fails.
+# A stand-in for Python: notes its words and settings; a file `wait` beside it makes it wait for SIGTERM (with
+# `once`, the last time), `fail` fails with the code in it, `die` kills it once.
 STAND_IN = """#!{python}
 import json, os, pathlib, signal, sys, time
 folder = pathlib.Path(__file__).parent
@@ -172,11 +175,13 @@ index = os.environ["JAX_PROCESS_ID"]
 def stop(number, frame):
     with open(folder / f"stopped{{index}}", "a") as file:
         file.write("x")
+    if (folder / "once").exists():
+        (folder / "wait").unlink(missing_ok=True)
     time.sleep(0.3)
     sys.exit(130)
 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
     signal.signal(number, stop)
-settings = {{key: value for key, value in os.environ.items() if key.startswith("JAX_")}}
+settings = {{key: value for key, value in os.environ.items() if key.startswith("JAX")}}
 part = folder / f"part{{index}}"
 part.write_text(json.dumps([sys.argv[1:], settings]))
 part.rename(folder / f"started{{index}}.json")
@@ -184,7 +189,10 @@ part.rename(folder / f"started{{index}}.json")
 os.write(1, f"out {{index}}\\n".encode())
 os.write(2, f"err {{index}}\\n".encode())
 if (folder / f"fail{{index}}").exists():
-    sys.exit(5)
+    sys.exit(int((folder / f"fail{{index}}").read_text() or 5))
+if (folder / f"die{{index}}").exists():
+    (folder / f"die{{index}}").unlink()
+    os.kill(os.getpid(), signal.SIGKILL)
 if (folder / "wait").exists():
     time.sleep(60)
 """
@@ -200,8 +208,9 @@ def stand_in(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def start(stand_in: Path, name: str, *arguments: str) -> subprocess.Popen[str]:
-    program = {"local.sh": ["2"], "ssh.sh": ["--hosts", "one,two", "--directory", str(stand_in)]}[name]
+def start(stand_in: Path, name: str, *arguments: str, restarts: int = 0) -> subprocess.Popen[str]:
+    again = ["--restarts", str(restarts)]
+    program = {"local.sh": [*again, "2"], "ssh.sh": [*again, "--hosts", "one,two", "--directory", str(stand_in)]}[name]
     settings = {"PYTHON": str(stand_in / "python"), "SSH": str(stand_in / "ssh"), "GRACE": "1"}
     return subprocess.Popen(
         [str(LAUNCH / name), *program, *arguments],
@@ -227,10 +236,14 @@ def test_a_real_launch_hands_on_every_word_and_all_output(stand_in: Path, name: 
     process = start(stand_in, name, *HOSTILE)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
+    tokens = []
     for index, (argv, settings) in enumerate(started(stand_in)):
         assert argv == ["-m", "jaxcl", *HOSTILE]
         assert settings["JAX_PROCESS_ID"] == str(index)
         assert settings["JAX_NUM_PROCESSES"] == "2"
+        tokens.append(settings["JAXCL_TOKEN"])
+    assert tokens[0] == tokens[1]
+    assert len(tokens[0]) == 32
     lines = (out + err).splitlines()
     assert {"out 0", "[1] out 1", "err 0", "[1] err 1"} <= set(lines)
     assert not list(stand_in.glob("**/pwned"))
@@ -258,6 +271,51 @@ def test_the_first_failure_ends_all(stand_in: Path, name: str) -> None:
     _, err = process.communicate(timeout=60)
     assert process.returncode == 5, err
     assert (stand_in / "stopped0").exists()
+
+
+def test_a_worker_of_a_pod_reads_the_token_that_was_copied_to_it(stand_in: Path) -> None:
+    (stand_in / ".launch").mkdir()
+    (stand_in / ".launch" / "token").write_text("secret\n")
+    script = 'source "$1"; shift; eval "$(remote_line "$remote_start" "$@")"'
+    program = ["env", "JAX_PROCESS_ID=0", str(stand_in / "python"), "run"]
+    command = ["bash", "-c", script, "-", str(LAUNCH / "common.sh"), str(stand_in), "run", "host", *program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr
+    assert started(stand_in, [0])[0][1]["JAXCL_TOKEN"] == "secret"
+
+
+@pytest.mark.parametrize("name", ["local.sh", "ssh.sh"])
+def test_a_process_that_dies_makes_all_start_again(stand_in: Path, name: str) -> None:
+    for file in ("wait", "once", "die1"):
+        (stand_in / file).touch()
+    process = start(stand_in, name, "run", restarts=2)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert (stand_in / "stopped0").read_text() == "x"
+    assert [line for line in err.splitlines() if "started again" in line] == [
+        f"{name}: a process ended with 137; all are started again (1 of 2)"
+    ]
+    assert out.splitlines().count("out 0") == 2
+
+
+@pytest.mark.parametrize(("code", "lives"), [(5, 3), (1, 1), (2, 1), (130, 1)])
+def test_restarts_end_and_errors_and_interruptions_are_no_deaths(stand_in: Path, code: int, lives: int) -> None:
+    for index in (0, 1):
+        (stand_in / f"fail{index}").write_text(str(code))
+    process = start(stand_in, "local.sh", "run", restarts=2)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert out.splitlines().count("out 0") == lives
+
+
+def test_an_interrupted_launcher_starts_nothing_again(stand_in: Path) -> None:
+    (stand_in / "wait").touch()
+    process = start(stand_in, "local.sh", "run", restarts=2)
+    started(stand_in)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert out.splitlines().count("out 0") == 1
 
 
 def test_programs_that_fail_together_end_the_launcher(stand_in: Path) -> None:

@@ -23,12 +23,18 @@ KEYS = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "JAXCL
 def joined(monkeypatch: pytest.MonkeyPatch) -> list[tuple[ProcessId, float]]:
     """The places and timeouts that roll calls were made for; jax's runtime is not started."""
     made: list[tuple[ProcessId, float]] = []
-    for key in (*KEYS, "TPU_WORKER_HOSTNAMES", "JAXCL_START_TIMEOUT"):
+    for key in (*KEYS, "TPU_WORKER_HOSTNAMES", "JAXCL_START_TIMEOUT", "JAXCL_PEER_TIMEOUT"):
         monkeypatch.delenv(key, raising=False)
     monkeypatch.setattr(processes, "_joined", False)
-    monkeypatch.setattr(processes, "_start_runtime", lambda place: None)
+    monkeypatch.setattr(processes, "_watch", None)
+    monkeypatch.setattr(processes, "_start_runtime", lambda place, patience: None)
     monkeypatch.setattr(processes, "_check_devices", lambda place: None)
-    monkeypatch.setattr(processes, "roll_call", lambda place, versions, timeout, token: made.append((place, timeout)))
+
+    def roll_call(place: ProcessId, versions: object, timeout: float, token: str) -> dict[int, socket.socket]:
+        made.append((place, timeout))
+        return {}
+
+    monkeypatch.setattr(processes, "roll_call", roll_call)
     return made
 
 
@@ -75,7 +81,7 @@ def test_a_runtime_that_does_not_start_is_one_line(joined: list, monkeypatch: py
     monkeypatch.setattr(jax.distributed, "initialize", refuse)
     monkeypatch.setattr(jax.config, "update", lambda *_: None)
     with pytest.raises(UserError, match=r"could not join the run's other processes at host:1: UNAVAILABLE: lost$"):
-        processes._start_runtime(ProcessId("host", 1, 2, 0))
+        processes._start_runtime(ProcessId("host", 1, 2, 0), 60)
 
 
 def run_two(file: Path, devices: tuple[int, int]) -> list[tuple[int, str]]:
@@ -125,7 +131,12 @@ def test_the_first_writes_for_all_and_failures_end_at_once(tmp_path: Path) -> No
 
 def test_the_token_comes_from_the_environment(joined: list, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens: list[str] = []
-    monkeypatch.setattr(processes, "roll_call", lambda place, versions, timeout, token: tokens.append(token))
+
+    def roll_call(place: ProcessId, versions: object, timeout: float, token: str) -> dict[int, socket.socket]:
+        tokens.append(token)
+        return {}
+
+    monkeypatch.setattr(processes, "roll_call", roll_call)
     monkeypatch.setenv("JAXCL_TOKEN", "secret")
     assert initialize("host:1", 2, 0)
     assert tokens == ["secret"]

@@ -33,7 +33,8 @@ def call(
 
     def one(place: ProcessId, versions: dict[str, str], token: str) -> str | None:
         try:
-            roll_call(place, versions, timeout=timeout, token=token)
+            for link in roll_call(place, versions, timeout=timeout, token=token).values():
+                link.close()
         except UserError as error:
             return str(error)
         return None

@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import json
 import struct
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +20,19 @@ def row(step: int, kind: str = "task") -> dict[str, Any]:
     return {"step": step, "task": 0, "kind": kind, "loss": 1.0 / step}
 
 
-def events(folder: Path) -> list[tuple[str, int, float]]:
-    """Scalars of the event files: records of length, checksum, message, checksum."""
-    found = []
+def messages(folder: Path) -> Iterator[event_pb2.Event]:
+    """What event files hold: records of length, checksum, message, checksum."""
     for path in folder.glob("events*"):
         content, place = path.read_bytes(), 0
         while place < len(content):
             (size,) = struct.unpack_from("<Q", content, place)
-            event = event_pb2.Event.FromString(content[place + 12 : place + 12 + size])
-            found += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
+            yield event_pb2.Event.FromString(content[place + 12 : place + 12 + size])
             place += 16 + size
-    return found
+
+
+def events(folder: Path) -> list[tuple[str, int, float]]:
+    """Scalars of the event files."""
+    return [(value.tag, event.step, value.simple_value) for event in messages(folder) for value in event.summary.value]
 
 
 def test_a_line_a_row(tmp_path: Path) -> None:
@@ -69,6 +74,29 @@ def test_tensorboard_has_a_curve_a_metric_and_kind(tmp_path: Path) -> None:
     sink.write(row(4, "memory"))
     sink.close()
     assert events(tmp_path) == [("task/loss", 2, 0.5), ("memory/loss", 4, 0.25)]
+
+
+def test_a_full_disk_ends_tensorboard_with_one_line_and_nothing_else(tmp_path: Path) -> None:
+    script = Path(__file__).with_name("full_tensorboard_script.py")
+    done = subprocess.run([sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, timeout=60)
+    words = f"tensorboard: {tmp_path}/tensorboard: cannot be written: File too large; the run goes on without it\n"
+    assert (done.returncode, done.stderr) == (0, words)
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 100
+
+
+def test_tensorboard_that_cannot_begin_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "tensorboard").touch()
+    for sink in open_sinks(tmp_path):
+        sink.write(row(1))
+        sink.close()
+    words = f"tensorboard: {tmp_path}/tensorboard: cannot be written: File exists; the run goes on without it\n"
+    assert capsys.readouterr().err == words
+
+
+def test_events_of_steps_that_are_made_again_are_hidden(tmp_path: Path) -> None:
+    TensorBoard(tmp_path, after=5).close()
+    logs = [(event.step, event.session_log.status) for event in messages(tmp_path) if event.HasField("session_log")]
+    assert logs == [(6, event_pb2.SessionLog.START)]
 
 
 def test_one_opened_in_the_same_second_leaves_the_events_of_the_one_before(tmp_path: Path) -> None:
