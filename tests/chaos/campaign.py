@@ -182,6 +182,8 @@ class Campaign:
                     "JAXCL_TOKEN": "chaos",
                 }
                 environment["JAX_NUM_PROCESSES"] = str(self._processes)
+                # One whose peer died before it was heard of waits for it as for one that has not started yet.
+                environment["JAXCL_START_TIMEOUT"] = str(_STATED / 2)
             note = self._folder / f"note{index}"
             note.unlink(missing_ok=True)
             fate = doom if index == victim else None

@@ -25,5 +25,6 @@ def work(args: object) -> None:
             raise OSError("no luck")
 
 
-cli._ACTIONS["run"] = work
-sys.exit(cli.main(["run", "config.yaml"]))
+if __name__ == "__main__":
+    cli._ACTIONS["run"] = work
+    sys.exit(cli.main(["run", "config.yaml"]))
