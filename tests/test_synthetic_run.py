@@ -19,7 +19,7 @@ from jaxcl.data.teacher_store import TeacherStore
 from jaxcl.errors import UserError
 from jaxcl.methods.options import SyntheticConfig
 from jaxcl.models.batch import Batch
-from jaxcl.run import sequence
+from jaxcl.run import consolidation
 from jaxcl.run.components import build, initial_params
 from jaxcl.run.folder import RunFolder
 from jaxcl.run.synthesis import Writer
@@ -45,7 +45,7 @@ class Given(Writer):
 
 @pytest.fixture
 def given(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sequence, "Writer", Given)
+    monkeypatch.setattr(consolidation, "Writer", Given)
 
 
 @pytest.mark.usefixtures("given")
@@ -153,7 +153,7 @@ def test_prompts_are_written_by_the_model_the_run_began_with(tmp_path: Path, mon
             writers.append(self.opened_by)
             return super().bodies(*arguments)
 
-    monkeypatch.setattr(sequence, "Writer", Watched)
+    monkeypatch.setattr(consolidation, "Writer", Watched)
     parts = build(parse_config({**PAIRS, "output": str(tmp_path), "method": "sequential"}), RunFolder(tmp_path))
     weights = save_hf(tmp_path / "weights", parts.network, initial_params(parts))
     parts.tokenizer.save(weights)
@@ -177,6 +177,6 @@ def test_nothing_worth_keeping_is_said(tmp_path: Path, monkeypatch: pytest.Monke
         def bodies(self, *_: Any) -> list[str | None]:
             return [None] * 4
 
-    monkeypatch.setattr(sequence, "Writer", Unfinished)
+    monkeypatch.setattr(consolidation, "Writer", Unfinished)
     with pytest.raises(UserError, match="none of 4 samples that the model wrote for task direction can be kept"):
         run(PAIRS, tmp_path / "nothing", WRITTEN)
