@@ -62,12 +62,15 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Writes `value` as JSON, atomically.
+    """Writes `value` as JSON, atomically. Half of a surrogate pair, which UTF-8 does not have, is escaped.
 
     Raises:
       UserError: the file cannot be written.
     """
-    write_text(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+    text = json.dumps(value, ensure_ascii=False, indent=1)
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        text = json.dumps(value, indent=1)
+    write_text(path, text + "\n")
 
 
 def open_end(path: str | Path) -> IO[bytes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import threading
@@ -20,11 +21,19 @@ from tests.fuzz.targets import KNOWN, TARGETS
 from tests.records import append
 
 INPUTS = 200
+# Ten times what a round of `make fuzz` allows: other tests run beside these.
+PATIENCE = 10
 
 
+@pytest.fixture
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "SECONDS", PATIENCE * harness.SECONDS)
+
+
+@pytest.mark.usefixtures("patience")
 @pytest.mark.parametrize("name", TARGETS)
 def test_odd_bytes_end_in_a_documented_error(name: str) -> None:
-    target = TARGETS[name]
+    target = patient(TARGETS[name])
     seeds = target.seeds()
     assert max(map(len, seeds)) < MOST, "changes of what is behind would be cut"
     counts = Counts(seeds=set(seeds))
@@ -36,13 +45,18 @@ def test_odd_bytes_end_in_a_documented_error(name: str) -> None:
     assert not counts.crashes, "\n".join(f"{content[:300]!r}\n{lines}" for content, lines in counts.crashes.values())
 
 
+@pytest.mark.usefixtures("patience")
 @pytest.mark.parametrize("name", KNOWN)
 def test_inputs_that_once_crashed_end_in_a_documented_error(name: str) -> None:
-    target, counts = TARGETS[name], Counts()
+    target, counts = patient(TARGETS[name]), Counts()
     for content in (target.seeds()[0], *KNOWN[name]()):
         feed(target, content, counts)
     assert counts.read, "the seeds are of no use"
     assert not counts.crashes, "\n".join(f"{content[:300]!r}\n{lines}" for content, lines in counts.crashes.values())
+
+
+def patient(target: Target) -> Target:
+    return dataclasses.replace(target, waits=PATIENCE * target.waits)
 
 
 def test_a_crash_and_a_hang_are_noticed() -> None:
@@ -70,7 +84,7 @@ def test_who_waits_without_an_end_or_takes_too_much_is_noticed(monkeypatch: pyte
         size = {b"much": 2**27, b"far too much": 2**40}.get(content, 0)
         np.ones(size, np.uint8)
 
-    target = Target(read, lambda: [], waits=0.2)
+    target = Target(read, lambda: [], waits=1.0)
     counts = Counts(inputs=1)
     for content in (b"fine", b"waits", b"much", b"far too much"):
         feed(target, content, counts)

@@ -102,7 +102,7 @@ KNOWN: dict[str, Callable[[], list[bytes]]] = {
         text_of({"size": {"longest_edge": 10**9}, "max_image_size": {"longest_edge": 8}}),
     ],
     "teacher_records": lambda: [overflowing()],
-    "tracking": lambda: [DEEP],
+    "tracking": lambda: [DEEP, b'{"wandb": "\\ud800", "mlflow": "ffff"}'],
     "comparison": lambda: [DEEP, b'{"methods": {}, "tasks": [], "runs": 5}', b'{"methods": {}, "tasks": 5}'],
     "show_results": lambda: [
         results(tasks=["\ud800", "\x1b[2J"]), results(parameters="x"), results(initial=5), results(initial=[HUGE]),
