@@ -196,7 +196,8 @@ class Campaign:
             tally.alone += alone
             tally.wrong += [f"{folder.name}: {line}: {self._said()}" for line in late]
         note = self._folder / f"note{victim}"
-        self._phase = note.read_text() if note.exists() else "before the run"
+        # The note may be empty: a second thread has killed the process while the first one wrote it.
+        self._phase = (note.read_text() or "unknown") if note.exists() else "before the run"
         return [-9 if one.exitcode is None else one.exitcode for one in members]
 
     def _said(self) -> str:
