@@ -34,7 +34,7 @@ class LlamaConfig(Schema):
     vocab_size: int = Field(gt=0, description="number of token ids")
     hidden_size: int = Field(gt=0, description="width of the residual stream")
     intermediate_size: int = Field(gt=0, description="feed-forward intermediate units per layer")
-    num_layers: int = Field(gt=0, description="number of layers")
+    num_layers: int = Field(gt=0, le=1024, description="number of layers")
     num_experts: int = Field(
         0, ge=0, description="feed-forward experts per layer, of which each token goes to a few; 0: one for all"
     )

@@ -17,6 +17,7 @@ from tests.fuzz.targets.common import made, text_of
 from tests.fuzz.targets.data import zstd
 from tests.fuzz.targets.runs import RESULTS
 from tests.fuzz.targets.stores import contents_of_store
+from tests.fuzz.targets.weights import gguf_file
 
 DEEP = b"[" * 100_000
 HUGE = 10**400
@@ -86,7 +87,17 @@ def overflowing() -> bytes:
     return (2**62).to_bytes(8, "little") * 2 + contents_of_store()[0][0][16:]
 
 
+def layers() -> bytes:
+    """A header with three billion layers."""
+    name = b"llama.block_count"
+    content = bytearray(gguf_file())
+    start = content.index(name) + len(name) + 4  # behind the kind of value
+    content[start : start + 4] = (3 * 10**9).to_bytes(4, "little")
+    return bytes(content)
+
+
 KNOWN: dict[str, Callable[[], list[bytes]]] = {
+    "gguf": lambda: [layers()],
     "gzip": lambda: [repeated(b"x"), gzip.compress(b'[{"text": "') + repeated(b"x")],
     "xz": lambda: [repeated(b"x", lzma.compress)],
     "zstd": lambda: [repeated(b"x", zstd)],
