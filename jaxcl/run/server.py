@@ -11,7 +11,6 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from jaxcl.errors import UserError
 from jaxcl.evaluation.results import Results
 from jaxcl.functional.client_drift import common_variate
 from jaxcl.functional.federated import combine_shared, server_step, why_refused
@@ -380,11 +379,7 @@ class Server(TaskSequence):
         self._agreed = note.agreed
         self._weights, self._numbers, self._taken = dict(note.weights), dict(note.clients), dict(note.taken)
         if note.phase == "training":
-            mark = START_MARK if note.task == 0 else mark_after(note.task - 1)
-            before = self.checkpoints.find(mark)
-            if before is None:
-                raise UserError(f"checkpoints {self.folder.checkpoints}: the one {mark} is missing; it is needed")
-            self._before = self._wide(self._restored(before))
+            self._before = self._wide(self._restored(self._saved_before(note.task)))
 
     def _restored(self, saved: Saved) -> TrainState:
         own = self._own()
