@@ -15,7 +15,7 @@ from types import FrameType
 from jaxcl.commands.parser import EXIT_USAGE, build_parser
 from jaxcl.data.formats.storage import is_url
 from jaxcl.errors import UserError
-from jaxcl.signals import second_ends
+from jaxcl.training.signals import second_ends
 
 EXIT_FAILURE, EXIT_INTERRUPTED = 1, 130
 # Words of jax, Gloo and NCCL when a process that this one works with does not answer.

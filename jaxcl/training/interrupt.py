@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+from jaxcl.training.signals import STOPPING
 
 
 class StoppedTogether(KeyboardInterrupt):
@@ -24,7 +24,7 @@ class StoppedTogether(KeyboardInterrupt):
 class Interrupts:
     """While active, the first signal only sets `requested`; a second one raises `KeyboardInterrupt` at once.
 
-    In a command of jaxcl the second one ends the process, whatever it is doing: see `jaxcl.signals`.
+    In a command of jaxcl the second one ends the process, whatever it is doing: see `jaxcl.training.signals`.
 
     Signals are SIGINT, SIGTERM and SIGUSR1; schedulers send the latter two when a time limit is near.
 
@@ -41,7 +41,7 @@ class Interrupts:
     def __enter__(self) -> Interrupts:
         # Python allows handlers only in the main thread; in other threads the caller handles signals.
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+            self._previous = {number: signal.signal(number, self._handle) for number in STOPPING}
         return self
 
     def __exit__(

@@ -1,4 +1,4 @@
-"""Signals to a command: the first one asks it to stop, as `main` and `training.interrupt` do; a second one ends it."""
+"""Signals to a command: the first one asks it to stop, as `cli.main` and `interrupt` do; a second one ends it."""
 
 from __future__ import annotations
 
