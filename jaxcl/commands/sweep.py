@@ -72,7 +72,7 @@ def plan_runs(
       seeds: seeds.
       sweeps: values by dotted key.
       out: folder for the run folders.
-      budget: most settings per method. Of a larger grid, so many are drawn, the same ones each time.
+      budget: the largest number of settings per method. From a larger grid this many are drawn, always the same ones.
 
     Raises:
       UserError: a configuration is invalid, a key has an option of its own, or no method has the option.
@@ -106,7 +106,7 @@ def grid(sweeps: Mapping[str, Sequence[str]]) -> Iterator[Setting]:
 
 
 def drawn(settings: Sequence[Setting], budget: int | None) -> list[Setting]:
-    """At most so many of the settings, in their order, drawn without replacement; the same ones each time.
+    """All settings, or `budget` of them drawn without replacement, in their order. Every call draws the same ones.
 
     >>> [one["a"] for one in drawn(list(grid({"a": "123456789"})), 3)]
     ['1', '7', '9']

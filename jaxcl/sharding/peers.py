@@ -31,7 +31,7 @@ _SIGNS, _LONGEST_PAUSE = 12, 1.0
 _OWN_REASON_SECONDS = 5.0
 # Process 0 ends last, see `processes`.
 _LAST_SECONDS = 2.0
-# Bytes of a line; a peer that says more is no process of this version.
+# Longest line in bytes. A peer that sends a longer one does not run this version.
 _LONGEST = 4096
 _BYE, _LEFT, _GONE = b"bye", b"left ", b"gone "
 
