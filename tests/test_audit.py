@@ -39,10 +39,12 @@ def audit(folder: Path, pip_audit: str) -> subprocess.CompletedProcess[str]:
     lines = re.search(r"^timeout .*make audit \|\|\n.*$", (ROOT / ".ci/run").read_text(), re.MULTILINE)
     assert lines is not None
     settings = {"VENV": "venv", "TOOLS_VENV": "tools", "PYTHON": sys.executable, "MAKEFLAGS": "-e"}
+    # Without the variables of `make test`, below which a make would say which directory it enters.
+    outside = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
     return subprocess.run(
         ["bash", "-euo", "pipefail", "-c", lines[0]],
         cwd=folder,
-        env={**os.environ, **settings},
+        env={**outside, **settings},
         capture_output=True,
         text=True,
         timeout=60,
