@@ -13,6 +13,7 @@ import pytest
 from benchmarks.same_runs import last_arrays
 from jaxcl.data.pipeline import Pipeline
 from jaxcl.errors import UserError
+from jaxcl.reporting.report import write_report
 from jaxcl.run import sequence
 from jaxcl.run.rewinding import order_seed
 from tests.tiny.faults import killed_at_save
@@ -123,6 +124,46 @@ def test_without_an_end_it_stops_with_one_line(
     newest = max(int(folder.name) for folder in (tmp_path / "run/checkpoints").iterdir() if folder.name.isdecimal())
     note = json.loads((tmp_path / "run/checkpoints" / str(newest) / "progress/metadata").read_text())
     assert note["progress"]["watch"]["streak"] == 0, "the last checkpoint lies before what was skipped"
+
+
+def test_a_run_that_stops_names_the_rows_that_were_in_the_last_steps_of_every_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One row is bad: every batch that holds it is not finite, whatever the order."""
+    batch_at, read = Pipeline.batch_at, dict[tuple[int, int], list[int]]()
+    bad = 3
+
+    def poisoned(self: Any, step: int, *, seed: int, **where: int) -> Any:
+        batch = batch_at(self, step, seed=seed, **where)
+        if self.origin == "task":
+            read[seed, step] = batch["example"].tolist()
+            batch["weights"] = np.where((batch["example"] == bad)[:, None], np.nan, batch["weights"])
+        return batch
+
+    monkeypatch.setattr(Pipeline, "batch_at", poisoned)
+    monkeypatch.setattr(sequence, "write_report", write_report)  # which other tests leave out
+    content = {**ALONE, "training": {**ALONE["training"], "max_skipped": 1}}
+    with pytest.raises(UserError, match=r"see .*run/report\.html"):
+        run(content, tmp_path / "run", "sequential")
+    found = json.loads((tmp_path / "run/not_finite.json").read_text())
+    assert found["task"] == "direction"
+    rows = []
+    for order, seed in zip(found["orders"], (0, order_seed(0, 1)), strict=True):
+        assert order["first"] == order["last"], "one skipped step is enough here"
+        expected = sorted({row for row in read[seed, order["last"] - 1] if row >= 0})
+        assert order["rows"] == {"direction": expected}
+        assert bad in expected
+        rows.append(set(expected))
+    assert found["in_all_orders"]["rows"] == {"direction": sorted(rows[0] & rows[1])}
+    page = (tmp_path / "run/report.html").read_text()
+    assert "Why it stopped" in page
+    assert "Rows that were in all orders" in page
+
+    # Mended, the run goes on, and nothing says any more that it stopped.
+    monkeypatch.setattr(Pipeline, "batch_at", batch_at)
+    assert run(content, tmp_path / "run", "sequential").finished
+    assert not (tmp_path / "run/not_finite.json").exists()
+    assert "Why it stopped" not in (tmp_path / "run/report.html").read_text()
 
 
 def test_the_order_follows_from_seed_and_count_alone() -> None:

@@ -17,6 +17,7 @@ from jaxcl.reporting.matrix_table import matrix_table
 from jaxcl.reporting.page import card, details, duration, figure, number, page, section, size, table, text, write_page
 from jaxcl.reporting.run_data import ODD, RunData, read_run, scores, unit, watched
 from jaxcl.reporting.samples import task_samples
+from jaxcl.reporting.stopped import stopped_section
 from jaxcl.reporting.style import DASH
 from jaxcl.reporting.tables import table_sections
 
@@ -59,6 +60,7 @@ def render(run: RunData) -> str:
     """The HTML page."""
     body = [
         _header(run),
+        stopped_section(run),
         headline(run.results),
         _matrices(run),
         _retention(run),

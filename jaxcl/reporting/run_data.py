@@ -36,6 +36,7 @@ class RunData:
       predictions: rows of all files in `predictions/`, by `(after, task)`.
       thumbnails: PNG files of the images that predictions name.
       tables: arrays of the latest file in `importance/`, by name.
+      not_finite: `not_finite.json`, which a run leaves that stopped for its numbers; else empty.
       problems: one line per file that could not be read.
     """
 
@@ -47,6 +48,7 @@ class RunData:
     predictions: dict[tuple[int, str], list[dict[str, Any]]]
     thumbnails: dict[str, bytes]
     tables: dict[str, Shaped[np.ndarray, "..."]]
+    not_finite: dict[str, Any]
     problems: list[str]
 
     @property
@@ -77,6 +79,7 @@ def read_run(folder: Path) -> RunData:
         predictions=_predictions(folder / "predictions", problems),
         thumbnails=_thumbnails(folder / "thumbnails", problems),
         tables=_tables(folder / "importance", problems),
+        not_finite=_object(folder / "not_finite.json", problems),
         problems=problems,
     )
 
@@ -181,6 +184,18 @@ def _json_lines(path: Path, problems: list[str]) -> list[dict[str, Any]]:
     if bad:
         problems.append(f"{path.name}: {bad} unreadable line{'s' if bad > 1 else ''} left out")
     return rows
+
+
+def _object(path: Path, problems: list[str]) -> dict[str, Any]:
+    content = _text(path, problems)
+    try:
+        found = json.loads(content) if content else {}
+    except (ValueError, RecursionError):
+        found = None
+    if isinstance(found, dict):
+        return found
+    problems.append(f"{path.name}: cannot be read, left out")
+    return {}
 
 
 def _predictions(folder: Path, problems: list[str]) -> dict[tuple[int, str], list[dict[str, Any]]]:

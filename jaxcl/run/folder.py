@@ -85,6 +85,7 @@ class RunFolder:
     results = property(lambda self: self.path / "results.json")
     tensorboard = property(lambda self: self.path / "tensorboard")
     metrics = property(lambda self: self.path / "metrics.jsonl")
+    not_finite = property(lambda self: self.path / "not_finite.json")
     predictions = property(lambda self: self.path / "predictions")
     thumbnails = property(lambda self: self.path / "thumbnails")
     importance = property(lambda self: self.path / "importance")

@@ -29,6 +29,7 @@ from jaxcl.run.evaluator import answering_params
 from jaxcl.run.fingerprints import memory_prints, take_fingerprints
 from jaxcl.run.folder import RunFolder
 from jaxcl.run.missing import say_missing_predictions, say_missing_rows
+from jaxcl.run.not_finite import write_not_finite
 from jaxcl.run.note import FORMAT, Note, note_of
 from jaxcl.run.remembering import load_kept
 from jaxcl.run.remote.reading import local_folder
@@ -234,6 +235,8 @@ class TaskSequence(Consolidation):
     def _note_attempt(self, step: int) -> None:
         """Records that the run begins, or goes on after a step; process 0 says what is gone of its folder since."""
         self.board.note_attempt(step)
+        if self.main:
+            self.folder.not_finite.unlink(missing_ok=True)  # of the attempt before
         if self.note is not None and self.main:
             found, expected = self.logged_steps, self.note.logged_steps
             if found is not None and expected is not None:
@@ -302,7 +305,7 @@ class TaskSequence(Consolidation):
                 break
             except NotFinite as error:
                 if not may_go_back(training, watch):
-                    raise
+                    raise self._stopped(index, stream, watch, error) from None
                 state, position, noted = self._go_back(index, watch, error)
                 begun = position is not None
         if self._concludes and int(state.step) != self._saved_step:
@@ -371,6 +374,19 @@ class TaskSequence(Consolidation):
             print(f"{error}; going on from {where} with another order of the data", file=sys.stderr)
         self._open_sinks(int(state.step))
         return state, position, noted_after(watch, saved, step=step, left=error.step)
+
+    def _stopped(self, index: int, stream: Stream, watch: Watch, error: NotFinite) -> NotFinite:
+        """Writes the report of a run that stops for its numbers; returns the error that ends it."""
+
+        def write() -> None:
+            path, names = self.folder.not_finite, self.parts.names
+            name, seed = self.parts.phase_name(index), self.config.seed + index
+            write_not_finite(path, error, watch, stream, task=name, names=names, seed=seed)
+            self.board.write(self.stopwatch.seconds)
+            write_report(self.folder.path)
+
+        on_first(write)
+        return NotFinite(f"{error}; see {self.folder.report}", error.step)
 
     # Evaluation and results
 

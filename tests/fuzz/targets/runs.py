@@ -47,6 +47,12 @@ ROUNDS = [
      "bytes_up": 1024, "update_norm": 0.5} for number in range(2)
 ]  # fmt: skip
 
+_ORDERS = [{"first": last - 1, "last": last, "count": 3, "rows": {"a": [1, 7, last]}} for last in (4, 9)]
+NOT_FINITE = {
+    "message": "loss is nan", "task": "a", "skipped": 2, "orders": _ORDERS,
+    "in_all_orders": {"count": 2, "rows": {"a": [1, 7]}},
+}  # fmt: skip
+
 
 def read_run_config(content: bytes, folder: Path) -> None:
     written(folder / "config.yaml", content)
@@ -182,6 +188,9 @@ TARGETS: dict[str, Target] = {
     "report_rounds": Target(folder_with("rounds.jsonl", write_report), lambda: [lines_of(ROUNDS)], weight=40),
     "report_predictions": Target(
         folder_with("predictions/after00_task00.jsonl", write_report), lambda: [text_of(PREDICTION)], weight=40
+    ),
+    "report_not_finite": Target(
+        folder_with("not_finite.json", write_report), lambda: [text_of(NOT_FINITE)], weight=40
     ),
     "report_arrays": Target(folder_with("importance/after0.npz", write_report), lambda: [arrays()], weight=40),
     "comparison": Target(read_compared, compared, weight=40),
