@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import shutil
@@ -138,6 +139,32 @@ def test_the_latest_and_the_marked_are_kept_also_after_a_restart(tmp_path: Path)
         assert latest is not None
         assert latest.progress == {"index": 7}
     assert numbers(tmp_path) == [1, 4, 6, 7]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_one_before_is_removed_only_when_the_next_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    """Of a single checkpoint that is kept, there is a whole one at every moment."""
+    state, seal, seen = trained(make_trainer(), 1), Checkpoints._seal, list[list[int]]()
+
+    def late(self: Checkpoints) -> None:
+        seen.append(numbers(tmp_path))
+        if fails and self._saving == 1:
+            raise OSError(errno.EIO, "Input/output error")
+        seal(self)
+
+    monkeypatch.setattr(Checkpoints, "_seal", late)
+    with contextlib.suppress(UserError), Checkpoints(tmp_path, keep=1) as checkpoints:
+        for index in range(2):
+            checkpoints.save(state, progress={"index": index})
+            checkpoints.wait()
+    assert seen == [[], [0]]
+    assert numbers(tmp_path) == [0] if fails else [1]
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        saved = checkpoints.latest_whole()
+    assert saved is not None
+    assert saved.progress == {"index": 0 if fails else 1}
 
 
 def test_remains_of_an_interrupted_save_are_ignored_and_removed(tmp_path: Path) -> None:
