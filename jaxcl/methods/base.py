@@ -103,6 +103,8 @@ class Method(ToolHooks, Generic[OptionsT]):
         must be prompts and answers, one pair per row, and the model's window must hold all copies.
       asks_for_before: `consolidate` calls `Task.params_before`: a run that goes on within a task checks first that the
         checkpoint which has them is whole.
+      offloaded: entries of the state that only `update_args` reads within a step: with `optimizer.offload` they wait in
+        host memory. Between tasks, functions that are compiled by `Task.compile` get them on the devices.
       stored: how each array that `signals` returns is stored, by name.
       options: the method's options.
       network: the network.
@@ -114,6 +116,7 @@ class Method(ToolHooks, Generic[OptionsT]):
     individual: bool = False
     copies: int = 1
     asks_for_before: bool = False
+    offloaded: Sequence[str] = ()
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)

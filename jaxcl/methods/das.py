@@ -127,6 +127,8 @@ class Das(Method[DasOptions]):
     need it, `[1 + tasks, layers, units]` in [0, 1).
     """
 
+    offloaded = ("anchor",)
+
     def init(self, params: Params) -> State:
         """See `Method.init`."""
         part = trained(params)

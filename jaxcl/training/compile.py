@@ -76,15 +76,17 @@ class Compiler:
         return constraints(Activations(mesh)) if mesh.size > 1 else contextlib.nullcontext()
 
     def _replicated_inputs(self, jitted: Callable[..., Any]) -> Callable[..., Any]:
-        """Replicates arguments that have no mesh sharding yet.
+        """Replicates arguments that have no mesh sharding yet, and brings those that wait on the host.
 
         A loop like `sums = add(sums, batch)` would otherwise compile twice: for the initial `sums` and for the
         returned ones.
         """
 
         def replicate(leaf: Any) -> Any:
-            placed = isinstance(leaf, jax.Array) and isinstance(leaf.sharding, NamedSharding)
-            return leaf if placed else put(leaf, self.layout.replicated)
+            if not (isinstance(leaf, jax.Array) and isinstance(leaf.sharding, NamedSharding)):
+                return put(leaf, self.layout.replicated)
+            waits = leaf.sharding.memory_kind == "pinned_host"
+            return jax.device_put(leaf, leaf.sharding.with_memory_kind("device")) if waits else leaf
 
         @functools.wraps(jitted)
         def call(*args: Any, **kwargs: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -63,11 +64,25 @@ def state_shardings(state: TrainState, layout: Layout) -> TrainState:
     )
 
 
-def on_host(shapes: PyTree, shardings: PyTree) -> PyTree:
-    """The shardings, in host memory; those of scalars stay on the devices."""
-    return jax.tree.map(
-        lambda leaf, sharding: sharding.with_memory_kind("pinned_host") if leaf.ndim else sharding, shapes, shardings
-    )
+def offloaded(shapes: TrainState, shardings: TrainState, names: Sequence[str]) -> TrainState:
+    """The shardings, with those in host memory that only the optimizer reads; those of scalars stay on the devices.
+
+    Args:
+      shapes: a state of arrays or of shapes.
+      shardings: see `state_shardings`.
+      names: `Method.offloaded`.
+    """
+
+    def wait(shapes: PyTree, shardings: PyTree) -> PyTree:
+        return jax.tree.map(
+            lambda leaf, one: one.with_memory_kind("pinned_host") if leaf.ndim else one, shapes, shardings
+        )
+
+    own = shardings.method_state
+    if names:
+        own = {**own, **{name: wait(shapes.method_state[name], own[name]) for name in names}}
+    opt_state, low_bits = wait((shapes.opt_state, shapes.low_bits), (shardings.opt_state, shardings.low_bits))
+    return shardings.replace(opt_state=opt_state, low_bits=low_bits, method_state=own)
 
 
 def abstract(tree: PyTree, shardings: PyTree) -> PyTree:
@@ -77,14 +92,19 @@ def abstract(tree: PyTree, shardings: PyTree) -> PyTree:
     )
 
 
-def replace_method_state(state: TrainState, new: PyTree, layout: Layout) -> TrainState:
-    """The state with the method state that `Method.prepare` or `Method.consolidate` returned, sharded.
+def replace_method_state(state: TrainState, new: PyTree, shardings: PyTree) -> TrainState:
+    """The state with the method state that `Method.prepare` or `Method.consolidate` returned.
+
+    Args:
+      state: the state before.
+      new: the method's new state.
+      shardings: where its arrays belong.
 
     Raises:
       ValueError: structure, a shape or a dtype differs from before; the message names the leaf.
     """
     new = check_replacement("method state", state.method_state, new, shared_with=state.params)
-    return state.replace(method_state=layout.place(new))
+    return state.replace(method_state=put(new, shardings))
 
 
 def replace_params(state: TrainState, new: PyTree, layout: Layout) -> TrainState:

@@ -37,7 +37,7 @@ def make_train_step(
     accumulate: int,
     layout: Layout,
     privacy: PrivacyConfig | None = None,
-    opt_shardings: PyTree = None,
+    on_devices: TrainState | None = None,
 ) -> Step:
     r"""The training step of a method; pure, not compiled.
 
@@ -60,7 +60,8 @@ def make_train_step(
       accumulate: micro-batches per batch; divides the batch size.
       layout: the run's layout.
       privacy: clip each example's gradient and add noise; see `private_gradient`.
-      opt_shardings: where to bring optimizer state and low bits that are offloaded to the host; `None`: they are not.
+      on_devices: shardings of the state on the devices, where what waits on the host is brought for the update; `None`:
+        nothing waits there.
 
     Returns:
       `step(state, batch, key) -> (state, metrics)`. `key` is the run's; the step's number is folded into it. Metrics
@@ -88,9 +89,11 @@ def make_train_step(
         usable = jnp.isfinite(total) & jnp.isfinite(norm)
         rate = learning_rate(optimizer, state.clock)
         with jax.named_scope("optimizer"):
-            extra = method.update_args(state.params, _own(state.method_state), batch, update_key)
-            held = state.opt_state, state.low_bits
-            opt_state, low_bits = held if opt_shardings is None else jax.device_put(held, opt_shardings)
+            held = state.opt_state, state.low_bits, state.method_state
+            if on_devices is not None:
+                held = jax.device_put(held, (on_devices.opt_state, on_devices.low_bits, on_devices.method_state))
+            opt_state, low_bits, own = held
+            extra = method.update_args(state.params, _own(own), batch, update_key)
             before = widen(params, low_bits)
             updates, new_opt_state = transform.update(grads, opt_state, before, learning_rate=rate, **extra)
             after = optax.apply_updates(before, updates)

@@ -26,7 +26,7 @@ from jaxcl.training.low_bits import no_low_bits, split, widen
 from jaxcl.training.optimizer import OptimizerConfig, make_parts
 from jaxcl.training.privacy import PrivacyConfig
 from jaxcl.training.schedule import Clock
-from jaxcl.training.state import TrainState, abstract, on_host, replace_method_state, replace_params, state_shardings
+from jaxcl.training.state import TrainState, abstract, offloaded, replace_method_state, replace_params, state_shardings
 from jaxcl.training.step import Metrics, make_train_step
 
 
@@ -80,15 +80,12 @@ class Trainer:
             self._transform = averaged(self._transform, *optimizer.averaging, optimizer.average_every)
         shapes = jax.eval_shape(self._init, layout.shapes)
         self.shardings = state_shardings(shapes, layout)
-        opt_shardings = None
+        self._on_devices = self.shardings if optimizer.offload else None
         if optimizer.offload:
-            opt_shardings = self.shardings.opt_state, self.shardings.low_bits
-            opt_state, low_bits = on_host((shapes.opt_state, shapes.low_bits), opt_shardings)
-            self.shardings = self.shardings.replace(opt_state=opt_state, low_bits=low_bits)
+            self.shardings = offloaded(shapes, self.shardings, method.offloaded)
         self.target: TrainState = abstract(shapes, self.shardings)
         self._seed = seed
         self._reset = jax.jit(_fresh(self._init_optimizer), out_shardings=self.shardings.opt_state)
-        self._on_devices = opt_shardings
         self._restart = jax.jit(restart_average, donate_argnums=0, out_shardings=self.shardings.opt_state)
         ends = layout.params, self.shardings.low_bits
         self._finish = jax.jit(self._averaged_params, donate_argnums=0, out_shardings=ends)
@@ -100,7 +97,7 @@ class Trainer:
             accumulate=accumulate,
             layout=layout,
             privacy=privacy,
-            opt_shardings=opt_shardings,
+            on_devices=self._on_devices,
         )
         self.jitted_step = jax.jit(
             self.compile.trace(step),
@@ -187,8 +184,8 @@ class Trainer:
 
     def _held(self, state: TrainState) -> tuple[Any, PyTree]:
         """Optimizer state and low bits on the devices, wherever they are held."""
-        held = state.opt_state, state.low_bits
-        return held if self._on_devices is None else jax.device_put(held, self._on_devices)
+        held, there = (state.opt_state, state.low_bits), self._on_devices
+        return held if there is None else jax.device_put(held, (there.opt_state, there.low_bits))
 
     def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """Dispatches one optimizer step; `state` is donated. See `make_train_step`."""
@@ -204,7 +201,7 @@ class Trainer:
         Raises:
           ValueError: structure, shapes or dtypes changed.
         """
-        return replace_method_state(state, new, self.layout)
+        return replace_method_state(state, new, self.shardings.method_state)
 
     def with_params(self, state: TrainState, new: PyTree) -> TrainState:
         """The state with the params that `Method.final_params` returned.
