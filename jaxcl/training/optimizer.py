@@ -83,7 +83,9 @@ class OptimizerConfig(Schema):
         "float32", description="dtype of the first moment (adamw, lion, sgd)"
     )
     offload: bool = Field(
-        False, description="keep the moments in host memory and copy them to the devices for each update"
+        False,
+        description="keep the moments, and the anchor of das, in host memory and copy them to the devices for each "
+        "update",
     )
     freeze_layers: int = Field(0, ge=0, description="lowest layers that stay as they are")
     freeze_embeddings: bool = Field(False, description="embeddings and output heads stay as they are")
