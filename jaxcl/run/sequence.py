@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
 import sys
 import time
@@ -43,8 +45,10 @@ from jaxcl.run.trunk import check_phases, starts_anew
 from jaxcl.sharding.processes import initialize, of_all_processes, on_first
 from jaxcl.training.checkpoint import Checkpoints, Saved
 from jaxcl.training.compile import enable_compilation_cache, programs_folder
+from jaxcl.training.halfway import Halfway
 from jaxcl.training.kept import START_MARK, mark_after, mark_before_decay
 from jaxcl.training.loop import train_task
+from jaxcl.training.loops import Loops
 from jaxcl.training.profile import Profiler
 from jaxcl.training.sinks import METRICS, JsonLines, Sink, check_sinks, open_sinks, seconds_after
 from jaxcl.training.state import TrainState
@@ -169,6 +173,7 @@ class TaskSequence(Consolidation):
         self.sinks: list[Sink] = []
         self.profiler = Profiler(folder.tensorboard, self.config.training.profile if self.main else None)
         self.stopwatch = Stopwatch()
+        self.loops = Loops()
         self._saved_step = -1  # of the run, of the checkpoint that was saved or restored last
 
     def check_finished(self, config: ExperimentConfig) -> None:
@@ -196,6 +201,7 @@ class TaskSequence(Consolidation):
     def run(self) -> Results:
         """Trains and evaluates from the last checkpoint to the end."""
         saved = self.saved
+        self.loops = self.board.evaluator.loops = self._halfway()
         with self._timed("data"):
             self.parts.encode_all()
         if saved is None:
@@ -221,6 +227,18 @@ class TaskSequence(Consolidation):
         finally:
             for sink in self.sinks:
                 sink.close(finished=finished)
+
+    def _halfway(self) -> Halfway:
+        """The loops of the run, which may be stopped. They belong to its data as well: it may be changed on purpose."""
+        about = {"fingerprints": hashlib.sha256(json.dumps(self.fingerprints, sort_keys=True).encode()).hexdigest()}
+
+        def saved() -> None:
+            self.checkpoints.wait()
+            self.uploads.stage()
+            self.uploads.submit(None)
+
+        number = -1 if self.saved is None else self.saved.number
+        return Halfway(self.folder.halfway, self.parts.layout.mesh, checkpoint=number, about=about, saved=saved)
 
     def _open_sinks(self, after: int) -> None:
         """Opens the sinks behind the rows up to a step of the run; later rows are removed."""
@@ -266,9 +284,13 @@ class TaskSequence(Consolidation):
         # Methods with a model per task have only the last one here.
         if self.config.evaluation.dev and not self.parts.method.individual:
             with self._timed("evaluation"):
-                self.board.evaluate_dev(lambda index: answering_params(self.parts, state, index))
+                self.board.evaluate_dev(
+                    lambda index: answering_params(self.parts, state, index),
+                    scored=lambda: self.board.write(self.stopwatch.seconds),
+                )
         self.checkpoints.wait()  # finished only when the model is on disk
         self._forget_unneeded()
+        self.loops.forget()
         self.board.write(self.stopwatch.seconds, finished=True)
         return self.board.results
 
@@ -307,12 +329,14 @@ class TaskSequence(Consolidation):
                 begun = position is not None
         if self._concludes and int(state.step) != self._saved_step:
             self._save(state, task=index, phase="trained", watch=watch)
-        with self._timed("method"):
-            state = self._conclude(parts.trainer.finish_task(state), index)
-        self.board.note_task(index, steps=total, described=stream.describe(), watch=watch)
-        if training.privacy is not None:
-            self.board.note_privacy(index, spent_on(training.privacy, stream, total, watch))
-        self._save(state, task=index, phase="learned", mark=mark_after(index))
+        # Once all is done that can be stopped, the checkpoint is saved in any case.
+        with self.loops.phase(f"after {index}"):
+            with self._timed("method"):
+                state = self._conclude(parts.trainer.finish_task(state), index)
+            self.board.note_task(index, steps=total, described=stream.describe(), watch=watch)
+            if training.privacy is not None:
+                self.board.note_privacy(index, spent_on(training.privacy, stream, total, watch))
+            self._save(state, task=index, phase="learned", mark=mark_after(index))
         return state
 
     def _train(
@@ -421,8 +445,9 @@ class TaskSequence(Consolidation):
             if watch is not None:
                 progress["watch"] = watch.plain()
             self.checkpoints.wait()  # what is staged includes the one before, whole
+            self.loops.forget()
             self.uploads.stage()
-            number = self.checkpoints.save(state, progress=progress, data=data, mark=mark)
+            number = self.loops.checkpoint = self.checkpoints.save(state, progress=progress, data=data, mark=mark)
             self._saved_step = int(state.step)
             self.uploads.submit(number)
             return number

@@ -34,9 +34,6 @@ class Halfway(Loops):
     """The loops of a run, which stop between two batches and are resumed there. All processes call it alike.
 
     Outside of a phase loops run through.
-
-    Attributes:
-      checkpoint: number of the latest checkpoint, which is set anew after each one.
     """
 
     def __init__(
@@ -89,6 +86,10 @@ class Halfway(Loops):
         self._number += 1
         found = self._read(name, count, fits)
         return _Stoppable(self, name, found)
+
+    def part(self, path: Path) -> Path:
+        """See `Loops.part`; what a loop that is stopped has written is kept there."""
+        return self._folder / path.name
 
     def forget(self) -> None:
         """See `Loops.forget`; process 0 removes the files, which the others have read by then."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -43,7 +44,13 @@ class Loop:
 
 
 class Loops:
-    """Loops that run through."""
+    """Loops that run through.
+
+    Attributes:
+      checkpoint: number of the latest checkpoint, to which loops belong.
+    """
+
+    checkpoint: int = -1
 
     def phase(self, name: str) -> contextlib.AbstractContextManager[None]:
         """A part of a run whose loops always come in the same order."""
@@ -57,6 +64,10 @@ class Loops:
           fits: whether kept values can be used; otherwise it begins anew.
         """
         return Loop()
+
+    def part(self, path: Path) -> Path:
+        """Where a loop writes a file that is moved to `path` once it is whole."""
+        return path
 
     def forget(self) -> None:
         """What was kept of loops is not needed any more: what came of them is saved."""
@@ -78,8 +89,8 @@ class Loops:
           start: a tree of arrays and numbers.
           items: those that were added in an earlier attempt are only counted.
         """
-        structure = jax.tree.structure(start)
-        loop = self.loop(structure.num_leaves)
+        leaves, structure = jax.tree.flatten(start)
+        loop = self.loop(len(leaves))
         total = start if loop.kept is None else jax.tree.unflatten(structure, loop.kept)
         for item in loop.rest(items):
             last, total = total, add(total, item)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -94,7 +94,7 @@ def _is_whole(file: IO[bytes]) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """Arrays within lists as lists, and a number of Python's as one: as an array, compiled functions take it otherwise."""
+    """Arrays within lists as lists. A number that came from Python is one again: compiled functions tell them apart."""
     if isinstance(value, list | tuple | dict):
         return jax.tree.map(lambda leaf: np.asarray(leaf).tolist() if _is_array(leaf) else leaf, value)
     return value.item() if isinstance(value, jax.Array) and value.weak_type and not value.ndim else value
@@ -139,4 +139,4 @@ def _read(file: IO[bytes], described: Mapping[str, Any], mesh: Mesh) -> Any:
     if spec is None:
         return next(iter(parts.values())).copy()
     sharding = NamedSharding(mesh, PartitionSpec(*[tuple(one) if isinstance(one, list) else one for one in spec]))
-    return jax.make_array_from_callback(shape, sharding, lambda index: parts[_place(index, shape)])
+    return jax.make_array_from_callback(shape, sharding, lambda index: parts[_place(index or (), shape)])
