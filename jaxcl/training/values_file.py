@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -94,10 +95,15 @@ def _is_whole(file: IO[bytes]) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """Arrays within lists as lists. A number that came from Python is one again: compiled functions tell them apart."""
+    """Arrays within lists as lists."""
     if isinstance(value, list | tuple | dict):
         return jax.tree.map(lambda leaf: np.asarray(leaf).tolist() if _is_array(leaf) else leaf, value)
-    return value.item() if isinstance(value, jax.Array) and value.weak_type and not value.ndim else value
+    return value
+
+
+def _is_weak(value: Any) -> bool:
+    """Whether an array came from a number of Python's: compiled functions promote its dtype otherwise."""
+    return isinstance(value, jax.Array) and value.weak_type and not value.ndim
 
 
 def _is_array(value: Any) -> bool:
@@ -107,6 +113,8 @@ def _is_array(value: Any) -> bool:
 def _describe(value: Any) -> dict[str, Any]:
     if not _is_array(value):
         return {"value": value}
+    if _is_weak(value):
+        return {"weak": value.item()}
     spec = None
     if isinstance(value, jax.Array):
         spec = list(value.sharding.spec) if isinstance(value.sharding, NamedSharding) else []
@@ -115,6 +123,8 @@ def _describe(value: Any) -> dict[str, Any]:
 
 def _parts(value: Any) -> dict[Place, Any]:
     """The different parts of an array in this process, by place."""
+    if _is_weak(value):
+        return {}
     if isinstance(value, jax.Array):
         return {_place(shard.index, value.shape): shard.data for shard in value.addressable_shards}
     return {_place((), value.shape): value} if _is_array(value) else {}
@@ -129,6 +139,8 @@ def _read(file: IO[bytes], described: Mapping[str, Any], mesh: Mesh) -> Any:
     """The next value of a file that is at its parts."""
     if "value" in described:
         return described["value"]
+    if "weak" in described:
+        return jnp.asarray(described["weak"])
     name, shape, spec = described["dtype"], tuple(described["shape"]), described["spec"]
     dtype = np.dtype(getattr(ml_dtypes, name, name))
     parts: dict[Place, np.ndarray] = {}
