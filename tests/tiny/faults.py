@@ -46,8 +46,11 @@ def killed_at_save(number: int, *, before: bool = False, trained: bool = False) 
 
 
 @contextlib.contextmanager
-def asked_to_stop(loop: str, batch: int) -> Iterator[None]:
-    """The run in the block gets SIGTERM while it computes a batch of a loop, from 1, and stops after it."""
+def asked_to_stop(loop: str, batch: int, code: int | None = None) -> Iterator[None]:
+    """The run in the block gets SIGTERM while it computes a batch of a loop, from 1, and stops after it.
+
+    A command, with a `code`, ends by itself.
+    """
     rest = halfway._Stoppable.rest
 
     def signalled(self: Any, items: Any) -> Iterator[Any]:
@@ -58,5 +61,5 @@ def asked_to_stop(loop: str, batch: int) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(halfway._Stoppable, "rest", signalled)
-        with pytest.raises(StoppedTogether):
+        with pytest.raises(StoppedTogether) if code is None else contextlib.nullcontext():
             yield

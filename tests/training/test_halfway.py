@@ -123,7 +123,9 @@ def test_a_signal_outside_of_loops_stops_the_phase_at_its_end(tmp_path: Path, ca
         os.kill(os.getpid(), signal.SIGINT)
         calls.append(-1)
     assert len(calls) == 6
-    assert capfd.readouterr().err == "\nstopping after this batch, with what is done so far; once more to stop at once\n"
+    assert (
+        capfd.readouterr().err == "\nstopping after this batch, with what is done so far; once more to stop at once\n"
+    )
     with make(tmp_path).phase("before 0") as _:
         pass
     other = make(tmp_path)
