@@ -164,13 +164,12 @@ class _Stoppable(Loop):
 
     def rest(self, items: Iterable[Item]) -> Iterator[Item]:
         """See `Loop.rest`."""
-        self.stopped = True  # until it gets to its last item
         for item in itertools.islice(items, self._done, None):
             if self._halfway.asked():
+                self.stopped = True
                 return
             yield item
             self._done += 1
-        self.stopped = False
 
     def end(self, values: Sequence[Any]) -> None:
         """See `Loop.end`."""

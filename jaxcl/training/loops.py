@@ -25,7 +25,7 @@ class Loop:
 
     Attributes:
       kept: the values that were given to `end` when it was stopped; `None` if it begins anew.
-      stopped: whether it ended before its last item.
+      stopped: whether it was asked to stop before its last item.
     """
 
     kept: Sequence[Any] | None = None
@@ -108,9 +108,11 @@ class Loops:
         """
         loop = self.loop()
         results: list[Any] = [] if loop.kept is None else list(loop.kept[0])
-        with contextlib.suppress(Unfinished):
+        try:
             for item in loop.rest(items):
                 results.append(do(item))
                 jax.block_until_ready(results[-2:-1])
+        except Unfinished:
+            loop.stopped = True
         loop.end([results])
         return results

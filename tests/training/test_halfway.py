@@ -118,20 +118,32 @@ def test_loops_that_had_ended_are_kept_with_the_one_that_is_stopped(tmp_path: Pa
 
 def test_a_signal_outside_of_loops_stops_the_phase_at_its_end(tmp_path: Path, capfd: Any) -> None:
     one = make(tmp_path)
-    with pytest.raises(StoppedTogether), one.phase("before 0"):
-        one.fold(add, START, items())
-        os.kill(os.getpid(), signal.SIGINT)
-        calls.append(-1)
+
+    def measure() -> None:
+        with one.phase("before 0"):
+            one.fold(add, START, items())
+            os.kill(os.getpid(), signal.SIGINT)
+            calls.append(-1)
+
+    with pytest.raises(StoppedTogether):
+        measure()
     assert len(calls) == 6
     assert (
         capfd.readouterr().err == "\nstopping after this batch, with what is done so far; once more to stop at once\n"
     )
-    with make(tmp_path).phase("before 0") as _:
-        pass
     other = make(tmp_path)
     with other.phase("before 0"):
         other.fold(add, START, items())
     assert len(calls) == 6
+
+
+def test_a_loop_that_is_left_is_not_a_stop(tmp_path: Path) -> None:
+    """A method that stores nothing leaves the loop over its memory at the first batch."""
+    one = make(tmp_path)
+    with one.phase("x"):
+        loop = one.loop()
+        next(iter(loop.rest(items())))
+        loop.end([""])
 
 
 def test_an_item_that_is_stopped_in_between_begins_anew(tmp_path: Path) -> None:
@@ -214,6 +226,26 @@ def test_what_cannot_be_saved_is_a_line_and_the_run_stops(tmp_path: Path, capfd:
     said = capfd.readouterr().err.splitlines()[-1]
     assert said.startswith(f"cannot write {tmp_path}/file/halfway/x.0_process000.values: not a directory;")
     assert said.endswith("what is not in checkpoint 3 is done again")
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_killed_while_it_is_saved_only_whole_files_are_used(number: int, tmp_path: Path, monkeypatch: Any) -> None:
+    expected, written = phases(Loops()), list[Path]()
+
+    def write(path: Path, *content: Any) -> None:
+        if len(written) == number:
+            path.with_name(f".{path.name}.0.tmp").write_bytes(b"half")
+            raise KeyboardInterrupt
+        written.append(path)
+        write_values(path, *content)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "write_values", write)
+        with pytest.raises(KeyboardInterrupt):
+            phases(make(tmp_path), (2, 2))
+    calls.clear()
+    assert_same(phases(make(tmp_path)), expected)
+    assert len(calls) == 15 - 5 * number
 
 
 def test_no_batch_is_added_before_the_one_before_the_last_is_computed() -> None:
