@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import os
 import sys
 import time
@@ -30,6 +28,7 @@ from jaxcl.run.ending import finished_results
 from jaxcl.run.evaluator import answering_params
 from jaxcl.run.fingerprints import memory_prints, take_fingerprints
 from jaxcl.run.folder import RunFolder
+from jaxcl.run.halfway import halfway_loops
 from jaxcl.run.missing import say_missing_predictions, say_missing_rows
 from jaxcl.run.note import FORMAT, Note, note_of
 from jaxcl.run.remembering import load_kept
@@ -45,7 +44,6 @@ from jaxcl.run.trunk import check_phases, starts_anew
 from jaxcl.sharding.processes import initialize, of_all_processes, on_first
 from jaxcl.training.checkpoint import Checkpoints, Saved
 from jaxcl.training.compile import enable_compilation_cache, programs_folder
-from jaxcl.training.halfway import Halfway
 from jaxcl.training.kept import START_MARK, mark_after, mark_before_decay
 from jaxcl.training.loop import train_task
 from jaxcl.training.loops import Loops
@@ -201,7 +199,9 @@ class TaskSequence(Consolidation):
     def run(self) -> Results:
         """Trains and evaluates from the last checkpoint to the end."""
         saved = self.saved
-        self.loops = self.board.evaluator.loops = self._halfway()
+        self.loops = self.board.evaluator.loops = halfway_loops(
+            self.parts, self.folder, self.checkpoints, self.uploads, saved, self.fingerprints
+        )
         with self._timed("data"):
             self.parts.encode_all()
         if saved is None:
@@ -227,18 +227,6 @@ class TaskSequence(Consolidation):
         finally:
             for sink in self.sinks:
                 sink.close(finished=finished)
-
-    def _halfway(self) -> Halfway:
-        """The loops of the run, which may be stopped. They belong to its data as well: it may be changed on purpose."""
-        about = {"fingerprints": hashlib.sha256(json.dumps(self.fingerprints, sort_keys=True).encode()).hexdigest()}
-
-        def saved() -> None:
-            self.checkpoints.wait()
-            self.uploads.stage()
-            self.uploads.submit(None)
-
-        number = -1 if self.saved is None else self.saved.number
-        return Halfway(self.folder.halfway, self.parts.layout.mesh, checkpoint=number, about=about, saved=saved)
 
     def _open_sinks(self, after: int) -> None:
         """Opens the sinks behind the rows up to a step of the run; later rows are removed."""
@@ -290,7 +278,6 @@ class TaskSequence(Consolidation):
                 )
         self.checkpoints.wait()  # finished only when the model is on disk
         self._forget_unneeded()
-        self.loops.forget()
         self.board.write(self.stopwatch.seconds, finished=True)
         return self.board.results
 
