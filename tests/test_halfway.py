@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import collections
+import os
 import shutil
+import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,10 +18,14 @@ from jaxcl.config.file import dump_yaml
 from jaxcl.evaluation import end_tasks
 from jaxcl.run import remembering
 from jaxcl.run.evaluator import Evaluator
+from jaxcl.run.folder import RunFolder
+from jaxcl.run.halfway import halfway_loops
+from jaxcl.training.interrupt import StoppedTogether
 from jaxcl.training.task import RunningTask
 from tests.test_task_end import files_of
 from tests.tiny.faults import asked_to_stop
 from tests.tiny.runs import PAIRS, SEEKR, TEXT, run
+from tests.tiny.trainer import one_device
 
 CONTENT: dict[str, Any] = {
     **PAIRS,
@@ -113,9 +120,30 @@ def test_a_machine_that_comes_back_without_its_disk_continues_with_the_next_batc
     for number, (loop, batch) in enumerate({"before 0.0": 2, "score 0 0.0": 1}.items()):
         with asked_to_stop(loop, batch, code=130):
             assert go("bucket", f"life{number}") == 130
+        assert [path.name for path in (tmp_path / f"life{number}/halfway").iterdir()] == [
+            f"{loop.replace(' ', '-')}_process000.values"
+        ]
         assert capsys.readouterr().err.endswith("jaxcl run: interrupted; run the same command again to resume\n")
         shutil.rmtree(tmp_path / f"life{number}")
     assert go("bucket", "last") == 0
     assert work == expected
     same(tmp_path / "last", tmp_path / "whole")
     assert not [name for name in (tmp_path / "bucket").rglob("*halfway*") if name.is_file()]
+
+
+def test_what_is_saved_is_uploaded_once_the_latest_checkpoint_is_whole(tmp_path: Path) -> None:
+    calls = list[str]()
+    checkpoints: Any = SimpleNamespace(wait=lambda: calls.append("wait"))
+    uploads: Any = SimpleNamespace(
+        stage=lambda: calls.append("stage"), submit=lambda number: calls.append(f"submit {number}")
+    )
+    parts: Any = SimpleNamespace(layout=one_device())
+    loops = halfway_loops(parts, RunFolder(tmp_path), checkpoints, uploads, None, {})
+
+    def stop() -> None:
+        with loops.phase("x"):
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    with pytest.raises(StoppedTogether):
+        stop()
+    assert calls == ["wait", "stage", "submit None"]
