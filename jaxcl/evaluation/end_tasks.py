@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxcl.evaluation.config import EndTaskConfig
 from jaxcl.evaluation.metrics import f1
-from jaxcl.evaluation.scoring import Compile, Place, as_batch
+from jaxcl.evaluation.scoring import Compile, Each, Place, as_batch, each_now
 from jaxcl.models.batch import Batch
 from jaxcl.models.network import Network, Params
 from jaxcl.models.quantised import dequantised
@@ -93,6 +93,7 @@ def score_end_task(
     seed: int,
     compile: Compile = jax.jit,
     place: Place = as_batch,
+    each: Each = each_now,
 ) -> EndTaskScore:
     """Fine-tunes copies of a model on a labelled task and scores them; `params` is not changed.
 
@@ -112,6 +113,7 @@ def score_end_task(
       seed: seed of the first repetition; the others use the next seeds.
       compile: compiles the steps; called with the same functions for all tasks with the same number of classes.
       place: makes a batch on the devices from a pipeline's rows.
+      each: goes over the repetitions.
 
     Returns:
       Test scores, means over `config.seeds` repetitions.
@@ -119,16 +121,18 @@ def score_end_task(
     started = time.monotonic()
     classifier = with_labels(network, num_labels)
     programs = _programs(classifier, config, compile)
-    runs: list[dict[str, float]] = []
-    first: tuple[np.ndarray, np.ndarray] | None = None
-    for repetition in range(config.seeds):
+
+    def repeat(repetition: int) -> tuple[dict[str, float], np.ndarray, np.ndarray]:
         tuned, epochs, dev_score = _fine_tune(programs, params, train, dev, metric, config, seed + repetition, place)
         predictions, labels = _classify_all(programs, tuned, test, place)
-        first = first or (predictions, labels)
-        runs.append({**class_scores(predictions, labels), "dev": dev_score, "epochs": float(epochs)})
-    assert first is not None  # the configuration asks for at least one repetition
+        scores = {**class_scores(predictions, labels), "dev": dev_score, "epochs": float(epochs)}
+        return scores, predictions, labels
+
+    found = each(repeat, range(config.seeds))
+    runs = [run for run, _, _ in found]
     means = {name: float(np.mean([run[name] for run in runs])) for name in ("macro_f1", "micro_f1", "accuracy")}
-    return EndTaskScore(**means, runs=runs, predictions=first[0], labels=first[1], seconds=time.monotonic() - started)
+    predictions, labels = (np.asarray(one, np.int32) for one in found[0][1:])
+    return EndTaskScore(**means, runs=runs, predictions=predictions, labels=labels, seconds=time.monotonic() - started)
 
 
 def class_scores(predictions: Int[np.ndarray, " rows"], labels: Int[np.ndarray, " rows"]) -> dict[str, float]:

@@ -21,6 +21,8 @@ from jaxcl.models.network import Network, Params
 Generate = Callable[[list[str]], list[str]]
 Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
 Place = Callable[[Mapping[str, Any]], Batch]
+Each = Callable[[Callable[[Any], Any], Iterable[Any]], list[Any]]
+"""`each(do, items)`: what `do` returns of each item, in order; perhaps of an earlier attempt, as plain lists."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +74,11 @@ class TextLoss:
         return {"perplexity": self.perplexity, "token_accuracy": self.token_accuracy}[find_metric(name, "text").name]
 
 
+def each_now(do: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
+    """What `do` returns of each item, in order."""
+    return list(map(do, items))
+
+
 def as_batch(batch: Batch | Mapping[str, Any]) -> Batch:
     """A batch unchanged, or made from the fields that a pipeline yields."""
     return batch if isinstance(batch, Batch) else Batch(**batch)
@@ -97,6 +104,7 @@ def score_pairs(
     batch_size: int,
     limit: int | None = None,
     progress: Callable[[int], object] | None = None,
+    each: Each = each_now,
 ) -> Scored:
     """Generates answers to prompts and scores them.
 
@@ -107,6 +115,7 @@ def score_pairs(
       batch_size: maximal number of prompts per call.
       limit: score at most this number of rows; see `drawn`.
       progress: called after each batch with its number of rows.
+      each: goes over the batches.
 
     Returns:
       The score and one row per example, in the order of `rows`.
@@ -122,15 +131,19 @@ def score_pairs(
     predictions = [""] * len(chosen)
     # Sorted by length, because a batch is padded to its longest prompt.
     order = sorted(range(len(chosen)), key=lambda index: len(chosen[index]["prompt"]))
-    for start in range(0, len(order), batch_size):
-        part = order[start : start + batch_size]
+    parts = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+    def answer(part: list[int]) -> list[str]:
         written = generate([chosen[index]["prompt"] for index in part])
         if len(written) != len(part):
             raise ValueError(f"generate: expected {len(part)} answers, got {len(written)}")
-        for index, text in zip(part, written, strict=True):
-            predictions[index] = text
         if progress is not None:
             progress(len(part))
+        return written
+
+    for part, written in zip(parts, each(answer, parts), strict=True):
+        for index, text in zip(part, written, strict=True):
+            predictions[index] = text
     answers = [row["answer"] for row in chosen]
     sources = [row.get("source", row["prompt"]) for row in chosen]
     values = measure.each(predictions, answers, sources)
@@ -148,6 +161,7 @@ def text_loss(
     *,
     compile: Compile = jax.jit,
     place: Place = as_batch,
+    each: Each = each_now,
 ) -> TextLoss:
     """Loss on the scored positions of all batches; exact also if batches have different numbers of tokens.
 
@@ -160,6 +174,7 @@ def text_loss(
       batches: one pass over the text, as from `pipeline.once(...)`; filler rows (weights 0) do not count.
       compile: compiles the step: `jax.jit` or the run's compiler; called once per network.
       place: makes a batch on the devices from a pipeline's rows.
+      each: goes over the batches.
 
     Returns:
       Sums over all batches, accumulated in double precision.
@@ -169,7 +184,7 @@ def text_loss(
     """
     step = _text_step(network, compile)
     # Device scalars are collected and read at the end, so that the device never waits for the host.
-    sums = [step(params, batch if isinstance(batch, Batch) else place(batch)) for batch in batches]
+    sums = each(lambda batch: step(params, batch if isinstance(batch, Batch) else place(batch)), batches)
     nats, correct, tokens = (np.asarray(jax.device_get(sums), dtype=np.float64).reshape(-1, 3)).sum(axis=0).tolist()
     if tokens <= 0:
         raise ValueError("batches: expected at least one predicted token, got none")

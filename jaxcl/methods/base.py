@@ -77,6 +77,21 @@ class Task(Protocol):
         """One pass over the examples of this task that go into the memory."""
         ...
 
+    def fold(
+        self, add: Callable[[Any, Batch], Any], start: PyTree, *, limit: int | None = None, memory: bool = False
+    ) -> PyTree:
+        """`start` with every batch added: `add(add(start, first), second)` and so on.
+
+        A run that is asked to stop saves the total after a batch, and its next start continues with the next batch.
+
+        Args:
+          add: returns the new total, a tree like `start`. What it keeps elsewhere is lost at a stop.
+          start: a tree of arrays and numbers.
+          limit: see `examples`.
+          memory: over the batches of `memory` instead of those of `examples`.
+        """
+        ...
+
     def params_before(self) -> Params:
         """The params before this task: after the task before, with the decay of its schedule."""
         ...

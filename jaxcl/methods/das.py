@@ -268,8 +268,7 @@ class Das(Method[DasOptions]):
         return {**state, "importance": importance, "history": history}
 
     def _measure(self, add: Any, params: Params, state: State, task: Task, place: int) -> State:
-        add = task.compile(add)
-        sums = task.compile(self.no_sums)()
-        for batch in task.examples(self.options.importance_examples):
-            sums = add(sums, params, batch, task.key)
+        add, start = task.compile(add), task.compile(self.no_sums)()
+        limit = self.options.importance_examples
+        sums = task.fold(lambda sums, batch: add(sums, params, batch, task.key), start, limit=limit)
         return task.compile(self.update_state)(state, sums, jnp.int32(place))

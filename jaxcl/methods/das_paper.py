@@ -208,10 +208,9 @@ class DasPaper(Method[DasPaperOptions]):
         return {"importance": accumulate(state["importance"], new), "history": history}
 
     def _learn_importance(self, add: Any, params: Params, state: State, task: Task, place: int) -> State:
-        add = task.compile(add)
-        sums = ImportanceSums.zero(self.network.gates())
-        for batch in task.examples(self.options.importance_examples):
-            sums = add(sums, params, batch, task.key)
+        add, start = task.compile(add), ImportanceSums.zero(self.network.gates())
+        limit = self.options.importance_examples
+        sums = task.fold(lambda sums, batch: add(sums, params, batch, task.key), start, limit=limit)
         return task.compile(self.update_state)(state, sums, jnp.int32(place))
 
     @jax.named_scope("contrast")

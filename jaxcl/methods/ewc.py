@@ -62,9 +62,8 @@ class Ewc(Method[EwcOptions]):
     def consolidate(self, params: Params, state: State, task: Task) -> State:
         """Measures the task's Fisher, and moves the anchor."""
         add = task.compile(self.add_fisher)
-        sums = task.compile(self.no_fisher)(params)
-        for batch in task.examples(self.options.fisher_examples):
-            sums = add(sums, params, batch)
+        start = task.compile(self.no_fisher)(params)
+        sums = task.fold(lambda sums, batch: add(sums, params, batch), start, limit=self.options.fisher_examples)
         return task.compile(self.update_state)(state, params, sums)
 
     def share(self, state: State) -> State:

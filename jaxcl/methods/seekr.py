@@ -172,12 +172,13 @@ class Seekr(Method[SeekrOptions]):
         """Rates the heads on the task's memory (or examples, where none is kept), and selects some for the task."""
         add_sensitivity, add_forgettability = task.compile(self.add_sensitivity), task.compile(self.add_forgettability)
         before = task.params_before()
-        sensitivity = forgettability = self.no_sums()
-        kept = self.options.distil_on == "memory"
-        for batch in task.memory() if kept else task.examples(self.options.importance_examples):
-            sensitivity = add_sensitivity(sensitivity, params, batch)
-            forgettability = add_forgettability(forgettability, before, params, batch)
-        return task.compile(self.select)(state, sensitivity, forgettability, jnp.int32(task.index), task.key)
+
+        def add(sums: tuple[HeadSums, HeadSums], batch: Batch) -> tuple[HeadSums, HeadSums]:
+            return add_sensitivity(sums[0], params, batch), add_forgettability(sums[1], before, params, batch)
+
+        start, kept = (self.no_sums(), self.no_sums()), self.options.distil_on == "memory"
+        sums = task.fold(add, start, limit=self.options.importance_examples, memory=kept)
+        return task.compile(self.select)(state, *sums, jnp.int32(task.index), task.key)
 
     def loss(self, params: Params, state: State, batch: Batch, key: Array) -> Terms:
         """Language-model loss; on remembered rows with both divergences (SEEKR, equation 9)."""

@@ -133,7 +133,6 @@ class Ssu(Method[SsuOptions]):
 
     def _measure(self, params: Params, state: State, task: Task) -> State:
         add = task.compile(self.add)
-        sums = task.compile(self.no_sums)(params)
-        for batch in task.examples(self.options.importance_examples):
-            sums = add(sums, params, batch)
+        start = task.compile(self.no_sums)(params)
+        sums = task.fold(lambda sums, batch: add(sums, params, batch), start, limit=self.options.importance_examples)
         return task.compile(self.update_state)(state, sums)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
+from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxcl.data.teacher_store import write_records
+from jaxcl.data.teacher_store import Record, TeacherStore, write_records
 from jaxcl.errors import UserError
 from jaxcl.evaluation.results import write_tables
 from jaxcl.methods.base import Method
@@ -34,6 +37,7 @@ from jaxcl.sharding.processes import on_first, wait_for_all
 from jaxcl.training.checkpoint import Checkpoints, Saved
 from jaxcl.training.kept import START_MARK, mark_after
 from jaxcl.training.keys import run_key
+from jaxcl.training.loops import Loops
 from jaxcl.training.state import TrainState
 from jaxcl.training.task import RunningTask, signal_records
 
@@ -51,6 +55,7 @@ class Consolidation:
       stores: digests of what is stored with it.
       main: whether this is process 0.
       stopwatch: takes the time.
+      loops: over examples, memory and what is scored.
     """
 
     parts: Components
@@ -60,6 +65,7 @@ class Consolidation:
     stores: StorePrints
     main: bool
     stopwatch: Stopwatch
+    loops: Loops
 
     def _timed(self, part: str) -> contextlib.AbstractContextManager[None]:
         """Adds the seconds of a block to a part of the run's time; see `Stopwatch.part`."""
@@ -79,7 +85,7 @@ class Consolidation:
             with self._timed("setup"):
                 state = self._restart(state)
         consolidated = state.method_state
-        with self._timed("method"):
+        with self._timed("method"), self.loops.phase(f"before {index}"):
             prepared = parts.method.prepare(state.params, consolidated, self._task(index, stage="before"))
         state = parts.trainer.with_method_state(state, prepared)
         if starts_anew(parts, index) or not parts.config.optimizer.goes_on_before_decay:
@@ -115,27 +121,37 @@ class Consolidation:
 
     def _store(self, state: TrainState, index: int) -> None:
         """Stores the method's signals for what is remembered of a task, and its tables."""
-        parts, method = self.parts, self.parts.method
-        task = self._task(index, stage="after")
+        method, task = self.parts.method, self._task(index, stage="after")
         on_first(lambda: self._remove_stores(index))
-        records = signal_records(parts.trainer, state, task)
-        if (first := next(records, None)) is not None:
-            stored = itertools.chain([first], records)
-            about = parts.about(self.kept.task(index))
-            write_records(self.folder.store(index, jax.process_index()), stored, about)
+        written = self._write_store(state, task)
         wait_for_all(f"signals of task {index} stored")
-        files = written_stores(self.folder, index, written=first is not None)
+        files = written_stores(self.folder, index, written=written)
         self.stores = {**self.stores, str(index): files} if files else self.stores
         # By all processes together: the state may be split over them.
         tables = task.compile(method.tables)(state.method_state)
         if self.main and tables:
             write_tables(self.folder.importance, index, {name: np.asarray(value) for name, value in tables.items()})
 
+    def _write_store(self, state: TrainState, task: RunningTask) -> bool:
+        """Writes this process's store; returns whether it has one. If it is stopped, it keeps a store of its rows."""
+        place = self.folder.store(task.index, jax.process_index())
+        part = self.loops.part(place)
+        loop = self.loops.loop(fits=lambda values: values == [_digest(part)])
+        earlier = _records(part) if loop.kept is not None and loop.kept[0] else iter(())
+        records = itertools.chain(earlier, signal_records(self.parts.trainer, state, task, loop.rest))
+        if (first := next(records, None)) is not None:
+            write_records(part, itertools.chain([first], records), self.parts.about(self.kept.task(task.index)))
+        loop.end([_digest(part) if first else ""])
+        if first is not None:
+            place.parent.mkdir(exist_ok=True)
+            part.replace(place)
+        return first is not None
+
     def _remember(self, state: TrainState, index: int) -> Kept:
         """What is remembered once a task is learned, written to the run folder."""
         parts, replay = self.parts, self.parts.method.replay
         if replay is None or replay.source == "kept":
-            kept = remember(parts, self.kept, index, state.params)
+            kept = remember(parts, self.kept, index, state.params, self.loops)
             return save_kept(self.folder, self.kept, kept, lambda: text_of(parts, kept.task(index), kept.tables[index]))
         key = jax.random.fold_in(run_key(parts.config.seed, "samples"), index)
         begun = replay.synthetic.writer == "start"
@@ -156,7 +172,8 @@ class Consolidation:
     def _task(self, index: int, stage: Stage) -> RunningTask:
         """The task as the method sees it before or after training on it."""
         params_before = partial(self._params_before, index)
-        return running_task(self.parts, self.kept, index, stage=stage, params_before=params_before)
+        loops = self.loops
+        return running_task(self.parts, self.kept, index, stage=stage, params_before=params_before, loops=loops)
 
     @property
     def _asks_for_before(self) -> bool:
@@ -191,3 +208,17 @@ class Consolidation:
         unfinished = self.folder.teacher.glob(f".task{index:02d}_process*.tmp")
         for path in [*self.folder.stores(index), *unfinished]:
             path.unlink()
+
+
+def _digest(store: Path) -> str:
+    """The SHA-256 of a file; empty where there is none."""
+    if not store.is_file():
+        return ""
+    with open(store, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def _records(store: Path) -> Iterator[tuple[int, Record]]:
+    """What a store was written from."""
+    opened = TeacherStore.open(store)
+    return ((key, opened[position]) for position, key in enumerate(opened.keys))

@@ -28,6 +28,7 @@ from jaxcl.run.checks import longest_prefix
 from jaxcl.run.components import Components, ProcessShare
 from jaxcl.sharding.processes import is_first
 from jaxcl.training.feed import place_batch
+from jaxcl.training.loops import Loops
 from jaxcl.training.state import TrainState
 
 _END_TASK = "end task"
@@ -57,10 +58,15 @@ class Evaluation(NamedTuple):
 
 
 class Evaluator:
-    """Scores params on the tasks of a run; keeps compiled functions and encoded data."""
+    """Scores params on the tasks of a run; keeps compiled functions and encoded data.
+
+    Attributes:
+      loops: those over what is scored.
+    """
 
     def __init__(self, parts: Components) -> None:
         self.parts = parts
+        self.loops = Loops()
         self.settings = parts.config.evaluation
         self._rows: dict[tuple[int, str], list[dict[str, str]]] = {}
         self._texts: dict[tuple[int, str], ProcessShare] = {}
@@ -203,6 +209,7 @@ class Evaluator:
             functools.partial(self._answer, params, index),
             self.metrics[index],
             batch_size=self.settings.batch_size,
+            each=self.loops.each,
         )
         rows: list[dict[str, Any]] = []
         images: dict[str, bytes] = {}
@@ -254,8 +261,9 @@ class Evaluator:
             rows = self.parts.encode(index, split)
             self._texts[index, split] = ProcessShare(self.parts.pipeline([rows], batch_size=self.settings.batch_size))
         # The masking has a fixed seed, so that every model predicts the same tokens.
-        batches = map(self._place, self._texts[index, split].once(self.settings.limit, 0))
-        loss = text_loss(self.parts.network, params, batches, compile=self.parts.trainer.compile)
+        batches = self._texts[index, split].once(self.settings.limit, 0)
+        compile, each = self.parts.trainer.compile, self.loops.each
+        loss = text_loss(self.parts.network, params, batches, compile=compile, place=self._place, each=each)
         return {"perplexity": Score(loss.perplexity), "token_accuracy": Score(loss.token_accuracy)}
 
     def _score_end_task(self, params: Params, index: int) -> dict[str, Score]:
@@ -275,7 +283,8 @@ class Evaluator:
             config=self.settings.end_task,
             seed=self.parts.config.seed,
             compile=self.parts.trainer.compile,
-            place=self._place,
+            place=self._place_or_stop,
+            each=self.loops.each,
         )
         return {
             name: Score(scores.metric(one), scores.deviation(one))
@@ -309,6 +318,10 @@ class Evaluator:
 
     def _place(self, rows: Mapping[str, Any]) -> Batch:
         return place_batch(cast(HostBatch, rows), self.parts.layout.batch)
+
+    def _place_or_stop(self, rows: Mapping[str, Any]) -> Batch:
+        self.loops.check()
+        return self._place(rows)
 
 
 def higher_is_better(metrics: Sequence[str]) -> list[bool]:

@@ -96,6 +96,7 @@ class RunFolder:
     mirror = property(lambda self: self.path / MIRROR)
     examples = property(lambda self: self.path / "memory")
     teacher = property(lambda self: self.path / "teacher")
+    halfway = property(lambda self: self.path / "halfway")
 
     def store(self, task: int, process: int) -> Path:
         """The file of one process's stored signals of a task's remembered rows.
@@ -142,8 +143,8 @@ class RunFolder:
         Nobody else writes these files, except that another program may be writing a report at this moment: it is taken
         for dead after an hour.
         """
-        folders = (self.path, self.tokenizer, self.examples, self.predictions, self.thumbnails, self.importance)
-        for path in itertools.chain.from_iterable(folder.glob(".*.tmp") for folder in folders):
+        named = (self.tokenizer, self.examples, self.predictions, self.thumbnails, self.importance, self.halfway)
+        for path in itertools.chain.from_iterable(folder.glob(".*.tmp") for folder in (self.path, *named)):
             with contextlib.suppress(FileNotFoundError):  # the report has just been finished
                 recent = time.time() - path.stat().st_mtime < _LONGEST_REPORT
                 if not (recent and path.name.startswith(f".{self.report.name}.")):

@@ -25,7 +25,7 @@ from jaxcl.data.memory_files import file_names, hash_of, read_examples, read_tex
 from jaxcl.data.pairs import PairRows
 from jaxcl.data.pipeline import Pipeline
 from jaxcl.data.plan import count_sizes
-from jaxcl.data.rows import EncodedRows
+from jaxcl.data.rows import EncodedRows, HostBatch
 from jaxcl.errors import UserError
 from jaxcl.methods.options import Budget
 from jaxcl.methods.passes.losses import example_losses
@@ -38,6 +38,7 @@ from jaxcl.sharding.processes import on_each, on_first
 from jaxcl.training.checkpoint import Saved
 from jaxcl.training.config import micro_batch_size
 from jaxcl.training.feed import place_batch
+from jaxcl.training.loops import Loops
 
 Texts = Iterable[Mapping[str, Any]]
 
@@ -73,7 +74,7 @@ def load_kept(folder: RunFolder, seed: int, saved: Saved | None) -> Kept:
     return Kept(memory, {one.task: read_examples(folder.examples, one) for one in memory.tasks if one.kept})
 
 
-def remember(parts: Components, kept: Kept, index: int, params: Params) -> Kept:
+def remember(parts: Components, kept: Kept, index: int, params: Params, loops: Loops | None = None) -> Kept:
     """What is remembered once one more task is learned; unchanged if the method keeps nothing.
 
     Args:
@@ -81,6 +82,7 @@ def remember(parts: Components, kept: Kept, index: int, params: Params) -> Kept:
       kept: what is remembered of earlier tasks.
       index: the task that was learned.
       params: the model that has learned it.
+      loops: see `mean_losses`.
 
     Raises:
       UserError: the budget is smaller than any example.
@@ -93,7 +95,7 @@ def remember(parts: Components, kept: Kept, index: int, params: Params) -> Kept:
     if room is None and replay.choose == "random":
         chosen = draw_examples(len(rows), replay.fraction, replay.minimum, seed=kept.memory.seed, task=index)
     else:
-        order = _ranked(parts, rows, kept.memory.seed, params)
+        order = _ranked(parts, rows, kept.memory.seed, params, loops)
         if room is not None:
             costs = rows.examples.costs[order] if room.unit == "bytes" else np.ones(len(order), np.int64)
             # One that is larger than a task's last share would leave nothing of its task.
@@ -205,7 +207,9 @@ def few_answers(rows: EncodedRows) -> list[bytes] | None:
     return answers
 
 
-def mean_losses(parts: Components, params: Params, pipeline: Pipeline) -> Float[np.ndarray, " examples"]:
+def mean_losses(
+    parts: Components, params: Params, pipeline: Pipeline, loops: Loops | None = None
+) -> Float[np.ndarray, " examples"]:
     """Mean cross-entropy of each example over its scored tokens, in nats, without dropout.
 
     Each process computes its rows of every batch; all get all losses.
@@ -214,6 +218,7 @@ def mean_losses(parts: Components, params: Params, pipeline: Pipeline) -> Float[
       parts: the parts of the run.
       params: the params of the model.
       pipeline: the examples, of one source.
+      loops: those of the run, which may be stopped; `None`: they run through.
     """
     network, chunk = parts.network, parts.method.options.loss_chunk
 
@@ -223,8 +228,11 @@ def mean_losses(parts: Components, params: Params, pipeline: Pipeline) -> Float[
 
     compiled = parts.trainer.compile(losses)
     found = np.zeros(pipeline.examples)
-    for batch in pipeline.once(None, 0, jax.process_index(), jax.process_count()):
-        result = compiled(params, place_batch(batch, parts.layout.batch))
+
+    def each(batch: HostBatch) -> Mapping[str, Array]:
+        return dict(compiled(params, place_batch(batch, parts.layout.batch)))
+
+    for result in (loops or Loops()).each(each, pipeline.once(None, 0, jax.process_index(), jax.process_count())):
         examples = np.asarray(result["example"])
         found[examples[examples >= 0]] = np.asarray(result["losses"])[examples >= 0]
     return found
@@ -321,7 +329,9 @@ def memory_pipeline(
     )
 
 
-def _ranked(parts: Components, rows: EncodedRows, seed: int, params: Params) -> Int[np.ndarray, " examples"]:
+def _ranked(
+    parts: Components, rows: EncodedRows, seed: int, params: Params, loops: Loops | None
+) -> Int[np.ndarray, " examples"]:
     """A task's examples in the order in which they are kept."""
     replay, losses, answers = parts.method.replay, None, None
     assert replay is not None
@@ -329,7 +339,7 @@ def _ranked(parts: Components, rows: EncodedRows, seed: int, params: Params) -> 
         size = micro_batch_size(parts.config.training, parts.layout.batch_ways, jax.process_count())
         # Masked text comes back under the same masks, so it is judged under them.
         pipeline = Pipeline([rows], size, parts.config.data, shapes=parts.shapes, fixed_noise=seed)
-        losses = mean_losses(parts, params, pipeline)
+        losses = mean_losses(parts, params, pipeline, loops)
     elif replay.choose == "balanced":
         answers = few_answers(rows)
     return rank_examples(replay.choose, len(rows), seed=seed, task=rows.task, answers=answers, losses=losses)

@@ -62,27 +62,31 @@ class Scoreboard:
         if missing and self.parts.method.individual and after > 0:
             self._carry(after)
         for index in missing:
-            evaluation = self.evaluator.score(params_for(index), index, after)
-            self._record(after, index, evaluation)
-            if self.main and evaluation.rows:
-                name = self.parts.tasks[index].name
-                write_predictions(self.folder.predictions, after, index, name, evaluation.rows)
-            if self.main and evaluation.images:
-                write_thumbnails(self.folder.thumbnails / f"task{index:02d}.npz", evaluation.images)
-            scored()  # after its predictions, which are not written again
+            with self.evaluator.loops.phase(f"score {after} {index}"):
+                evaluation = self.evaluator.score(params_for(index), index, after)
+                self._record(after, index, evaluation)
+                if self.main and evaluation.rows:
+                    name = self.parts.tasks[index].name
+                    write_predictions(self.folder.predictions, after, index, name, evaluation.rows)
+                if self.main and evaluation.images:
+                    write_thumbnails(self.folder.thumbnails / f"task{index:02d}.npz", evaluation.images)
+                scored()  # after its predictions, which are not written again
+                self.evaluator.loops.forget()
 
-    def evaluate_dev(self, params_for: Callable[[int], Params]) -> None:
-        """Scores the dev rows of all tasks whose data is not gone, once they are learned.
+    def evaluate_dev(self, params_for: Callable[[int], Params], scored: Callable[[], None] = lambda: None) -> None:
+        """Scores the dev rows of all tasks whose data is not gone and that have no such score yet.
 
         Args:
-          params_for: see `evaluate`.
+          params_for: see `evaluate`; of the model that has learned all tasks.
+          scored: see `evaluate`.
         """
-        tasks = self.parts.config.tasks
-        scores = [
-            None if spec.data_gone else self.evaluator.score_dev(params_for(index), index)
-            for index, spec in enumerate(tasks)
-        ]
-        self._update(dev=scores)
+        for index in range(len(self.results.dev or []), len(self.parts.tasks)):
+            with self.evaluator.loops.phase(f"dev {index}"):
+                gone = self.parts.config.tasks[index].data_gone
+                score = None if gone else self.evaluator.score_dev(params_for(index), index)
+                self._update(dev=[*(self.results.dev or []), score])
+                scored()
+                self.evaluator.loops.forget()
 
     def note_attempt(self, step: int) -> None:
         """Records that the run begins, or goes on after a step; process 0 prints which versions have changed since.
@@ -222,7 +226,14 @@ class Scoreboard:
             for name, part in stored.further.items()
         }
         own = self._extended(stored, self.evaluator.metrics)
-        changes = {**own, "tasks": self.parts.names, "kinds": self._kinds(), "further": further, "finished": False}
+        changes = {
+            **own,
+            "tasks": self.parts.names,
+            "kinds": self._kinds(),
+            "further": further,
+            "dev": None,
+            "finished": False,
+        }
         return stored.model_copy(update=changes)
 
     def _extended(self, before: Measure, metrics: list[str]) -> dict[str, Any]:

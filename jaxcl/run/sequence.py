@@ -28,6 +28,7 @@ from jaxcl.run.ending import finished_results
 from jaxcl.run.evaluator import answering_params
 from jaxcl.run.fingerprints import memory_prints, take_fingerprints
 from jaxcl.run.folder import RunFolder
+from jaxcl.run.halfway import halfway_loops
 from jaxcl.run.missing import say_missing_predictions, say_missing_rows
 from jaxcl.run.not_finite import write_not_finite
 from jaxcl.run.note import FORMAT, Note, note_of
@@ -46,6 +47,7 @@ from jaxcl.training.checkpoint import Checkpoints, Saved
 from jaxcl.training.compile import enable_compilation_cache, programs_folder
 from jaxcl.training.kept import START_MARK, mark_after, mark_before_decay
 from jaxcl.training.loop import train_task
+from jaxcl.training.loops import Loops
 from jaxcl.training.profile import Profiler
 from jaxcl.training.sinks import METRICS, JsonLines, Sink, check_sinks, open_sinks, seconds_after
 from jaxcl.training.state import TrainState
@@ -170,6 +172,7 @@ class TaskSequence(Consolidation):
         self.sinks: list[Sink] = []
         self.profiler = Profiler(folder.tensorboard, self.config.training.profile if self.main else None)
         self.stopwatch = Stopwatch()
+        self.loops = Loops()
         self._saved_step = -1  # of the run, of the checkpoint that was saved or restored last
 
     def check_finished(self, config: ExperimentConfig) -> None:
@@ -197,6 +200,9 @@ class TaskSequence(Consolidation):
     def run(self) -> Results:
         """Trains and evaluates from the last checkpoint to the end."""
         saved = self.saved
+        self.loops = self.board.evaluator.loops = halfway_loops(
+            self.parts, self.folder, self.checkpoints, self.uploads, saved, self.fingerprints
+        )
         with self._timed("data"):
             self.parts.encode_all()
         if saved is None:
@@ -269,7 +275,10 @@ class TaskSequence(Consolidation):
         # Methods with a model per task have only the last one here.
         if self.config.evaluation.dev and not self.parts.method.individual:
             with self._timed("evaluation"):
-                self.board.evaluate_dev(lambda index: answering_params(self.parts, state, index))
+                self.board.evaluate_dev(
+                    lambda index: answering_params(self.parts, state, index),
+                    scored=lambda: self.board.write(self.stopwatch.seconds),
+                )
         self.checkpoints.wait()  # finished only when the model is on disk
         self._forget_unneeded()
         self.board.write(self.stopwatch.seconds, finished=True)
@@ -310,12 +319,14 @@ class TaskSequence(Consolidation):
                 begun = position is not None
         if self._concludes and int(state.step) != self._saved_step:
             self._save(state, task=index, phase="trained", watch=watch)
-        with self._timed("method"):
-            state = self._conclude(parts.trainer.finish_task(state), index)
-        self.board.note_task(index, steps=total, described=stream.describe(), watch=watch)
-        if training.privacy is not None:
-            self.board.note_privacy(index, spent_on(training.privacy, stream, total, watch))
-        self._save(state, task=index, phase="learned", mark=mark_after(index))
+        # Once all is done that can be stopped, the checkpoint is saved in any case.
+        with self.loops.phase(f"after {index}"):
+            with self._timed("method"):
+                state = self._conclude(parts.trainer.finish_task(state), index)
+            self.board.note_task(index, steps=total, described=stream.describe(), watch=watch)
+            if training.privacy is not None:
+                self.board.note_privacy(index, spent_on(training.privacy, stream, total, watch))
+            self._save(state, task=index, phase="learned", mark=mark_after(index))
         return state
 
     def _train(
@@ -437,8 +448,9 @@ class TaskSequence(Consolidation):
             if watch is not None:
                 progress["watch"] = watch.plain()
             self.checkpoints.wait()  # what is staged includes the one before, whole
+            self.loops.forget()
             self.uploads.stage()
-            number = self.checkpoints.save(state, progress=progress, data=data, mark=mark)
+            number = self.loops.checkpoint = self.checkpoints.save(state, progress=progress, data=data, mark=mark)
             self._saved_step = int(state.step)
             self.uploads.submit(number)
             return number

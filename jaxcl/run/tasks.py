@@ -12,13 +12,20 @@ from jaxcl.run.components import Components, ProcessShare
 from jaxcl.run.remembering import Kept, memory_pipeline
 from jaxcl.training.config import micro_batch_size
 from jaxcl.training.keys import run_key
+from jaxcl.training.loops import Loops
 from jaxcl.training.task import RunningTask
 
 Stage = Literal["before", "after"]
 
 
 def running_task(
-    parts: Components, kept: Kept, index: int, *, stage: Stage, params_before: Callable[[], Params]
+    parts: Components,
+    kept: Kept,
+    index: int,
+    *,
+    stage: Stage,
+    params_before: Callable[[], Params],
+    loops: Loops | None = None,
 ) -> RunningTask:
     """The task as the method sees it before or after training on it, in micro-batches.
 
@@ -28,6 +35,7 @@ def running_task(
       index: which task.
       stage: `before` for `Method.prepare`, `after` for `Method.consolidate`.
       params_before: reads the params from before the task.
+      loops: those of the run, which may be stopped; `None`: they run through.
     """
     size = micro_batch_size(parts.config.training, parts.layout.batch_ways, jax.process_count())
     sources = list(parts.all_train_rows.values()) if parts.method.joint else [parts.train_rows(index)]
@@ -41,4 +49,5 @@ def running_task(
         memory=ProcessShare(memory_pipeline(parts, kept, [index], batch_size=size)) if index in kept.tables else None,
         params_before=params_before,
         compiler=parts.trainer.compile,
+        loops=loops,
     )

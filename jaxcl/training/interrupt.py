@@ -18,7 +18,7 @@ from jaxcl.training.signals import STOPPING
 
 
 class StoppedTogether(KeyboardInterrupt):
-    """All processes have agreed to stop, and a checkpoint was saved."""
+    """All processes have agreed to stop; a checkpoint, or what a phase between steps had done, was saved."""
 
 
 class Interrupts:
@@ -34,7 +34,13 @@ class Interrupts:
       requested: the signal received, or `None`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stops: str = "after this step, with a checkpoint") -> None:
+        """Nothing is changed yet.
+
+        Args:
+          stops: where it stops, for the line that the first signal prints.
+        """
+        self._line = f"\nstopping {stops}; once more to stop at once\n".encode()
         self.requested: signal.Signals | None = None
         self._previous: dict[signal.Signals, Any] = {}
 
@@ -55,7 +61,7 @@ class Interrupts:
             raise KeyboardInterrupt
         self.requested = signal.Signals(number)
         # Not print, which the signal may have interrupted.
-        os.write(2, b"\nstopping after this step, with a checkpoint; once more to stop at once\n")
+        os.write(2, self._line)
 
 
 class Agreement:

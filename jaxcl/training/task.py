@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol
 
 import numpy as np
 from jaxtyping import Array, PyTree
@@ -14,6 +14,7 @@ from jaxcl.models.batch import Batch
 from jaxcl.sharding.layout import Layout
 from jaxcl.training.compile import Compiler
 from jaxcl.training.feed import place_batch
+from jaxcl.training.loops import Loops
 from jaxcl.training.state import TrainState
 from jaxcl.training.stored import Record, trim
 from jaxcl.training.trainer import Trainer
@@ -50,6 +51,7 @@ class RunningTask:
         memory: ExampleSource | None,
         params_before: Callable[[], PyTree],
         compiler: Compiler,
+        loops: Loops | None = None,
     ) -> None:
         """Describes a task; nothing is read yet.
 
@@ -63,6 +65,7 @@ class RunningTask:
           memory: its examples that go into the memory; `None`: none.
           params_before: reads the params from before the task.
           compiler: the run's compiler.
+          loops: those of the run, which may be stopped; `None`: they run through.
         """
         self.index = index
         self.name = name
@@ -73,6 +76,7 @@ class RunningTask:
         self._pipeline = pipeline
         self._memory = memory
         self._params_before = params_before
+        self._loops = loops or Loops()
 
     @property
     def layout(self) -> Layout:
@@ -81,22 +85,41 @@ class RunningTask:
 
     def examples(self, limit: int | None = None) -> Iterator[Batch]:
         """One pass over (the first `limit` of a seeded shuffle of) the task's training examples."""
-        return self._place(self._pipeline, limit)
+        return map(self._place, self._rows(limit, memory=False))
 
-    def memory(self) -> Iterator[Batch]:
-        """One pass over the examples of this task that go into the memory; empty without a memory."""
-        return iter(()) if self._memory is None else self._place(self._memory, None)
+    def memory(self, through: Callable[[Iterable[HostBatch]], Iterable[HostBatch]] = iter) -> Iterator[Batch]:
+        """One pass over the examples of this task that go into the memory; empty without a memory.
+
+        Args:
+          through: chooses batches while they are on the host.
+        """
+        return map(self._place, through(self._rows(None, memory=True)))
+
+    def fold(
+        self, add: Callable[[Any, Batch], Any], start: PyTree, *, limit: int | None = None, memory: bool = False
+    ) -> PyTree:
+        """`start` with every batch added, of the examples or of the memory; see `jaxcl.methods.base.Task`."""
+        rows = self._rows(limit, memory=memory)
+        return self._loops.fold(lambda total, batch: add(total, self._place(batch)), start, rows)
 
     def params_before(self) -> PyTree:
         """The params from before this task, read from the checkpoint at every call."""
         return self._params_before()
 
-    def _place(self, source: ExampleSource, limit: int | None) -> Iterator[Batch]:
-        for rows in source.once(limit, self._seed):
-            yield place_batch(rows, self.layout.batch)
+    def _rows(self, limit: int | None, *, memory: bool) -> Iterator[HostBatch]:
+        source = self._memory if memory else self._pipeline
+        return iter(()) if source is None else source.once(None if memory else limit, self._seed)
+
+    def _place(self, rows: HostBatch) -> Batch:
+        return place_batch(rows, self.layout.batch)
 
 
-def signal_records(trainer: Trainer, state: TrainState, task: RunningTask) -> Iterator[tuple[int, Record]]:
+def signal_records(
+    trainer: Trainer,
+    state: TrainState,
+    task: RunningTask,
+    through: Callable[[Iterable[HostBatch]], Iterable[HostBatch]] = iter,
+) -> Iterator[tuple[int, Record]]:
     """Runs `Method.signals` over the task's memory: the records to store with the remembered rows.
 
     Each process gets the rows on its own devices; the rows of a batch are read while the next batch is computed. Filler
@@ -106,13 +129,14 @@ def signal_records(trainer: Trainer, state: TrainState, task: RunningTask) -> It
       trainer: the run's trainer.
       state: the state after `Method.consolidate`.
       task: the task just learned.
+      through: chooses batches while they are on the host.
 
     Yields:
       The example's number in its task, and its record without padding; nothing if the method stores nothing.
     """
     signals = trainer.compile.per_row(trainer.method.signals)
     pending: dict[str, Array] | None = None
-    for batch in task.memory():
+    for batch in task.memory(through):
         records = signals(state.params, state.method_state, batch, task.key)
         if records is None:
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -163,6 +164,9 @@ class StandInTask:
 
     def memory(self) -> Iterator[Batch]:
         return iter(self._memory)
+
+    def fold(self, add: Any, start: Any, *, limit: int | None = None, memory: bool = False) -> Any:
+        return functools.reduce(add, self.memory() if memory else self.examples(limit), start)
 
     def params_before(self) -> Any:
         return self._before

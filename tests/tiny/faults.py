@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from jaxcl.run.sequence import TaskSequence
+from jaxcl.training import halfway
+from jaxcl.training.interrupt import StoppedTogether
 
 
 class Interrupted(Exception):
@@ -38,4 +42,24 @@ def killed_at_save(number: int, *, before: bool = False, trained: bool = False) 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(TaskSequence, "_save", save_or_die)
         with pytest.raises(Interrupted):
+            yield
+
+
+@contextlib.contextmanager
+def asked_to_stop(loop: str, batch: int, code: int | None = None) -> Iterator[None]:
+    """The run in the block gets SIGTERM while it computes a batch of a loop, from 1, and stops after it.
+
+    A command, with a `code`, ends by itself.
+    """
+    rest = halfway._Stoppable.rest
+
+    def signalled(self: Any, items: Any) -> Iterator[Any]:
+        for item in rest(self, items):
+            if (self._name, self._done + 1) == (loop, batch):
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield item
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(halfway._Stoppable, "rest", signalled)
+        with pytest.raises(StoppedTogether) if code is None else contextlib.nullcontext():
             yield

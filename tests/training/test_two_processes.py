@@ -80,6 +80,13 @@ def test_what_process_0_cannot_read_or_finds_damaged_is_the_same_to_both(results
         assert found["always"] == results["process0"]["read_errors"]["always"] or name == "alone"
 
 
+def test_a_total_that_one_process_stops_is_continued_by_both(results: dict[str, Any]) -> None:
+    """They stop by the vote of the batch before, the second one. A file that one cannot use is used by none."""
+    assert results["alone"]["stopped"] == {"added": [5, 1, 4, 5], "same": True}
+    for index in range(2):
+        assert results[f"process{index}"]["stopped"] == {"added": [5, 2, 3, 5], "same": True}
+
+
 def test_each_process_hands_on_its_own_rows(results: dict[str, Any]) -> None:
     parts = [results[f"process{index}"] for index in range(2)]
     assert parts[0]["count"] + parts[1]["count"] == results["alone"]["count"] == 11

@@ -21,7 +21,10 @@ from jaxcl.sharding.mesh import MeshConfig, make_mesh
 from jaxcl.sharding.processes import initialize, wait_for_all
 from jaxcl.training import checksums
 from jaxcl.training.checkpoint import Checkpoints
+from jaxcl.training.halfway import Halfway
+from jaxcl.training.interrupt import StoppedTogether
 from jaxcl.training.loop import train_task
+from jaxcl.training.loops import Loops
 from jaxcl.training.optimizer import OptimizerConfig
 from jaxcl.training.task import RunningTask, signal_records
 from jaxcl.training.trainer import Trainer
@@ -69,6 +72,75 @@ class Signalling(TinyMethod):
 
 def total_of(sums: Any, params: Any, batch: Batch) -> Any:
     return sums + batch.weights.sum() + params["head"]["bias"].sum()
+
+
+class Five(Shared):
+    """Five batches; the last process gets a signal before one of them."""
+
+    def once(self, limit: int | None, seed: int) -> Any:
+        for number in range(1, 6):
+            if number == self.stop_at and jax.process_index() == jax.process_count() - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield share(make_rows(number))
+
+
+def stop_halfway(trainer: Trainer, params: Any, folder: Path) -> dict[str, Any]:
+    """A total as large as the params, and split like them, which one process is asked to stop in the midst of."""
+    added: list[int] = []
+
+    def add(total: Any, params: Any, batch: Batch) -> Any:
+        share = batch.weights.sum() + batch.tokens.sum()
+        return jax.tree.map(lambda one, leaf: 0.7 * one + leaf / share, total, params)
+
+    def total(loops: Loops, stop_at: int | None = None) -> Any:
+        added.append(0)
+        task = task_of(trainer, params, Five(stop_at), loops)
+        compiled, start = (
+            task.compile(add),
+            task.compile(lambda tree: jax.tree.map(lambda leaf: 0 * leaf, tree))(params),
+        )
+
+        def counted(total: Any, batch: Batch) -> Any:
+            added[-1] += 1
+            return compiled(total, params, batch)
+
+        return task.fold(counted, start)
+
+    def halfway() -> Halfway:
+        return Halfway(folder, trainer.layout.mesh, checkpoint=0, about={}, saved=lambda: None)
+
+    expected = total(Loops())
+    with contextlib.suppress(StoppedTogether), (one := halfway()).phase("x"):
+        total(one, stop_at=2)
+    with (other := halfway()).phase("x"):
+        found = total(other)
+
+    def local(tree: Any) -> list[bytes]:
+        return [np.asarray(shard.data).tobytes() for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards]
+
+    (file,) = folder.glob(f"*{jax.process_index():03d}.values")
+    if jax.process_index() == jax.process_count() - 1:
+        file.write_bytes(file.read_bytes()[:-1])  # what one process cannot use, none does
+    with (third := halfway()).phase("x"):
+        again = total(third)
+    same = local(found) == local(expected) == local(again)
+    placed = jax.tree.map(lambda leaf: leaf.sharding, found) == jax.tree.map(lambda leaf: leaf.sharding, expected)
+    return {"added": added, "same": same and placed}
+
+
+def task_of(trainer: Trainer, params: Any, rows: Shared, loops: Loops | None = None) -> RunningTask:
+    return RunningTask(
+        index=0,
+        name="x",
+        count=1,
+        key=jax.random.key(3),
+        seed=0,
+        pipeline=rows,
+        memory=rows,
+        params_before=lambda: params,
+        compiler=trainer.compile,
+        loops=loops,
+    )
 
 
 def not_finite(trainer: Trainer, **options: Any) -> dict[str, Any]:
@@ -151,17 +223,7 @@ def main(folder: Path) -> dict[str, Any]:
             feed = trainer.feed(Shared(), prefetch=1)
             feed.set_state(position)
         state = train_task(trainer, state, feed, **options)
-    task = RunningTask(
-        index=0,
-        name="x",
-        count=1,
-        key=jax.random.key(3),
-        seed=0,
-        pipeline=Shared(),
-        memory=Shared(),
-        params_before=lambda: state.params,
-        compiler=trainer.compile,
-    )
+    task = task_of(trainer, state.params, Shared())
     seen = {str(example): float(record["first"]) for example, record in signal_records(trainer, state, task)}
     sums: Any = np.float32(0)
     for batch in task.examples():
@@ -173,6 +235,7 @@ def main(folder: Path) -> dict[str, Any]:
         "count": len(seen),
         "sum": float(sums),
         "read_errors": read_errors(folder.with_name(f"{folder.name}-read"), state),
+        "stopped": stop_halfway(trainer, state.params, folder.with_name(f"{folder.name}-halfway")),
         "not_finite": not_finite(trainer, **options),
         "params": [np.asarray(leaf).ravel().tolist() for leaf in jax.tree.leaves(whole)],
     }

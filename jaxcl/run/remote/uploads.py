@@ -86,8 +86,8 @@ class Uploads:
                 self._waiting = self._waiting._replace(checkpoint=None)
         self._stage = self._mirror.stage()
 
-    def submit(self, checkpoint: int) -> None:
-        """Uploads what was staged and a checkpoint that is being saved, as soon as that is complete."""
+    def submit(self, checkpoint: int | None) -> None:
+        """Uploads what was staged, and the checkpoint that is being saved, if any, as soon as that is complete."""
         if self._mirror is not None and self._stage is not None:
             with self._changed:
                 former, self._waiting, self._stage = self._waiting, _Job(self._stage, checkpoint), None

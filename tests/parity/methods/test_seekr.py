@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -123,8 +122,9 @@ class OneTask:
     def __init__(self, index: int, before: Any, examples: list[Example]) -> None:
         self.index, self._before, self._examples = index, before, examples
 
-    def memory(self) -> Iterator[Batch]:
-        yield to_batch(self._examples, length=7)
+    def fold(self, add: Any, start: Any, *, limit: int, memory: bool) -> Any:
+        assert memory
+        return add(start, to_batch(self._examples, length=7))
 
     def params_before(self) -> Any:
         return self._before
