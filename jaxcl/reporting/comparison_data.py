@@ -48,7 +48,7 @@ def read_comparison(folder: Path) -> dict[str, Any]:
     path = Path(folder) / "comparison.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        content["methods"], content["tasks"]
+        content["tasks"], comparison_table(content)  # what the table needs, the page needs, too
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
     except ODD:

@@ -15,7 +15,7 @@ import numpy as np
 
 from tests.fuzz.targets.common import made, text_of
 from tests.fuzz.targets.data import zstd
-from tests.fuzz.targets.runs import RESULTS
+from tests.fuzz.targets.runs import RESULTS, compared
 from tests.fuzz.targets.stores import contents_of_store
 from tests.fuzz.targets.weights import gguf_file
 
@@ -114,7 +114,10 @@ KNOWN: dict[str, Callable[[], list[bytes]]] = {
     ],
     "teacher_records": lambda: [overflowing()],
     "tracking": lambda: [DEEP, b'{"wandb": "\\ud800", "mlflow": "ffff"}'],
-    "comparison": lambda: [DEEP, b'{"methods": {}, "tasks": [], "runs": 5}', b'{"methods": {}, "tasks": 5}'],
+    "comparison": lambda: [
+        DEEP, b'{"methods": {}, "tasks": [], "runs": 5}', b'{"methods": {}, "tasks": 5}',
+        compared()[0].replace(b'"std"', b'"sdt"', 1), compared()[1].replace(b'"chosen"', b'"chosan"'),
+    ],
     "show_results": lambda: [
         results(tasks=["\ud800", "\x1b[2J"]), results(parameters="x"), results(initial=5), results(initial=[HUGE]),
         results(matrix=[[HUGE]]), results(further={"x": 5}), results(timing={"a": HUGE}),

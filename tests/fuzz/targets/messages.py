@@ -94,6 +94,13 @@ def read_mirror(content: bytes, folder: Path) -> None:
     read_record(folder)
 
 
+def mirrors() -> list[bytes]:
+    # Long texts and many spaces: a change within them leaves JSON.
+    states = [f"{number:032x}" for number in range(8)]
+    records = [{"url": f"gs://{'bucket' * 4}/run", "states": states[:count], "whole": count > 0} for count in (0, 1, 8)]
+    return [*map(text_of, records), text_of(records[1]).replace(b" ", b" " * 20)]
+
+
 def read_claim(content: bytes, folder: Path) -> None:
     """Another run's claim to a URL."""
     place = Objects(f"file://{folder}")
@@ -116,7 +123,7 @@ TARGETS: dict[str, Target] = {
     "roll_call": Target(read_report, reports),
     "message": Target(read_message, messages),
     "state": Target(read_state, states),
-    "mirror": Target(read_mirror, lambda: [text_of({"url": "gs://x", "states": ["a"], "whole": True})]),
+    "mirror": Target(read_mirror, mirrors),
     "claim": Target(read_claim, claims),
     "verdict": Target(read_verdict, lambda: [b'{"problem": null}\n', b'{"problem": "x"}\n']),
 }
