@@ -2,8 +2,9 @@
 
     JAXCL_DATA=data python -m benchmarks.frontier.encoder
 
-A masked language model of 1.1M params, of the decoder's size and vocabulary, trained for 2,500 steps of 16 rows of 96
-tokens.
+A masked language model of 1.1M params, of the decoder's size and vocabulary, trained for 4,000 steps of 32 rows of 96
+tokens with three tokens of ten masked. (With the decoder's 2,500 steps of 16 rows, and the usual 15%, it ends at 5.5
+nats per token: hardly more than the frequencies of tokens.)
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 from benchmarks.frontier.data import data_root
 
-STEPS = 2500
+STEPS = 4000
 
 
 def encoder(work: Path) -> Path:
@@ -59,10 +60,10 @@ def training(output: Path) -> dict[str, Any]:
             "attention_dropout": 0.0,
         },
         "tokenizer": {"vocab_size": 2048},
-        "data": {"length": 96, "packing": True},
+        "data": {"length": 96, "packing": True, "mask_rate": 0.3},
         "tasks": [{"name": "general", "source": f"text:{data_root() / 'frontier' / 'general.txt.gz'}"}],
         "method": {"name": "sequential"},
-        "training": {"batch_size": 16, "steps": STEPS, "log_every": 100, "checkpoint_every": 500},
+        "training": {"batch_size": 32, "steps": STEPS, "log_every": 100, "checkpoint_every": 500},
         "optimizer": {"learning_rate": 2e-3, "schedule": "cosine", "warmup": 0.05, "weight_decay": 0.01},
         "evaluation": {"batch_size": 32},
     }

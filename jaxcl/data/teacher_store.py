@@ -234,7 +234,7 @@ def _unpack(content: bytes, fields: Mapping[str, Mapping[str, Any]]) -> dict[str
     for name, field in fields.items():
         shape = struct.unpack_from(f"<{field['rank']}q", content, start)
         start += 8 * len(shape)
-        dtype = _dtype(field["dtype"])
+        dtype = dtype_named(field["dtype"])
         if min(shape, default=0) < 0:
             raise ValueError(f"{name} has the shape {shape}")
         count = math.prod(shape)
@@ -243,7 +243,14 @@ def _unpack(content: bytes, fields: Mapping[str, Mapping[str, Any]]) -> dict[str
     return record
 
 
-def _dtype(name: str) -> np.dtype:
+def dtype_named(name: str) -> np.dtype:
+    """The dtype with a name, one of `ml_dtypes` included.
+
+    Raises:
+      TypeError: there is none; numpy also knows other texts, and has a `SyntaxError` for some.
+    """
+    if not (isinstance(name, str) and name.isidentifier()):
+        raise TypeError(f"{name!r} is no dtype")
     return np.dtype(getattr(ml_dtypes, name, name))
 
 
@@ -265,7 +272,7 @@ def _are_fields(value: Any) -> TypeGuard[dict[str, dict[str, Any]]]:
         if not 0 <= field["rank"] <= _MOST_AXES:
             return False
         try:
-            dtype = _dtype(field["dtype"])
+            dtype = dtype_named(field["dtype"])
         except (TypeError, ValueError):
             return False
         if dtype.name != field["dtype"] or dtype.hasobject:

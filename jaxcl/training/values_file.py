@@ -16,11 +16,11 @@ from typing import IO, Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxcl.data.files import reason, replacing
+from jaxcl.data.teacher_store import dtype_named
 from jaxcl.errors import UserError
 
 _CHUNK, _DIGEST = 2**20, 32
@@ -81,7 +81,7 @@ def read_values(path: Path, about: Mapping[str, Any], mesh: Mesh) -> list[Any] |
         return None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {reason(error)}") from error
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise UserError(f"{path} cannot be used: {error}") from error
 
 
@@ -142,11 +142,14 @@ def _read(file: IO[bytes], described: Mapping[str, Any], mesh: Mesh) -> Any:
     if "weak" in described:
         return jnp.asarray(described["weak"])
     name, shape, spec = described["dtype"], tuple(described["shape"]), described["spec"]
-    dtype = np.dtype(getattr(ml_dtypes, name, name))
+    dtype = dtype_named(name)
     parts: dict[Place, np.ndarray] = {}
     for ends in described["parts"]:
         sizes = [last - first for first, last in ends]
-        content = file.read(math.prod(sizes) * dtype.itemsize)
+        count = math.prod(sizes) * dtype.itemsize
+        if not 0 <= count <= os.fstat(file.fileno()).st_size:
+            raise ValueError(f"a part of {count} bytes")
+        content = file.read(count)
         parts[tuple((first, last) for first, last in ends)] = np.frombuffer(content, dtype).reshape(sizes)
     if spec is None:
         return next(iter(parts.values())).copy()

@@ -16,7 +16,7 @@ import numpy as np
 from tests.fuzz.targets.common import made, text_of
 from tests.fuzz.targets.data import zstd
 from tests.fuzz.targets.runs import RESULTS, compared
-from tests.fuzz.targets.stores import contents_of_store
+from tests.fuzz.targets.stores import contents_of_store, halfway
 from tests.fuzz.targets.weights import gguf_file
 
 DEEP = b"[" * 100_000
@@ -113,6 +113,8 @@ KNOWN: dict[str, Callable[[], list[bytes]]] = {
         text_of({"size": {"longest_edge": 10**9}, "max_image_size": {"longest_edge": 8}}),
     ],
     "teacher_records": lambda: [overflowing()],
+    "teacher_description": lambda: [contents_of_store()[1].replace(b'"float32"', b'",loat32"')],
+    "halfway": lambda: [halfway().replace(b'"float32"', b'",loat32"', 1), halfway().replace(b"[2, 3]", b"[2, 9e99]")],
     "tracking": lambda: [DEEP, b'{"wandb": "\\ud800", "mlflow": "ffff"}'],
     "comparison": lambda: [
         DEEP, b'{"methods": {}, "tasks": [], "runs": 5}', b'{"methods": {}, "tasks": 5}',

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import tempfile
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxcl.data.examples import read_shards
 from jaxcl.data.memory import Memory
 from jaxcl.data.teacher_store import TeacherStore, write_records
+from jaxcl.sharding.mesh import MeshConfig, make_mesh
+from jaxcl.training.values_file import read_values, write_values
 from tests.fuzz.harness import Target
 from tests.fuzz.targets.common import made, text_of, written
 
@@ -72,6 +78,23 @@ def contents_of_store() -> tuple[list[bytes], bytes]:
     return records, last.removeprefix(_MAGIC)
 
 
+def read_halfway(content: bytes, folder: Path) -> None:
+    """Values of a loop, with a checksum that is right."""
+    path = written(folder / "after-0.0_process000.values", content + hashlib.sha256(content).digest())
+    for value in read_values(path, {"checkpoint": 1}, one_device()) or ():
+        str(value)
+
+
+@functools.cache
+def one_device() -> Mesh:
+    return make_mesh(MeshConfig(), jax.devices()[:1])
+
+
+def halfway() -> bytes:
+    values = [np.ones((2, 3), np.float32), jnp.ones(2), jnp.asarray(3), ["a", {"b": 1.5}], np.int32(4)]
+    return made(lambda path: write_values(path, {"checkpoint": 1}, values))[:-32]
+
+
 def read_examples(content: bytes, folder: Path) -> None:
     for shard in read_shards(written(folder / "task00.arrow", content)):
         shard.tokens.values.sum()
@@ -98,6 +121,7 @@ def memory() -> bytes:
 
 TARGETS: dict[str, Target] = {
     "teacher_store": Target(read_store, lambda: [store()], weight=2),
+    "halfway": Target(read_halfway, lambda: [halfway()], weight=2),
     "teacher_description": Target(read_description, lambda: [contents_of_store()[1]]),
     "teacher_records": Target(read_stored, lambda: [_BETWEEN.join(contents_of_store()[0])]),
     "examples": Target(read_examples, lambda: [examples()]),
