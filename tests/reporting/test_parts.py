@@ -146,7 +146,8 @@ def test_metrics_of_different_scale_are_coloured_apart() -> None:
 
 def run_of(**parts: Any) -> RunData:
     lists = {"metrics": [], "rounds": [], "problems": []}
-    empty = {"results": results(), "config": "", **lists, "predictions": {}, "thumbnails": {}, "tables": {}}
+    objects = {"predictions": {}, "thumbnails": {}, "tables": {}, "not_finite": {}}
+    empty = {"results": results(), "config": "", **lists, **objects}
     return RunData(folder=Path(), **{**empty, **parts})
 
 
