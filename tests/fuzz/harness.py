@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import NamedTuple
 
 from jaxcl.errors import UserError
 
@@ -132,27 +133,60 @@ def _waiting(seconds: float) -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         raise Hang(f"more than {seconds:g} s of waiting")
 
-    def watch() -> None:
-        left = seconds
-        while not done.wait(left):
-            left = seconds - (time.monotonic() - began - (_queued(thread) - queued))
-            if left <= 0:
-                signal.pthread_kill(threading.main_thread().ident or 0, _WAKE)
-                return
-
-    thread, done = threading.get_native_id(), threading.Event()
-    began, queued = time.monotonic(), _queued(thread)
+    thread = threading.get_native_id()
     previous = signal.signal(_WAKE, stop)
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
+    _WATCHER.watch(_Watched(thread, seconds, time.monotonic(), _queued(thread)))
     try:
         yield
     finally:
         try:
-            done.set()
-            watcher.join()
+            _WATCHER.watch(None)
         finally:
             signal.signal(_WAKE, previous)
+
+
+class _Watched(NamedTuple):
+    """What a block of `_waiting` began with."""
+
+    thread: int
+    seconds: float
+    began: float
+    queued: float
+
+    def is_late(self) -> bool:
+        return time.monotonic() - self.began - (_queued(self.thread) - self.queued) >= self.seconds
+
+
+class _Watcher:
+    """One thread for all blocks of the main thread: starting one for each takes longer than most inputs."""
+
+    _EVERY = 0.05
+
+    def __init__(self) -> None:
+        self._watched: _Watched | None = None
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def watch(self, block: _Watched | None) -> None:
+        """Watches a block, in place of the one before; `None`: it has ended, and gets no signal any more."""
+        with self._lock:
+            self._watched = block
+        if block is not None and self._thread is None:
+            self._thread = threading.Thread(target=self._look, daemon=True)
+            self._thread.start()
+
+    def _look(self) -> None:
+        while True:
+            time.sleep(self._EVERY)
+            block = self._watched
+            if block is not None and block.is_late():
+                with self._lock:  # it may have ended meanwhile
+                    if self._watched is block:
+                        self._watched = None
+                        signal.pthread_kill(threading.main_thread().ident or 0, _WAKE)
+
+
+_WATCHER = _Watcher()
 
 
 def _queued(thread: int) -> float:

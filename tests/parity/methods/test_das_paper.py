@@ -192,9 +192,9 @@ class OneDomain:
     def __init__(self, index: int, examples: list[Example]) -> None:
         self.index, self._examples = index, examples
 
-    def examples(self, limit: int | None = None) -> Iterator[Any]:
-        assert limit is None or limit >= len(self._examples)
-        yield to_batch(self._examples)
+    def fold(self, add: Any, start: Any, *, limit: int) -> Any:
+        assert limit >= len(self._examples)
+        return add(start, to_batch(self._examples))
 
 
 def test_normalised_and_accumulated_over_two_domains(twins: Twins) -> None:
