@@ -141,7 +141,8 @@ class Consolidation:
         records = itertools.chain(earlier, signal_records(self.parts.trainer, state, task, loop.rest))
         if (first := next(records, None)) is not None:
             write_records(part, itertools.chain([first], records), self.parts.about(self.kept.task(task.index)))
-        loop.end([_digest(part) if first else ""])
+        # A store can be large: only one that is continued later is read again. What is whole fits nothing.
+        loop.end([("" if first is None else _digest(part)) if loop.stopped else None])
         if first is not None:
             place.parent.mkdir(exist_ok=True)
             part.replace(place)
