@@ -166,6 +166,19 @@ def test_a_run_that_stops_names_the_rows_that_were_in_the_last_steps_of_every_or
     assert "Why it stopped" not in (tmp_path / "run/report.html").read_text()
 
 
+def test_a_report_that_cannot_be_written_hides_no_reason(
+    tmp_path: Path, poison: Poison, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(folder: Path) -> None:
+        raise UserError("the disk is full")
+
+    poison.set(4, 5, seed=None)
+    monkeypatch.setattr(sequence, "write_report", full)
+    content = {**ALONE, "training": {**ALONE["training"], "max_rewinds": 0}}
+    with pytest.raises(UserError, match=r"loss is nan at steps 5 to 6 of 8.*; without a report: the disk is full"):
+        run(content, tmp_path / "run", "sequential")
+
+
 def test_the_order_follows_from_seed_and_count_alone() -> None:
     assert order_seed(3, 0) == 3
     assert order_seed(3, 1) == order_seed(3, 1)

@@ -396,7 +396,10 @@ class TaskSequence(Consolidation):
             self.board.write(self.stopwatch.seconds)
             write_report(self.folder.path)
 
-        on_first(write)
+        try:
+            on_first(write)
+        except UserError as failed:  # why the run stops matters more
+            return NotFinite(f"{error}; without a report: {failed}", error.step)
         return NotFinite(f"{error}; see {self.folder.report}", error.step)
 
     # Evaluation and results

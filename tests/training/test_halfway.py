@@ -143,6 +143,7 @@ def test_a_loop_that_is_left_is_not_a_stop(tmp_path: Path) -> None:
     with one.phase("x"):
         loop = one.loop()
         next(iter(loop.rest(items())))
+        assert not loop.stopped
         loop.end([""])
 
 
