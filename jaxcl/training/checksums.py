@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from time import sleep
 from typing import TypeVar
 
 from jaxcl.errors import UserError
@@ -86,7 +86,7 @@ def read_again(path: Path, read: Callable[[Path], T]) -> T:
             if wait is None:
                 words = f"{path} cannot be read: {error.strerror or error} ({len(_WAITS) + 1} attempts)"
                 raise UserError(f"{words}; nothing was removed, try again when the storage works") from None
-            time.sleep(wait)
+            sleep(wait)
     raise AssertionError
 
 

@@ -165,6 +165,7 @@ class _Watcher:
     def __init__(self) -> None:
         self._watched: _Watched | None = None
         self._lock = threading.Lock()
+        self._never = threading.Event()  # waits also where a test has replaced `time.sleep`
         self._thread: threading.Thread | None = None
 
     def watch(self, block: _Watched | None) -> None:
@@ -177,7 +178,7 @@ class _Watcher:
 
     def _look(self) -> None:
         while True:
-            time.sleep(self._EVERY)
+            self._never.wait(self._EVERY)
             block = self._watched
             if block is not None and block.is_late():
                 with self._lock:  # it may have ended meanwhile

@@ -75,13 +75,13 @@ def test_a_crash_and_a_hang_are_noticed() -> None:
 
 def test_who_waits_without_an_end_or_takes_too_much_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """On Linux: elsewhere, memory is not limited."""
-    monkeypatch.setattr(harness, "MEMORY", 2**26)
+    monkeypatch.setattr(harness, "MEMORY", 2**23)
     monkeypatch.setattr(harness, "_SPACE", 2**28)
 
     def read(content: bytes, folder: object) -> None:
         if content == b"waits":
             threading.Event().wait()
-        size = {b"much": 2**27, b"far too much": 2**40}.get(content, 0)
+        size = {b"much": 2**24, b"far too much": 2**40}.get(content, 0)
         np.ones(size, np.uint8)
 
     target = Target(read, lambda: [], waits=1.0)

@@ -331,7 +331,7 @@ def test_a_read_that_fails_is_tried_again_and_removes_nothing(
 
     monkeypatch.setattr(checksums, "_measure", failing(checksums._measure))
     monkeypatch.setattr(Path, "read_bytes", failing(Path.read_bytes))
-    monkeypatch.setattr("time.sleep", waited.append)
+    monkeypatch.setattr(checksums, "sleep", waited.append)
     if lasting:
         words = rf"/1/{place}.* cannot be read: Stale file handle \(4 attempts\); nothing was removed"
         with pytest.raises(UserError, match=words) as caught, Checkpoints(folder, keep=2) as checkpoints:
