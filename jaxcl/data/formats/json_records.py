@@ -51,13 +51,13 @@ def _line_objects(part: Part) -> Iterator[tuple[Where, Record]]:
     before = 0
     for lines in line_lists(part, numbering):
         for number, line in enumerate(lines, before + 1):
+            if not line or line.isspace():
+                continue
             try:
                 record, end = decode(line)
             except (ValueError, RecursionError):
                 end = -1
             if end != len(line):  # also if there is white space around the object
-                if not line.strip():
-                    continue
                 record = _parse_line(line, numbering, number)
             if type(record) is not dict:
                 raise UserError(f"{numbering.at(number)}: expected a JSON object, got {json_kind(record)}")
