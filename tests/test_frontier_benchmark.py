@@ -18,7 +18,7 @@ import pytest
 from benchmarks.frontier import __main__ as driver
 from benchmarks.frontier import point as points
 from benchmarks.frontier import records as records_module
-from benchmarks.frontier import worker
+from benchmarks.frontier import testbeds, worker
 from benchmarks.frontier.data import write_domain, write_task
 from benchmarks.frontier.figures import around, draw_frontier, draw_sensitivity
 from benchmarks.frontier.methods import RIVALS, Rival, beyond, cross, option_of, tuning_points, with_option
@@ -75,6 +75,35 @@ def test_a_rate_lasts_through_all_tasks_and_changes_without_another_trace() -> N
         moved[rate] = float(metrics["update_norm"])
     assert moved[0.5] == pytest.approx(4 * moved[0.125])
     assert method.traces == 1
+
+
+def test_a_rate_is_found_within_the_state_of_averaging() -> None:
+    section = OptimizerConfig(learning_rate=1.0, name="sgd", b1=0.0, clip_norm=None, schedule="constant", average="ema")
+    trainer = points.PointTrainer(points.with_rate(TinyMethod)(), section, one_device(), accumulate=1, seed=0)
+    trainer.set(0.5, seed=3)
+    state = trainer.start_task(trainer.init(make_params()), 2)
+    rates = [node.rate for node in jax.tree.leaves(state.opt_state, is_leaf=is_rated) if is_rated(node)]
+    assert [float(rate) for rate in rates] == [0.5]
+
+
+def is_rated(node: object) -> bool:
+    return isinstance(node, points.RateState)
+
+
+def test_a_point_may_change_other_sections_and_the_methods_options_stay_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(testbeds, "data_root", lambda: tmp_path)
+    monkeypatch.setattr(testbeds, "write_domain", lambda name, root, rows, characters: rows / name)
+    options = {"name": "ewc", "strength": 10.0, "run": {"data": {"general": {"share": 0.1}}, "optimizer": {"b1": 0.5}}}
+    config = TESTBEDS["text"].config(("a", "b"), "dev", options, tmp_path)
+    assert config["method"] == {"name": "ewc", "strength": 10.0}
+    assert config["data"]["general"] == {"source": f"text:{tmp_path}/frontier/general.txt.gz", "share": 0.1}
+    assert config["data"]["packing"] is True
+    assert (config["optimizer"]["b1"], config["optimizer"]["warmup"]) == (0.5, 0.1)
+    changed = dataclasses.replace(EWC, options={"strength": 10.0, "run": options["run"]})
+    assert records_module.all_options(changed) == records_module.all_options(EWC)
+    assert changed.key != EWC.key
 
 
 def pair_batch(rows: int, length: int, vocabulary: int) -> Batch:

@@ -70,6 +70,13 @@ _ROWS = _SEEKR | {"attention_weight": "auto"}
 _VALUES = _ROWS | {"distil_heads": "values", "logit_weight": 0.75}
 _PULLS, _SHARES = (10.0, 40.0, 160.0), (0.1, 0.3, 1.0)
 _MIX = {"fraction": 0.05, "mode": "mix"}
+
+
+def _averaged(average: str) -> dict[str, Any]:
+    # In 60 steps, sfa averages as often as in 150 by default.
+    return {"run": {"optimizer": {"average": average, "average_every": 10}}}
+
+
 RIVALS: dict[str, Rival] = {
     "sequential": Rival("sequential"),
     "replay": Rival("replay", {"replay": REPLAY}, "replay.fraction", (0.02, 0.05, 0.15), most=1.0),
@@ -101,6 +108,20 @@ RIVALS: dict[str, Rival] = {
     "das_paper": Rival("das_paper", _PAPER | {"contrast_weight": 0.0}, "shared", ("free", "mean", "frozen")),
     "das_paper (contrast)": Rival("das_paper", _PAPER, "contrast_weight", (0.1, 0.3, 1.0)),
     "joint": Rival("joint"),
+    # What can be added to any method, here to plain fine-tuning.
+    "sequential (ema)": Rival(
+        "sequential", _averaged("ema"), "run.optimizer.average_rate", (0.01, 0.03, 0.1), most=0.9
+    ),
+    "sequential (sfa)": Rival("sequential", _averaged("sfa"), "run.optimizer.average_rate", (0.1, 0.25, 0.6), most=0.9),
+    "sequential (wise)": Rival(
+        "sequential", _averaged("wise"), "run.optimizer.average_rate", (0.25, 0.5, 0.75), most=0.9
+    ),
+    "sequential (general)": Rival("sequential", {}, "run.data.general.share", (0.1, 0.2, 0.4), most=0.9),
+    "sequential (frozen)": Rival(
+        "sequential", {}, "run.optimizer", ({"freeze_layers": 1}, {"freeze_embeddings": True})
+    ),
+    "sequential (dft)": Rival("sequential", {"loss_gate": "probability"}),
+    "sequential (eaft)": Rival("sequential", {"loss_gate": "entropy"}),
 }
 
 

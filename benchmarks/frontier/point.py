@@ -21,9 +21,8 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from benchmarks.frontier.data import data_root
 from benchmarks.frontier.records import Point
-from benchmarks.frontier.testbeds import GENERAL_ROWS, SPLIT_OF, TESTBEDS
+from benchmarks.frontier.testbeds import GENERAL_ROWS, SPLIT_OF, TESTBEDS, general_text
 from jaxcl.config import parse_config
 from jaxcl.data.pairs import encode_answers
 from jaxcl.data.pipeline import Pipeline
@@ -98,7 +97,13 @@ class PointTrainer(Trainer):
         """See `Trainer.start_task`."""
         state = super().start_task(state, total, first=first)
         rate = put(jnp.float32(self.rate), self.layout.replicated)
-        return state.replace(opt_state=state.opt_state._replace(rate=rate))
+
+        def rated(node: Any) -> Any:
+            return node._replace(rate=rate) if isinstance(node, RateState) else node
+
+        # Averaging and freezing keep the method's state within their own.
+        found = jax.tree.map(rated, state.opt_state, is_leaf=lambda node: isinstance(node, RateState))
+        return state.replace(opt_state=found)
 
 
 class InMemory:
@@ -191,8 +196,7 @@ class Setting:
         return text_loss(self.parts.network, params, batches, compile=self.trainer.compile).loss
 
     def _general_text(self) -> Pipeline:
-        path = data_root() / "frontier" / "general.txt.gz"
-        rows = load_task(TaskSpec(name="general", source=f"text:{path}")).test
+        rows = load_task(TaskSpec(name="general", source=f"text:{general_text()}")).test
         data = DataConfig(length=96)
         parts = self.parts
         objective: Literal["causal", "masked"] = "causal" if parts.network.causal else "masked"

@@ -27,7 +27,7 @@ class Point:
       order: `A` or `B`, or names of tasks separated by commas (scored on dev rows).
       name: name of the method in tables; several may share a method with different fixed options.
       method: a registered method, or `module:Class`.
-      options: the method's options that differ from its defaults.
+      options: the method's options that differ from its defaults; under `run`, other sections of the configuration.
       learning_rate: highest learning rate of each task.
       seed: decides the order of examples, dropout and memory.
     """
@@ -102,7 +102,8 @@ def append(point: Point, results: Mapping[str, Any], folder: Path = RECORDS) -> 
 
 def all_options(point: Point) -> dict[str, Any]:
     """The method's options, defaults included, as plain values."""
-    options = find_method(point.method).Options.model_validate(dict(point.options))
+    own = {name: value for name, value in point.options.items() if name != "run"}
+    options = find_method(point.method).Options.model_validate(own)
     plain: dict[str, Any] = options.model_dump(mode="json")
     return plain
 

@@ -55,7 +55,8 @@ class Testbed:
         Args:
           tasks: names of tasks, in the order learned.
           split: split of the scored rows.
-          method: name and options.
+          method: name and options; under `run`, changes of other sections. `data.general` without a source is the
+            general text of the benchmark files.
           folder: gets the rows and the run folder.
         """
         root = data_root()
@@ -65,13 +66,17 @@ class Testbed:
         else:
             sources = {name: f"json:{write_task(name, root, folder / 'tasks').resolve()}" for name in tasks}
         weights = root / "frontier" / "model" if self.model == "decoder" else encoder(folder)
-        return {
+        options = dict(method)
+        changes = options.pop("run", {})
+        if general := changes.get("data", {}).get("general"):
+            changes = merged(changes, {"data": {"general": {"source": f"text:{general_text()}", **general}}})
+        config = {
             "output": str(folder / "run"),
             "weights": str(weights),
             "model": {},
             "data": self.data,
             "tasks": [{"name": name, "source": source} for name, source in sources.items()],
-            "method": method,
+            "method": options,
             "training": {
                 "batch_size": self.batch_size,
                 "steps": self.steps,
@@ -82,6 +87,22 @@ class Testbed:
             "optimizer": {"learning_rate": 1.0, "schedule": "linear", "warmup": 0.1},
             "evaluation": {"split": split, "limit": self.rows, "batch_size": 32},
         }
+        return merged(config, changes)
+
+
+def merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """Sections with the values of others in their place.
+
+    >>> merged({"data": {"length": 96}, "seed": 0}, {"data": {"packing": True}})
+    {'data': {'length': 96, 'packing': True}, 'seed': 0}
+    """
+    both = {name: merged(first[name], second[name]) for name in first if isinstance(second.get(name), Mapping)}
+    return {**first, **second, **both}
+
+
+def general_text() -> Path:
+    """The benchmark files' general text, which the small models were trained on."""
+    return data_root() / "frontier" / "general.txt.gz"
 
 
 _DOMAINS = {
