@@ -44,6 +44,16 @@ def test_lists_are_read_in_blocks_of_any_size(objects, indent, ascii_only, space
         assert [one for part in records.parts() for _, one in records.read(part)] == json.loads(text)
 
 
+def test_blank_lines_are_not_parsed(tmp_path, placed):
+    # An attempt costs microseconds, and a little compressed file may stand for millions of them.
+    (tmp_path / "a.jsonl").write_text('\n \n\t\n{"a": 1}\n\u2003\n \n{"a": 2} \n\n', encoding="utf-8")
+    with mock.patch.object(json_records.json, "JSONDecoder", wraps=json.JSONDecoder) as decoder:
+        counted = mock.Mock(wraps=json.JSONDecoder().raw_decode)
+        decoder.side_effect = lambda: mock.Mock(raw_decode=counted)
+        assert placed("jsonl", tmp_path / "a.jsonl") == [("a.jsonl line 4", {"a": 1}), ("a.jsonl line 7", {"a": 2})]
+    assert counted.call_count == 2
+
+
 def test_a_long_list_is_not_held_in_memory(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([{"a": "x" * 50}] * 1000))
     longest = 0
