@@ -83,6 +83,9 @@ RIVALS: dict[str, Rival] = {
     "replay (distance)": Rival(
         "replay", {"replay": REPLAY | {"spacing": "distance"}}, "replay.fraction", (0.02, 0.05, 0.15), most=1.0
     ),
+    "replay (highest loss)": Rival(
+        "replay", {"replay": REPLAY | {"choose": "highest_loss"}}, "replay.fraction", (0.02, 0.05, 0.15), most=1.0
+    ),
     "ewc": Rival("ewc", {"fisher_examples": EXAMPLES}, "strength", (100.0, 500.0, 2000.0)),
     "lwf": Rival("lwf", {}, "weight", (0.3, 1.0, 3.0)),
     "lwf (start)": Rival("lwf", {"teacher": "start", "temperature": 1.0}, "weight", (0.3, 1.0, 3.0)),
@@ -101,6 +104,8 @@ RIVALS: dict[str, Rival] = {
     "seekr (fixed weight)": Rival("seekr", _SEEKR, "attention_weight", (1.0, 10.0, 100.0)),
     "das": Rival("das", _DAS, "strength", _PULLS),
     "das (mask)": Rival("das", _DAS | {"hold": "mask"}, "mask_strength", (0.3, 1.0, 3.0)),
+    "das (mask, mean kept)": Rival("das", _DAS | {"hold": "mask", "keep_mean": True}, "mask_strength", (0.3, 1.0, 3.0)),
+    "das (both)": Rival("das", _DAS | {"hold": "both"}, "strength", _PULLS),
     # Controls: the same, knowing less of what matters.
     "das (permuted)": Rival("das", _DAS | {"selection": "permuted"}, "strength", _PULLS),
     "das (layers)": Rival("das", _DAS | {"selection": "layer"}, "strength", _PULLS),
