@@ -400,6 +400,9 @@ class TaskSequence(Consolidation):
             on_first(write)
         except UserError as failed:  # why the run stops matters more
             return NotFinite(f"{error}; without a report: {failed}", error.step)
+        self.checkpoints.wait()  # what is uploaded is whole
+        self.uploads.stage()
+        self.uploads.submit(None)
         return NotFinite(f"{error}; see {self.folder.report}", error.step)
 
     # Evaluation and results

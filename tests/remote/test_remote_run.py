@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from benchmarks.same_runs import differences
 from jaxcl import cli
 from jaxcl.config import parse_config
 from jaxcl.config.file import ConfigError
+from jaxcl.data.pipeline import Pipeline
 from jaxcl.errors import UserError
 from jaxcl.evaluation.results import Results
 from jaxcl.run import sequence
@@ -31,6 +34,31 @@ CONTENT: dict[str, Any] = {
 def run(output: str, local: Path | None = None) -> Results:
     places = {"output": output} if local is None else {"output": output, "local_output": str(local)}
     return sequence.run(parse_config({**CONTENT, **places})).results
+
+
+def test_why_a_run_stopped_is_at_its_url(
+    storage: type[FaultySystem], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    batch_at = Pipeline.batch_at
+
+    def poisoned(self: Any, step: int, **where: Any) -> Any:
+        batch = batch_at(self, step, **where)
+        return {**batch, "weights": np.full_like(batch["weights"], np.nan)} if self.origin == "task" else batch
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Pipeline, "batch_at", poisoned)
+        with pytest.raises(UserError, match="loss is nan"):
+            run(URL, tmp_path / "lost")
+    shutil.rmtree(tmp_path / "lost")
+    copy = local_copy(URL)
+    assert json.loads((copy / "not_finite.json").read_text())["task"] == CONTENT["tasks"][0]["name"]
+
+    # On another machine it goes on, as if nothing had been.
+    run(str(tmp_path / "plain"))
+    run(URL, tmp_path / "other")
+    assert not list(differences(tmp_path / "plain", tmp_path / "other"))
+    assert not (local_copy(URL) / "not_finite.json").exists()
 
 
 def test_a_lost_machine_changes_no_bit(
