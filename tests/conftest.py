@@ -1,6 +1,7 @@
 """Compiling takes most of the tests' time, and most of that goes into optimising programs that run once."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,9 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), os.e
     os.pathsep
 )
 os.environ |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+# In the background of a script, SIGINT is ignored, and what tests start would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # Flags are read when the first program is compiled. The compiler for TPUs reads them again, and ends at this one.
 with pytest.MonkeyPatch.context() as patched:
     patched.setenv("XLA_FLAGS", f"{os.environ.get('XLA_FLAGS', '')} {FAST}".strip())
