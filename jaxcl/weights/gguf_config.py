@@ -99,13 +99,16 @@ def _rope_scaling(file: Gguf, architecture: str, head_dim: int, theta: float) ->
     """The scaling of the rotary frequencies; GGUF stores the llama3 rule only as the resulting factors."""
     if _FREQUENCIES in file.shapes:
         factors = file.read(_FREQUENCIES, whole(file.shapes[_FREQUENCIES]))
-        plain = frequencies(head_dim, theta, None)
-        if factors.shape == plain.shape and np.all(factors == 1):
+        if factors.shape != (head_dim / 2,):
+            raise UserError(
+                f"{file.where}: {_FREQUENCIES} has {factors.size} factors; expected one for every two of the {head_dim} "
+                "coordinates of a head"
+            )
+        if np.all(factors == 1):
             return None
         scaling = RopeScaling(type="llama3", factor=float(factors.max()))
-        if factors.shape != plain.shape or not np.allclose(
-            plain / factors, frequencies(head_dim, theta, scaling), rtol=1e-4
-        ):
+        plain = frequencies(head_dim, theta, None)
+        if not np.allclose(plain / factors, frequencies(head_dim, theta, scaling), rtol=1e-4):
             raise UserError(
                 f"{file.where}: the factors in {_FREQUENCIES} do not follow from the llama3 rule with its usual values "
                 "(low_freq_factor 1, high_freq_factor 4, original length 8192)"

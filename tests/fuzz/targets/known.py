@@ -87,9 +87,8 @@ def overflowing() -> bytes:
     return (2**62).to_bytes(8, "little") * 2 + contents_of_store()[0][0][16:]
 
 
-def layers() -> bytes:
-    """A header with three billion layers."""
-    name = b"llama.block_count"
+def vast(name: bytes) -> bytes:
+    """A GGUF header with three billion layers, or coordinates."""
     content = bytearray(gguf_file())
     start = content.index(name) + len(name) + 4  # behind the kind of value
     content[start : start + 4] = (3 * 10**9).to_bytes(4, "little")
@@ -97,7 +96,7 @@ def layers() -> bytes:
 
 
 KNOWN: dict[str, Callable[[], list[bytes]]] = {
-    "gguf": lambda: [layers()],
+    "gguf": lambda: [vast(b"llama.block_count"), vast(b"llama.embedding_length")],
     "gzip": lambda: [repeated(b"x"), gzip.compress(b'[{"text": "') + repeated(b"x")],
     "xz": lambda: [repeated(b"x", lzma.compress)],
     "zstd": lambda: [repeated(b"x", zstd)],
