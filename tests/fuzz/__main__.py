@@ -1,6 +1,7 @@
 """Fuzzes readers at length: `python -m tests.fuzz --minutes 10`; `make fuzz MINUTES=10`.
 
-Coverage guides it if atheris is installed (`pip install -e '.[fuzz]'`); otherwise inputs are mutations of the seeds.
+Half of the inputs are mutations of the seeds, the others what coverage leads to; without atheris (`pip install -e
+'.[fuzz]'`) all are mutations.
 Each reader has a process and a folder of its own: `OUT/READER/crashes` keeps inputs that crash it, `OUT/READER/corpus`
 those that reach new code, with which the next call begins. Counts are added to `benchmarks/records/fuzz`, which
 `--summary` sums up.
@@ -128,8 +129,15 @@ def _one(name: str, seconds: float, out: Path, seed: int) -> int:
 
     if GUIDED:
         limits = [f"-max_total_time={int(seconds) + 1}", f"-timeout={_STUCK}", f"-rss_limit_mb={_MEGABYTES}"]
-        where = [f"-artifact_prefix={out / name}/", f"-seed={seed}", f"-max_len={MOST}", str(corpus)]
-        atheris.Setup([sys.argv[0], *limits, *where], one)
+        sizes = [f"-max_len={MOST}", "-len_control=0"]
+        where = [f"-artifact_prefix={out / name}/", f"-seed={seed}", str(corpus)]
+        ours = mutants([*seeds, *known], seed)
+
+        def mutated(content: bytes, most: int, seed: int) -> bytes:
+            # A reader with few branches says little about how far an input got, and the seeds leave its corpus.
+            return next(ours)[:most] if seed % 2 else atheris.Mutate(content, most)
+
+        atheris.Setup([sys.argv[0], *limits, *sizes, *where], one, custom_mutator=mutated)
         atheris.Fuzz()
     for content in mutants([path.read_bytes() for path in sorted(corpus.iterdir())], seed):
         one(content)
