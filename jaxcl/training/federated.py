@@ -171,5 +171,5 @@ class FederatedConfig(Schema):
         if self.secure and self.members < 2:
             raise ValueError("secure: a sum over one client hides nothing; allowed: at least 2 clients in a round")
         if self.privacy is not None and self.control_variates:
-            raise ValueError("control_variates: no noise hides them; allowed with privacy: false")
+            raise ValueError("control_variates: no noise hides them; allowed without privacy")
         return self

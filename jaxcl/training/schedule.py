@@ -95,7 +95,7 @@ def phases(config: OptimizerConfig, total: int, *, first: bool = True) -> Phases
         sizes |= {"cooldown": config.cooldown} if first else {"warmup": 0.0}
     steps = {name: math.ceil(size * rest - 1e-9) if size < 1 else round(size) for name, size in sizes.items()}
     in_steps = any(size >= 1 for size in sizes.values())
-    if config.goes_on_before_decay and in_steps and (sum(steps.values()) > rest or steps["decay"] == total > 1):
+    if in_steps and (sum(steps.values()) > rest or steps["decay"] == total > 1):
         listed = " and ".join(f"{name} {number}" for name, number in steps.items() if number)
         after = f" after warm_moments {config.warm_moments}" if config.warm_moments else ""
         raise UserError(f"optimizer: {listed} steps do not fit into {rest} steps{after}", exit_code=2)
@@ -106,7 +106,7 @@ def phases(config: OptimizerConfig, total: int, *, first: bool = True) -> Phases
 
 def sized_in_steps(config: OptimizerConfig) -> bool:
     """Whether a phase has a given number of steps, which may not fit into a task."""
-    sizes = (config.warmup, config.cooldown, config.decay) if config.goes_on_before_decay else ()
+    sizes = (config.warmup, config.cooldown, config.decay) if config.goes_on_before_decay else (config.warmup,)
     return config.warm_moments > 0 or any(size >= 1 for size in sizes)
 
 

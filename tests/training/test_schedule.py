@@ -115,6 +115,8 @@ def test_shares_fit_into_every_task_and_leave_a_step_before_the_decay() -> None:
     ("options", "total", "message"),
     [
         ({"warm_moments": 5}, 5, "warm_moments 5 leaves none of 5 steps"),
+        ({"schedule": "constant", "warmup": 6}, 5, "warmup 6 steps do not fit into 5 steps"),
+        ({"warmup": 6, "warm_moments": 2}, 7, "warmup 6 steps do not fit into 5 steps after warm_moments 2"),
         ({"schedule": "wsd", "warmup": 6, "decay": 5}, 10, "warmup 6 and decay 5 steps do not fit into 10 steps"),
         ({"schedule": "wsd", "decay": 10}, 10, "decay 10 steps do not fit into 10 steps"),
         (
@@ -132,7 +134,7 @@ def test_sizes_in_steps_that_do_not_fit_are_refused(options: dict[str, Any], tot
     phases(config, 100)
 
 
-@pytest.mark.parametrize("options", [{"warmup": 5}, {"schedule": "wsd"}, {"schedule": "infinite", "final": 0.1}])
+@pytest.mark.parametrize("options", [{"warmup": 0.9}, {"schedule": "wsd"}, {"schedule": "infinite", "final": 0.1}])
 def test_other_sizes_fit_into_every_task(options: dict[str, Any]) -> None:
     config = OptimizerConfig(**options)
     assert not sized_in_steps(config)
