@@ -24,7 +24,7 @@ from jaxcl.run.sequence import TaskSequence
 from jaxcl.run.streams import task_stream
 from jaxcl.training.checkpoint import Checkpoints
 from tests.tiny.faults import killed_at_save
-from tests.tiny.runs import DECODER, TOKENIZER
+from tests.tiny.runs import DECODER, TEXT, TOKENIZER
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 3, "temperature": 0.0, "top_p": 1.0, "seed": 0, "raw": False}
 REPLAY = {"name": "replay", "replay": {"fraction": 0.25}}
@@ -331,6 +331,17 @@ def test_answers_that_score_in_part_are_a_line(
         run(tmp_path, tmp_path / "run", tasks=tasks, training={"batch_size": 8, "steps": 1}, evaluation=evaluation)
     line = "task one: evaluation.max_new_tokens is 2, but 4 of 6 test answers are longer; rouge_l scores"
     assert (line in capsys.readouterr().err) == said
+
+
+@pytest.mark.usefixtures("untrained")
+@pytest.mark.parametrize("metric", ["token_accuracy", "perplexity"])
+def test_metrics_without_a_mean_are_a_line(tmp_path: Path, metric: str, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = TEXT["tasks"]
+    tasks = [{**first, "metric": metric}, {**second, "metric": "perplexity"}]
+    with pytest.raises(pytest.fail.Exception, match="trained"):
+        sequence.run(parse_config({**TEXT, "tasks": tasks, "output": str(tmp_path), "method": "sequential"}))
+    line = "no mean score of all tasks (OP): a lower one is better for pydantic, a higher one for the others"
+    assert (line in capsys.readouterr().err) == (metric == "token_accuracy")
 
 
 @pytest.mark.usefixtures("untrained")

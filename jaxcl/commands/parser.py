@@ -191,7 +191,8 @@ def _extend(commands: _Commands) -> None:
         commands,
         "extend",
         "let a finished run learn one more task",
-        "jaxcl extend runs/quickstart_das name=pydantic source=stdlib:docstrings:pydantic metric=token_accuracy --length 100",
+        "jaxcl extend runs/quickstart_das name=pydantic source=stdlib:docstrings:pydantic metric=token_accuracy "
+        "--length 100",
     )
     extend.add_argument(
         "run", type=_place, metavar="RUN", help="the run folder; afterwards it contains a run over all tasks"

@@ -127,6 +127,17 @@ class Evaluator:
         for index, task in self.parts.end_tasks.items():
             self._check_split(task, f"end task of {self.parts.names[index]}")
             assert self._end_task_metric(index)
+        self._say_mixed()
+
+    def _say_mixed(self) -> None:
+        """Says that there is no mean score if a lower one is better for some of the tasks only."""
+        lower = [task.name for task, up in zip(self.parts.tasks, higher_is_better(self.metrics), strict=True) if not up]
+        if is_first() and 0 < len(lower) < len(self.parts.tasks):
+            print(
+                f"no mean score of all tasks (OP): a lower one is better for {', '.join(lower)}, a higher one for the "
+                "others; choose metrics of one direction to have it",
+                file=sys.stderr,
+            )
 
     def _check_split(self, task: TaskData, words: str) -> None:
         split = self.settings.split

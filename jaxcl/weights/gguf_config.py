@@ -101,8 +101,8 @@ def _rope_scaling(file: Gguf, architecture: str, head_dim: int, theta: float) ->
         factors = file.read(_FREQUENCIES, whole(file.shapes[_FREQUENCIES]))
         if factors.shape != (head_dim / 2,):
             raise UserError(
-                f"{file.where}: {_FREQUENCIES} has {factors.size} factors; expected one for every two of the {head_dim} "
-                "coordinates of a head"
+                f"{file.where}: {_FREQUENCIES} has {factors.size} factors; expected one for every two of the "
+                f"{head_dim} coordinates of a head"
             )
         if np.all(factors == 1):
             return None
