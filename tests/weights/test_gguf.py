@@ -252,9 +252,7 @@ def test_stretched_frequencies_are_recognised(tmp_path: Path) -> None:
     load_weights(tmp_path / "a.gguf")
     write_gguf(tmp_path / "b.gguf", config, params, extra={"rope_freqs.weight": np.linspace(1, 9, 32)})
     write_gguf(tmp_path / "c.gguf", config, params, extra={"rope_freqs.weight": np.ones(31)})
-    with pytest.raises(
-        UserError, match=r"rope_freqs\.weight has 31 factors; expected one for every two of the 64"
-    ):
+    with pytest.raises(UserError, match=r"rope_freqs\.weight has 31 factors; expected one for every two of the 64"):
         read_config(tmp_path / "c.gguf")
     with pytest.raises(UserError, match=r"rope_freqs\.weight do not follow from the llama3 rule"):
         read_config(tmp_path / "b.gguf")
