@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -374,7 +375,8 @@ def _check_templates(content: Any, file: Path) -> None:
     for one in [processor, *(members if isinstance(members, list) else [])]:
         if not (isinstance(one, dict) and one.get("type") == "TemplateProcessing"):
             continue
-        pieces = [piece for name in ("single", "pair") for piece in one.get(name) or () if isinstance(piece, dict)]
+        templates = [template for name in ("single", "pair") if isinstance(template := one.get(name), list)]
+        pieces = [piece for piece in itertools.chain(*templates) if isinstance(piece, dict)]
         named = [piece["SpecialToken"] for piece in pieces if isinstance(piece.get("SpecialToken"), dict)]
         known = one.get("special_tokens")
         for token in named:

@@ -32,7 +32,7 @@ class LlamaConfig(Schema):
         "llama", description="model_type of the checkpoints that the model is read from and exported as; see the docs"
     )
     vocab_size: int = Field(gt=0, description="number of token ids")
-    hidden_size: int = Field(gt=0, description="width of the residual stream")
+    hidden_size: int = Field(gt=0, le=2**31 - 1, description="width of the residual stream")
     intermediate_size: int = Field(gt=0, description="feed-forward intermediate units per layer")
     num_layers: int = Field(gt=0, le=1024, description="number of layers")
     num_experts: int = Field(
@@ -46,7 +46,7 @@ class LlamaConfig(Schema):
     )
     num_heads: int = Field(gt=0, description="attention (query) heads per layer")
     num_kv_heads: int = Field(0, ge=0, description="key/value heads per layer; 0: as many as num_heads")
-    head_dim: int = Field(0, ge=0, description="width of a head; 0: hidden_size / num_heads")
+    head_dim: int = Field(0, ge=0, le=2**31 - 1, description="width of a head; 0: hidden_size / num_heads")
     causal: bool = Field(True, description="whether positions see only earlier ones; false: an encoder (EuroBERT)")
     max_length: int = Field(2048, gt=0, description="longest text the model is meant for, in tokens")
     layer_types: tuple[Literal["full", "window"], ...] = Field(

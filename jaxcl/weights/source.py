@@ -148,7 +148,8 @@ def _files(path: Path) -> list[tuple[Path, set[str] | None]]:
         raise UserError(f"{index}: expected an object weight_map of tensor names to file names")
     files: dict[str, set[str]] = {}
     for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file:
+        # Half of a surrogate pair is in no file's name.
+        if not (isinstance(file, str) and file and Path(file).name == file == file.encode("utf-8", "ignore").decode()):
             raise UserError(
                 f"{index}: weight_map: {name} points to {file!r}; expected the name of a file in the same folder"
             )

@@ -17,7 +17,7 @@ from tests.fuzz.targets.common import made, text_of
 from tests.fuzz.targets.data import zstd
 from tests.fuzz.targets.runs import RESULTS, compared
 from tests.fuzz.targets.stores import contents_of_store, halfway
-from tests.fuzz.targets.weights import gguf_file
+from tests.fuzz.targets.weights import HF, gguf_file
 
 DEEP = b"[" * 100_000
 HUGE = 10**400
@@ -103,7 +103,11 @@ KNOWN: dict[str, Callable[[], list[bytes]]] = {
     "csv": lambda: [",".join(map(str, range(60_000))).encode()],
     "tsv": lambda: ["\t".join(map(str, range(60_000))).encode()],
     "labels": lambda: [repeated(b" ")],
-    "tokenizer": lambda: [repeated(b" ")],
+    "safetensors_index": lambda: [b'{"weight_map": {"b": "\\ud800"}}', b'{"weight_map": {"b": ""}}'],
+    "hf_config": lambda: [text_of({**HF, name: HUGE}) for name in ("head_dim", "hidden_size", "vocab_size")],
+    "tokenizer": lambda: [
+        repeated(b" "), text_of({"post_processor": {"type": "TemplateProcessing", "single": 1, "pair": 1}}),
+    ],
     "tokenizer_config": lambda: [repeated(b" ")],
     "memory": lambda: [repeated(b" ")],
     "parquet": lambda: [parquet(), repeating()],
