@@ -74,7 +74,8 @@ _MIX = {"fraction": 0.05, "mode": "mix"}
 
 def _averaged(average: str) -> dict[str, Any]:
     # In 60 steps, sfa averages as often as in 150 by default.
-    return {"run": {"optimizer": {"average": average, "average_every": 10}}}
+    every = {"average_every": 10} if average == "sfa" else {}
+    return {"run": {"optimizer": {"average": average, **every}}}
 
 
 RIVALS: dict[str, Rival] = {

@@ -77,9 +77,7 @@ class ExperimentConfig(Schema):
     fresh_head: bool = Field(
         False, description="whether a head that predicts tokens may start at random if `weights` has none"
     )
-    model: ModelConfig = Field(
-        description="the network; with `weights`, only keys that differ from those of the weights"
-    )
+    model: ModelConfig = Field(description="the network; with `weights`, what is not given is as in the weights")
     tokenizer: TokenizerConfig = Field(
         default_factory=TokenizerConfig, description="the tokenizer; with `weights`, the default is theirs"
     )
@@ -167,20 +165,30 @@ def parse_config(content: dict[str, Any], origin: str = "config") -> ExperimentC
     """
     content = with_data_root(content)
     weights, model = content.get("weights"), content.get("model") or {}
-    # A model with an architecture is complete; otherwise its sizes come from the weights.
-    if isinstance(weights, str) and isinstance(model, dict) and "architecture" not in model:
-        from jaxcl.weights import read_config
-
-        try:
-            # max_length goes first: jaxcl may not support the weights' own window.
-            window = {"max_length": model["max_length"]} if "max_length" in model else {}
-            base = read_config(weights, **window).model_dump(mode="json")
-        except UserError as error:
-            raise ConfigError(f"{origin}: weights: {error}") from None
-        content["model"] = _merge(base, model)
+    if isinstance(weights, str) and isinstance(model, dict):
+        content["model"] = _merge(_model_of(weights, model, origin), model)
     config = validate(ExperimentConfig, content, origin)
     _check_model(config, origin)
     return config
+
+
+def _model_of(weights: str, model: Mapping[str, Any], origin: str) -> dict[str, Any]:
+    """The model section that weights have, for what `model` does not say.
+
+    Nothing, if `model` names an architecture (such a section may be complete) and the weights do not say theirs or have
+    another one: whether params fit is found when they are loaded.
+    """
+    from jaxcl.weights import read_config
+
+    try:
+        # max_length goes first: jaxcl may not support the weights' own window.
+        window = {"max_length": model["max_length"]} if "max_length" in model else {}
+        base = read_config(weights, **window).model_dump(mode="json")
+    except UserError as error:
+        if "architecture" in model:
+            return {}
+        raise ConfigError(f"{origin}: weights: {error}") from None
+    return base if model.get("architecture", base["architecture"]) == base["architecture"] else {}
 
 
 def with_data_root(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -74,8 +74,8 @@ class SourceSpec(Schema):
         0.05,
         gt=0,
         lt=0.5,
-        description="about the share held out, by a hash of each row, for each of dev and test if the source has no "
-        "such split",
+        description="about the share held out by a hash of each row: for dev and test if the source has no splits, for "
+        "test alone if it has others",
     )
     data_dir: str | None = Field(None, description="folder in which tfds: and hf: keep their data; none: their default")
 

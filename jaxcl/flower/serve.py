@@ -78,6 +78,8 @@ def serve(
     """
     check_installed()
     check_federated(config)
+    if insecure and (certificate is not None or key is not None):
+        raise UserError("serve: --insecure is without TLS; allowed without --certificate and --key", exit_code=2)
     if insecure:
         secured, trust = ["--insecure"], "insecure = true"
     elif certificate is None or key is None:

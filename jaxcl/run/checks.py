@@ -36,6 +36,12 @@ def check_tasks(
             "examples of each; choose a method that does not",
             exit_code=2,
         )
+    if not prefix and (unread := getattr(config.model, "soft_tokens", 0)):
+        raise UserError(
+            f"model.soft_tokens: {unread} vectors, which {config.method.name} does not read; allowed is 0", exit_code=2
+        )
+    _check_end_tasks(config, tasks)
+    _check_budget(method, len(tasks))
     written = method.replay is not None and method.replay.source != "kept"
     for task in tasks if general is None else (*tasks, general):
         words = "data.general" if task is general else f"task {task.name}"
@@ -57,6 +63,34 @@ def check_tasks(
         raise UserError(
             "method.replay.synthetic.writer: start is an untrained model here (no weights); allowed: before",
             exit_code=2,
+        )
+
+
+def _check_end_tasks(config: ExperimentConfig, tasks: tuple[TaskData, ...]) -> None:
+    """Checks that only text domains have end tasks, and that their rows fit the model's window."""
+    length, window = config.evaluation.end_task.length, config.model.max_length
+    for spec, task in zip(config.tasks, tasks, strict=True):
+        if spec.end_task is None:
+            continue
+        if task.kind != "text":
+            raise UserError(
+                f"task {task.name}: an end_task measures a text domain; the task's rows are {task.kind}", exit_code=2
+            )
+        if length > window:
+            raise UserError(
+                f"evaluation.end_task.length: {length} tokens exceed the model's window, model.max_length={window}",
+                exit_code=2,
+            )
+
+
+def _check_budget(method: Method, tasks: int) -> None:
+    """Checks that a memory of so many rows has one for each task."""
+    replay = method.replay
+    if replay is None or replay.room is None or replay.room.unit != "rows" or replay.choose == "reservoir":
+        return
+    if replay.room.amount < tasks:
+        raise UserError(
+            f"method.replay.budget: {replay.room.amount} rows are too few for one of each of {tasks} tasks", exit_code=2
         )
 
 

@@ -26,7 +26,7 @@ def starts_anew(parts: Components, index: int) -> bool:
 
 
 def check_phases(parts: Components, start: int, steps: Callable[[int], int]) -> None:
-    """Checks that the phases of the schedule fit into every task from `start` on.
+    """Checks that the phases of the schedule, and an average of `sfa`, fit into every task from `start` on.
 
     Args:
       parts: the parts of the run.
@@ -37,9 +37,14 @@ def check_phases(parts: Components, start: int, steps: Callable[[int], int]) -> 
       UserError: they do not fit; names the task.
     """
     optimizer = parts.config.optimizer
-    for index in range(start, parts.phases if sized_in_steps(optimizer) else start):
+    sfa = optimizer.average == "sfa"
+    for index in range(start, parts.phases if sfa or sized_in_steps(optimizer) else start):
         try:
-            phases(optimizer, steps(index), first=starts_anew(parts, index))
+            total = steps(index)
+            phases(optimizer, total, first=starts_anew(parts, index))
+            if sfa and total < optimizer.average_every:
+                every = optimizer.average_every
+                raise UserError(f"optimizer.average_every: {every} steps are more than the task's {total}")
         except UserError as error:
             raise UserError(f"task {parts.phase_name(index)}: {error}", exit_code=2) from None
 

@@ -20,7 +20,8 @@ class TrainingConfig(Schema):
         1,
         ge=1,
         description="number of micro-batches per batch: saves memory, also in measurements between tasks; the numbers "
-        "are the same except for dropout in training",
+        "are the same except for dropout in training, and for losses that compare rows (the contrast of das_paper, "
+        "router_loss_weight), which see one micro-batch at a time",
     )
     epochs: float | tuple[float, ...] | None = Field(
         None,

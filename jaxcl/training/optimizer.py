@@ -26,6 +26,7 @@ _ONLY_WITH: dict[str, tuple[str, ...]] = {
     "cooldown_shape": ("infinite",),
     "cooldown_steepness": ("infinite",),
     "constant": ("infinite",),
+    "final": ("linear", "cosine", "wsd", "infinite"),
 }
 
 
@@ -138,6 +139,8 @@ class OptimizerConfig(Schema):
                 )
         if self.average == "none" and self.average_rate is not None:
             raise ValueError("average_rate is only for average ema, wise or sfa; average is none")
+        if self.average != "sfa" and self.average_every != type(self).model_fields["average_every"].default:
+            raise ValueError(f"average_every is only for average sfa; average is {self.average}")
         if self.average != "none" and self.warm_moments:
             raise ValueError(f"average {self.average} and warm_moments exclude each other")
         if not self.goes_on_before_decay:

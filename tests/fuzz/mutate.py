@@ -43,7 +43,7 @@ def _tree(content: bytes) -> Any:
     """A seed that is one JSON value, so that it can be changed by its values as well."""
     try:
         found = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict | list) else None
 

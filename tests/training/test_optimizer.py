@@ -81,7 +81,7 @@ def test_adafactor_equals_plain_optax_without_its_parameter_scale() -> None:
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 @pytest.mark.parametrize("warmup", [0, 3, 0.1])
 def test_schedule_equals_optax(schedule: str, warmup: float) -> None:
-    total, peak, final = 30, 0.5, 0.2
+    total, peak, final = 30, 0.5, 0.0 if schedule == "constant" else 0.2
     config = OptimizerConfig(learning_rate=peak, schedule=schedule, warmup=warmup, final=final)
     rise = 3 if warmup else 0
     rest = {
@@ -153,6 +153,19 @@ def test_the_learning_rate_must_be_given() -> None:
     transform = make_parts(OptimizerConfig()).chain()
     with pytest.raises(TypeError, match="learning_rate"):
         transform.update(tree(1), transform.init(tree(0)), tree(0))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"schedule": "constant", "final": 0.1}, "final is only for schedule linear or cosine or wsd or infinite"),
+        ({"average": "ema", "average_every": 5}, "average_every is only for average sfa; average is ema"),
+        ({"average_every": 5}, "average_every is only for average sfa; average is none"),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        OptimizerConfig(**options)
 
 
 @pytest.mark.parametrize(

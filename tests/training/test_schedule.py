@@ -161,7 +161,7 @@ def test_fields_that_do_not_fit_each_other_are_refused(options: dict[str, Any], 
 def test_moments_are_kept_where_tasks_go_on_before_the_decay() -> None:
     kept = {"wsd": False, "infinite": False, "linear": True, "cosine": True, "constant": True}
     for schedule, reset in kept.items():
-        assert OptimizerConfig(schedule=schedule, final=0.1).reset_optimizer is reset
+        assert OptimizerConfig(schedule=schedule, final=0.0 if schedule == "constant" else 0.1).reset_optimizer is reset
     assert OptimizerConfig(schedule="wsd", reset_optimizer=True).reset_optimizer
 
 
