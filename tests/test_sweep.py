@@ -12,7 +12,7 @@ from jaxcl.cli import main
 from jaxcl.commands import compare as compare_module
 from jaxcl.commands import jobs as jobs_module
 from jaxcl.commands.jobs import run_jobs
-from jaxcl.commands.sweep import folder_name, plan_runs
+from jaxcl.commands.sweep import folder_name, plan_runs, shared_options
 from jaxcl.config import parse_config
 from jaxcl.errors import UserError
 from jaxcl.evaluation.results import Results
@@ -83,6 +83,15 @@ def test_a_sweep_leaves_the_configuration_as_it_was() -> None:
     before = yaml.safe_dump(BASE)
     planned({"tasks.*.train": ["8", "16"]})
     assert yaml.safe_dump(BASE) == before
+
+
+def test_options_that_a_method_has_from_another_ones_section_are_said() -> None:
+    content = {**PAIRS, "method": {"name": "das", "strength": 40, "loss_chunk": 0, "evenness": 0.5}}
+    methods = ["sequential", "das", "ewc", "lwf"]
+    line = "ewc: strength=40, from the section of das; to choose: --sweep ewc:method.KEY"
+    assert list(shared_options(content, methods, {})) == [line]
+    assert list(shared_options(content, methods, {"ewc:method.strength": ["1"]})) == []
+    assert list(shared_options({**PAIRS, "method": "das"}, methods, {})) == []
 
 
 @pytest.mark.parametrize(

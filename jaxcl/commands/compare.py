@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import jax
 
 from jaxcl.commands.jobs import run_jobs
-from jaxcl.commands.sweep import PlannedRun, label, plan_runs
+from jaxcl.commands.sweep import PlannedRun, label, plan_runs, shared_options
 from jaxcl.config import find_config
 from jaxcl.config.experiment import override
 from jaxcl.config.file import ConfigError, read_yaml
@@ -61,6 +62,9 @@ def compare(
     content = override(read_yaml(find_config(config)), [*overrides, *(["evaluation.dev=true"] if sweeps else [])])
     seeds = [int(content.get("seed", 0))] if seeds is None else seeds
     planned = plan_runs(content, config, methods, seeds, sweeps, out, budget)
+    if is_first():
+        for line in shared_options(content, methods, sweeps):
+            print(line, file=sys.stderr)
     failed = _run_all(planned, jobs, out / "jobs", keep_going=bool(sweeps))
     done = [one for one in planned if one.title not in failed]
     if not done:

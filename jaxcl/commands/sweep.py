@@ -15,7 +15,7 @@ from typing import Any
 from jaxcl.config import ExperimentConfig, parse_config
 from jaxcl.config.experiment import override
 from jaxcl.config.file import ConfigError
-from jaxcl.methods import find_method
+from jaxcl.methods import ReplayOptions, find_method
 
 Setting = dict[str, str]
 """Values by dotted key, as text."""
@@ -175,6 +175,21 @@ def _own(sweeps: Mapping[str, Sequence[str]], method: str, options: set[str]) ->
 def _concerns(key: str, options: set[str]) -> bool:
     first, _, rest = key.partition(".")
     return first != "method" or rest.partition(".")[0] in options
+
+
+def shared_options(
+    content: Mapping[str, Any], methods: Sequence[str], sweeps: Mapping[str, Sequence[str]]
+) -> Iterator[str]:
+    """Lines on options that a method has from the section of another one, for which they may mean another thing."""
+    own = content.get("method") or {}
+    if isinstance(own, str):
+        return
+    swept = {name.rpartition(":")[2].removeprefix("method.") for name in sweeps}
+    particular = own.keys() - ReplayOptions.model_fields.keys() - swept - {"name"}
+    for method in methods:
+        if method != own.get("name") and (shared := sorted(particular & _options(method))):
+            values = ", ".join(f"{key}={own[key]}" for key in shared)
+            yield f"{method}: {values}, from the section of {own.get('name')}; to choose: --sweep {method}:method.KEY"
 
 
 def _configure(
