@@ -361,7 +361,12 @@ def test_an_end_task_without_the_split_is_refused_before_training(tmp_path: Path
     }
     words = r"end task of domain: no dev rows in .*end/train.jsonl, but evaluation.split is dev; it has: test"
     with pytest.raises(UserError, match=words):
-        run(tmp_path, tmp_path / "run", **changes, evaluation={"batch_size": 8, "split": "dev"})
+        run(
+            tmp_path,
+            tmp_path / "run",
+            **changes,
+            evaluation={"batch_size": 8, "split": "dev", "end_task": {"length": 32}},
+        )
 
 
 @pytest.mark.usefixtures("untrained")
