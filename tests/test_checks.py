@@ -8,19 +8,14 @@ from typing import Any
 import pytest
 
 from jaxcl.config import parse_config
+from jaxcl.config.experiment import merged
 from jaxcl.errors import UserError
-from jaxcl.models.network import Network
+from jaxcl.flower.join import join
+from jaxcl.flower.serve import serve
 from jaxcl.run import sequence
 from jaxcl.weights import save_hf
 from tests.tiny.networks import random_params, tiny_llama
 from tests.tiny.runs import PAIRS, TEXT
-
-
-def changed(content: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Sections with some of their keys changed; other values are replaced."""
-    kept = {key: {**content[key], **value} for key, value in changes.items() if isinstance(content.get(key), dict)}
-    return {**content, **changes, **kept}
-
 
 FIRST, *OTHERS = PAIRS["tasks"]
 END = TEXT["tasks"][0]["end_task"]
@@ -38,7 +33,7 @@ END = TEXT["tasks"][0]["end_task"]
             r"^task direction: an end_task measures a text domain; the task's rows are pairs$",
         ),
         (
-            TEXT, {"evaluation": {"end_task": {"epochs": 1, "batch_size": 8, "length": 4096}}, "method": "sequential"},
+            TEXT, {"evaluation": {"end_task": {"length": 4096}}, "method": "sequential"},
             r"^evaluation.end_task.length: 4096 tokens exceed the model's window, model.max_length=\d+$",
         ),
         (
@@ -60,7 +55,7 @@ def test_settings_without_their_effect_are_refused_before_training(
 ) -> None:
     monkeypatch.setattr(sequence, "train_task", lambda *_, **__: pytest.fail("trained"))
     with pytest.raises(UserError, match=message) as caught:
-        sequence.run(parse_config({**changed(content, changes), "output": str(tmp_path / "run")}))
+        sequence.run(parse_config({**merged(content, changes), "output": str(tmp_path / "run")}))
     assert caught.value.exit_code == 2
 
 
@@ -77,4 +72,17 @@ def test_what_a_model_section_does_not_say_is_what_the_weights_say(tmp_path: Pat
     other = {**section, "architecture": "roberta"}
     assert parse_config({**common, "model": other}).model.architecture == "roberta"  # refused when weights are loaded
     gone = parse_config({**common, "weights": str(tmp_path / "gone"), "model": section}).model
-    assert Network.create(gone).config == gone
+    assert (gone.rope_theta, gone.norm_eps) == (1e4, 1e-5)  # the schema's; the weights are missed when they are loaded
+
+
+def test_a_certificate_that_would_not_be_used_is_refused(tmp_path: Path) -> None:
+    config = parse_config({**PAIRS, "method": "sequential", "output": str(tmp_path)})
+    some = tmp_path / "some.pem"
+    more: dict[str, Any] = {"address": "127.0.0.1:0", "timeout": 1.0, "patience": 1.0}
+    for certificate, key in ((some, None), (None, some), (some, some)):
+        with pytest.raises(
+            UserError, match="serve: --insecure is without TLS; allowed without --certificate and --key"
+        ):
+            serve(config, certificate=certificate, key=key, insecure=True, **more)
+    with pytest.raises(UserError, match="join: --insecure is without TLS; allowed without --certificate"):
+        join(config, 0, "127.0.0.1:0", certificate=some, insecure=True, port=0)

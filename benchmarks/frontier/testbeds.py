@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from benchmarks.frontier.data import data_root, write_domain, write_task
 from benchmarks.frontier.encoder import encoder
+from jaxcl.config.experiment import merged
 
 Split = Literal["dev", "test"]
 SPLIT_OF: dict[str, Split] = {"A": "dev", "B": "test"}
@@ -88,16 +89,6 @@ class Testbed:
             "evaluation": {"split": split, "limit": self.rows, "batch_size": 32},
         }
         return merged(config, changes)
-
-
-def merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    """Sections with the values of others in their place.
-
-    >>> merged({"data": {"length": 96}, "seed": 0}, {"data": {"packing": True}})
-    {'data': {'length': 96, 'packing': True}, 'seed': 0}
-    """
-    both = {name: merged(first[name], second[name]) for name in first if isinstance(second.get(name), Mapping)}
-    return {**first, **second, **both}
 
 
 def general_text() -> Path:

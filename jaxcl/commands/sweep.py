@@ -177,17 +177,26 @@ def _concerns(key: str, options: set[str]) -> bool:
     return first != "method" or rest.partition(".")[0] in options
 
 
+def _method_section(content: Mapping[str, Any]) -> dict[str, Any]:
+    own = content.get("method") or {}
+    return {"name": own} if isinstance(own, str) else dict(own)
+
+
+def _shared(own: Mapping[str, Any], method: str, options: set[str]) -> dict[str, Any]:
+    """What of the configuration's section `method` a method has as well."""
+    return {key: value for key, value in own.items() if own.get("name") == method or key in options}
+
+
 def shared_options(
     content: Mapping[str, Any], methods: Sequence[str], sweeps: Mapping[str, Sequence[str]]
 ) -> Iterator[str]:
     """Lines on options that a method has from the section of another one, for which they may mean another thing."""
-    own = content.get("method") or {}
-    if isinstance(own, str):
-        return
+    own = _method_section(content)
     swept = {name.rpartition(":")[2].removeprefix("method.") for name in sweeps}
-    particular = own.keys() - ReplayOptions.model_fields.keys() - swept - {"name"}
+    general = ReplayOptions.model_fields.keys() | swept | {"name"}
     for method in methods:
-        if method != own.get("name") and (shared := sorted(particular & _options(method))):
+        shared = sorted(_shared(own, method, _options(method)).keys() - general)
+        if shared and method != own.get("name"):
             values = ", ".join(f"{key}={own[key]}" for key in shared)
             yield f"{method}: {values}, from the section of {own.get('name')}; to choose: --sweep {method}:method.KEY"
 
@@ -195,9 +204,7 @@ def shared_options(
 def _configure(
     content: Mapping[str, Any], origin: str, method: str, options: set[str], setting: Setting, seed: int, output: Path
 ) -> ExperimentConfig:
-    own = content.get("method") or {}
-    own = {"name": own} if isinstance(own, str) else dict(own)
-    shared = own if own.get("name") == method else {key: value for key, value in own.items() if key in options}
+    shared = _shared(_method_section(content), method, options)
     changed = {**content, "seed": seed, "output": str(output), "method": {**shared, "name": method}}
     changed = override(copy.deepcopy(changed), [f"{key}={value}" for key, value in setting.items()])
     return parse_config(changed, " ".join([origin, "with", method, *label(setting).values()]))

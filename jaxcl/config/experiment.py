@@ -166,7 +166,7 @@ def parse_config(content: dict[str, Any], origin: str = "config") -> ExperimentC
     content = with_data_root(content)
     weights, model = content.get("weights"), content.get("model") or {}
     if isinstance(weights, str) and isinstance(model, dict):
-        content["model"] = _merge(_model_of(weights, model, origin), model)
+        content["model"] = merged(_model_of(weights, model, origin), model)
     config = validate(ExperimentConfig, content, origin)
     _check_model(config, origin)
     return config
@@ -201,13 +201,18 @@ def with_data_root(content: Mapping[str, Any]) -> dict[str, Any]:
     return {**content, "data_root": root} if root else dict(content)
 
 
-def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in changes.items():
-        merged[key] = (
-            _merge(merged[key], value) if isinstance(value, dict) and isinstance(merged.get(key), dict) else value
-        )
-    return merged
+def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Sections with the values of others in their place.
+
+    >>> merged({"data": {"length": 96}, "seed": 0}, {"data": {"packing": True}})
+    {'data': {'length': 96, 'packing': True}, 'seed': 0}
+    """
+    both = {key: merged(base[key], value) for key, value in changes.items() if _are_sections(base.get(key), value)}
+    return {**base, **changes, **both}
+
+
+def _are_sections(*values: object) -> bool:
+    return all(isinstance(value, Mapping) for value in values)
 
 
 def _check_model(config: ExperimentConfig, origin: str) -> None:

@@ -180,9 +180,9 @@ def join(
     Raises:
       UserError: the configuration cannot be federated, or Flower is not installed.
     """
-    check_installed()
     if insecure and certificate is not None:
         raise UserError("join: --insecure is without TLS; allowed without --certificate", exit_code=2)
+    check_installed()
     with contextlib.ExitStack() as stack:
         seat = open_seat(config, number, stack)
         place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="jaxcl-")))

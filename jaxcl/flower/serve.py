@@ -76,10 +76,10 @@ def serve(
     Raises:
       UserError: the configuration cannot be federated, Flower is not installed, or the server has failed.
     """
-    check_installed()
-    check_federated(config)
     if insecure and (certificate is not None or key is not None):
         raise UserError("serve: --insecure is without TLS; allowed without --certificate and --key", exit_code=2)
+    check_installed()
+    check_federated(config)
     if insecure:
         secured, trust = ["--insecure"], "insecure = true"
     elif certificate is None or key is None:

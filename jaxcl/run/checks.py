@@ -84,7 +84,7 @@ def _check_end_tasks(config: ExperimentConfig, tasks: tuple[TaskData, ...]) -> N
 
 
 def _check_budget(method: Method, tasks: int) -> None:
-    """Checks that a memory of so many rows has one for each task."""
+    """Checks that a memory counted in rows has at least one row per task."""
     replay = method.replay
     if replay is None or replay.room is None or replay.room.unit != "rows" or replay.choose == "reservoir":
         return
