@@ -131,7 +131,7 @@ def _one(name: str, seconds: float, out: Path, seed: int) -> int:
         limits = [f"-max_total_time={int(seconds) + 1}", f"-timeout={_STUCK}", f"-rss_limit_mb={_MEGABYTES}"]
         sizes = [f"-max_len={MOST}", "-len_control=0"]
         where = [f"-artifact_prefix={out / name}/", f"-seed={seed}", str(corpus)]
-        ours = mutants([*seeds, *known], seed)
+        ours = mutants(seeds, seed)  # the known ones are in the corpus, and some are long
 
         def mutated(content: bytes, most: int, seed: int) -> bytes:
             # A reader with few branches says little about how far an input got, and the seeds leave its corpus.
